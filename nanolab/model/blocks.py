@@ -1,0 +1,48 @@
+"""The parts of a layer that are not attention: the casting linear, the norm, the MLP."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose fp32 master weight is cast to the input's dtype at each use.
+
+    Its memory is left uninitialised: `GPT.init_weights` or a checkpoint fills it.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of fp32 rows, looked up and cast. Its memory is left uninitialised, as `Linear`'s."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def look_up(self, idx: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return F.embedding(idx, self.weight).to(dtype)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension, without gain. arXiv 1910.07467."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class MLP(nn.Module):
+    """C -> 4C -> C with squared ReLU (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.c_fc = Linear(n_embd, 4 * n_embd)
+        self.c_proj = Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
