@@ -1,0 +1,123 @@
+"""The dial: depth -> width, horizon, batch, learning rates, decay; and how rates move over a run. Imports no torch.
+
+Every law is stated where it is used. The reference point is the depth-12 model, at which the rates were tuned.
+"""
+
+import math
+from dataclasses import dataclass
+
+from nanolab.config import BaseTrainConfig, GPTConfig, UserError
+from nanolab.model.accounting import n_params, train_flops_per_token
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19  # tokens per step that was best at the reference depth
+DATA_PARAM_RATIO = 12.0  # tokens per scaling parameter at the compute optimum
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, resolved: what the loop follows and what is printed before the first step."""
+
+    model: GPTConfig
+    num_iterations: int | None  # None: the horizon is max_seconds
+    max_seconds: float | None
+    total_batch_size: int  # tokens per optimizer step, all ranks
+    device_batch_size: int  # rows per forward pass and rank
+    grad_accum: int
+    world_size: int
+    flops_per_token: int
+    batch_scale: float  # multiplies every learning rate
+    weight_decay: float  # Muon's, at the start
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_frac: float
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run, or None when the clock decides."""
+        return self.num_iterations * self.total_batch_size if self.num_iterations is not None else None
+
+    @property
+    def flops(self) -> int | None:
+        return self.tokens * self.flops_per_token if self.tokens is not None else None
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.total_batch_size // self.model.sequence_len
+
+    def lr_multiplier(self, step: int, progress: float) -> float:
+        """Linear warm-up over the first steps, constant, linear fall over the last `warmdown_ratio` to `final_lr_frac`."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        left = min(1.0, (1.0 - progress) / self.warmdown_ratio) if self.warmdown_ratio > 0 else 1.0
+        return warmup * (self.final_lr_frac + (1.0 - self.final_lr_frac) * left)
+
+    def muon_momentum(self, step: int, progress: float) -> float:
+        """0.85 -> 0.97 over 400 steps, then 0.97 -> 0.90 over the warm-down."""
+        if progress > 1.0 - self.warmdown_ratio:
+            return 0.90 + 0.07 * (1.0 - progress) / self.warmdown_ratio
+        return 0.85 + 0.12 * min(1.0, step / 400)
+
+    def weight_decay_multiplier(self, step: int, progress: float) -> float:
+        """Half a cosine from 1 to 0."""
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def gpt_config(cfg: BaseTrainConfig, vocab_size: int, depth: int = 0) -> GPTConfig:
+    """The architecture at `depth` (default: the config's): width = depth * aspect_ratio, rounded up to whole heads."""
+    depth = depth or cfg.depth
+    heads = -(-depth * cfg.aspect_ratio // cfg.head_dim)
+    return GPTConfig(
+        sequence_len=cfg.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_kv_head=heads,
+        n_embd=heads * cfg.head_dim, window_pattern=cfg.window_pattern,
+    )  # fmt: skip
+
+
+def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int) -> Plan:
+    """Resolve everything that the flags leave open. Raises UserError for numbers that do not fit together."""
+    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
+    model = gpt_config(cfg, vocab_size)
+    flops = train_flops_per_token(model)
+
+    # Horizon by the law D = ratio * N, with N = block matrices + lm_head, the count that gives the straightest scaling
+    # laws; the ratio is Chinchilla's idea (arXiv 2203.15556) with a constant of this architecture's own.
+    ratio = cfg.target_param_data_ratio if cfg.target_param_data_ratio > 0 else DATA_PARAM_RATIO
+    law_tokens = ratio * n_params(model)["scaling"]
+    reference_tokens = ratio * n_params(gpt_config(cfg, vocab_size, REFERENCE_DEPTH))["scaling"]
+
+    # Batch: the critical batch grows as D^0.383 (Power Lines, arXiv 2505.13738); the nearest power of two.
+    rows = cfg.device_batch_size * world_size
+    batch = cfg.total_batch_size
+    if batch == -1:
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * (law_tokens / reference_tokens) ** 0.383))
+    unit = rows * cfg.max_seq_len
+    if batch < 1 or batch % unit:
+        fitting = max(1, round(batch / unit)) * unit
+        raise UserError(
+            f"total batch size {batch} is not a multiple of {unit} (device batch size {cfg.device_batch_size} x row {cfg.max_seq_len} x "
+            f"{world_size} ranks); try --total-batch-size {fitting}"
+        )
+
+    # Learning rate: with batch noise falling as 1/B, AdamW's best rate goes as sqrt(B); for Muon this is an assumption.
+    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+
+    # Weight decay: T_epoch = B / (lr * wd * D) stays constant (arXiv 2405.13698). With lr ~ sqrt(B) this gives
+    # wd ~ sqrt(B) / D. The paper is about AdamW; for Muon this is an assumption.
+    weight_decay = cfg.weight_decay * batch_scale * reference_tokens / law_tokens
+
+    steps: int | None = None
+    seconds: float | None = None
+    if cfg.num_iterations > 0:
+        steps = cfg.num_iterations
+    elif cfg.target_flops > 0:
+        steps = max(1, round(cfg.target_flops / (flops * batch)))
+    elif cfg.target_param_data_ratio > 0 or cfg.max_seconds <= 0:
+        steps = max(1, int(law_tokens) // batch)
+    else:
+        seconds = cfg.max_seconds
+    return Plan(
+        model=model, num_iterations=steps, max_seconds=seconds, total_batch_size=batch, device_batch_size=cfg.device_batch_size,
+        grad_accum=batch // unit, world_size=world_size, flops_per_token=flops, batch_scale=batch_scale, weight_decay=weight_decay,
+        warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
+    )  # fmt: skip
