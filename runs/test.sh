@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the tests; makes .venv first if it is missing.
+#
+#   bash runs/test.sh                       the fast ones: at most 6 minutes on 2 CPU cores
+#   bash runs/test.sh --all                 the slow ones too (not those that need a GPU): 30 minutes
+#   bash runs/test.sh tests/data -k pack    further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash runs/setup.sh test
+
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --all ]; then arguments+=(-m "not gpu"); else arguments+=("$argument"); fi
+done
+
+# One compute thread each, and threads that sleep while they wait: the tests are small and start many processes.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
+exec "${NANOLAB_PYTHON:-.venv/bin/python}" -m pytest ${arguments[@]+"${arguments[@]}"}
