@@ -165,6 +165,40 @@ class ChatConfig:
     device_type: str = ""
 
 
+@dataclass
+class ReportConfig:
+    """Write a short report of a run: what was trained, on how much, how good it is, where it lies."""
+
+    model: str = ""  # NAME[@STEP|best]; default: the newest finished run
+    output: str = "report.md"  # a copy is kept in the run directory
+
+
+@dataclass
+class BenchConfig(DataConfig):
+    """Measure speed: of a training step, of the data path, or of the tokenizer."""
+
+    what: str = "train"  # train | data | tokenizer; the first argument
+    json: bool = False  # last line of output is one JSON document
+    repeats: int = 5  # measurements; the median is reported
+    seed: int = 42
+    # train: synthetic tokens, one forward and backward pass and one optimizer step
+    steps: int = 5  # steps in one measurement
+    warmup: int = 3  # steps before the first measurement
+    depth: int = 4
+    aspect_ratio: int = 64
+    head_dim: int = 128
+    max_seq_len: int = 512  # train and data
+    vocab_size: int = 8192  # train; for data and tokenizer, what is trained when --tokenizer is not given
+    device_batch_size: int = 8  # train and data
+    window_pattern: str = "SSSL"
+    attn_kernel: str = ""  # as in base_train
+    device_type: str = ""
+    threads: int = 0  # CPU threads; 0: all
+    # data and tokenizer: real documents of --data or --data-dir
+    tokenizer: str = ""  # folder or file; default: one is trained on the documents that are read
+    megabytes: float = 8.0  # text to read
+
+
 def parse(cls: type[T], argv: list[str] | None = None) -> T:
     """Read `argv` (default: the command line) into `cls`. Unknown flags exit with code 2 and the nearest name."""
     import tyro
