@@ -1,0 +1,90 @@
+"""KVCache: the keys and values of the tokens a model has read, so that each new token costs one token's work.
+
+Rows are independent texts, each at its own length. Dims: B rows, T new tokens, S slots in use, G key/value heads, D head
+size, C width. Slot j of a row holds position j.
+"""
+
+import torch
+from torch import Tensor
+
+from nanolab.config import GPTConfig, UserError
+
+FIRST_CAPACITY = 64  # slots of a cache that was given no size
+
+
+class KVCache:
+    """Zero-filled key and value tensors (B, capacity, G, D) per layer that double when they are full, up to `limit` tokens.
+
+    limit: default the model's sequence length; a token past it raises UserError. Unused slots are zero, never
+    uninitialised: attention weighs them with 0, and 0 * NaN would be NaN.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int = 1, *, capacity: int = 0, limit: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        self.limit = limit or config.sequence_len
+        self.capacity = min(capacity or FIRST_CAPACITY, self.limit)
+        self.lengths = [0] * rows  # the same as pos, on the host: reading pos would wait for the device
+        self.pos = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.prev: Tensor | None = None  # (B, 1, C) the last token's embedding before smearing; kept by the model
+        shape = (rows, self.capacity, config.n_kv_head, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+
+    def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new tokens of every row behind its last one; returns this layer's keys and values (B, S, G, D).
+
+        S is the longest row's length with the new tokens; a shorter row's slots past its own end are not to be attended.
+        """
+        T = k_BTGD.size(1)
+        S = max(self.lengths) + T
+        self.reserve(S)
+        k, v = self.k[layer], self.v[layer]
+        if min(self.lengths) == S - T:  # rows of one length: a plain copy
+            k[:, S - T : S], v[:, S - T : S] = k_BTGD, v_BTGD
+        else:
+            rows = torch.arange(k.size(0), device=k.device)[:, None]
+            slots = self.pos[:, None] + torch.arange(T, device=k.device)
+            k[rows, slots], v[rows, slots] = k_BTGD, v_BTGD
+        return k[:, :S], v[:, :S]
+
+    def advance(self, T: int) -> None:
+        """Count T tokens as stored; the model calls this once, after its last layer."""
+        self.lengths = [n + T for n in self.lengths]
+        self.pos += T
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens. Raises UserError past the limit, before anything is written."""
+        if length > self.limit:
+            raise UserError(f"token {length} does not fit a cache of {self.limit} tokens; expected prompt and reply within it; shorten one of them, e.g. --max-tokens")
+        if length <= self.capacity:
+            return
+        self.capacity = min(max(length, 2 * self.capacity), self.limit)
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(old.size(0), self.capacity, *old.shape[2:])
+                tensors[layer][:, : old.size(1)] = old
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; the others' memory is freed."""
+        index = torch.tensor(rows, device=self.pos.device)
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.index_select(0, index)
+        self.pos = self.pos[index]
+        self.prev = None if self.prev is None else self.prev[index]
+        self.lengths = [self.lengths[r] for r in rows]
+
+    def put(self, rows: list[int], source: "KVCache", source_rows: list[int]) -> None:
+        """Replace `rows` by `source_rows` of another cache; one source row may fill several rows."""
+        S = max(source.lengths[r] for r in source_rows)
+        self.reserve(S)
+        to, of = torch.tensor(rows, device=self.pos.device), torch.tensor(source_rows, device=self.pos.device)
+        for mine, theirs in ((self.k, source.k), (self.v, source.v)):
+            for layer in range(len(mine)):
+                mine[layer][to, :S] = theirs[layer][of, :S]
+        self.pos[to] = source.pos[of]
+        if source.prev is not None:
+            if self.prev is None:
+                self.prev = source.prev.new_zeros(len(self.lengths), *source.prev.shape[1:])
+            self.prev[to] = source.prev[of]
+        for r, s in zip(rows, source_rows):
+            self.lengths[r] = source.lengths[s]
