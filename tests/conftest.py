@@ -14,3 +14,27 @@ def base_dir(tmp_path, monkeypatch):
     path = tmp_path / "base"
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture
+def make_gpt():
+    """A function (config, **GPT arguments) -> GPT with every weight moved off its initial value.
+
+    At initialisation the projections into the residual stream, the smear weight and the gates' effects are zero, so that
+    a fresh model would hide most mistakes.
+    """
+    import torch
+
+    from nanolab.model.gpt import GPT
+
+    def make(config, seed: int = 0, scale: float = 0.05, **arguments):
+        model = GPT(config, **arguments)
+        model.init_weights(seed)
+        g = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(scale * torch.randn(p.shape, generator=g))
+            model.smear_lambda.add_(0.7)
+        return model
+
+    return make
