@@ -126,7 +126,7 @@ class BaseTrainConfig(DataConfig):
     final_lr_frac: float = 0.05
     # cadences in steps; -1 is off
     eval_every: int = 250  # validation bits per byte
-    eval_tokens: int = 80 * 524288  # validation tokens at most
+    eval_tokens: int = -1  # validation tokens at most; -1: 80 x 524288 on a GPU, 524288 on a CPU
     sample_every: int = 2000
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
@@ -144,7 +144,7 @@ class BaseEvalConfig(DataConfig):
     data: str = ""  # default: the run's own data
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     modes: str = "bpb,sample"
-    split_tokens: int = 40 * 524288  # tokens of each split at most
+    split_tokens: int = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     device_batch_size: int = 32
     device_type: str = ""
     seed: int = 42

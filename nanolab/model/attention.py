@@ -6,6 +6,7 @@ the w keys before it. Every kernel has the signature (q_BTHD, k_BTGD, v_BTGD, wi
 """
 
 import math
+from functools import lru_cache
 from typing import Callable
 
 import torch
@@ -62,7 +63,7 @@ class _Banded(torch.autograd.Function):
         T, D = q.shape[1:]
         y, kept = torch.empty_like(q), []
         for lo, hi, first in _bands(T, window):
-            mask = _band_mask(lo, hi, first, window, q.dtype, q.device)
+            mask = _band_mask(hi - lo, lo - first, window, q.dtype, q.device)
             scores = torch.baddbmm(mask, q[:, lo:hi], k[:, first:hi].mT, alpha=1 / math.sqrt(D))
             p = torch.softmax(scores, -1)
             y[:, lo:hi] = torch.bmm(p, v[:, first:hi])
@@ -90,9 +91,12 @@ def _bands(T: int, window: int) -> list[tuple[int, int, int]]:
     return [(lo, min(lo + BLOCK, T), max(0, lo - window)) for lo in range(0, T, BLOCK)]
 
 
-def _band_mask(lo: int, hi: int, first: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    rows, keys = torch.arange(lo, hi, device=device), torch.arange(first, hi, device=device)
-    return torch.zeros(hi - lo, hi - first, dtype=dtype, device=device).masked_fill_(~visible(rows, keys, window), -math.inf)
+@lru_cache(maxsize=64)
+def _band_mask(rows: int, before: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0 where a block of `rows` queries may see the `before` keys ahead of it and its own, -inf elsewhere."""
+    keys = torch.arange(-before, rows, device=device)
+    mask = torch.zeros(rows, before + rows, dtype=dtype, device=device)
+    return mask.masked_fill_(~visible(keys[before:], keys, window), -math.inf)
 
 
 def banded(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, window: int) -> torch.Tensor:

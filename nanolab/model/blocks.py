@@ -36,6 +36,21 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+class _ReluSquared(torch.autograd.Function):
+    """max(x, 0)^2 in two passes and its gradient 2 max(x, 0) dy in two; composed of torch's own operators it takes seven."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> torch.Tensor:
+        (positive,) = ctx.saved_tensors
+        return (dy * positive).mul_(2)
+
+
 class MLP(nn.Module):
     """C -> 4C -> C with squared ReLU (Primer, arXiv 2109.08668)."""
 
@@ -45,4 +60,4 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(_ReluSquared.apply(self.c_fc(x)))

@@ -41,7 +41,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: torch.Tensor):
         dx, dw = ctx.saved_tensors
-        return dx * upstream.to(dx.dtype), dw * upstream, None, None, None
+        return dx * upstream, dw * upstream, None, None, None
 
 
 def _logit_blocks(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor):
@@ -62,7 +62,9 @@ def _loss_and_grad(logits: torch.Tensor, targets: torch.Tensor, softcap: float, 
     index, ignored = targets.clamp(min=0)[:, None], targets < 0
     at_target = p.gather(1, index)
     p.scatter_(1, index, at_target - 1)
-    grad = torch.ops.aten.sigmoid_backward(p, s).mul_(4.0).masked_fill_(ignored[:, None], 0.0)
+    grad = torch.ops.aten.sigmoid_backward(p, s).mul_(4.0)
+    if ignored.any():  # a pass over the block that pretraining, which ignores nothing, need not pay
+        grad.masked_fill_(ignored[:, None], 0.0)
     logits[:, :vocab_size] = grad
     logits[:, vocab_size:] = 0
     return -at_target.log()[:, 0].masked_fill(ignored, 0.0).sum()

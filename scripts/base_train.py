@@ -1,0 +1,164 @@
+"""Pretrain a base model: python -m scripts.base_train --depth 4 --run NAME (see --help for every flag)."""
+
+import os
+
+from nanolab.config import BaseTrainConfig, UserError, main, parse, to_json
+
+TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multiply peak that a whole step reaches
+
+
+def run(cfg: BaseTrainConfig) -> int:
+    from nanolab import runtime
+    from nanolab.training.run import recorded
+
+    if cfg.plan_for and not cfg.dry_run:
+        raise UserError(f"--plan-for {cfg.plan_for} only makes sense with --dry-run")
+    if cfg.dry_run:
+        return dry_run(cfg)
+    before = recorded(cfg.run or f"d{cfg.depth}") if cfg.resume else {}
+    dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
+    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
+    try:
+        return train(cfg, rt)
+    finally:
+        rt.close()
+
+
+def train(cfg: BaseTrainConfig, rt) -> int:
+    import torch
+
+    from nanolab.data.corpus import open_data
+    from nanolab.data.loader import Prefetch
+    from nanolab.data.packing import PackedBatches, validation_rows
+    from nanolab.data.tokenizer import Tokenizer
+    from nanolab.evals.bpb import bits_per_byte
+    from nanolab.evals.samples import sample_prompts
+    from nanolab.model.attention import default_kernel
+    from nanolab.model.gpt import GPT
+    from nanolab.runtime import base_dir, print0
+    from nanolab.training.loop import Every, fit
+    from nanolab.training.optim import MuonAdamW
+    from nanolab.training.run import Run
+    from nanolab.training.schedule import make_plan
+
+    kernel = cfg.attn_kernel or default_kernel(rt.device.type)
+    record = Run.start(cfg.run or f"d{cfg.depth}", to_json(cfg), rt, resume=cfg.resume, env={"attn_kernel": kernel})
+    if record.finished:
+        print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
+        record.close()
+        return 0
+    tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
+    plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size)
+    data = open_data(cfg, cfg.seed)
+    record.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
+    for line in describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name):
+        print0(line)
+
+    with torch.device(rt.device):
+        model = GPT(plan.model, rt.dtype, kernel)
+    model.init_weights(cfg.seed)
+    optimizer = MuonAdamW(model.param_groups(**rates(cfg, plan)), rt)
+    step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
+    batches = Prefetch(
+        PackedBatches(
+            data.train, tokenizer, seq_len=cfg.max_seq_len, device_batch_size=cfg.device_batch_size, rows_per_step=plan.rows_per_step,
+            rank=rt.rank, world_size=rt.world_size,
+        ),
+        rt,
+    )  # fmt: skip
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(rt.device)
+    rows = []
+
+    def evaluate() -> dict[str, float]:
+        if not rows:  # tokenised at the first evaluation, so that training starts at once
+            limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
+            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit))
+        return {"val/bpb": bits_per_byte(model, rows[0], token_bytes, rt, cfg.device_batch_size).bpb}
+
+    try:
+        fit(
+            record, model, optimizer, batches, plan,
+            lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
+            Every(
+                log=cfg.log_every, eval=cfg.eval_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
+                log_grad_norm=cfg.log_grad_norm, evaluate=evaluate, sample_fn=lambda: sample_prompts(model, tokenizer, rt),
+            ),
+        )  # fmt: skip
+    finally:
+        batches.close()
+        record.close()
+    return 0
+
+
+def rates(cfg: BaseTrainConfig, plan) -> dict[str, float]:
+    """What `GPT.param_groups` takes."""
+    return dict(
+        embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr, scalar_lr=cfg.scalar_lr,
+        weight_decay=plan.weight_decay, batch_scale=plan.batch_scale,
+    )  # fmt: skip
+
+
+def dry_run(cfg: BaseTrainConfig) -> int:
+    """Print the plan for this machine, or for the one named by --plan-for, and stop. Needs no data and no tokenizer."""
+    import torch
+
+    from nanolab import runtime
+    from nanolab.data.tokenizer import Tokenizer
+    from nanolab.training.schedule import make_plan
+
+    count, _, device = cfg.plan_for.partition("x")
+    if cfg.plan_for and not (count.isdigit() and int(count) and device):
+        raise UserError(f"--plan-for {cfg.plan_for!r} is not COUNTxDEVICE; try --plan-for 8xH100")
+    path = cfg.tokenizer or runtime.base_dir() / "tokenizer"
+    found = os.path.exists(path)
+    vocab_size = Tokenizer.load(path).vocab_size if found else 32768
+    if cfg.plan_for:
+        ranks, kind, name, dtype = int(count), "cuda", device, "bfloat16"
+    else:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        kind = cfg.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = torch.cuda.get_device_name() if kind == "cuda" else runtime.cpu_name()
+        dtype = os.environ.get("NANOLAB_DTYPE") or runtime.choose_dtype(torch.device(kind))
+    plan = make_plan(cfg, vocab_size, ranks)
+    for line in describe(cfg, plan, kind, name, dtype):
+        runtime.print0(line)
+    runtime.print0(f"tokenizer       {path if found else f'none yet: vocabulary of {vocab_size} assumed'}")
+    runtime.print0("dry run: nothing was trained")
+    return 0
+
+
+def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str) -> list[str]:
+    """What the run is about to do, one aligned line per fact."""
+    from nanolab.model.accounting import n_params, train_memory_bytes
+    from nanolab.runtime import cpu_gflops, device_peaks
+
+    m, p = plan.model, n_params(plan.model)
+    memory = train_memory_bytes(m, plan.device_batch_size, 4 if dtype == "float32" else 2, plan.world_size, kind == "cpu")
+    peak = cpu_gflops()[dtype] * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
+    if plan.flops is None:
+        horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
+    else:
+        horizon = f"{plan.num_iterations:,} steps = {plan.tokens:,} tokens ({plan.tokens / p['scaling']:.2f} per scaling parameter)"
+        seconds = plan.flops / (peak * plan.world_size * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
+        time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
+    flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
+    return [
+        f"run             {cfg.run or f'd{cfg.depth}'}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
+        f"device          {plan.world_size} x {device_name}, {dtype}",
+        f"parameters      {p['total']:,} (tables {p['wte'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
+        f"horizon         {horizon}",
+        f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
+        f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {m.sequence_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
+        f"rates           learning rates x {plan.batch_scale:.4f}, weight decay {plan.weight_decay:.4f}",
+        f"peak memory     about {memory / 2**30:.1f} GiB per rank (lower --device-batch-size if that is too much)",
+        f"expected time   {time}",
+    ]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.4 h."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse(BaseTrainConfig)))
