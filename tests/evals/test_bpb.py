@@ -1,0 +1,125 @@
+"""Bits per byte against the definition, token by token, in float64."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nanolab.config import GPTConfig, UserError
+from nanolab.evals.bpb import bits_per_byte
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+
+
+def make_model() -> GPT:
+    torch.manual_seed(3)
+    model = GPT(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+def make_rows(n: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """inputs, targets with ignored places and a whole ignored row, bytes per token; ids 10 to 19 are special."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, CONFIG.vocab_size, (n, 17))
+    targets = ids[:, 1:].copy()
+    targets[rng.random(targets.shape) < 0.2] = -1
+    targets[2] = -1
+    lengths = rng.integers(1, 9, CONFIG.vocab_size).astype(np.int32)
+    lengths[10:20] = 0
+    return ids[:, :-1].astype(np.int32), targets.astype(np.int32), lengths
+
+
+def by_definition(model: GPT, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[float, float, int, int]:
+    nats, n_bytes, n_tokens = 0.0, 0, 0
+    for row, wanted in zip(inputs, targets):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(row).long()[None])[0].double().numpy()
+        for t, y in enumerate(wanted):
+            if y >= 0 and lengths[y] > 0:
+                nats -= logits[t, y] - np.log(np.exp(logits[t]).sum())
+                n_bytes, n_tokens = n_bytes + int(lengths[y]), n_tokens + 1
+    return nats / (math.log(2) * n_bytes), nats, n_bytes, n_tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
+def test_it_is_the_definition_at_any_batch_size(batch_size):
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    expected = by_definition(model, inputs, targets, lengths)
+    got = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, batch_size)
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert (got.n_bytes, got.n_tokens) == expected[2:]
+
+
+def test_a_uniform_model_needs_log2_v_bits_per_token():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    got = bits_per_byte(model, (inputs, targets), np.where(lengths > 0, 4, 0), RUNTIME)
+    assert got.bpb == pytest.approx(math.log2(CONFIG.vocab_size) / 4, rel=1e-6)
+
+
+def test_special_and_ignored_targets_count_neither_as_nats_nor_as_bytes():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    masked = targets.copy()
+    masked[(targets >= 0) & (lengths[targets] == 0)] = -1
+    assert (masked != targets).any()
+    assert bits_per_byte(model, (inputs, targets), lengths, RUNTIME) == bits_per_byte(model, (inputs, masked), lengths, RUNTIME)
+    without_row = tuple(np.delete(half, 2, axis=0) for half in (inputs, targets))
+    got, expected = (bits_per_byte(model, rows, lengths, RUNTIME, 1) for rows in ((inputs, targets), without_row))
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_callers_rows_are_left_alone():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    before = targets.copy()
+    bits_per_byte(model, (inputs, targets), lengths, RUNTIME)
+    assert (targets == before).all()
+
+
+def test_nothing_to_count_is_an_error():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    for t, n in ((np.full_like(targets, -1), lengths), (targets, lengths * 0), (targets[:0], lengths)):
+        with pytest.raises(UserError, match="no byte to count"):
+            bits_per_byte(model, (inputs[: len(t)], t), n, RUNTIME)
+
+
+def test_two_ranks_give_the_figure_of_one():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    alone = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 2)
+    for got in on_two_ranks():
+        assert got == pytest.approx(tuple(alone), rel=1e-6)
+        assert got[2:] == list(alone[2:])
+
+
+def on_two_ranks() -> list[list[float]]:
+    """Run this file as two gloo ranks; what each of them measured."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NANOLAB_DTYPE": "float32"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
+    return [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
+
+
+if __name__ == "__main__":
+    from nanolab.runtime import start
+
+    runtime = start("cpu", seed=1)
+    inputs, targets, lengths = make_rows()
+    print(json.dumps(list(bits_per_byte(make_model(), (inputs, targets), lengths, runtime, 2))))
+    runtime.close()
