@@ -48,18 +48,19 @@ class Plan:
     def lr_multiplier(self, step: int, progress: float) -> float:
         """Linear warm-up over the first steps, constant, linear fall over the last `warmdown_ratio` to `final_lr_frac`."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        left = min(1.0, (1.0 - progress) / self.warmdown_ratio) if self.warmdown_ratio > 0 else 1.0
-        return warmup * (self.final_lr_frac + (1.0 - self.final_lr_frac) * left)
+        return warmup * (self.final_lr_frac + (1.0 - self.final_lr_frac) * self._warmdown_left(progress))
 
     def muon_momentum(self, step: int, progress: float) -> float:
-        """0.85 -> 0.97 over 400 steps, then 0.97 -> 0.90 over the warm-down."""
-        if progress > 1.0 - self.warmdown_ratio:
-            return 0.90 + 0.07 * (1.0 - progress) / self.warmdown_ratio
-        return 0.85 + 0.12 * min(1.0, step / 400)
+        """0.85 -> 0.97 over 400 steps; 0.97 -> 0.90 over the warm-down; the lower one where a short run has both at once."""
+        return min(0.85 + 0.12 * min(1.0, step / 400), 0.90 + 0.07 * self._warmdown_left(progress))
 
     def weight_decay_multiplier(self, step: int, progress: float) -> float:
         """Half a cosine from 1 to 0."""
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def _warmdown_left(self, progress: float) -> float:
+        """1 before the warm-down, 0 at its end, and past it: a run by the clock overruns by a part of a step."""
+        return min(1.0, max(0.0, 1.0 - progress) / self.warmdown_ratio) if self.warmdown_ratio > 0 else 1.0
 
 
 def gpt_config(cfg: BaseTrainConfig, vocab_size: int, depth: int = 0) -> GPTConfig:
