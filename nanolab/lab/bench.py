@@ -1,0 +1,128 @@
+"""Speed, measured: a training step, the data path, the tokenizer. Medians of repeated measurements, with every sample kept.
+
+Each function returns a JSON-ready dict whose "results" map a name to {"median", "samples", "unit"}. Nothing here judges: two
+programs are compared by alternating whole runs of this on a quiet machine.
+"""
+
+import random
+import statistics
+import time
+from itertools import islice
+from typing import Any, Callable
+
+import torch
+
+from nanolab.config import BaseTrainConfig, BenchConfig, UserError
+from nanolab.runtime import Runtime, device_peaks, print0
+
+
+def measured(samples: list[float], unit: str, digits: int = 4) -> dict[str, Any]:
+    """One result: the median of `samples` and the samples themselves, to `digits` significant digits."""
+    return {"median": float(f"{statistics.median(samples):.{digits}g}"), "unit": unit, "samples": [float(f"{s:.{digits}g}") for s in samples]}
+
+
+def seconds(work: Callable[[], Any], runtime: Runtime) -> float:
+    """Wall time of `work()`, device included."""
+    runtime.synchronize()
+    start = time.perf_counter()
+    work()
+    runtime.synchronize()
+    return time.perf_counter() - start
+
+
+def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
+    from nanolab.model.attention import default_kernel
+    from nanolab.model.gpt import GPT
+    from nanolab.training.optim import MuonAdamW
+    from nanolab.training.schedule import make_plan
+
+    B, T = cfg.device_batch_size, cfg.max_seq_len
+    flags = BaseTrainConfig(
+        depth=cfg.depth, aspect_ratio=cfg.aspect_ratio, head_dim=cfg.head_dim, max_seq_len=T, device_batch_size=B,
+        window_pattern=cfg.window_pattern, total_batch_size=B * T * runtime.world_size, num_iterations=1,
+    )  # fmt: skip
+    plan = make_plan(flags, cfg.vocab_size, runtime.world_size)
+    kernel = cfg.attn_kernel or default_kernel(runtime.device.type)
+    with torch.device(runtime.device):
+        model = GPT(plan.model, runtime.dtype, kernel)
+    model.init_weights(cfg.seed)
+    groups = model.param_groups(
+        embedding_lr=flags.embedding_lr, unembedding_lr=flags.unembedding_lr, matrix_lr=flags.matrix_lr, scalar_lr=flags.scalar_lr,
+        weight_decay=plan.weight_decay, batch_scale=plan.batch_scale,
+    )  # fmt: skip
+    optimizer = MuonAdamW(groups, runtime)
+    step_model = torch.compile(model, dynamic=False) if runtime.device.type == "cuda" else model
+    ids = torch.randint(0, cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(cfg.seed)).to(runtime.device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            loss = step_model(inputs, targets, reduction="sum") / (targets.numel() * runtime.world_size)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first = seconds(lambda: steps(1), runtime)
+    steps(max(0, cfg.warmup - 1))
+    samples = [seconds(lambda: steps(cfg.steps), runtime) / cfg.steps for _ in range(cfg.repeats)]
+    rates = [B * T * runtime.world_size / s for s in samples]
+    peak = device_peaks(runtime.device_name)[0]
+    return {
+        "kernel": kernel, "compiled": step_model is not model, "n": cfg.repeats, "steps_per_sample": cfg.steps,
+        "results": {
+            "step": measured([1000 * s for s in samples], "ms"),
+            "tokens": measured(rates, "tokens/s"),
+            "first_step": measured([first], "s"),
+            "peak_memory": measured([runtime.peak_memory_mib()], "MiB"),
+        },
+        "flops_per_token": plan.flops_per_token,
+        "mfu": round(statistics.median(rates) * plan.flops_per_token / (peak * runtime.world_size), 4) if peak else "unknown",
+    }  # fmt: skip
+
+
+def read_texts(cfg: BenchConfig) -> tuple[list[str], int]:
+    """The first `megabytes` of the corpus's training documents, in file order, and their bytes in UTF-8."""
+    from nanolab.data.corpus import open_data
+
+    texts, n_bytes = [], 0
+    for documents, _ in open_data(cfg, cfg.seed).train:
+        for text in documents.iterate():
+            if n_bytes >= cfg.megabytes * 1e6:
+                break
+            texts.append(text)
+            n_bytes += len(text.encode())
+    if not texts:
+        raise UserError(f"--megabytes {cfg.megabytes} reads no text; expected more than 0; try --megabytes 8")
+    return texts, n_bytes
+
+
+def the_tokenizer(cfg: BenchConfig, texts: list[str]):
+    """--tokenizer, or one of --vocab-size trained on `texts`: the same texts give the same tokenizer."""
+    from nanolab.data.tokenizer import Tokenizer
+
+    if cfg.tokenizer:
+        return Tokenizer.load(cfg.tokenizer)
+    print0(f"training a tokenizer of {cfg.vocab_size} tokens on the text (--tokenizer names one that exists)")
+    return Tokenizer.train(texts, cfg.vocab_size)
+
+
+def tokenizer(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """Training a vocabulary, and encoding with it on one thread and on all."""
+    from nanolab.data.tokenizer import Tokenizer
+
+    texts, n_bytes = read_texts(cfg)
+    tok = the_tokenizer(cfg, texts)
+    ids = tok.encode_batch(texts, runtime.threads)  # warms the caches, and is what the counts below are of
+
+    def rates(work: Callable[[], Any]) -> dict[str, Any]:
+        return measured([n_bytes / 1e6 / seconds(work, runtime) for _ in range(cfg.repeats)], "MB/s")
+
+    results = {"train": rates(lambda: Tokenizer.train(texts, tok.vocab_size))} if not cfg.tokenizer else {}
+    results["encode_1_thread"] = rates(lambda: tok.encode_batch(texts, 1))
+    if runtime.threads > 1:
+        results[f"encode_{runtime.threads}_threads"] = rates(lambda: tok.encode_batch(texts, runtime.threads))
+    results["decode"] = rates(lambda: [tok.decode(row) for row in ids])
+    n_tokens = sum(map(len, ids))
+    counts = {"bytes": n_bytes, "documents": len(texts), "tokens": n_tokens, "bytes_per_token": round(n_bytes / n_tokens, 4)}
+    return {"n": cfg.repeats, "vocab_size": tok.vocab_size, "tokenizer_hash": tok.hash, **counts, "results": results}

@@ -1,0 +1,41 @@
+"""Measure speed: python -m scripts.bench train|data|tokenizer --json (the last line of stdout is then one JSON document)."""
+
+import sys
+
+from nanolab.config import BenchConfig, UserError, main, parse, to_json
+
+WHAT = ("train", "data", "tokenizer")
+
+
+def run(cfg: BenchConfig) -> int:
+    if cfg.what not in WHAT:
+        raise UserError(f"bench {cfg.what!r} is unknown; expected one of {', '.join(WHAT)}; try python -m scripts.bench train")
+    if cfg.repeats < 1 or cfg.steps < 1:
+        raise UserError(f"--repeats {cfg.repeats} and --steps {cfg.steps}: expected at least 1 of each; try --repeats 5 --steps 5")
+    import json
+
+    from nanolab import runtime
+    from nanolab.lab import bench
+    from nanolab.training.environment import environment
+
+    rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads)
+    try:
+        document = {"bench": cfg.what, **getattr(bench, cfg.what)(cfg, rt), "config": to_json(cfg), "env": environment(rt)}
+        for name, result in document["results"].items():
+            low, high = min(result["samples"]), max(result["samples"])
+            spread = f"  (lowest {low:g}, highest {high:g}, n = {len(result['samples'])})" if len(result["samples"]) > 1 else ""
+            runtime.print0(f"{cfg.what:9s} {name:24s} {result['median']:>12g} {result['unit']}{spread}")
+        if cfg.json:
+            runtime.print0(json.dumps(document))
+    finally:
+        rt.close()
+    return 0
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """The first word, if it is not a flag, says what to measure."""
+    return ["--what", *argv] if argv and not argv[0].startswith("-") else argv
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse(BenchConfig, arguments(sys.argv[1:]))))
