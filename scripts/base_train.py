@@ -9,7 +9,7 @@ TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multipl
 
 def run(cfg: BaseTrainConfig) -> int:
     from nanolab import runtime
-    from nanolab.training.run import recorded
+    from nanolab.training.models import recorded
 
     if cfg.plan_for and not cfg.dry_run:
         raise UserError(f"--plan-for {cfg.plan_for} only makes sense with --dry-run")
@@ -32,7 +32,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.data.packing import PackedBatches, validation_rows
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.evals.bpb import bits_per_byte
-    from nanolab.evals.samples import sample_prompts
+    from nanolab.evals.samples import print_samples
     from nanolab.model.attention import default_kernel
     from nanolab.model.gpt import GPT
     from nanolab.runtime import base_dir, print0
@@ -66,14 +66,13 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         ),
         rt,
     )  # fmt: skip
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(rt.device)
     rows = []
 
     def evaluate() -> dict[str, float]:
         if not rows:  # tokenised at the first evaluation, so that training starts at once
             limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
-            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit))
-        return {"val/bpb": bits_per_byte(model, rows[0], token_bytes, rt, cfg.device_batch_size).bpb}
+            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit)[:2])
+        return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
 
     try:
         fit(
@@ -81,7 +80,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
             Every(
                 log=cfg.log_every, eval=cfg.eval_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
-                log_grad_norm=cfg.log_grad_norm, evaluate=evaluate, sample_fn=lambda: sample_prompts(model, tokenizer, rt),
+                grad_norm=cfg.log_grad_norm, evaluate=evaluate, draw_samples=lambda: print_samples(model, tokenizer, rt),
             ),
         )  # fmt: skip
     finally:
