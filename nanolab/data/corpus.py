@@ -1,0 +1,236 @@
+"""Corpora: which files a name stands for, an endless shuffled sequence of their documents, and pinned validation text.
+
+Validation is the corpus's declared file, or --val-data, or else a split that is drawn once and written to the base
+directory: no training file that comes later can change it, and training skips every document that is also in it.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import numpy as np
+
+from nanolab.config import DataConfig, UserError, nearest
+from nanolab.data import hub, pydocs
+from nanolab.data.formats import SUFFIXES, find_files, index_file, locked, read_block, write_atomically, write_documents
+from nanolab.runtime import base_dir, progress
+
+CACHE_CHARS = 96 << 20  # decoded text kept per source
+SPLIT_SHARE, SPLIT_BYTES = 0.05, 10e6  # a corpus without a validation file gives up this share of its text, and at most so much
+
+
+def digest(text: str) -> bytes:
+    """8 bytes that stand for `text` in the set of held-out documents."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+
+class Documents:
+    """An endless, randomly addressable, shuffled sequence of the documents of one source.
+
+    Document n belongs to epoch n // n_documents. In each epoch the blocks are permuted, and the documents inside each
+    block, by (seed, epoch): neighbouring n lie in the same block, so that reading in order decodes each block once.
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path], seed: int = 0, held_out: frozenset[bytes] = frozenset()) -> None:
+        """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be read."""
+        self.name, self.paths, self.seed, self.held_out = name, list(paths), int(seed), held_out
+        indexed = [index_file(path) for path in progress(self.paths, f"indexing {name}")]
+        self.hashes = [sha for sha, _ in indexed]
+        self.blocks = [block for _, blocks in indexed for block in blocks]
+        self.n_documents = sum(block.n for block in self.blocks)
+        self.fingerprint = hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+        self.block_order = lru_cache(4)(self._block_order)
+        self._inside = lru_cache(256)(lambda epoch, b: self._rng(epoch, b).permutation(self.blocks[b].n))
+        self._decoded: OrderedDict[int, tuple[list[str | None], int]] = OrderedDict()
+        self._cached_chars = 0
+        self._skipped = 0  # since `get` last returned text
+
+    def _rng(self, *key: int) -> np.random.RandomState:
+        # RandomState's stream is frozen (NEP 19), Generator's may change between versions of numpy
+        raw = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=16).digest()
+        return np.random.RandomState(np.frombuffer(raw, dtype="<u4"))
+
+    def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks' order in `epoch`, and for each place the number of documents up to its end."""
+        order = self._rng(epoch).permutation(len(self.blocks))
+        return order, np.cumsum([self.blocks[b].n for b in order])
+
+    def _texts(self, b: int) -> list[str | None]:
+        if b in self._decoded:
+            self._decoded.move_to_end(b)
+            return self._decoded[b][0]
+        texts = read_block(self.blocks[b])
+        chars = sum(len(t) for t in texts if t)
+        self._decoded[b] = texts, chars
+        self._cached_chars += chars
+        while self._cached_chars > CACHE_CHARS and len(self._decoded) > 1:
+            self._cached_chars -= self._decoded.popitem(last=False)[1][1]
+        return texts
+
+    def _find(self, n: int) -> tuple[int, int]:
+        """(block, place in the block) of document n."""
+        epoch, i = divmod(int(n), self.n_documents)
+        order, ends = self.block_order(epoch)
+        place = int(np.searchsorted(ends, i, side="right"))
+        b = int(order[place])
+        return b, int(self._inside(epoch, b)[i - (int(ends[place - 1]) if place else 0)])
+
+    def get(self, n: int) -> str | None:
+        """Document n, or None where it is blank or held out. Raises UserError when nothing at all is left to train on."""
+        b, i = self._find(n)
+        text = self.kept(self._texts(b)[i])
+        self._skipped = self._skipped + 1 if text is None else 0
+        if self._skipped > 2 * self.n_documents + 1000:
+            seen = f"every document of {self.name} is blank or in the validation set"
+            raise UserError(f"{seen}; expected text to train on; add text or change --val-data")
+        return text
+
+    def where(self, n: int) -> str:
+        """File and place of document n, for messages."""
+        b, i = self._find(n)
+        block = self.blocks[b]
+        return f"{block.path} {'row group' if block.kind == 'parquet' else 'byte'} {block.start}, document {i}"
+
+    def kept(self, text: str | None) -> str | None:
+        """`text`, or None where it is blank or held out."""
+        blank = text is None or not text.strip()
+        return None if blank or (self.held_out and digest(text) in self.held_out) else text
+
+    def iterate(self) -> Iterator[str]:
+        """One pass in file order, without blank and held-out documents."""
+        for block in self.blocks:
+            yield from filter(None, map(self.kept, read_block(block)))
+
+
+def hold_out(sizes: dict[str, int]) -> set[str]:
+    """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in bytes."""
+    cap = min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES)
+    chosen: set[str] = set()
+    taken = 0
+    for group in sorted(sizes, key=digest):
+        if taken < 0.8 * cap and taken + sizes[group] <= cap:
+            chosen.add(group)
+            taken += sizes[group]
+    return chosen
+
+
+def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list[str]]:
+    """(validation texts, names of the files they come from): whole files where small ones are many, single documents otherwise."""
+    sizes = dict.fromkeys(names.values(), 0)
+    for block in documents.blocks:
+        sizes[names[block.path]] += block.length
+    files = hold_out(sizes)
+    if sum(sizes[f] for f in files) >= 0.5 * min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES):
+        chosen = Documents(documents.name, [p for p in documents.paths if names[p] in files])
+        return list({digest(t): t for t in chosen.iterate()}.values()), sorted(files)
+    texts: dict[bytes, str] = {}
+    first: dict[bytes, str] = {}  # for a corpus so small that chance takes nothing
+    taken = 0
+    for b in progress(documents.block_order(0)[0], "drawing validation text"):
+        for text in filter(None, map(documents.kept, read_block(documents.blocks[b]))):
+            key = digest(text)
+            if len(first) < 1000:
+                first[key] = text
+            if int.from_bytes(key, "big") < SPLIT_SHARE * 2**64:
+                taken += len(text.encode()) if key not in texts else 0
+                texts[key] = text
+        if taken >= SPLIT_BYTES:
+            break
+    if not texts and len(first) < 2:
+        seen = f"{documents.name} holds {len(first)} document, so none can be held out for validation"
+        raise UserError(f"{seen}; expected at least 2 that differ; give validation text with --val-data FILE")
+    return list(texts.values()) or [first[min(first)]], sorted(names.values())
+
+
+def _pinned_split(where: Path, files: list[Path]) -> Path:
+    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer fits."""
+    root = where if where.is_dir() else where.parent
+    documents = Documents(where.name, files)
+    names = {path: path.relative_to(root).as_posix() for path in files}
+    folder = base_dir() / "corpora" / _key(where)
+    manifest, val = folder / "manifest.json", folder / "val.parquet"
+    hashes = {names[path]: sha for path, sha in zip(documents.paths, documents.hashes)}
+    if not manifest.exists():
+        texts, drawn_from = _draw(documents, names)
+        sha = write_documents(val, sorted(texts, key=digest))  # in order of hash: any beginning is a fair sample
+        pinned = {"source": str(where), "sha256": sha, "documents": len(texts), "drawn_from": {f: hashes[f] for f in drawn_from}}
+        write_atomically(manifest, json.dumps(pinned, indent=1))
+    pinned = json.loads(manifest.read_text())
+    advice = f"to draw new validation text type: rm -r {folder} (or name a file with --val-data)"
+    if not val.exists() or index_file(val)[0] != pinned["sha256"]:
+        raise UserError(f"{val} is not the file that its manifest names; expected sha256 {pinned['sha256']}; {advice}")
+    changed = [f for f, sha in pinned["drawn_from"].items() if hashes.get(f, sha) != sha]
+    if changed or not hashes.keys() & pinned["drawn_from"].keys():
+        seen = f"{changed[0]} has changed" if changed else "none of the files are left"
+        raise UserError(f"{seen} since the validation text of {where} was drawn; expected the same text, or more files; {advice}")
+    return val
+
+
+def _key(where: Path) -> str:
+    return f"local-{where.stem}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
+
+
+# name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation files
+CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
+    "pydocs": lambda num_shards, workers: pydocs.ensure(workers, hold_out),
+    **{name: partial(hub.ensure, name) for name in hub.CORPORA},
+}
+
+
+def parse_mixture(data: str) -> list[tuple[str, float]]:
+    """"a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash). Raises UserError."""
+    out: dict[str, float] = {}
+    for part in data.split(","):
+        name, _, weight = part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
+        if name not in CORPORA and "/" not in name and Path(name).suffix not in SUFFIXES:
+            hint = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
+            raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < float("inf") or name in out:
+            seen = f"{name} in --data {data} " + ("appears twice" if name in out else f"has the weight {weight!r}")
+            raise UserError(f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3")
+        out[name] = value
+    return [(name, weight / sum(out.values())) for name, weight in out.items()]
+
+
+@dataclass
+class Data:
+    """What a run trains on and what it is judged on."""
+
+    train: list[tuple[Documents, float]]  # (source, weight), weights summing to 1
+    val: Documents  # read it with iterate()
+    fingerprint: str  # of everything `train` gives, in order
+    val_fingerprint: str
+
+
+def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
+    """Make, download or find the text that `cfg` asks for. seed: of the shuffle. Raises UserError for what is missing or damaged."""
+    if cfg.num_shards < 1 and cfg.num_shards != -1:
+        raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
+    mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)
+    declared = {p.resolve(): p for p in find_files(cfg.val_data)} if cfg.val_data else {}
+    sources, validation = [], list(declared.values())
+    for name, weight in mixture:
+        local = None if name in CORPORA and not cfg.data_dir else Path(name).expanduser().resolve()
+        with locked(f"corpora/{_key(local) if local else name}"):  # ranks of one job take turns: the first does the work
+            train, val = (find_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
+            train = [p for p in train if p.resolve() not in declared]
+            if not train:
+                raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
+            if not declared:
+                validation += val or [_pinned_split(local, train)]
+            sources.append((local.name if local else name, train, weight))
+            for path in progress(train, f"indexing {name}"):
+                index_file(path)
+    val = Documents("validation", validation, seed)
+    held_out = frozenset(digest(text) for text in val.iterate())
+    out = [(Documents(name, train, seed, held_out), weight) for name, train, weight in sources]
+    parts = json.dumps([val.fingerprint, *([documents.fingerprint, weight] for documents, weight in out)])
+    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint)

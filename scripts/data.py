@@ -1,0 +1,36 @@
+"""Build or download a corpus and say what it holds: python -m scripts.data --data pydocs
+
+Reads every document once, so that a corpus that passes is whole; hub corpora: --data climbmix --num-shards 170.
+"""
+
+import json
+
+from nanolab.config import DataBuildConfig, main, parse
+
+
+def run(cfg: DataBuildConfig) -> None:
+    from nanolab.data.corpus import open_data
+    from nanolab.runtime import progress
+
+    data = open_data(cfg, workers=cfg.workers)
+    rows = []
+    for documents, weight in [*data.train, (data.val, None)]:
+        sizes = [len(text.encode()) for text in progress(documents.iterate(), f"reading {documents.name}", documents.n_documents)]
+        folders = sorted({str(path.parent) for path in documents.paths})
+        rows.append({
+            "source": documents.name, "weight": weight, "documents": len(sizes), "bytes": sum(sizes),
+            "left_out": documents.n_documents - len(sizes), "files": len(documents.paths), "where": folders,
+        })  # fmt: skip
+    print(f"{'source':<16} {'weight':>7} {'documents':>11} {'bytes':>15} {'left out':>9} {'files':>6}  where")
+    for row in rows:
+        weight = "" if row["weight"] is None else f"{row['weight']:.3f}"
+        place = ", ".join(row["where"][:3]) + (" ..." if len(row["where"]) > 3 else "")
+        counts = f"{row['documents']:>11,} {row['bytes']:>15,} {row['left_out']:>9,} {row['files']:>6}"
+        print(f"{row['source']:<16} {weight:>7} {counts}  {place}")
+    print("left out: blank documents, and documents that are also in the validation text")
+    if cfg.json:
+        print(json.dumps({"sources": rows, "fingerprint": data.fingerprint, "val_fingerprint": data.val_fingerprint}))
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse(DataBuildConfig)))
