@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from nanolab.config import UserError
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16 FLOP/s and memory bytes/s by substring of the lower-cased device name; the first row that matches counts.
+# Dense bf16 FLOP/s and memory bytes/s by words of the lower-cased device name; the first row that matches counts.
 # Sources: vendors' data sheets.
 PEAKS: list[tuple[str, float, float | None]] = [
     ("gb200", 2500e12, 8.0e12), ("grace blackwell", 2500e12, 8.0e12), ("b200", 2250e12, 8.0e12), ("b100", 1800e12, 8.0e12),
@@ -30,7 +31,7 @@ PEAKS: list[tuple[str, float, float | None]] = [
     ("h800 nvl", 989e12, 3.9e12), ("h800", 756e12, 2.0e12),
     ("a100", 312e12, 2.0e12), ("a800", 312e12, 2.0e12), ("a40", 149.7e12, 0.696e12), ("a30", 165e12, 0.933e12),
     ("l40s", 362e12, 0.864e12), ("l4", 121e12, 0.3e12),
-    ("mi355", 2500e12, 8.0e12), ("mi325", 1307.4e12, 6.0e12), ("mi300x", 1307.4e12, 5.3e12), ("mi300a", 980.6e12, 5.3e12),
+    ("mi355x", 2500e12, 8.0e12), ("mi325x", 1307.4e12, 6.0e12), ("mi300x", 1307.4e12, 5.3e12), ("mi300a", 980.6e12, 5.3e12),
     ("mi250x", 383e12, 3.28e12), ("mi250", 362.1e12, 3.28e12),
     ("5090", 209.5e12, 1.79e12), ("4090", 165.2e12, 1.01e12), ("3090", 71e12, 0.936e12),
 ]  # fmt: skip
@@ -250,6 +251,6 @@ def keep_freed_memory() -> None:
 def device_peaks(name: str) -> tuple[float | None, float | None]:
     """(bf16 FLOP/s, memory bytes/s) of a device by its name; None where unknown."""
     for key, flops, bandwidth in PEAKS:
-        if key in name.lower():
+        if re.search(rf"\b{key}\b", name.lower()):  # whole words: an L40 is no L4, a laptop's A1000 no A100
             return flops, bandwidth
     return None, None

@@ -1,0 +1,124 @@
+"""Config, command line and JSON are one thing, and mistakes are named."""
+
+import dataclasses
+import json
+
+import pytest
+
+from nanolab import config
+from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, from_json, main, parse, to_json
+
+ALL = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+
+
+def test_every_kind_of_value_is_parsed():
+    cfg = parse(
+        BaseTrainConfig,
+        "--run a-b --depth=4 --max_seq_len 512 --num-iterations -1 --target-flops 1e15 --resume --no-log-grad-norm --data pydocs:0.7,x:0.3".split(),
+    )
+    want = dict(run="a-b", depth=4, max_seq_len=512, num_iterations=-1, target_flops=1e15, resume=True, log_grad_norm=False, data="pydocs:0.7,x:0.3")
+    assert cfg == BaseTrainConfig(**want)
+    assert parse(BaseTrainConfig, []) == BaseTrainConfig()
+    assert parse(ChatConfig, ["-p", "Once upon"]).prompt == "Once upon"
+
+
+def test_fingers_of_the_reference_harness():
+    """Its flags exist under its names and with its defaults, except for those that mean something else here."""
+    theirs = dict(
+        depth=20, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL", num_iterations=-1, target_flops=-1.0,
+        device_batch_size=32, total_batch_size=-1, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.28,
+        warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05, eval_every=250, sample_every=2000, device_type="",
+    )  # fmt: skip
+    ours = to_json(BaseTrainConfig())
+    assert {name: ours.get(name) for name in theirs} == theirs
+    assert {"run", "target_param_data_ratio", "eval_tokens", "save_every"} <= set(ours)
+
+
+@pytest.mark.parametrize(
+    "argv,hint",
+    [
+        (["--dpeth", "4"], "--dpeth is not a flag of this command; did you mean --depth?"),
+        (["--depth", "4", "--warmup=40"], "--warmup is not a flag of this command; did you mean --warmup-steps?"),
+        (["--device_batchsize", "4"], "did you mean --device-batch-size?"),
+        (["--no-resum"], "--no-resum is not a flag of this command"),
+        (["--zzzzqqqq", "4"], "--zzzzqqqq"),
+        (["4"], "Unrecognized"),
+        (["--depth", "four"], "--depth"),
+        (["--depth"], "--depth"),
+    ],
+)
+def test_bad_command_lines_leave_with_2(argv, hint, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(BaseTrainConfig, argv)
+    assert leaving.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_help_shows_the_comments(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(BaseTrainConfig, ["--help"])
+    out = capsys.readouterr().out
+    assert leaving.value.code == 0
+    assert "--depth" in out and "layers; the dial" in out
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
+def test_json_round_trip(cls):
+    """Defaults and changed values survive a trip through text."""
+    changed = {f.name: not f.default if f.type == "bool" or f.type is bool else f.default for f in dataclasses.fields(cls)}
+    for cfg in (cls(), cls(**changed)):
+        again = from_json(cls, json.loads(json.dumps(to_json(cfg))))
+        assert again == cfg and type(again) is cls
+
+
+def test_unknown_json_field_names_the_nearest():
+    values = to_json(GPTConfig())
+    values["n_layers"] = values.pop("n_layer")
+    with pytest.raises(UserError, match="GPTConfig has no field 'n_layers'; did you mean n_layer?"):
+        from_json(GPTConfig, values)
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        (dict(n_embd=100, n_head=6), "100 over 6 heads"),
+        (dict(n_embd=66, n_head=2, n_kv_head=2), "head size 33"),
+        (dict(n_head=6, n_kv_head=4), "n_head 6 is not a multiple of n_kv_head 4"),
+        (dict(window_pattern=""), "''"),
+        (dict(window_pattern="sssl"), "'sssl'"),
+        (dict(n_embd=16, n_head=1, n_kv_head=1), "width 16"),
+        (dict(n_layer=0), "n_layer is 0"),
+        (dict(vocab_size=-1), "vocab_size is -1"),
+    ],
+)
+def test_impossible_architectures(changes, said):
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(GPTConfig(), **changes)
+
+
+@pytest.mark.parametrize(
+    "command,code,err",
+    [
+        (lambda: None, 0, ""),
+        (lambda: 0, 0, ""),
+        (lambda: 3, 3, ""),
+        (lambda: parse(BaseTrainConfig, ["--dpeth", "4"]), 2, "did you mean --depth?"),
+        (lambda: dataclasses.replace(GPTConfig(), n_layer=0), 1, "error: n_layer is 0; expected at least 1\n"),
+    ],
+)
+def test_main_exit_codes(command, code, err, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(command)
+    assert leaving.value.code == code
+    assert err in capsys.readouterr().err
+
+
+def test_main_interrupt_and_bugs(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as leaving:
+        main(interrupted)
+    assert leaving.value.code == 130
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        main(lambda: 1 // 0)
