@@ -1,0 +1,255 @@
+"""Checkpoints on disk: one that can be seen is whole, and a damaged one is never loaded.
+
+A checkpoint is a folder step_000123/ with
+  model.safetensors          weights
+  optim_rank0.safetensors    one per rank: that rank's optimizer shards and random-number state
+  meta.json                  step, configs, data position, loop state, versions: enough to go on, or to say what it was
+  manifest.json              format version, and size and sha256 of every other file; written last
+It is written in a hidden sibling folder, every file and the folder are flushed to disk, and then it is renamed. A kill
+at any moment leaves a hidden folder, which the next save removes. A folder of checkpoints has one writer at a time (the
+run directory's lock sees to that) and is shared by all ranks.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from nanolab.config import UserError
+from nanolab.runtime import Runtime
+
+FORMAT = 1
+RNG = "__rng__/"  # keys of a rank's file that hold generator states, not optimizer shards
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, half-written or of another format."""
+
+
+def save(
+    root: Path, step: int, *, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor] | None, meta: dict[str, Any], runtime: Runtime
+) -> Path:
+    """Write step_<step>/ under `root` and return it. Called by every rank; `weights` and `meta` are taken from rank 0.
+
+    optimizer: this rank's shards (None: weights only). Raises UserError on every rank if a file cannot be written; what
+    was saved before is untouched and nothing half-written stays.
+    """
+    final = root / f"step_{step:06d}"
+    temp = root / f".tmp-{final.name}"
+    shards = None if optimizer is None else {**optimizer, **_rng_state(runtime)}
+    tensors = [*(weights.values() if runtime.is_main else ()), *(shards or {}).values()]
+    need = sum(runtime.gather_objects(sum(t.nbytes for t in tensors)))
+
+    def open_folder() -> None:
+        remove_stale(root)
+        temp.mkdir(parents=True)
+
+    def write_files() -> dict[str, dict[str, Any]]:
+        files = {}
+        if runtime.is_main:
+            files["model.safetensors"] = _write(temp / "model.safetensors", weights)
+            files["meta.json"] = _write(temp / "meta.json", {**meta, "step": step, "format": FORMAT})
+        if shards is not None:
+            name = f"optim_rank{runtime.rank}.safetensors"
+            files[name] = _write(temp / name, shards)
+        return files
+
+    def publish() -> None:
+        _write(temp / "manifest.json", {"format": FORMAT, "step": step, "files": {k: v for part in parts for k, v in part.items()}})
+        _sync(temp)
+        if final.exists():  # a damaged one of the same step, or the same step once more
+            final.rename(root / f".tmp-replaced-{final.name}")
+        temp.rename(final)
+        _sync(root)
+
+    error = _attempt(open_folder, runtime.is_main, runtime)[1]
+    if not error:
+        parts, error = _attempt(write_files, True, runtime)
+    if not error:
+        error = _attempt(publish, runtime.is_main, runtime)[1]
+    if error:
+        free = shutil.disk_usage(root).free if root.exists() else 0
+        if runtime.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {root}: {error}. It needs {need / 1e6:.1f} MB; the disk has "
+            f"{free / 1e6:.1f} MB free. Checkpoints saved before are untouched. Make room (or raise the file size limit), then type "
+            f"the same command with --resume; --keep 1 keeps fewer checkpoints"
+        )
+    if runtime.is_main:
+        remove_stale(root)
+    return final
+
+
+def steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every visible checkpoint, oldest first, whole or not."""
+    found = [(int(p.name[5:]), p) for p in root.glob("step_*") if p.name[5:].isdigit()] if root.exists() else []
+    return sorted(found)
+
+
+def verify(path: Path, only: Iterable[str] | None = None, deep: bool = True) -> None:
+    """Raise CheckpointError, naming what is wrong, unless every file (or those in `only`) is what the manifest says.
+
+    deep: compare sha256; otherwise only the presence and size of the files.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        records = {name: (r["bytes"], r["sha256"]) for name, r in manifest["files"].items()}
+        found = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is half-written or damaged: no readable manifest.json ({error})") from None
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {found}; this nanolab reads format {FORMAT}")
+    for name in {"model.safetensors", "meta.json", *records} if only is None else only:
+        size, digest = records.get(name, (-1, ""))
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
+        if deep and _sha256(file) != digest:
+            raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} is not what was saved (sha256 differs)")
+
+
+def newest_valid(root: Path, only: Iterable[str] | None = None) -> Path | None:
+    """The newest checkpoint that verifies, or None. Every newer one that does not is named on the way."""
+    for _, path in reversed(steps(root)):
+        try:
+            verify(path, only)
+            return path
+        except CheckpointError as error:
+            print(f"skipped: {error}", flush=True)
+    return None
+
+
+def load_meta(path: Path) -> dict[str, Any]:
+    return json.loads((path / "meta.json").read_text())
+
+
+def load_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Weights by parameter name. The caller has verified `path`."""
+    return load_file(path / "model.safetensors", device=str(device))
+
+
+def load_optimizer(path: Path) -> Mapping[str, torch.Tensor]:
+    """The optimizer shards of every rank that saved, read when asked for."""
+    return Shards(sorted(path.glob("optim_rank*.safetensors")))
+
+
+def restore_rng(path: Path, runtime: Runtime) -> None:
+    """Put torch's generators where this rank had them at the save. A rank that did not exist then keeps its seed."""
+    file = path / f"optim_rank{runtime.rank}.safetensors"
+    if not file.exists():
+        return
+    with safe_open(file, "pt") as f:
+        torch.set_rng_state(f.get_tensor(RNG + "cpu"))
+        if RNG + "cuda" in f.keys() and runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(f.get_tensor(RNG + "cuda"), runtime.device)
+
+
+class Shards(Mapping[str, torch.Tensor]):
+    """Tensors of several safetensors files under one roof; each is read from disk on access."""
+
+    def __init__(self, files: Iterable[Path]):
+        handles = [safe_open(f, "pt") for f in files]
+        self._handles = {key: h for h in handles for key in h.keys() if not key.startswith(RNG)}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._handles[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._handles)
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+
+def retain(root: Path, keep: int | str, best: int | None = None) -> None:
+    """Remove checkpoints, except the newest `keep` ("all": every one), step `best`, and damaged ones, which stay to be seen."""
+    if keep == "all":
+        return
+    whole = []
+    for step, path in steps(root):
+        try:
+            verify(path, deep=False)
+            whole.append((step, path))
+        except CheckpointError:
+            continue
+    for step, path in whole[: -int(keep)]:
+        if step != best:
+            path.rename(root / f".tmp-removed-{path.name}")  # hidden at once: never seen half-removed
+    remove_stale(root)
+
+
+def remove_stale(root: Path) -> None:
+    """Remove hidden folders that a killed process left."""
+    for path in root.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: after a crash it holds the old text or the new, never a part."""
+    temp = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temp, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temp.replace(path)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error.strerror}; make room there, then type the same command again") from error
+    _sync(path.parent)
+
+
+def _attempt(work: Callable[[], Any], mine: bool, runtime: Runtime) -> tuple[list[Any], str]:
+    """Run `work` on the ranks where `mine`; every rank gets all results and the first error text ("" if none)."""
+    result, error = None, ""
+    try:
+        result = work() if mine else None
+    except (OSError, SafetensorError) as e:
+        error = f"{type(e).__name__}: {e}" if isinstance(e, SafetensorError) else (e.strerror or str(e))
+        error += f" (rank {runtime.rank})" if runtime.world_size > 1 else ""
+    both = runtime.gather_objects((result, error))
+    return [r for r, _ in both], next((e for _, e in both if e), "")
+
+
+def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write one file (tensors or JSON by its suffix), flush it to disk and return its manifest record."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content, indent=1))
+    else:
+        save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, path)
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            digest.update(buffer[:n])
+    return digest.hexdigest()
+
+
+def _rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:
+    state = {RNG + "cpu": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        state[RNG + "cuda"] = torch.cuda.get_rng_state(runtime.device)
+    return state

@@ -1,0 +1,120 @@
+"""Runs on disk, read: metrics, the best checkpoint, and `--model NAME[@STEP|best]` to a loaded model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolab.config import GPTConfig, UserError, from_json
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime, base_dir, print0
+from nanolab.training import checkpoint
+from nanolab.training.checkpoint import CheckpointError
+
+WEIGHTS_ONLY = ("model.safetensors", "meta.json")  # what a reader of weights has to verify
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One checkpoint of one run."""
+
+    name: str
+    run_dir: Path
+    checkpoint: Path
+    step: int
+
+
+def runs_dir() -> Path:
+    return base_dir() / "runs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); expected the record of a run; start a new one with --run NAME") from None
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """env.json of a run that has something to resume (device, dtype, threads, ...), else {}."""
+    folder = runs_dir() / name
+    return read_json(folder / "env.json") if checkpoint.steps(folder / "checkpoints") else {}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order. A line that a crash tore is left out."""
+    path, rows = run_dir / "metrics.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The saved step with the lowest val/bpb (the earliest of equals), or None if no saved step was evaluated."""
+    saved = {step for step, _ in checkpoint.steps(run_dir / "checkpoints")}
+    scores = [(row["val/bpb"], row["step"]) for row in read_metrics(run_dir) if row.get("val/bpb") is not None and row["step"] in saved]
+    return min(scores)[1] if scores else None
+
+
+def find_model(ref: str = "") -> ModelRef:
+    """NAME, NAME@STEP or NAME@best -> a verified checkpoint; "" is the newest finished run. Prints which, in one line.
+
+    NAME alone is that run's newest whole checkpoint; damaged ones are named and skipped. Raises UserError, listing what
+    exists, when there is no such run or step, and CheckpointError when the step asked for is damaged.
+    """
+    name, _, which = ref.partition("@")
+    known = sorted(p.parent.name for p in runs_dir().glob("*/checkpoints")) if runs_dir().exists() else []
+    known = [n for n in known if checkpoint.steps(runs_dir() / n / "checkpoints")]
+    if not name:
+        finished = sorted((p for p in runs_dir().glob("*/result.json") if p.parent.name in known), key=lambda p: p.stat().st_mtime_ns)
+        if not finished:
+            unfinished = f"; not finished: {', '.join(known)} (name one with --model)" if known else ""
+            raise UserError(f"no finished run in {runs_dir()}{unfinished}. Train one: python -m scripts.base_train --run NAME")
+        name = finished[-1].parent.name
+    if name not in known:
+        raise UserError(f"no model {name!r} in {runs_dir()}; there are: {', '.join(known) or 'none'}. Type --model NAME[@STEP|best]")
+    run_dir = runs_dir() / name
+    saved = dict(checkpoint.steps(run_dir / "checkpoints"))
+    listing = ", ".join(map(str, saved))
+    if which == "":
+        path = checkpoint.newest_valid(run_dir / "checkpoints", WEIGHTS_ONLY)
+        if path is None:
+            raise UserError(f"every checkpoint of {name!r} is damaged (steps {listing}); train it again: --run NAME")
+    else:
+        step = best_step(run_dir) if which == "best" else int(which) if which.isdigit() else -1
+        if step not in saved:
+            why = "no saved step was evaluated" if which == "best" else f"no step {which!r}"
+            raise UserError(f"model {name!r}: {why}; saved steps: {listing}. Type --model {name}@{max(saved)}")
+        path = saved[step]
+        try:
+            checkpoint.verify(path, WEIGHTS_ONLY)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; saved steps of {name!r}: {listing}. Type --model {name}@STEP") from None
+    found = ModelRef(name, run_dir, path, int(path.name[5:]))
+    state = "finished" if (run_dir / "result.json").exists() else "not finished"
+    print0(f"model {name}@{found.step} ({state}) from {path}")
+    return found
+
+
+def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """(model in eval mode on the runtime's device and compute dtype, its tokenizer, the checkpoint's meta)."""
+    found = find_model(ref) if isinstance(ref, str) else ref
+    meta = checkpoint.load_meta(found.checkpoint)
+    tokenizer = Tokenizer.load(found.run_dir / "tokenizer")
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(
+            f"model {found.name!r} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but {found.run_dir / 'tokenizer'} holds "
+            f"{tokenizer.hash[:12]}: its ids would mean other text. Put the run's own tokenizer back, or use another --model"
+        )
+    model = GPT(from_json(GPTConfig, meta["model_config"]), runtime.dtype)
+    try:
+        model.load_state_dict(checkpoint.load_weights(found.checkpoint), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights of {found.checkpoint} do not fit this version of the model: {error}; use the nanolab of commit {meta.get('env', {}).get('commit')}") from None
+    return model.to(runtime.device).eval(), tokenizer, meta

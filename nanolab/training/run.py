@@ -1,0 +1,223 @@
+"""A run's directory, written: what was asked, on what machine, what was measured, what came out (models.py reads it).
+
+  <base>/runs/<name>/
+    config.json      every flag, resolved
+    env.json         versions, hardware, commit, command line; "resumes" lists those of later starts
+    metrics.jsonl    one object per logged step, flushed line by line
+    tokenizer/       the run's own copy
+    checkpoints/     see checkpoint.py
+    result.json      written last: a run that has it is finished
+A directory that holds a checkpoint, a metric or a result is never overwritten: the person resumes it, names another or
+removes it. One process group at a time works in it (a lock on .lock).
+"""
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from nanolab.config import UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.runtime import Runtime, print0
+from nanolab.training import checkpoint
+from nanolab.training.environment import environment
+from nanolab.training.models import ModelRef, best_step, find_model, load_model, read_json, read_metrics, recorded, runs_dir
+from nanolab.training.sink import WandbSink
+
+__all__ = ["ModelRef", "Run", "best_step", "find_model", "load_model", "read_metrics", "recorded", "runs_dir"]
+
+T = TypeVar("T")
+
+# Flags that a resumed run may change: they do not shape its result. Paths may move, because fingerprints are compared.
+MAY_CHANGE = {
+    "run", "resume", "dry_run", "plan_for", "device_type", "data_dir", "val_data", "tokenizer", "eval_every", "eval_tokens",
+    "sample_every", "save_every", "keep", "log_every", "log_grad_norm", "wandb", "device_batch_size", "threads",
+}  # fmt: skip
+# Facts of the machine that a resumed run keeps, and the way to type them.
+MUST_KEEP = {
+    "device": "--device-type {}", "dtype": "NANOLAB_DTYPE={}", "threads": "--threads {}", "attn_kernel": "--attn-kernel {}",
+    "kind": "another --run than this {} run",
+}  # fmt: skip
+
+
+class Run:
+    """One run on every rank; only rank 0 touches files. Make it with `Run.start`."""
+
+    def __init__(self, name: str, config: dict[str, Any], runtime: Runtime, kind: str):
+        self.name, self.config, self.runtime, self.kind = name, config, runtime, kind
+        self.dir = runs_dir() / name
+        self.checkpoints = self.dir / "checkpoints"
+        self.env: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}  # tokenizer_hash, data_fingerprint, ...: kept in every checkpoint
+        self.resume_from: Path | None = None  # the checkpoint that `fit` continues from
+        self._sink: WandbSink | None = None
+        self._metrics: IO[str] | None = None
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def start(
+        cls, name: str, config: dict[str, Any], runtime: Runtime, resume: bool = False, kind: str = "base", env: dict[str, Any] | None = None
+    ) -> "Run":
+        """Open the directory for writing. Called by every rank.
+
+        config: every flag. env: facts beyond `environment` (attn_kernel). resume: continue from the newest valid
+        checkpoint; without one the run begins at the beginning and says so. Raises UserError when the directory is in
+        use, holds another run, or was made with flags that would give another result.
+        """
+        check_name(name)
+        run = cls(name, config, runtime, kind)
+        run.env, run.resume_from = on_main(runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})}))
+        return run
+
+    @property
+    def finished(self) -> bool:
+        return (self.dir / "result.json").exists()
+
+    def pin_tokenizer(self, load: Callable[[], Tokenizer]) -> Tokenizer:
+        """The run's own tokenizer: its copy when resuming, otherwise `load()`, copied. Called by every rank."""
+        folder = self.dir / "tokenizer"
+        if self.resume_from is None:
+            on_main(self.runtime, lambda: str(load().save(folder)))
+        tokenizer = Tokenizer.load(folder)
+        self.identify(tokenizer_hash=tokenizer.hash)
+        return tokenizer
+
+    def identify(self, **facts: Any) -> None:
+        """Record what the run stands on (data_fingerprint, val_fingerprint, ...). A resumed run must find the same."""
+        self.facts |= facts
+        then = checkpoint.load_meta(self.resume_from) if self.resume_from else {}
+        for key, value in facts.items():
+            if then.get(key, value) != value:
+                raise UserError(
+                    f"run {self.name} was trained with {key} {then[key]} and finds {value} now: the files behind it have changed. Put the "
+                    f"old ones back, or start another run with --run NAME"
+                )
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, flushed, and send the same to wandb. Values that are not finite become null."""
+        if self._metrics is None:
+            return
+        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()}
+        try:
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise UserError(f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
+        if self._sink:
+            self._sink.log(step, {k: v for k, v in finite.items() if v is not None})
+
+    def sync(self) -> None:
+        """Flush metrics.jsonl to the disk, so that a checkpoint never outlives the lines before it."""
+        if self._metrics:
+            os.fsync(self._metrics.fileno())
+
+    def drop_from(self, step: int) -> None:
+        """Rewrite metrics.jsonl without the lines of `step` and later: a run resumed at `step` makes them again."""
+        lines = [row for row in read_metrics(self.dir) if row["step"] < step]
+        checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+
+    def best_step(self) -> int | None:
+        """The saved step with the lowest val/bpb so far, or None."""
+        return best_step(self.dir)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json in one step and close. Called by every rank."""
+        on_main(self.runtime, lambda: checkpoint.write_text(self.dir / "result.json", json.dumps(result, indent=1) + "\n"))
+        self.close(result)
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Close the files, wandb and the lock."""
+        if self._sink:
+            self._sink.finish(summary or {})
+        for file in (self._metrics, self._lock):
+            if file:
+                file.close()
+        self._sink = self._metrics = self._lock = None
+
+    def _open(self, resume: bool, env: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
+        """Rank 0: lock, check, and write the records. Returns (env, checkpoint to resume from)."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.dir / ".lock", "a+")
+        except OSError as error:
+            raise UserError(f"run directory {self.dir} cannot be written: {error.strerror}; try another NANOLAB_BASE_DIR") from None
+        self._take_lock()
+        saved = bool(checkpoint.steps(self.checkpoints)) or self.finished
+        if not resume and (saved or read_metrics(self.dir)):
+            raise UserError(
+                f"run {self.name!r} exists already in {self.dir}. Type --resume to continue it, --run NAME for a new one, or remove it "
+                f"first: rm -r {self.dir}"
+            )
+        before = recorded(self.name) if saved else {}
+        if saved:
+            self._compare(read_json(self.dir / "config.json"), before, env)
+        if self.finished:
+            return before, None
+        source = checkpoint.newest_valid(self.checkpoints) if resume else None
+        if resume and source is None:
+            print0(f"nothing to resume in {self.dir}: starting from the beginning")
+        if source:
+            env = {**before, "resumes": [*before.get("resumes", []), env]}
+            self.drop_from(checkpoint.load_meta(source)["step"])
+        else:
+            env = {**env, "wandb_id": secrets.token_hex(4), "resumes": []}
+            self.drop_from(-1)
+        checkpoint.write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
+        checkpoint.write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
+        mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")  # the reference's name for a run without wandb
+        self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config)
+        self._metrics = open(self.dir / "metrics.jsonl", "a")
+        return env, source
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:  # a record lock: it ends with this process, however it dies, and children do not inherit it
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            raise UserError(f"run {self.name!r} is being worked on by another process ({owner}) in {self.dir}; wait for it, stop it, or type --run NAME") from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
+        self._lock.flush()
+
+    def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
+        """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
+        flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in MAY_CHANGE and old[k] != self.config[k]}
+        wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items()]
+        for key, flag in MUST_KEEP.items():
+            if key in env and old_env.get(key, env[key]) != env[key] and not (key == "threads" and env["device"] != "cpu"):
+                wrong.append(f"{key} was {old_env[key]}, now {env[key]} (type {flag.format(old_env[key])})")
+        if wrong:
+            raise UserError(
+                f"run {self.name!r} cannot go on with what would change its result: {'; '.join(wrong)}. Type the values it was started "
+                f"with, or start a new run with --run NAME"
+            )
+        now = {**env, "device_batch_size": self.config.get("device_batch_size")}
+        then = {**old_env, "device_batch_size": old.get("device_batch_size")}
+        for key in ("world_size", "device_batch_size", "commit", "torch", "cpu"):
+            if then.get(key) != now.get(key):
+                print0(f"note: {key} was {then.get(key)}, now {now.get(key)}: the same batches, but losses may differ in the last digits")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless `name` can be a folder and the NAME of NAME@STEP."""
+    if not name or name.startswith(".") or set(name) & set("/\\@:") or name != name.strip():
+        raise UserError(f"run name {name!r} cannot be a folder name here; expected letters, digits, - _ . without / \\ @ :; try --run my-run")
+
+
+def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
+    """`work()` on rank 0; its result, or its UserError, on every rank."""
+    result, error = None, ""
+    if runtime.is_main:
+        try:
+            result = work()
+        except UserError as e:
+            error = str(e)
+    result, error = runtime.broadcast_object((result, error))
+    if error:
+        raise UserError(error)
+    return result
