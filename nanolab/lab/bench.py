@@ -4,12 +4,12 @@ Each function returns a JSON-ready dict whose "results" map a name to {"median",
 programs are compared by alternating whole runs of this on a quiet machine.
 """
 
-import random
 import statistics
 import time
-from itertools import islice
+from itertools import cycle
 from typing import Any, Callable
 
+import numpy as np
 import torch
 
 from nanolab.config import BaseTrainConfig, BenchConfig, UserError
@@ -125,4 +125,44 @@ def tokenizer(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     results["decode"] = rates(lambda: [tok.decode(row) for row in ids])
     n_tokens = sum(map(len, ids))
     counts = {"bytes": n_bytes, "documents": len(texts), "tokens": n_tokens, "bytes_per_token": round(n_bytes / n_tokens, 4)}
+    return {"n": cfg.repeats, "vocab_size": tok.vocab_size, "tokenizer_hash": tok.hash, **counts, "results": results}
+
+
+def data(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """Packing alone (tokenised documents in, rows out), and the whole loader: read, tokenise, pack, tensors."""
+    from nanolab.data.corpus import open_data
+    from nanolab.data.packing import PackedBatches, Packer
+
+    texts, n_bytes = read_texts(cfg)
+    tok, B, T = the_tokenizer(cfg, texts), cfg.device_batch_size, cfg.max_seq_len
+    documents = [np.array([tok.bos, *ids], dtype=np.int32) for ids in tok.encode_batch(texts, runtime.threads)]
+    n_batches = max(1, sum(map(len, documents)) // (B * T))  # about one pass
+
+    def pack() -> float:
+        supply = cycle([(i, tokens.copy()) for i, tokens in enumerate(documents)])  # a packer may overwrite what it gets
+        packers = [Packer(tok.bos, lambda: next(supply)) for _ in range(B)]
+
+        def work() -> None:
+            for _ in range(n_batches):
+                rows = np.empty((B, T + 1), dtype=np.int64)
+                for packer, row in zip(packers, rows):
+                    packer.fill(row)
+
+        return n_batches * B * T / seconds(work, runtime)
+
+    def load() -> float:
+        sources = open_data(cfg, cfg.seed).train  # opened anew: nothing decoded is kept from the sample before
+        batches = PackedBatches(sources, tok, seq_len=T, device_batch_size=B, rows_per_step=B, threads=runtime.threads)
+
+        def work() -> None:
+            for _ in range(n_batches):
+                batches.next()
+
+        return n_batches * B * T / seconds(work, runtime)
+
+    results = {
+        "packing": measured([pack() for _ in range(cfg.repeats)], "tokens/s"),
+        "loader": measured([load() for _ in range(cfg.repeats)], "tokens/s"),
+    }
+    counts = {"bytes": n_bytes, "documents": len(texts), "tokens": sum(map(len, documents)), "rows_per_sample": n_batches * B}
     return {"n": cfg.repeats, "vocab_size": tok.vocab_size, "tokenizer_hash": tok.hash, **counts, "results": results}

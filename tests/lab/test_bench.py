@@ -68,6 +68,21 @@ def test_tokenizer_counts_the_bytes_that_it_read(text_dir):
     assert {"train", "encode_1_thread", "decode"} <= set(document["results"])
 
 
+def test_data_packs_every_row_that_it_counts(text_dir, monkeypatch):
+    """Rates are rows filled, times T, over the clock; here every filled row takes one tick."""
+    from nanolab.data.packing import Packer
+
+    rows = []
+    original = Packer.fill
+    monkeypatch.setattr(Packer, "fill", lambda self, row: (rows.append(len(row)), original(self, row))[1])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(len(rows)))
+    cfg = BenchConfig(data_dir=str(text_dir), vocab_size=280, megabytes=0.01, max_seq_len=32, device_batch_size=2, repeats=2)
+    document = bench.data(cfg, start("cpu", "float32"))
+    assert document["results"]["packing"]["samples"] == document["results"]["loader"]["samples"] == [32.0, 32.0]
+    assert set(rows) == {33}  # T + 1 tokens make T inputs and T targets
+    assert len(rows) == 4 * document["rows_per_sample"] and document["rows_per_sample"] * 32 <= document["tokens"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
