@@ -1,6 +1,8 @@
 """Shared fixtures: an empty base directory for every test, one thread."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +16,15 @@ def base_dir(tmp_path, monkeypatch):
     path = tmp_path / "base"
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """A function (fn, world_size, *args) -> results of fn(runtime, *args) by rank, on gloo processes of this machine."""
+    spec = importlib.util.spec_from_file_location("nanolab_tests_distributed", Path(__file__).parent / "distributed.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.run_ranks
 
 
 @pytest.fixture

@@ -1,11 +1,6 @@
 """Bits per byte against the definition, token by token, in float64."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -95,31 +90,14 @@ def test_nothing_to_count_is_an_error():
             bits_per_byte(model, (inputs[: len(t)], t), n, RUNTIME)
 
 
-def test_two_ranks_give_the_figure_of_one():
+def test_two_ranks_give_the_figure_of_one(run_ranks):
     model, (inputs, targets, lengths) = make_model(), make_rows()
     alone = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 2)
-    for got in on_two_ranks():
+    for got in run_ranks(measure, 2):
         assert got == pytest.approx(tuple(alone), rel=1e-6)
-        assert got[2:] == list(alone[2:])
+        assert got[2:] == alone[2:]
 
 
-def on_two_ranks() -> list[list[float]]:
-    """Run this file as two gloo ranks; what each of them measured."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NANOLAB_DTYPE": "float32"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]
-    return [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in ranks]
-
-
-if __name__ == "__main__":
-    from nanolab.runtime import start
-
-    runtime = start("cpu", seed=1)
+def measure(runtime: Runtime) -> tuple:
     inputs, targets, lengths = make_rows()
-    print(json.dumps(list(bits_per_byte(make_model(), (inputs, targets), lengths, runtime, 2))))
-    runtime.close()
+    return tuple(bits_per_byte(make_model(), (inputs, targets), lengths, runtime, 2))
