@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,3 +52,25 @@ def make_gpt():
         return model
 
     return make
+
+
+@pytest.fixture(scope="module")
+def in_checkout(tmp_path_factory):
+    """A function (bash text, **environment) -> CompletedProcess, run in a copy of this tree with a base directory of its own.
+
+    One copy for all tests of a file; its folder is the function's `.path`, the base directory its `.base`.
+    """
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md")
+    path, base = shutil.copytree(root, folder / "nanolab", ignore=ignore), folder / "base"
+
+    def run(text: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(path), "NANOLAB_PYTHON": sys.executable,
+            "NANOLAB_BASE_DIR": str(base), "NANOLAB_SCALE": "toy",
+        } | environment  # fmt: skip
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        return subprocess.run(command, cwd=path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+
+    run.path, run.base = path, base
+    return run

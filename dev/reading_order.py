@@ -1,0 +1,75 @@
+"""Write or check the "Reading order" table of README.md: python dev/reading_order.py [--check]
+
+Line counts are rounded to tens. The check allows a quarter more or less, so that not every change has to touch README.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
+ORDER = """
+nanolab/config.py nanolab/runtime.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
+nanolab/model/gpt.py nanolab/model/attention.py nanolab/model/blocks.py nanolab/model/positions.py
+nanolab/training/schedule.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
+nanolab/inference/engine.py nanolab/inference/cache.py nanolab/inference/sampling.py
+nanolab/evals/bpb.py
+scripts/base_train.py scripts/chat_cli.py
+""".split()
+
+
+def lines(path: str) -> int:
+    return len((ROOT / path).read_text().splitlines())
+
+
+def tens(n: int) -> int:
+    return max(10, round(n / 10) * 10)
+
+
+def summary(path: str) -> str:
+    """The first sentence of the module's docstring."""
+    first = (ast.get_docstring(ast.parse((ROOT / path).read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    return re.split(r"(?<=[\w)])\.(?:\s|$)", first)[0].strip().replace("|", "\\|")
+
+
+def table() -> str:
+    rows = [f"| [{path}]({path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
+    total = sum(lines(str(p.relative_to(ROOT))) for folder in ("nanolab", "scripts", "tasks") for p in (ROOT / folder).rglob("*.py"))
+    body = "\n".join(["| file | lines | what it is |", "|---|---|---|", *rows])
+    return f"{START}\n{body}\n\nAll of `nanolab/`, `scripts/` and `tasks/` together: {tens(total)} lines.\n{END}"
+
+
+def check(text: str) -> list[str]:
+    """What is wrong with the table in `text`, one line each."""
+    rows = re.findall(r"^\| \[(\S+)\]\(\S+\) \| (\d+) \|", text, re.M)
+    wrong = [f"{path} is listed but does not exist" for path, _ in rows if not (ROOT / path).exists()]
+    wrong += [f"{path} is not listed" for path in ORDER if path not in dict(rows)]
+    wrong += [
+        f"{path} has {lines(path)} lines, README says {said}"
+        for path, said in rows
+        if (ROOT / path).exists() and abs(lines(path) - int(said)) > max(20, 0.25 * int(said))
+    ]
+    return wrong
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    if not rest or not after:
+        print(f"README.md lacks the line {START!r} or {END!r}; put both where the table belongs", file=sys.stderr)
+        return 1
+    if "--check" in sys.argv[1:]:
+        wrong = check(text)
+        print("\n".join([*wrong, "type: python dev/reading_order.py"] if wrong else ["the reading order is current"]))
+        return bool(wrong)
+    readme.write_text(before + table() + after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

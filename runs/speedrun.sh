@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# GPT-2 grade on one machine with eight GPUs.
+#
+#   bash runs/speedrun.sh              the whole thing
+#   bash runs/speedrun.sh --dry-run    every stage's command and plan; needs no GPU, no data and no tokenizer
+#
+# Hardware  8 x H100 with 80 GB, 64 GB of disk for text and checkpoints
+# Time      about 2 hours of training by the plan that --dry-run prints, and half an hour around it
+# Cost      eight such GPUs rent for about 24 dollars an hour: about 60 dollars
+# Expect    The reference harness (karpathy/nanochat, leaderboard of its README, run 6, commit a825e63, 2026-03-14: depth
+#           24, ratio 8, fp8, same corpus) reports 1.65 h of training, CORE 0.2626 (GPT-2: 0.2565), validation 0.718
+#           bits per byte. nanolab has not made this run yet, trains in bf16 and so takes longer, and has no CORE yet.
+#
+# It can be interrupted and started again: finished stages are skipped, pretraining resumes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry=
+case ${1:-} in
+'') ;;
+--dry-run) dry=1 ;;
+*)
+    echo "speedrun.sh: $1 is not known; expected nothing or --dry-run" >&2
+    exit 2
+    ;;
+esac
+base=${NANOLAB_BASE_DIR:-$HOME/.cache/nanolab}
+model=(--depth 24 --target-param-data-ratio 8 --device-batch-size 16)
+data=(--data climbmix --num-shards 170) # 250e6 characters each: more than the plan reads
+
+stage() { printf '\n== %s\n' "$*"; }
+run() { # a command, printed; executed unless this is a dry run
+    echo "\$ $*"
+    if [ -z "$dry" ]; then "$@"; fi
+}
+
+stage "set-up"
+bash runs/setup.sh
+python=${NANOLAB_PYTHON:-.venv/bin/python}
+ranks="$python -m torch.distributed.run --standalone --nproc_per_node 8"
+export OMP_NUM_THREADS=1
+if [ -z "$dry" ]; then
+    gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
+    if [ "$gpus" -lt 8 ]; then
+        echo "speedrun.sh: saw $gpus NVIDIA GPUs, expected 8; on other machines set --nproc_per_node and --device-batch-size in this file" >&2
+        exit 1
+    fi
+fi
+
+stage "corpus: 8 shards for the tokenizer, then the rest in the background"
+run $python -m scripts.data --data climbmix --num-shards 8 --workers 8
+echo "\$ $python -m scripts.data ${data[*]} --workers 8 &"
+if [ -z "$dry" ]; then
+    $python -m scripts.data "${data[@]}" --workers 8 >"$base/speedrun-download.log" 2>&1 &
+    download=$!
+    trap 'kill $download 2>/dev/null || true' EXIT
+fi
+
+stage "tokenizer: 32,768 tokens from 2e9 characters"
+if [ -z "$dry" ] && [ -f "$base/tokenizers/speedrun/tokenizer.json" ]; then
+    echo "there already: $base/tokenizers/speedrun"
+else
+    run $python -m scripts.tok_train --data climbmix --num-shards 8 --tokenizer "$base/tokenizers/speedrun"
+fi
+run $python -m scripts.tok_eval --data climbmix --num-shards 8 --tokenizer "$base/tokenizers/speedrun"
+if [ -z "$dry" ] && ! wait $download; then
+    echo "speedrun.sh: the download stopped; see $base/speedrun-download.log and start again" >&2
+    exit 1
+fi
+
+stage "pretraining"
+run $ranks -m scripts.base_train --run speedrun --resume "${data[@]}" --tokenizer "$base/tokenizers/speedrun" "${model[@]}"
+if [ -n "$dry" ]; then
+    $python -m scripts.base_train --run speedrun "${model[@]}" --tokenizer "$base/tokenizers/speedrun" --dry-run --plan-for 8xH100
+fi
+
+stage "evaluation"
+run $ranks -m scripts.base_eval --model speedrun --device-batch-size 16
+run $python -m scripts.report --model speedrun
+
+stage "talk to it"
+echo "$python -m scripts.chat_cli --model speedrun"

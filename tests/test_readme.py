@@ -1,0 +1,145 @@
+"""README.md and dev/guides/*.md are true: their commands run, their flags and files exist, their tests exist.
+
+A bash block runs as it stands, in the order of the file, at toy size. An HTML comment before it may say
+
+  <!-- not run: REASON -->                 it does not run here, and why
+  <!-- toy: --depth 4 => --depth 2; ... -->  what is replaced to make it small; every left side has to occur
+"""
+
+import ast
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "dev" / "guides").glob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+SHELL = [str(path.relative_to(ROOT)) for folder in ("runs", "dev") for path in sorted((ROOT / folder).rglob("*.sh"))]
+BLOCK = re.compile(r"(?P<comments>(?:^<!--(?:(?!-->).)*-->\s*\n)*)^```bash\n(?P<code>.*?)^```", re.M | re.S)
+
+
+class Block(NamedTuple):
+    where: str  # file:line
+    code: str
+    reason: str  # why it does not run; "" if it does
+    toy: list[tuple[str, str]]
+
+    def small(self) -> str:
+        code = self.code
+        for old, new in self.toy:
+            assert old in code, f"{self.where}: the toy comment replaces {old!r}, which the block does not contain"
+            code = code.replace(old, new)
+        return code
+
+
+def blocks(name: str, text: str) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(text):
+        comments = dict(re.findall(r"<!--\s*(not run|toy):\s*(.*?)\s*-->", match["comments"], re.S))
+        pairs = [tuple(part.strip() for part in pair.split("=>")) for pair in comments.get("toy", "").split(";") if pair.strip()]
+        line = text[: match.start("code")].count("\n") + 1
+        found.append(Block(f"{name}:{line}", match["code"], comments.get("not run", ""), pairs))
+    return found
+
+
+def commands(code: str) -> list[list[str]]:
+    """The commands of a block as words; continuation lines joined, comments dropped."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := _words(line))]
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # inside a here-document
+        return []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_bash_block_is_found(name):
+    """A fence that the pattern above misses would silently not be tested."""
+    text = (ROOT / name).read_text()
+    assert len(blocks(name, text)) == len(re.findall(r"^\s*```(?:bash|sh|shell|console)\b", text, re.M))
+
+
+@pytest.mark.parametrize("name", [*NAMES, *SHELL])
+def test_flags_and_scripts_exist(name):
+    """Also in blocks that do not run, and in runs/*.sh: every script is there and knows every flag that it is given."""
+    text = (ROOT / name).read_text()
+    for block in [Block(name, text, "", [])] if name in SHELL else blocks(name, text):
+        block.small()
+        for words in commands(block.code):
+            for script in [w for w in words if re.fullmatch(r"(runs|dev)/\S+\.(sh|py)", w)]:
+                assert (ROOT / script).exists(), f"{block.where}: {script} does not exist"
+            for module in [w for w in words if re.fullmatch(r"scripts\.\w+", w)]:
+                flags = [w.split("=")[0] for w in words[words.index(module) + 1 :] if w.startswith("--")]
+                unknown = [f for f in flags if f[2:].replace("-", "_") not in fields_of(module)]
+                assert not unknown, f"{block.where}: {module} does not know {unknown}"
+
+
+def fields_of(module: str) -> set[str]:
+    """The flags of a script: the fields of the config that it parses."""
+    import nanolab.config
+
+    path = ROOT / (module.replace(".", "/") + ".py")
+    assert path.exists(), f"{path} does not exist"
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"]
+    return {f.name for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))} | {"help"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_named_tests_exist(name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert ((ROOT / name).parent / target).exists(), f"{name}: the link to {target} leads nowhere"
+    for path, function in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        assert (ROOT / path).exists(), f"{name}: {path} does not exist"
+        if function:
+            names = {n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)}
+            assert function in names, f"{name}: {path} has no {function}"
+
+
+def test_the_dial_is_what_the_plan_says():
+    from nanolab.config import BaseTrainConfig
+    from nanolab.model.accounting import n_params
+    from nanolab.training.schedule import make_plan
+
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 5
+    for depth, rest in rows:
+        plan = make_plan(BaseTrainConfig(depth=int(depth)), 32768, 1)
+        m = plan.model
+        facts = [str(m.n_embd), str(m.n_head), f"{n_params(m)['total'] / 1e6:,.0f} M", f"{plan.tokens / 1e9:.2f} G"]
+        facts += [f"{plan.total_batch_size:,}", f"{plan.num_iterations:,}", f"{plan.flops:.1e}"]
+        assert [cell.strip() for cell in rest.split("|")] == facts
+
+
+def test_reading_order_is_current():
+    """Every file of the reading order exists and has about the lines that README says; dev/reading_order.py writes it."""
+    done = subprocess.run([sys.executable, "dev/reading_order.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_bash_blocks_run(name, in_checkout):
+    for block in blocks(name, (ROOT / name).read_text()):
+        if block.reason:
+            continue
+        done = in_checkout(block.small())
+        assert done.returncode == 0, f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_blocks_are_read_as_written():
+    text = "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU -->\n```bash\nnvidia-smi\n```\n"
+    first, second = blocks("f.md", text)
+    assert (first.small(), first.reason, first.where) == ("y --depth 2\n", "", "f.md:4")
+    assert (second.code, second.reason) == ("nvidia-smi\n", "no GPU")
+    with pytest.raises(AssertionError, match="does not contain"):
+        blocks("f.md", text.replace("x --depth 4", "x"))[0].small()

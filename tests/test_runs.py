@@ -1,0 +1,175 @@
+"""The commands in runs/, .ci/ and dev/bench/: set-up, tests, quickstart, speedrun."""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+# A Python that makes a virtual environment holding a copy of itself, and writes down what it is asked to do.
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in
+"-m venv --clear "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+*torch.__version__*) echo 2.13.0+cpu ;;
+esac
+"""
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def setup(in_checkout, tmp_path):
+    """A function (argument, **environment) -> (exit code, output, what Python was asked to do), in a tree without .venv."""
+    python, calls = program(tmp_path / "python3", FAKE_PYTHON), tmp_path / "calls"
+    in_checkout("rm -rf .venv")
+
+    def run(argument: str = "", **environment: str) -> tuple[int, str, list[str]]:
+        calls.write_text("")
+        env = {"PYTHON": str(python), "CALLS": str(calls), "NANOLAB_PYTHON": "", "PATH": "/usr/bin:/bin"} | environment
+        done = in_checkout(f"cd /; bash '{in_checkout.path}/runs/setup.sh' {argument}", **env)
+        return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
+
+    return run
+
+
+def installs(calls: list[str]) -> list[str]:
+    return [call.split(" install ")[1] for call in calls if " install " in call]
+
+
+def test_setup_installs_the_pinned_torch_first(setup):
+    code, output, calls = setup(PATH=no_gpu_path())
+    assert code == 0, output
+    assert installs(calls) == ["--constraint runs/constraints-cpu.txt torch", "--constraint runs/constraints-cpu.txt -e ."]
+    assert len(output.splitlines()) < 10
+
+
+def test_setup_takes_the_registrys_torch_where_there_is_a_gpu(setup, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    code, output, calls = setup(PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert code == 0 and installs(calls) == ["torch", "-e ."]
+    assert "NVIDIA H100" in output
+
+
+def test_setup_does_only_what_is_missing(setup, in_checkout):
+    assert setup(PATH=no_gpu_path())[0] == 0
+    assert setup() == (0, "", [])
+    assert installs(setup("test", PATH=no_gpu_path())[2])[-1].endswith("-e .[test]")
+    assert setup("test") == setup() == (0, "", [])
+    with open(in_checkout.path / "pyproject.toml", "a") as file:
+        file.write("# another dependency\n")
+    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test]")  # the test tools stay
+
+
+def test_setup_makes_a_broken_environment_anew(setup, in_checkout):
+    assert setup(PATH=no_gpu_path())[0] == 0
+    program(in_checkout.path / ".venv" / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    (in_checkout.path / ".venv" / "nanolab-setup").unlink()
+    assert any("venv --clear" in call for call in setup(PATH=no_gpu_path())[2])
+
+
+def test_setup_says_what_is_missing(setup, in_checkout, tmp_path):
+    old = program(tmp_path / "old", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
+    code, output, _ = setup(PYTHON=str(old))
+    assert code == 1 and "Python 3.8.1" in output and "3.10 or newer" in output and "PYTHON=" in output
+    bare = program(tmp_path / "bare", '#!/bin/sh\ncase "$*" in *venv*) exit 1 ;; esac\n')
+    code, output, _ = setup(PYTHON=str(bare))
+    assert code == 1 and "apt-get install python3-venv" in output
+    code, output, _ = setup("tests")
+    assert code == 2 and "expected nothing or: test" in output
+    assert not (in_checkout.path / ".venv" / "nanolab-setup").exists()
+
+
+def no_gpu_path() -> str:
+    """A PATH on which nvidia-smi, if the machine has one, finds nothing."""
+    folder = Path(os.environ["NANOLAB_BASE_DIR"]).parent / "nogpu"
+    program(folder / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    return f"{folder}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("runs/test.sh", "-m pytest"),
+        ("runs/test.sh --all -k 'a b'", "-m pytest -m not gpu -k a b"),
+        ("runs/test.sh tests/data --lf", "-m pytest tests/data --lf"),
+        (".ci/run", "-m pytest -m not gpu"),
+    ],
+)
+def test_test_sh_hands_its_arguments_and_exit_code_on(in_checkout, tmp_path, command, arguments):
+    python = program(tmp_path / "python", '#!/bin/sh\necho "asked: $*"\nexit 3\n')
+    done = in_checkout(f"bash {command}", NANOLAB_PYTHON=str(python))
+    assert f"asked: {arguments}\n" in done.stdout
+    assert done.returncode == 3
+
+
+def test_gpu_sh_says_that_there_is_no_gpu(in_checkout):
+    done = in_checkout("OUT=out bash dev/bench/gpu.sh", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1 and "no CUDA device" in done.stderr
+    assert not (in_checkout.path / "out").exists()
+
+
+def test_speedrun_dry_run_plans_every_stage_and_touches_nothing(in_checkout):
+    done = in_checkout("bash runs/speedrun.sh --dry-run")
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^\$ .*-m scripts\.(\w+)", done.stdout, re.M)
+    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "report"]
+    assert done.stdout.count("--nproc_per_node 8") == 2
+    # The reference's depth-24 run: 2^20 tokens a step on 8 ranks of 16 rows of 2048, and 8 tokens per scaling parameter.
+    assert "8 x H100, bfloat16" in done.stdout
+    assert "1,048,576 tokens = 16 rows x 2048 x 8 ranks x 4 accumulation" in done.stdout
+    scaling = int(re.search(r"scaling parameters ([\d,]+)", done.stdout)[1].replace(",", ""))
+    tokens = int(re.search(r"= ([\d,]+) tokens \(", done.stdout)[1].replace(",", ""))
+    assert scaling == 24 * 12 * 1536**2 + 12 * 12 * 12 + 32768 * 1536  # blocks, gates of value embeddings, head
+    assert 0 <= 8 * scaling - tokens < 2**20
+    for word in ("parameters", "FLOPs", "peak memory", "expected time"):
+        assert re.search(rf"^{word} +\S", done.stdout, re.M)
+    assert not in_checkout.base.exists()
+
+
+def test_speedrun_refuses_a_machine_without_eight_gpus(in_checkout):
+    done = in_checkout("bash runs/speedrun.sh", PATH=f"{no_gpu_path()}:{os.environ['PATH']}")
+    assert done.returncode == 1 and "saw 0 NVIDIA GPUs, expected 8" in done.stderr
+    assert in_checkout("bash runs/speedrun.sh --dry").returncode == 2
+
+
+def test_quickstart_names_the_sizes_that_it_knows(in_checkout):
+    done = in_checkout("bash runs/quickstart.sh", NANOLAB_SCALE="huge")
+    assert done.returncode == 2 and "NANOLAB_SCALE is huge; expected toy or default" in done.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_at_toy_size_and_again(in_checkout):
+    first = in_checkout("bash runs/quickstart.sh")
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    run = in_checkout.base / "runs" / "quickstart-toy"
+    report = (in_checkout.path / "report.md").read_text()
+    assert report == (run / "report.md").read_text()
+    assert report in first.stdout
+
+    # The report's numbers are those of the run's records.
+    measured, result = json.loads((run / "eval_base.json").read_text()), json.loads((run / "result.json").read_text())
+    assert f"| **quickstart-toy** | {measured['val']['bpb']:.4f} |" in report
+    for name in ("gzip -9", "bz2 -9", "xz -9e"):
+        assert f"| {name} | {measured['compressors'][name]:.4f} |" in report
+    assert f"({result['tokens']:,} tokens)" in report
+    assert len(re.findall(r"^```bash$", report, re.M)) == 3
+
+    # The reply: what chat_cli writes between its prompt and the report.
+    reply = first.stdout.split("> This function returns\n")[1].split("# Report of the run")[0]
+    assert reply.strip()
+
+    weights = sorted((run / "checkpoints").rglob("model.safetensors"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    second = in_checkout("bash runs/quickstart.sh")
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "there already" in second.stdout and "finished already" in second.stdout
+    assert [path.stat().st_mtime_ns for path in weights] == before
+    assert second.stdout.split("> This function returns\n")[1].startswith(reply)  # the same seed, the same words
