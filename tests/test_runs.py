@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,10 @@ def test_setup_makes_a_broken_environment_anew(setup, in_checkout):
 
 
 def test_setup_says_what_is_missing(setup, in_checkout, tmp_path):
-    old = program(tmp_path / "old", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
+    pretend = f"""[ "$1" = --version ] && echo Python 3.8.1 && exit
+exec {sys.executable} -c "import sys; sys.version_info = (3, 8, 1); $2"
+"""
+    old = program(tmp_path / "old", f"#!/bin/sh\n{pretend}")
     code, output, _ = setup(PYTHON=str(old))
     assert code == 1 and "Python 3.8.1" in output and "3.10 or newer" in output and "PYTHON=" in output
     bare = program(tmp_path / "bare", '#!/bin/sh\ncase "$*" in *venv*) exit 1 ;; esac\n')
