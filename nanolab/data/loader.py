@@ -1,0 +1,94 @@
+"""Prefetch: packing and tokenising run ahead of training in a thread of their own."""
+
+import queue
+import threading
+from typing import Any
+
+import torch
+
+from nanolab.data.packing import Batch, PackedBatches, Snapshot, merge_states
+from nanolab.runtime import Runtime
+
+
+class Prefetch:
+    """The batches of a `PackedBatches` on the runtime's device, made up to `depth` ahead.
+
+    `epoch`, `where` and `state_dict` speak of the batch that `next` returned last, not of those made ahead.
+    """
+
+    def __init__(self, batches: PackedBatches, runtime: Runtime, depth: int = 4) -> None:
+        self._batches, self._runtime, self._depth = batches, runtime, depth
+        self._at: Snapshot = batches.snapshot()
+        self._thread: threading.Thread | None = None
+
+    def next(self) -> Batch:
+        """The next micro-batch of this rank. Raises what went wrong in the thread, now and at each later call."""
+        if self._thread is None:
+            self._start()
+        batch, at, copied = self._queue.get()
+        if isinstance(batch, BaseException):
+            self._queue.put((batch, at, copied))
+            raise batch
+        self._at = at
+        if copied is not None:
+            stream = torch.cuda.current_stream(self._runtime.device)
+            stream.wait_event(copied)
+            for tensor in batch[:2]:
+                tensor.record_stream(stream)  # its memory belongs to the copying stream: not to be reused before this one is done
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source that is furthest ahead, as this rank sees it."""
+        return self._batches.epoch_at(self._at)
+
+    def where(self) -> str:
+        """The documents in the last batch, for messages."""
+        return self._batches.where_at(self._at)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all streams after the last batch, the same on every rank. Every rank must call it."""
+        return merge_states(self._runtime.gather_objects(self._batches.local_state(self._at)))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch that `state` was taken at; batches made ahead are dropped."""
+        self.close()
+        self._batches.load_state_dict(state)
+        self._at = self._batches.snapshot()
+
+    def close(self) -> None:
+        """End the thread. What it made ahead is lost: to go on after this, load a state."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        while self._thread.is_alive():  # it may be waiting for a free place
+            try:
+                self._queue.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        self._thread = None
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        self._queue: queue.Queue[tuple[Any, Any, Any]] = queue.Queue(self._depth)
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            device = self._runtime.device
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            while not self._stop.is_set():
+                batch, copied = self._batches.next(), None
+                at = self._batches.snapshot()
+                if stream is not None:
+                    # Each batch has pinned memory of its own, which torch's allocator hands out again only once the copy
+                    # that reads it is done; the copy runs beside the computation, and `next` lets that wait for it.
+                    with torch.cuda.stream(stream):
+                        inputs, targets = (t.pin_memory().to(device, non_blocking=True) for t in batch[:2])
+                        copied = stream.record_event()
+                else:
+                    inputs, targets = (t.to(device) for t in batch[:2])
+                self._queue.put((Batch(inputs, targets, batch.n_targets), at, copied))
+        except BaseException as error:  # not swallowed: `next` raises it where it can be handled
+            self._queue.put((error, None, None))

@@ -1,0 +1,376 @@
+"""Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an epoch.
+
+Rows come from V virtual streams (V = gcd(rows per step, 16)), whatever the number of ranks. Stream s reads documents s,
+s + V, s + 2V, ... of each source into a small pool; row g of the run comes from stream g mod V; rank r of W holds streams
+r, r + W, ... So 1, 2, 4, 8 ranks see the same global batches, and the state (per stream: where each source stands, and
+which documents lie in the pool) is a few kB of JSON that any of them can continue.
+
+A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits, the
+shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document longer
+than a row is cut likewise, one row at a time. Starting with the oldest bounds the wait: nothing stays longer than the pool
+has places. Cutting the shortest costs least context. Simulated on documents of 775 tokens in the mean, T = 2048, 32 places:
+a token sees 666 tokens of its document before it, as many as with documents cut at multiples of T alone; starting with the
+best fit and cutting the longest gives 585, and leaves documents waiting for 1,900 rows.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from itertools import islice
+from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
+
+import numpy as np
+import torch
+
+from nanolab.config import UserError
+from nanolab.data.tokenizer import Tokenizer
+
+POOL = 32  # places per stream; 16 do almost as well, 128 no better
+AHEAD = 16  # documents per stream and source that are tokenised in one go
+AHEAD_CHARS = 4_000_000  # and the text at which to stop sooner
+ARRIVAL_BITS = 48
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie as far apart as can be
+
+Label = tuple[int, int]  # (source, document)
+Piece = tuple[Any, int, np.ndarray]  # label, its first text token's place in the document, bos + text tokens
+
+
+class Documents(Protocol):
+    """What packing asks of a source; see `corpus.Documents`."""
+
+    name: str
+    n_documents: int
+
+    def get(self, n: int) -> str | None: ...
+
+
+class Packer:
+    """The pool of one stream: documents in, rows out. O(log places) per document and a copy of its tokens.
+
+    supply() gives (label, tokens): an integer array that starts with bos and that the packer may overwrite. It is asked
+    while a place is free and the pool holds less than `places` rows of text: a few long documents are enough.
+    """
+
+    def __init__(self, bos: int, supply: Callable[[], tuple[Any, np.ndarray]], places: int = POOL) -> None:
+        self._supply, self._places = supply, places
+        self._bos = np.array([bos])
+        # A key is (text tokens, arrival) in one integer: sorted it finds the best fit, and _pieces keeps it by arrival.
+        self._keys: list[int] = []
+        self._pieces: dict[int, Piece] = {}
+        self._held = 0  # text tokens in the pool
+        self._arrivals = 0
+
+    def add(self, label: Any, start: int, tokens: np.ndarray) -> None:
+        """Put a piece at the back of the queue: bos and the text tokens of document `label` from `start` on."""
+        n = len(tokens) - 1
+        key = n << ARRIVAL_BITS | self._arrivals
+        self._arrivals += 1
+        self._held += n
+        insort(self._keys, key)
+        self._pieces[key] = label, start, tokens
+
+    def pool(self) -> list["Piece"]:
+        """The pieces as `add` takes them, oldest first."""
+        return list(self._pieces.values())
+
+    def fill(self, row: np.ndarray) -> list[Any]:
+        """Fill `row` (T+1,) and return the labels of the documents in it."""
+        keys, pieces, enough = self._keys, self._pieces, self._places * len(row)
+        room = len(row)
+        parts: list[np.ndarray] = []
+        labels = []
+        while True:
+            while len(keys) < self._places and self._held < enough:
+                label, tokens = self._supply()
+                self.add(label, 0, tokens)
+            if parts:
+                place = max(bisect_left(keys, room << ARRIVAL_BITS) - 1, 0)
+                key = keys[place]
+            else:
+                key = next(iter(pieces))
+                place = bisect_left(keys, key)
+            del keys[place]
+            label, start, tokens = pieces.pop(key)
+            n = len(tokens)
+            self._held -= n - 1
+            labels.append(label)
+            if n > room:
+                parts.append(tokens[:room])
+                np.concatenate(parts, out=row)
+                rest = tokens[room - 1 :]  # its first token has just been copied: bos takes that place
+                rest[0] = self._bos[0]
+                self.add(label, start + room - 1, rest)
+                return labels
+            parts.append(tokens)
+            room -= n
+            if room <= 1:  # one place has room for no text: a lone bos, a target like that of any next document
+                np.concatenate(parts + [self._bos] * room, out=row)
+                return labels
+
+
+class Cursor:
+    """One source as one stream sees it."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n  # the next document to enter the pool, or a blank one before it
+        self.taken = 0  # text tokens that have entered it
+        self.read = n  # the next document to read and tokenise
+        self.ready: deque[tuple[int, np.ndarray]] = deque()  # tokenised ahead: no part of the state
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    inputs: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64; -1 is not a target
+    n_targets: int
+
+
+class PackedBatches:
+    """The training batches of one rank, for ever.
+
+    sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of one
+    optimizer step over all ranks. threads: for tokenising. Raises UserError where the ranks or batches do not divide the
+    rows, and, when documents are first read, where a source holds no text.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Documents, float]],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        device_batch_size: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+    ) -> None:
+        self.n_streams = math.gcd(rows_per_step, 16)
+        if self.n_streams % world_size:
+            raise UserError(
+                f"{world_size} ranks cannot share {rows_per_step} rows a step: they are packed in {self.n_streams} streams (the largest "
+                f"common divisor with 16); expected a number of ranks that divides it; try --total-batch-size {16 * world_size * seq_len}"
+            )
+        if rows_per_step % (device_batch_size * world_size):
+            raise UserError(
+                f"{rows_per_step} rows a step are not a multiple of device batch size {device_batch_size} x {world_size} ranks; "
+                f"try --total-batch-size {-(-rows_per_step // (device_batch_size * world_size)) * device_batch_size * world_size * seq_len}"
+            )
+        self.sources, self.tokenizer, self.seq_len, self.threads = list(sources), tokenizer, seq_len, threads
+        self.rank, self.world_size, self.device_batch_size = rank, world_size, device_batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.rows = 0  # rows handed out so far by all ranks together
+        self.mine = range(self.rank, self.n_streams, self.world_size)
+        self._cursors = {s: [Cursor(s) for _ in self.sources] for s in self.mine}
+        self._packers = {s: Packer(self.tokenizer.bos, lambda s=s: self._next_document(s)) for s in self.mine}
+        self._labels: list[list[Label]] = []
+
+    def next(self) -> Batch:
+        """The next micro-batch of this rank."""
+        rows = np.empty((self.device_batch_size, self.seq_len + 1), dtype=np.int64)
+        first = self.rows + self.rank
+        self._labels = [
+            self._packers[(first + i * self.world_size) % self.n_streams].fill(row) for i, row in enumerate(rows)
+        ]
+        self.rows += self.device_batch_size * self.world_size
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(half)) for half in (rows[:, :-1], rows[:, 1:]))
+        return Batch(inputs, targets, targets.numel())
+
+    def _next_document(self, s: int) -> tuple[Label, np.ndarray]:
+        """The document that enters the pool of stream s: of the source that is furthest behind its weight."""
+        cursors = self._cursors[s]
+        source = 0
+        if len(cursors) > 1:
+            source = min(range(len(cursors)), key=lambda i: cursors[i].taken / self.sources[i][1])
+        cursor = cursors[source]
+        if not cursor.ready:
+            self._tokenize(source)
+        n, tokens = cursor.ready.popleft()
+        cursor.n = n + self.n_streams
+        cursor.taken += len(tokens) - 1
+        return (source, n), tokens
+
+    def _tokenize(self, source: int) -> None:
+        """Read and tokenise the next documents of `source` for all streams of this rank, neighbouring documents together."""
+        found: list[tuple[Cursor, int, str]] = []
+        chars = 0
+        for depth in range(AHEAD):
+            for s in self.mine:
+                cursor = self._cursors[s][source]
+                if len(cursor.ready) <= depth:
+                    n, text = self._read(source, cursor)
+                    found.append((cursor, n, text))
+                    chars += len(text)
+            if chars > AHEAD_CHARS:
+                break
+        for (cursor, n, _), ids in zip(found, self.tokenizer.encode_arrays([text for *_, text in found], self.threads)):
+            cursor.ready.append((n, self._document(n, ids)))
+
+    def _read(self, source: int, cursor: Cursor) -> tuple[int, str]:
+        """The next document that holds text, and its number."""
+        documents, _ = self.sources[source]
+        skipped = 0
+        while True:
+            n, cursor.read = cursor.read, cursor.read + self.n_streams
+            if text := documents.get(n):
+                return n, text
+            skipped += 1
+            if skipped == documents.n_documents + 1 and not any(documents.get(i) for i in range(documents.n_documents)):
+                raise UserError(
+                    f"{documents.name} holds no text to train on: its {documents.n_documents} documents are empty or in the "
+                    f"validation set; expected at least one; check --data-dir and --val-data"
+                )
+
+    def _document(self, n: int, ids: np.ndarray) -> np.ndarray:
+        """bos + ids. A document of a pool's size or more is begun at a page that depends on n, its beginning after its end.
+
+        For when the corpus is one book, or a few: streams that read it side by side then read different pages.
+        """
+        bos = [self.tokenizer.bos]
+        pages = len(ids) // self.seq_len
+        middle = int(n * GOLDEN % 1 * pages) * self.seq_len if pages >= POOL else 0
+        parts = [bos, ids[middle:], bos, ids[:middle]] if middle else [bos, ids]
+        return np.concatenate(parts, dtype=np.int32)
+
+    def snapshot(self) -> "Snapshot":
+        """Where this rank stands now; quick enough to be taken after every batch."""
+        streams = {}
+        for s in self.mine:
+            cursors = self._cursors[s]
+            streams[s] = [c.n for c in cursors], [c.taken for c in cursors], self._packers[s].pool()
+        return Snapshot(self.rows, streams, self._labels)
+
+    def local_state(self, at: "Snapshot") -> dict[str, Any]:
+        """The state of this rank's streams as JSON; `merge_states` makes one state of those of all ranks."""
+        streams = {
+            s: {"next": nexts, "taken": taken, "pool": [[*label, start, len(tokens) - 1] for label, start, tokens in pool]}
+            for s, (nexts, taken, pool) in at.streams.items()
+        }
+        sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
+        return {"rows": at.rows, "sources": sources, "n_streams": self.n_streams, "streams": streams}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all streams. With more ranks than one ask `loader.Prefetch`, which gathers it."""
+        return merge_states([self.local_state(self.snapshot())])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch that `state` was taken at, whatever the number of ranks then and now.
+
+        Raises UserError for a state of other sources, another number of streams, or a place inside a micro-batch.
+        """
+        sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
+        if state["sources"] != sources:
+            raise UserError(
+                f"the checkpoint was trained on {state['sources']} (name, documents), but the data is now {sources}; "
+                f"expected the same data; give the former --data or --data-dir, or start a new --run"
+            )
+        micro = self.device_batch_size * self.world_size
+        if state["n_streams"] != self.n_streams or state["rows"] % micro:
+            raise UserError(
+                f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit {self.n_streams} streams "
+                f"and {micro} rows at a time; expected the former batch; give the --total-batch-size and --device-batch-size it had"
+            )
+        self._reset()
+        self.rows = state["rows"]
+        for s in self.mine:
+            saved = state["streams"][s]
+            for cursor, n, taken in zip(self._cursors[s], saved["next"], saved["taken"]):
+                cursor.n = cursor.read = n
+                cursor.taken = taken
+        pieces = [(s, *piece) for s in self.mine for piece in state["streams"][s]["pool"]]
+        texts = [self.sources[source][0].get(n) or "" for _, source, n, *_ in pieces]
+        for (s, source, n, start, length), ids in zip(pieces, self.tokenizer.encode_arrays(texts, self.threads)):
+            tokens = self._document(n, ids)
+            if start + length >= len(tokens):
+                raise UserError(
+                    f"document {n} of {self.sources[source][0].name} has {len(tokens) - 1} tokens, but the checkpoint has yet to read "
+                    f"those from {start} to {start + length}; the text or the tokenizer has changed; start a new --run"
+                )
+            tokens[start] = self.tokenizer.bos
+            self._packers[s].add((source, n), start, tokens[start : start + length + 1])
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source that is furthest ahead, as this rank sees it."""
+        return self.epoch_at(self.snapshot())
+
+    def epoch_at(self, at: "Snapshot") -> float:
+        """Documents that have entered the pools of this rank, less the share of text that is still there, for all ranks."""
+        passed = [0.0] * len(self.sources)
+        for s, (nexts, taken, pool) in at.streams.items():
+            held = [0] * len(self.sources)
+            for (source, _), _, tokens in pool:
+                held[source] += len(tokens) - 1
+            for i, (n, tokens) in enumerate(zip(nexts, taken)):
+                passed[i] += (n - s) / self.n_streams * (1 - held[i] / tokens if tokens else 0)
+        return max(p * self.world_size / documents.n_documents for p, (documents, _) in zip(passed, self.sources))
+
+    def where(self) -> str:
+        """The documents in the last batch, for messages."""
+        return self.where_at(self.snapshot())
+
+    def where_at(self, at: "Snapshot") -> str:
+        by_source: dict[int, set[int]] = {}
+        for source, n in (label for row in at.labels for label in row):
+            by_source.setdefault(source, set()).add(n)
+        return "; ".join(f"{self.sources[i][0].name} documents {', '.join(map(str, sorted(ns)))}" for i, ns in by_source.items())
+
+
+class Snapshot(NamedTuple):
+    """Where one rank stands after a batch."""
+
+    rows: int  # handed out so far by all ranks together
+    streams: dict[int, tuple[list[int], list[int], list[Piece]]]  # next documents, tokens taken, pool
+    labels: list[list[Label]]  # the documents in each row of the last batch
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state, the same on every rank, of the `local_state` of each."""
+    streams = {s: stream for state in states for s, stream in state["streams"].items()}
+    return states[0] | {"streams": [streams[s] for s in range(states[0]["n_streams"])]}
+
+
+def validation_rows(documents: Any, tokenizer: Tokenizer, seq_len: int, max_tokens: int = -1) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int64; every text token is a target exactly once.
+
+    documents: texts, or an object whose iterate() gives them. The first `max_tokens` text tokens count (-1: all). Documents
+    of up to T tokens stay whole, so that each token has the context it would have alone; longer ones are cut at multiples
+    of T. Places left over have the target -1. Raises UserError where there is no text.
+    """
+    texts = documents.iterate() if hasattr(documents, "iterate") else documents
+    pieces: list[np.ndarray] = []
+    left = max_tokens if max_tokens >= 0 else 1 << 62
+    for ids in _encoded(texts, tokenizer):
+        ids = ids[:left]
+        pieces += [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
+        left -= len(ids)
+        if not left:
+            break
+    if not pieces:
+        raise UserError("the validation documents hold no text; expected at least one token; check --val-data")
+    n_bytes = int(tokenizer.token_bytes()[np.concatenate(pieces)].sum(dtype=np.int64))
+    pieces.sort(key=len)
+    lengths = [len(piece) for piece in pieces]
+    inputs, targets = [], []
+    while pieces:
+        row = np.full(seq_len + 1, -1, dtype=np.int64)
+        at = 0
+        while place := bisect_left(lengths, seq_len + 1 - at):  # pieces[:place] fit with their bos
+            del lengths[place - 1]
+            ids = pieces.pop(place - 1)
+            row[at] = tokenizer.bos
+            row[at + 1 : at + 1 + len(ids)] = ids
+            at += 1 + len(ids)
+        inputs.append(np.where(row[:-1] < 0, tokenizer.bos, row[:-1]))
+        targets.append(row[1:])
+    return np.stack(inputs), np.stack(targets), n_bytes
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterable[np.ndarray]:
+    """The ids of each text, tokenised in batches."""
+    texts = iter(texts)
+    while batch := list(islice(texts, 64)):
+        yield from tokenizer.encode_arrays(batch, threads=2)
