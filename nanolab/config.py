@@ -120,7 +120,8 @@ class BaseTrainConfig(DataConfig):
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
     scalar_lr: float = 0.5
-    weight_decay: float = 0.28
+    weight_decay: float = 0.28  # Muon's at the reference point; the dial scales it
+    lr_scale: float = -1.0  # multiplies every learning rate; -1: sqrt(batch / 2^19), the batch law (small batches do better with 0.5 to 1)
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05

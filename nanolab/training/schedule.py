@@ -100,12 +100,13 @@ def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int) -> Plan:
             f"{world_size} ranks); try --total-batch-size {fitting}"
         )
 
-    # Learning rate: with batch noise falling as 1/B, AdamW's best rate goes as sqrt(B); for Muon this is an assumption.
-    batch_scale = math.sqrt(batch / REFERENCE_BATCH)
+    # Learning rate: with batch noise falling as 1/B, AdamW's best rate goes as sqrt(B); for Muon this is an assumption,
+    # and far below the reference batch a bad one: --lr-scale overrides it (dev/LOG.md).
+    batch_scale = cfg.lr_scale if cfg.lr_scale > 0 else math.sqrt(batch / REFERENCE_BATCH)
 
-    # Weight decay: T_epoch = B / (lr * wd * D) stays constant (arXiv 2405.13698). With lr ~ sqrt(B) this gives
-    # wd ~ sqrt(B) / D. The paper is about AdamW; for Muon this is an assumption.
-    weight_decay = cfg.weight_decay * batch_scale * reference_tokens / law_tokens
+    # Weight decay: T_epoch = B / (lr * wd * D) stays constant (arXiv 2405.13698), so wd ~ B / (lr D), which is
+    # sqrt(B) / D under the batch law. The paper is about AdamW; for Muon this is an assumption.
+    weight_decay = cfg.weight_decay * (batch / REFERENCE_BATCH) / batch_scale * reference_tokens / law_tokens
 
     steps: int | None = None
     seconds: float | None = None
