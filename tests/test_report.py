@@ -1,0 +1,36 @@
+"""The parts of scripts/report.py that need no run; tests/test_runs.py holds a whole report against the run's records."""
+
+import dataclasses
+import shlex
+
+from nanolab.config import BaseTrainConfig, ChatConfig, parse
+from scripts.report import curve, next_commands, readers, sized, table
+
+
+def test_the_curve_keeps_both_ends_and_is_evenly_spread():
+    rows = [{"step": s, "val/bpb": 5 - s / 1000} for s in range(0, 1001, 20)]
+    rows.insert(3, {"step": 50, "train/loss": 1.0})
+    points = curve(rows, 6)
+    assert [step for step, _ in points] == [0, 200, 400, 600, 800, 1000]
+    assert curve(rows[:2]) == [(0, 5.0), (20, 4.98)]
+    assert curve([]) == []
+
+
+def test_readers_are_ranked():
+    measured = {"val": {"bpb": 2.1}, "compressors": {"gzip -9": 3.0, "xz -9e": 2.4, "bz2 -9": 2.0}}
+    assert readers("a", measured) == [(2.0, "bz2 -9"), (2.1, "**a**"), (2.4, "xz -9e"), (3.0, "gzip -9")]
+
+
+def test_the_next_commands_are_commands():
+    """They parse, and the deeper run differs from this one in nothing that was not said."""
+    now = BaseTrainConfig(depth=4, aspect_ratio=48, head_dim=64, total_batch_size=4096, data_dir="my texts", tokenizer="/t/x", max_seq_len=256)
+    (_, talk), (_, deeper), (_, own) = next_commands("small", dataclasses.asdict(now))
+    flags = [shlex.split(command)[3:] for command in (talk, deeper, own)]
+    assert parse(ChatConfig, flags[0]).model == "small"
+    assert parse(BaseTrainConfig, flags[1]) == dataclasses.replace(now, run="small-deeper", depth=6, max_seconds=1200)
+    assert parse(BaseTrainConfig, flags[2]) == dataclasses.replace(now, run="mine", data_dir="FOLDER", max_seconds=300)
+
+
+def test_sizes_and_tables():
+    assert [sized(n) for n in (999, 25_000, 2.5e6, 3.21e9)] == ["1 kB", "25 kB", "2.5 MB", "3.21 GB"]
+    assert table(["a", "b"], ["1", "2"]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
