@@ -1,0 +1,37 @@
+"""Golden numbers: the first optimizer steps of a tiny model, to the fifth digit. Guards every change that means to change nothing."""
+
+import pytest
+import torch
+
+from nanolab.config import GPTConfig
+from nanolab.model.attention import KERNELS
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime
+from nanolab.training.optim import MuonAdamW
+
+GOLDEN = dict(before=5.703980, grad_norm=0.449667, after_one=5.433875, after_three=4.682083)
+ON_CHANGE = (
+    "the arithmetic of model, initialisation or optimizer has changed. If that was not meant, find out why. If it was: say so in the "
+    "commit, check that the comparison with a full run still holds, and put the new numbers into GOLDEN"
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_first_steps(kernel):
+    config = GPTConfig(sequence_len=160, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
+    model = GPT(config, kernel=kernel)
+    model.init_weights(seed=42)
+    rates = dict(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.28, batch_scale=0.25)
+    optimizer = MuonAdamW(model.param_groups(**rates), Runtime(torch.device("cpu"), torch.float32))
+    ids = (torch.arange(2 * 161) ** 2 % 257 + torch.arange(2 * 161) % 40).view(2, 161)  # no random numbers but the initial weights
+    x, y = ids[:, :-1], ids[:, 1:].clone()
+    y[0, :5] = -1
+    seen = []
+    for _ in range(4):
+        loss = model(x, y, reduction="sum") / (y >= 0).sum()
+        loss.backward()
+        seen += [loss.item(), optimizer.grad_norm()]
+        optimizer.step()
+        optimizer.zero_grad()
+    got = dict(before=seen[0], grad_norm=seen[1], after_one=seen[2], after_three=seen[6])
+    assert got == {k: pytest.approx(v, abs=1e-5) for k, v in GOLDEN.items()}, f"{ON_CHANGE}: {got}"
