@@ -105,7 +105,7 @@ def _transfer(url: str, partial: Path, size: int, stop: threading.Event) -> None
 
 def fetch(url: str, target: Path, size: int, sha256: str, partial: Path, stop: threading.Event) -> None:
     """Download `url` to `target`, continuing `partial`. Raises OSError naming the reason after ATTEMPTS fruitless attempts."""
-    failures = damaged = 0
+    failures = 0
     partial.parent.mkdir(parents=True, exist_ok=True)
     while not stop.is_set():
         before = partial.stat().st_size if partial.exists() else 0
@@ -125,10 +125,9 @@ def fetch(url: str, target: Path, size: int, sha256: str, partial: Path, stop: t
                 os.replace(partial, target)
                 return
             partial.unlink()
-            damaged += 1
             reason = "the bytes received do not have the expected sha256"
         failures = 0 if before < have < size else failures + 1
-        if damaged == 3 or failures == ATTEMPTS:
+        if failures == ATTEMPTS:
             raise OSError(reason)
         stop.wait(BACK_OFF * 2 ** max(failures - 1, 0))
     raise OSError("stopped")

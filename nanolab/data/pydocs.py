@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 FORMAT = 1  # raised when the same installation would give other text
-MIN_CHARS = 200  # shorter documents are dropped
+MIN_CHARS, MAX_CHARS = 200, 16_000  # shorter documents are dropped, longer ones are cut between paragraphs
 SAME_LETTERS = 160  # texts that agree in this many letters count as one
 SHARD_DOCUMENTS = 8192
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}  # test suites are not prose
@@ -87,7 +87,7 @@ def read_units(path: str) -> list[Unit]:
             text = raw.decode("utf-8")
             if path.endswith("METADATA"):
                 text = text.replace("\r\n", "\n").partition("\n\n")[2]  # the description follows the headers
-            return [[], [("", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))]]
+            return [[], [("", text)]]
         if b'"""' not in raw and b"'''" not in raw and b"topics" not in raw:
             return []  # six times faster than parsing, and docstrings worth having are in triple quotes
         with warnings.catch_warnings():
@@ -132,16 +132,16 @@ def _docstrings(node: ast.stmt, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def clean(text: str) -> str:
-    """`text` without doctest sessions, template lines, images and the headings that these leave empty."""
+    """`text` without doctest sessions, fenced code, template lines, images and the headings that these leave empty."""
     kept, session = [], False
-    for line in text.expandtabs().splitlines():
+    for line in re.sub(r"^ *```.*?^ *```", "", text.expandtabs(), flags=re.S | re.M).splitlines():
         stripped = line.strip()
         session = bool(stripped) and (session or stripped.startswith((">>>", "... ")))
         if not session and not re.fullmatch(r"\{\w+\}|[>.*]* *!?\[!\[.*|<[^>]*>|\.\. (image|figure)::.*", stripped):
             kept.append(line.rstrip())
     text = "\n".join(kept)
-    heading = r"[^\n]+\n[=~^\"-]{3,}\n"
-    text = re.sub(rf"(?:^|(?<=\n)){heading}\s*(?={heading}|\Z)", "", text)
+    heading = r"[^\n]+\n *[=~^\"-]{3,}\n"
+    text = re.sub(rf"(?:^|(?<=\n)){heading}(?:\n*(?={heading})|\s*\Z)", "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -152,29 +152,48 @@ def is_prose(text: str) -> bool:
     return letters > 0.55 * len(text) and sum(w.lower() in STOP_WORDS for w in words) >= 0.12 * len(words)
 
 
+def first_letters(text: str) -> str:
+    """What makes two texts the same: the first SAME_LETTERS letters, whatever their case and what stands between them."""
+    return re.sub(r"[^a-z]", "", text[: 8 * SAME_LETTERS].lower())[:SAME_LETTERS]
+
+
 def gather(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
     """(group, text) of every document, in order, each text once. files: (group, units) in reading order."""
-    seen: set[str] = set()
+    docstrings, given = {""}, {""}
 
-    def fresh(text: str) -> bool:
-        key = re.sub(r"[^a-z]", "", text[: 8 * SAME_LETTERS].lower())[:SAME_LETTERS]
-        new = bool(key) and key not in seen
-        seen.add(key)
-        return new
+    def finish(group: str, text: str) -> Iterator[tuple[str, str]]:
+        for piece in cut(text):
+            if is_prose(piece) and (key := first_letters(piece)) not in given:
+                given.add(key)
+                yield group, piece
 
     for group, units in files:
         own = []  # the module's docstring, and what is too short to stand alone
         for i, unit in enumerate(units):
-            parts = [(h, t) for h, t in unit if fresh(t)]
-            text = "\n\n".join(f"{h}\n\n{t}" if h else t for h, t in parts)
+            parts = []
+            for heading, text in unit:
+                if (key := first_letters(text)) not in docstrings:
+                    docstrings.add(key)
+                    parts.append(f"{heading}\n\n{text}" if heading else text)
+            text = "\n\n".join(parts)
             if i and len(text) >= MIN_CHARS:
-                if is_prose(text):
-                    yield group, text
-            elif parts and (i == 0 or parts[0][0]):
+                yield from finish(group, text)
+            elif parts:
                 own.append(text)
-        text = "\n\n".join(own)
-        if len(text) >= MIN_CHARS and is_prose(text):
-            yield group, text
+        yield from finish(group, "\n\n".join(own))
+
+
+def cut(text: str) -> Iterator[str]:
+    """`text` in pieces of at most MAX_CHARS (more only for a single paragraph), none shorter than MIN_CHARS."""
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > MAX_CHARS:
+            if len(piece) >= MIN_CHARS:
+                yield piece
+            piece = ""
+        piece += ("\n\n" if piece else "") + paragraph
+    if len(piece) >= MIN_CHARS:
+        yield piece
 
 
 def _read_cleaned(path: str) -> list[Unit]:

@@ -52,7 +52,7 @@ def test_every_format_gives_the_texts_that_were_written(tmp_path, monkeypatch, w
 
 def test_paragraphs_of_a_plain_text_become_documents_that_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("nanolab.data.formats.BLOCK_BYTES", 20000)
-    paragraphs = [w + "\r\nsecond line\r with a lone return" for w in words(400)]
+    paragraphs = [w + "\r\nsecond line\r\r with lone returns" for w in words(400)]
     path = tmp_path / "book.txt"
     path.write_bytes("\n\n".join(paragraphs).encode())
     documents = Documents("book", [path])
@@ -87,8 +87,10 @@ def test_order_is_a_permutation_that_depends_on_seed_and_epoch(tmp_path):
     assert sorted(first) == sorted(second) == sorted(texts)
     assert first != second and first != texts and take(c, 300) != first
     assert [b.get(i) for i in (599, 0, np.int64(301), 17)] == [second[299], first[0], second[1], first[17]]  # any order, any process
-    inside = [texts.index(t) // 32 for t in first]
-    assert sum(x != y for x, y in zip(inside, inside[1:])) == len(a.blocks) - 1  # one decode per block
+    blocks = [[texts.index(t) // 32 for t in pass_] for pass_ in (first, second)]
+    assert sum(x != y for x, y in zip(blocks[0], blocks[0][1:])) == len(a.blocks) - 1  # one decode per block
+    assert list(dict.fromkeys(blocks[0])) != list(dict.fromkeys(blocks[1]))  # new order of blocks in each epoch
+    assert [t for t, b in zip(first, blocks[0]) if b == 0] != [t for t, b in zip(second, blocks[1]) if b == 0]  # and inside them
     order = hashlib.sha256("".join(first).encode()).hexdigest()
     assert order.startswith("7b145f7f24d19ae2"), "the document order changed: runs that are resumed would see other text"
 

@@ -152,6 +152,8 @@ def test_faults_are_survived(server, base_dir, fault):
         assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
     if fault == "flip":
         assert starts == [0, 0, 0]
+    if fault == "whole":
+        assert len(starts) == 2 and starts[1] > 0
 
 
 @pytest.mark.parametrize("fault, reason", [("flip", "expected sha256"), ("503", "HTTP 503"), ("404", "HTTP 404")])
@@ -229,3 +231,20 @@ def test_table_is_pinned():
     for corpus in hub.CORPORA.values():
         assert corpus.repo.count("/") == 1 and corpus.n_train > 0
     assert [name for name, corpus in hub.CORPORA.items() if len(corpus.revision) != 40] == ["fineweb-edu"]
+
+
+def test_the_command_ends_with_code_1_and_names_what_failed(server, capsys):
+    from nanolab.config import DataBuildConfig, main
+    from scripts.data import run
+
+    server.faults = {"data/shard_0.parquet": ["404"]}
+    with pytest.raises(SystemExit) as end:
+        main(lambda: run(DataBuildConfig(data="toy", num_shards=2)))
+    assert end.value.code == 1 and "shard_0.parquet: HTTP 404" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(lambda: run(DataBuildConfig(data="toy", num_shards=2, json=True)))
+    assert end.value.code == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(s["source"], s["documents"], s["files"]) for s in report["sources"]] == [("toy", 600, 2), ("validation", 300, 1)]
+    tables = [pq.read_table(io.BytesIO(server.files[f"data/shard_{i}.parquet"])) for i in (0, 1)]
+    assert report["sources"][0]["bytes"] == sum(len(t) for table in tables for t in table["text"].to_pylist())
