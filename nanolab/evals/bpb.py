@@ -7,7 +7,7 @@ with one another and with compressors. Dims: N rows, T tokens, V vocabulary.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ class BPB(NamedTuple):
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, rows: tuple[np.ndarray, np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32
+    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32
 ) -> BPB:
-    """Bits per byte of the model on rows (inputs (N, T), targets (N, T)), the same rows on every rank.
+    """Bits per byte of the model on rows, the same ones on every rank.
 
+    rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives.
     token_bytes: (V,) bytes that each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither
     as nats nor as bytes. Rank r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of
     `batch_size` but for rounding. Raises UserError when no byte is left to count.
