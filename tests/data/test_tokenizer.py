@@ -3,6 +3,9 @@
 import argparse
 import ast
 import json
+import os
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -285,3 +288,42 @@ def test_a_vocabulary_larger_than_the_text_supports_names_the_size_to_type():
     with pytest.raises(UserError, match="at least 265"):
         Tokenizer.train(text, 264)
     assert Tokenizer.train([], 265).decode(Tokenizer.train([], 265).encode(FOREIGN)) == FOREIGN
+
+
+def script(name: str, *flags: str) -> subprocess.CompletedProcess:
+    """python -m scripts.NAME, without a network."""
+    env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "", "COLUMNS": "200"}
+    command = [sys.executable, "-m", f"scripts.{name}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2], timeout=120)
+
+
+def test_scripts_train_and_evaluate(tmp_path):
+    texts = [text for whole in TEXTS for text in whole.split("\n\n")]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    flags = ["--data-dir", str(tmp_path / "text.jsonl"), "--tokenizer", str(tmp_path / "tok")]
+    done = script("tok_train", *flags, "--vocab-size", "600")
+    assert done.returncode == 0, done.stderr
+    tok = Tokenizer.load(tmp_path / "tok")
+    assert tok.vocab_size == 600 and tok.hash[:12] in done.stdout and "bytes/token" in done.stdout
+    done = script("tok_train", *flags, "--vocab-size", "90000")
+    assert done.returncode == 1 and "--vocab-size" in done.stderr and Tokenizer.load(tmp_path / "tok").hash == tok.hash
+    done = script("tok_eval", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["hash"] == tok.hash and document["lossless"] and document["unreachable"].keys() == {"GPT-2", "GPT-4"}
+    assert document["texts"]["prose"]["bytes_per_token"]["nanolab"] > 1.3 and "unreachable" in done.stdout.splitlines()[5]
+
+
+def test_training_text_follows_the_weights_and_the_caps():
+    from scripts.tok_train import Sample
+
+    class Source:
+        def __init__(self, text: str, n: int) -> None:
+            self.iterate = lambda: iter([text] * n)
+
+    sample = Sample([(Source("a" * 500, 1000), 0.8), (Source("b" * 30, 1000), 0.2)], max_chars=10_000, doc_cap=100)
+    text = "".join(sample)
+    assert sample.chars == sample.bytes == len(text) == 10_000
+    assert abs(text.count("b") - 2000) <= 100
+    rest = "".join(Sample([(Source("a", 10), 0.5), (Source("b", 90), 0.5)], max_chars=1000, doc_cap=100))
+    assert sorted(rest) == ["a"] * 10 + ["b"] * 90
