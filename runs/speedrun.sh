@@ -37,7 +37,7 @@ run() { # a command, printed; executed unless this is a dry run
 stage "set-up"
 bash runs/setup.sh
 python=${NANOLAB_PYTHON:-.venv/bin/python}
-ranks="$python -m torch.distributed.run --standalone --nproc_per_node 8"
+ranks="$python -m torch.distributed.run --standalone --nproc_per_node 8" # then -- , or torchrun takes --run for its own
 export OMP_NUM_THREADS=1
 if [ -z "$dry" ]; then
     gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
@@ -69,13 +69,13 @@ if [ -z "$dry" ] && ! wait $download; then
 fi
 
 stage "pretraining"
-run $ranks -m scripts.base_train --run speedrun --resume "${data[@]}" --tokenizer "$base/tokenizers/speedrun" "${model[@]}"
+run $ranks -m scripts.base_train -- --run speedrun --resume "${data[@]}" --tokenizer "$base/tokenizers/speedrun" "${model[@]}"
 if [ -n "$dry" ]; then
     $python -m scripts.base_train --run speedrun "${model[@]}" --tokenizer "$base/tokenizers/speedrun" --dry-run --plan-for 8xH100
 fi
 
 stage "evaluation"
-run $ranks -m scripts.base_eval --model speedrun --device-batch-size 16
+run $ranks -m scripts.base_eval -- --model speedrun --device-batch-size 16
 run $python -m scripts.report --model speedrun
 
 stage "talk to it"
