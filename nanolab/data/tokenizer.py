@@ -33,8 +33,8 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-# tiktoken's regex engine dies on a run of about 500,000 blanks; longer runs than this are encoded in parts.
-MAX_BLANKS = 100_000
+# tiktoken's regex engine dies on a run of a million blanks; runs longer than this are encoded in parts.
+MAX_BLANKS = 500_000
 _BLANKS = re.compile(rf"\s{{{MAX_BLANKS + 1},}}")
 
 

@@ -133,7 +133,7 @@ def read(path: Path) -> BPE:
             f"train one with: python -m scripts.tok_train --tokenizer {folder}"
         )
     raw = _load_json(path)
-    if "model" in raw:
+    if isinstance(raw.get("model"), dict):  # a vocabulary may have a token "model"
         bpe = _from_tokenizer_json(raw, path)
     elif (folder / "merges.txt").exists():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
