@@ -129,10 +129,10 @@ def test_steps_are_in_order_of_number(tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
-    (tmp_path / ".tmp-step_000003").mkdir()
-    (tmp_path / ".tmp-step_000003" / "model.safetensors").write_bytes(b"half")
-    save(tmp_path, 4)
-    assert not hidden(tmp_path)
+    for left in (".tmp-step_000003", ".tmp-step_000004", ".tmp-removed-step_000001"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "optim_rank9.safetensors").write_bytes(b"half")
+    assert not (save(tmp_path, 4) / "optim_rank9.safetensors").exists() and not hidden(tmp_path)
 
 
 @pytest.mark.parametrize("keep,best,left", [(2, None, [4, 5]), ("2", 1, [1, 4, 5]), (1, 5, [5]), (1, 4, [4, 5]), ("all", None, [1, 2, 3, 4, 5]), (9, None, [1, 2, 3, 4, 5])])

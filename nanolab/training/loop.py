@@ -1,0 +1,272 @@
+"""fit(): the only training loop. Pretraining, fine-tuning and reinforcement learning pass it batches and a loss.
+
+One step: save, evaluate and sample where due; gather the micro-batches; gradients of the mean loss over the global
+batch; stop if anything is not finite; schedules; update; log. The save comes before the evaluation, so that a crash in
+a long evaluation loses nothing.
+"""
+
+import dataclasses
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanolab.config import UserError
+from nanolab.runtime import device_peaks, print0
+from nanolab.training import checkpoint
+from nanolab.training.console import Eta, step_line
+from nanolab.training.gradients import Batches, accumulate
+from nanolab.training.guards import out_of_memory_named, quiet_gc, undisturbed
+from nanolab.training.run import Run
+from nanolab.training.scaler import LossScaler
+from nanolab.training.signals import StopRequest
+
+SMOOTHING = 0.9  # of the loss on the console
+
+
+@dataclass
+class Every:
+    """Cadences in steps, -1 is off, and what to do at them. Both functions are called on every rank."""
+
+    log: int = 1
+    eval: int = -1
+    sample: int = -1
+    save: int = -1  # the last step is always saved
+    keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
+    grad_norm: bool = False
+    evaluate: Callable[[], dict[str, float]] = dict  # metrics, for example {"val/bpb": 1.2}
+    draw_samples: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        if self.keep != "all" and not (str(self.keep).isdigit() and int(self.keep) >= 1):
+            raise UserError(f"--keep is {self.keep!r}; expected a number of checkpoints from 1 on, or all; try --keep 2")
+
+
+@dataclass
+class LoopState:
+    """What the loop itself carries from step to step, and through a checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    total_training_time: float = 0.0  # seconds in steps, evaluation and saving not counted
+    smooth_loss: float = 0.0  # moving average, factor 0.9, not yet debiased
+    min_val_bpb: float | None = None
+
+
+@dataclass
+class Loop:
+    """The parts of one training run and its state; `fit` drives it."""
+
+    run: Run
+    model: nn.Module
+    optimizer: Any
+    batches: Batches
+    plan: Any
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
+    every: Every
+    state: LoopState = field(default_factory=LoopState)
+    saved_step: int | None = None
+
+    def __post_init__(self) -> None:
+        self.runtime = self.run.runtime
+        self.scaler = LossScaler(self.runtime) if self.runtime.dtype == torch.float16 else None
+        self.bare_model = getattr(self.model, "_orig_mod", self.model)  # without torch.compile's wrapper
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        self.eta = Eta()
+        for group in self.optimizer.groups:
+            group.setdefault("initial_weight_decay", group["weight_decay"])
+
+    def progress(self) -> float:
+        """Share of the run that is done, in [0, 1], the same on every rank."""
+        if self.plan.num_iterations is not None:
+            return min(1.0, self.state.step / max(1, self.plan.num_iterations))
+        elapsed = torch.tensor(self.state.total_training_time if self.runtime.is_main else 0.0, device=self.runtime.device)
+        return min(1.0, self.runtime.all_reduce_(elapsed).item() / self.plan.max_seconds)
+
+    def last(self, progress: float) -> bool:
+        return self.state.step >= self.plan.num_iterations if self.plan.num_iterations is not None else progress >= 1.0
+
+    def due(self, cadence: int) -> bool:
+        return cadence > 0 and self.state.step % cadence == 0
+
+    @property
+    def tokens(self) -> int:
+        return self.state.step * self.plan.total_batch_size
+
+    @property
+    def smooth_loss(self) -> float | None:
+        return self.state.smooth_loss / (1 - SMOOTHING**self.state.step) if self.state.step else None
+
+    def totals(self) -> dict[str, float]:
+        return {"total_training_time": self.state.total_training_time, "total_training_flops": self.plan.flops_per_token * self.tokens}
+
+    def resume(self) -> None:
+        """Load everything from the run's checkpoint, if it has one."""
+        path = self.run.resume_from
+        if path is None:
+            return
+        meta = checkpoint.load_meta(path)
+        self.bare_model.load_state_dict(checkpoint.load_weights(path), strict=True)
+        self.optimizer.load_state_dict(checkpoint.load_optimizer(path))
+        self.batches.load_state_dict(meta["batches"])
+        self.state = LoopState(**meta["loop"])
+        if self.scaler:
+            self.scaler.load_state_dict(meta["scaler"])
+        checkpoint.restore_rng(path, self.runtime)
+        self.saved_step = self.state.step
+        print0(f"resumed at step {self.state.step} from {path}")
+
+    def save(self) -> None:
+        if self.saved_step == self.state.step:
+            return
+        meta = {
+            "run": self.run.name, "kind": self.run.kind, **self.run.facts, "model_config": dataclasses.asdict(self.bare_model.config),
+            "config": self.run.config, "plan": dataclasses.asdict(self.plan), "env": self.run.env, "loop": dataclasses.asdict(self.state),
+            "tokens": self.tokens, "batches": self.batches.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else None,
+        }  # fmt: skip
+        self.run.sync()
+        weights = self.bare_model.state_dict()
+        checkpoint.save(self.run.checkpoints, self.state.step, weights=weights, optimizer=self.optimizer.state_dict(), meta=meta, runtime=self.runtime)
+        self.saved_step = self.state.step
+
+    def retain(self, step: int) -> None:
+        """Drop old checkpoints; called after the metrics of `step` are on record, since they decide which is the best."""
+        if self.runtime.is_main and self.saved_step == step:
+            checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
+
+    def evaluate(self) -> dict[str, Any]:
+        with undisturbed(self.model, self.runtime.device):
+            metrics = self.every.evaluate()
+        bpb = metrics.get("val/bpb")
+        if bpb is not None:
+            self.state.min_val_bpb = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
+        print0(f"step {self.state.step:05d} | " + " | ".join(f"{k} {v:.6f}" for k, v in metrics.items()))
+        return metrics
+
+    def train_step(self, progress: float, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        """One update. Returns (its metrics, whether a rank was asked to stop)."""
+        began = time.perf_counter()
+        step, plan = self.state.step, self.plan
+        loss, asked = accumulate(
+            self.model, self.params, self.batches, self.loss_fn, step=step, grad_accum=plan.grad_accum, runtime=self.runtime,
+            scaler=self.scaler, stop=lambda: stop.number > 0,
+        )  # fmt: skip
+        overflow = self.scaler.unscale_(self.optimizer) if self.scaler else False
+        grad_norm = self.optimizer.grad_norm() if self.every.grad_norm and self.log_due() else None
+        lrm = plan.lr_multiplier(step, progress)
+        for group in self.optimizer.groups:
+            group["lr"] = group["initial_lr"] * lrm
+            if group["kind"] == "muon":
+                group["momentum"] = plan.muon_momentum(step, progress)
+                group["weight_decay"] = group["initial_weight_decay"] * plan.weight_decay_multiplier(step, progress)
+        if not overflow:
+            self.optimizer.step()
+        if self.scaler:
+            self.scaler.update(overflow)
+        self.optimizer.zero_grad()
+        self.runtime.synchronize()
+
+        dt = time.perf_counter() - began
+        self.state.step += 1
+        self.state.total_training_time += dt
+        self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * loss
+        peak, rate = device_peaks(self.runtime.device_name)[0], plan.total_batch_size / dt
+        metrics = {
+            "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": rate,
+            "train/mfu": 100 * plan.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None,  # percent
+            "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
+        }  # fmt: skip
+        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm}), asked
+
+    def log_due(self) -> bool:
+        return self.due(self.every.log) or (self.every.log > 0 and self.state.step + 1 == self.plan.num_iterations)
+
+    def print_step(self, step: int, progress: float, metrics: dict[str, Any], left: float | None) -> None:
+        print0(
+            step_line(
+                step, self.plan.num_iterations, progress=progress, loss=self.smooth_loss, lrm=metrics["train/lrm"], dt=metrics["train/dt"],
+                tokens=self.plan.total_batch_size, mfu=metrics["train/mfu"], epoch=metrics["train/epoch"],
+                elapsed=self.state.total_training_time, left=left,
+            )
+        )  # fmt: skip
+
+    def time_left(self, dt: float) -> float | None:
+        """Seconds to the horizon after a step of `dt` seconds; None while unknown."""
+        if self.plan.num_iterations is None:
+            return max(0.0, self.plan.max_seconds - self.state.total_training_time)
+        return self.eta.after(dt, self.plan.num_iterations - self.state.step)
+
+    def result(self, last: dict[str, Any]) -> dict[str, Any]:
+        """The numbers that a finished run is known by; `last` are the metrics of the final evaluation."""
+        seconds = self.state.total_training_time
+        return {
+            "run": self.run.name, "kind": self.run.kind, "step": self.state.step, "tokens": self.tokens, "train/loss": self.smooth_loss,
+            **last, "min_val_bpb": self.state.min_val_bpb, **self.totals(), "tok_per_sec": self.tokens / seconds if seconds else None,
+            "mem/peak_mib": self.runtime.peak_memory_mib(),
+        }  # fmt: skip
+
+    def leave(self, stop: StopRequest) -> None:
+        """Say how to go on and end the process with the exit code that a shell expects of the signal."""
+        number = signal.Signals(stop.number or signal.SIGTERM)
+        command = "the same command with --resume"
+        if self.runtime.world_size == 1:
+            words = sys.orig_argv if "--resume" in sys.orig_argv else [*sys.orig_argv, "--resume"]
+            command = shlex.join(words)
+        print0(f"stopped by {number.name}; step {self.state.step} is saved. To go on, type: {command}")
+        raise SystemExit(128 + number)
+
+
+def fit(
+    run: Run, model: nn.Module, optimizer: Any, batches: Batches, plan: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], every: Every
+) -> dict[str, Any]:
+    """Train until the plan's horizon, from the run's checkpoint if it has one; finish the run and return its result.
+
+    plan: a schedule.Plan or anything with its fields and schedules. loss_fn(model, micro_batch): the SUM of nats over the
+    micro-batch's targets. Raises NonFinite, and UserError when memory or the disk is full; SIGTERM and Ctrl-C save and
+    raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step` updates (val/bpb,
+    train/loss) and the totals up to there.
+    """
+    loop = Loop(run, model, optimizer, batches, plan, loss_fn, every)
+    try:
+        with StopRequest() as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum):
+            loop.resume()
+            model.train()
+            first, asked = loop.state.step, False
+            while True:
+                step, progress = loop.state.step, loop.progress()
+                last = loop.last(progress)
+                if last or asked or (step > 0 and loop.due(every.save)):
+                    loop.save()
+                if asked:
+                    loop.retain(step)
+                    loop.leave(stop)
+                totals = loop.totals()
+                row = loop.evaluate() if every.eval > 0 and (last or loop.due(every.eval)) else {}
+                if every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
+                    with undisturbed(model, run.runtime.device):
+                        every.draw_samples()
+                if last:
+                    if row:
+                        run.log(step, {**row, **totals})
+                    loop.retain(step)
+                    result = loop.result(row)
+                    run.finish(result)
+                    return result
+                log_due = loop.log_due()
+                metrics, asked = loop.train_step(progress, stop)
+                after_step(loop.state.step - first)
+                left = loop.time_left(metrics["train/dt"])
+                if log_due:
+                    loop.print_step(step, progress, metrics, left)
+                    row = {**metrics, **row}
+                if row:
+                    run.log(step, {**row, **totals})
+                loop.retain(step)
+    except BaseException:
+        run.close()
+        raise

@@ -1,0 +1,120 @@
+"""A training run small enough to be made by hand: tiny GPT, real optimizer, batches that any code can make again."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanolab.config import BaseTrainConfig, GPTConfig, to_json
+from nanolab.data.packing import Batch
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime
+from nanolab.training.optim import MuonAdamW
+from nanolab.training.run import Run
+
+ALONE = Runtime(torch.device("cpu"), torch.float32)
+CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L")
+RATES = dict(embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1)
+ROWS = 2
+
+
+@dataclass
+class ToyPlan:
+    """Schedules that differ at every step, so that a step in the wrong place shows."""
+
+    num_iterations: int | None = 6
+    max_seconds: float | None = None
+    grad_accum: int = 1
+    device_batch_size: int = ROWS
+    total_batch_size: int = 64
+    flops_per_token: int = 1000
+
+    def lr_multiplier(self, step: int, progress: float) -> float:
+        return 1.0 - 0.7 * progress
+
+    def muon_momentum(self, step: int, progress: float) -> float:
+        return 0.85 + 0.01 * step
+
+    def weight_decay_multiplier(self, step: int, progress: float) -> float:
+        return 1.0 - progress
+
+
+def global_micro_batch(n: int) -> Batch:
+    """The n-th micro-batch of the run, counted over steps and ranks. Some have few targets, so that weighting shows."""
+    g = torch.Generator().manual_seed(1000 + n)
+    inputs = torch.randint(64, (ROWS, 8), generator=g)
+    targets = torch.randint(64, (ROWS, 8), generator=g)
+    targets[torch.rand(ROWS, 8, generator=g) < (0.9 if n % 3 == 0 else 0.1)] = -1
+    targets[0, 0] = 5
+    return Batch(inputs, targets, int((targets >= 0).sum()))
+
+
+class ToyBatches:
+    """Micro-batches n = rank, rank + world_size, ..."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.n = runtime, 0
+
+    @property
+    def epoch(self) -> float:
+        return self.n / 100
+
+    def next(self) -> Batch:
+        self.n += 1
+        return global_micro_batch((self.n - 1) * self.runtime.world_size + self.runtime.rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.n = state["n"]
+
+    def where(self) -> str:
+        return f"document {(self.n - 1) * self.runtime.world_size + self.runtime.rank}"
+
+
+class RecordingOptimizer(MuonAdamW):
+    """Remembers the rates it was given at every step."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[dict[str, tuple]] = []
+
+    def step(self) -> None:
+        self.seen.append({g["name"]: (g["lr"], g.get("momentum"), g["weight_decay"]) for g in self.groups})
+        super().step()
+
+
+def nats(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(batch.inputs, batch.targets, reduction="sum")
+
+
+def noisy_nats(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """A loss that uses the global generator, as dropout would."""
+    return nats(model, batch) * (1 + 0.1 * torch.rand(()))
+
+
+def make_model() -> GPT:
+    """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and Adam
+    would blow the rounding up."""
+    model, g = GPT(CONFIG), torch.Generator().manual_seed(8)
+    model.init_weights(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def parts(name: str = "toy", runtime: Runtime = ALONE, resume: bool = False, **flags: Any) -> tuple[Run, GPT, RecordingOptimizer, ToyBatches]:
+    """What `fit` takes first, all fresh. The global generator starts at a fixed seed."""
+    torch.manual_seed(0)
+    run = Run.start(name, to_json(BaseTrainConfig(**flags)), runtime, resume=resume)
+    model = make_model()
+    return run, model, RecordingOptimizer(model.param_groups(**RATES), runtime), ToyBatches(runtime)
+
+
+def use_base(path: str | Path) -> None:
+    os.environ["NANOLAB_BASE_DIR"] = str(path)
