@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(fn: Callable, world_size: int, *args: Any, dtype: str = "float32", timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable, world_size: int, *args: Any, dtype: str = "float32", timeout: float = 300) -> list[Any]:
     """[fn(runtime, *args) of rank 0, of rank 1, ...]. fn is a top-level function; arguments and results are pickled.
 
     A rank that fails or runs past `timeout` seconds ends all, with its own error text in the AssertionError.

@@ -183,9 +183,8 @@ class MuonGroup(Group):
         if self.world == 1:
             self.grads = grads
             return
-        self.stack = grads[0].new_empty(self.per_rank * self.world, *self.shape)
+        self.stack = grads[0].new_empty(self.per_rank * self.world, *self.shape)  # what lies past the last matrix is never read
         torch.stack(grads, out=self.stack[: len(grads)])
-        self.stack[len(grads) :].zero_()
         target = torch.empty_like(self.stack[: self.per_rank])
         self.messages.append((_reduce_scatter(target, self.stack, async_op=True), (self.stack, target)))
         self.grads = list(target[: len(self.own)].unbind())
@@ -210,7 +209,7 @@ class MuonGroup(Group):
         """Launch the exchange of updated matrices, into the memory that the gradients came in."""
         if self.world == 1:
             return
-        source = torch.zeros_like(self.stack[: self.per_rank])
+        source = torch.empty_like(self.stack[: self.per_rank])
         if self.own:
             torch.stack(self.own, out=source[: len(self.own)])
         self.messages.append((_all_gather(self.stack, source, async_op=True), (self.stack, source)))
