@@ -219,16 +219,16 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
     sources, validation = [], list(declared.values())
     for name, weight in mixture:
         local = None if name in CORPORA and not cfg.data_dir else Path(name).expanduser().resolve()
-        with locked(f"corpora/{_key(local) if local else name}"):  # ranks of one job take turns: the first does the work
-            train, val = (find_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
-            train = [p for p in train if p.resolve() not in declared]
-            if not train:
-                raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
-            if not declared:
-                validation += val or [_pinned_split(local, train)]
-            sources.append((local.name if local else name, train, weight))
+        train, val = (find_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
+        train = [p for p in train if p.resolve() not in declared]
+        if not train:
+            raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
+        with locked(f"corpora/{_key(local) if local else name}.index"):  # ranks of one job take turns: the first does the work
             for path in progress(train, f"indexing {name}"):
                 index_file(path)
+            if not declared:
+                validation += val or [_pinned_split(local, train)]
+        sources.append((local.name if local else name, train, weight))
     val = Documents("validation", validation, seed)
     held_out = frozenset(digest(text) for text in val.iterate())
     out = [(Documents(name, train, seed, held_out), weight) for name, train, weight in sources]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanolab.config import UserError
-from nanolab.data.formats import index_file, sha256_file, write_atomically
+from nanolab.data.formats import index_file, locked, sha256_file, write_atomically
 from nanolab.runtime import base_dir, print0, progress
 
 DEFAULT_SHARDS = 8  # training files of a first use without --num-shards
@@ -54,10 +54,7 @@ CORPORA = {
 
 
 def _pin(name: str, corpus: HubCorpus, folder: Path) -> dict:
-    """The manifest of `corpus`: read, or made from one listing. Raises UserError without a network or when files are not as declared."""
-    path = folder / "manifest.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    """The manifest of `corpus`, made from one listing. Raises UserError without a network or when files are not as declared."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
@@ -80,7 +77,7 @@ def _pin(name: str, corpus: HubCorpus, folder: Path) -> dict:
             f"{corpus.val}; expected {corpus.n_train or 'some'} and 1; pin another revision in nanolab/data/hub.py"
         )
     manifest = {"repo": corpus.repo, "revision": revision, "val": val[0], "train": train, "files": {f: files[f] for f in train + val}}
-    write_atomically(path, json.dumps(manifest))
+    write_atomically(folder / "manifest.json", json.dumps(manifest))
     return manifest
 
 
@@ -166,32 +163,42 @@ def _download(manifest: dict, folder: Path, names: list[str], workers: int) -> N
         )
 
 
+def _complete(name: str, manifest: dict, folder: Path, wanted: list[str], workers: int) -> None:
+    """Download those of the `wanted` files that are not there; the validation file first."""
+    import huggingface_hub.constants
+
+    missing = [f for f in wanted if not (folder / f).exists()]
+    if not missing:  # another process was faster
+        return
+    size = sum(manifest["files"][f]["size"] for f in missing)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        seen = f"{len(missing)} files of {name} are not downloaded and HF_HUB_OFFLINE is set"
+        raise UserError(f"{seen}; expected a network; unset it, or use fewer with --num-shards")
+    if size > (free := shutil.disk_usage(folder).free):
+        raise UserError(f"{name} needs {size / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; try a smaller --num-shards")
+    print0(f"downloading {len(missing)} files ({size / 1e9:.2f} GB) of {manifest['repo']} to {folder}")
+    for names in ([manifest["val"]], [f for f in missing if f != manifest["val"]]):  # validation first
+        if set(names) & set(missing):
+            _download(manifest, folder, names, workers)
+
+
 def ensure(name: str, num_shards: int, workers: int) -> tuple[list[Path], list[Path]]:
     """Training and validation files of a hub corpus, downloading what is missing.
 
     num_shards: the first so many training files; -1: those that are there, at least the first DEFAULT_SHARDS. Raises UserError.
     """
-    import huggingface_hub.constants
-
     folder = base_dir() / "corpora" / name
-    manifest = _pin(name, CORPORA[name], folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) if path.exists() else _pin(name, CORPORA[name], folder)
     present = [f for f in manifest["train"] if (folder / f).exists()]
     train = manifest["train"][: DEFAULT_SHARDS if num_shards == -1 else num_shards]
     if num_shards == -1:
         train = sorted({*train, *present})
-    missing = [f for f in [manifest["val"], *train] if not (folder / f).exists()]
-    if missing:
-        size = sum(manifest["files"][f]["size"] for f in missing)
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            seen = f"{len(missing)} files of {name} are not downloaded and HF_HUB_OFFLINE is set"
-            raise UserError(f"{seen}; expected a network; unset it, or type --num-shards {len(present)} to use what is there")
-        if size > (free := shutil.disk_usage(folder).free):
-            raise UserError(f"{name} needs {size / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; try a smaller --num-shards")
-        print0(f"downloading {len(missing)} files ({size / 1e9:.2f} GB) of {manifest['repo']} to {folder}")
-        for names in ([manifest["val"]], [f for f in missing if f != manifest["val"]]):  # validation first
-            if set(names) & set(missing):
-                _download(manifest, folder, names, workers)
-    for f in [manifest["val"], *train]:
+    wanted = [manifest["val"], *train]
+    if not all((folder / f).exists() for f in wanted):  # a command that has all it wants does not wait for a larger download
+        with locked(f"corpora/{name}"):
+            _complete(name, manifest, folder, wanted, workers)
+    for f in wanted:
         if index_file(folder / f)[0] != manifest["files"][f]["sha256"]:
             expected = f"expected sha256 {manifest['files'][f]['sha256']}"
             raise UserError(f"{folder / f} is not the file that was downloaded; {expected}; delete it and type the same command again")

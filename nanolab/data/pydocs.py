@@ -219,12 +219,13 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
     Once built the corpus stays as it is, whatever is installed later. Raises UserError when its files are damaged.
     """
     from nanolab.config import UserError
-    from nanolab.data.formats import index_file
+    from nanolab.data.formats import index_file, locked
     from nanolab.runtime import base_dir
 
     folder = base_dir() / "corpora" / "pydocs"
     if not (folder / "manifest.json").exists():
-        _build(folder, workers, hold_out)
+        with locked("corpora/pydocs"):
+            _build(folder, workers, hold_out)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     for name, sha in files.items():
         if not (folder / name).exists() or index_file(folder / name)[0] != sha:
@@ -236,6 +237,8 @@ def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[
     from nanolab.data.formats import write_documents
     from nanolab.runtime import print0
 
+    if (folder / "manifest.json").exists():  # another process was faster
+        return
     print0("building the corpus pydocs from this Python installation (once)")
     found, origin = documents(workers)
     found.sort(key=lambda d: hashlib.sha256(d[1].encode()).digest())  # a shuffle that depends on nothing but the text

@@ -15,6 +15,7 @@ import pytest
 from nanolab.config import DataConfig, UserError
 from nanolab.data import hub
 from nanolab.data.corpus import CORPORA, open_data
+from nanolab.data.formats import locked
 from nanolab.data.hub import HubCorpus
 
 REVISION = "1" * 40
@@ -139,6 +140,20 @@ def test_what_is_there_needs_no_network_and_more_shards_change_no_validation(ser
     again = toy()
     assert (again.fingerprint, again.val_fingerprint) == (data.fingerprint, data.val_fingerprint)
     assert few.val_fingerprint == data.val_fingerprint and few.fingerprint != data.fingerprint
+
+
+def test_processes_share_one_download_and_wait_only_for_what_they_lack(server, base_dir):
+    threads = [threading.Thread(target=toy, args=(2,)) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert sorted(server.gets) == [f"data/shard_{i}.parquet" for i in (0, 1, 5)]
+    with locked("corpora/toy"):  # somebody downloads more of it
+        reader = threading.Thread(target=toy, args=(2,), daemon=True)
+        reader.start()
+        reader.join(60)
+        assert not reader.is_alive()
 
 
 @pytest.mark.parametrize("fault", ["drop", "truncate", "flip", "503", "whole"])
