@@ -55,6 +55,15 @@ def test_speedrun_ratio():
     assert rounds_to(plan.tokens / 1e9, "5.84") and rounds_to(plan.weight_decay, "0.060") and rounds_to(plan.flops, "2.8e19")
 
 
+def test_lr_scale_replaces_the_batch_law():
+    """T_epoch = B / (lr * decay * D) is the same with and without it: 4 times the rate, a quarter of the decay."""
+    law = make_plan(BaseTrainConfig(depth=12, total_batch_size=2**15, device_batch_size=8), 32768, 1)
+    own = make_plan(BaseTrainConfig(depth=12, total_batch_size=2**15, device_batch_size=8, lr_scale=1.0), 32768, 1)
+    assert (law.batch_scale, own.batch_scale) == (0.25, 1.0)
+    assert law.weight_decay == pytest.approx(0.28 * 0.25) and own.weight_decay == pytest.approx(0.28 * 0.25 / 4)
+    assert own.num_iterations == law.num_iterations
+
+
 def test_width_rounds_up_to_whole_heads():
     assert gpt_config(BaseTrainConfig(depth=5), 100).n_embd == 384  # 5 x 64 = 320 -> 3 heads of 128
     assert gpt_config(BaseTrainConfig(depth=3, aspect_ratio=40, head_dim=32), 100).n_embd == 128  # 120 -> 4 heads of 32
