@@ -88,13 +88,14 @@ def train(name: str, runtime: Runtime, plan, loss=nats):
 
 
 def train_on_rank(runtime: Runtime, base: str) -> list:
-    """Three runs: a plain one, one that fails on rank 1, one that ends by the clock."""
+    """Three runs: a plain one, one that fails on rank 1, one that ends by the clock; and one that is refused."""
     toy.use_base(base)
     bad = lambda m, b: nats(m, b) * (math.inf if runtime.rank == 1 and torch.equal(b.inputs, toy.global_micro_batch(3).inputs) else 1)  # noqa: E731
     return [
         train("plain", runtime, ToyPlan(grad_accum=2)),
         train("bad", runtime, ToyPlan(), bad),
         train("clock", runtime, ToyPlan(num_iterations=None, max_seconds=0.5)),
+        str(pytest.raises(UserError, parts, "plain", runtime).value),
     ]
 
 
@@ -105,7 +106,7 @@ def on_two_ranks(run_ranks, tmp_path_factory):
 
 
 def test_two_ranks_train_what_one_trains(on_two_ranks):
-    base, ((plain_0, _, _), (plain_1, _, _)) = on_two_ranks
+    base, ((plain_0, *_), (plain_1, *_)) = on_two_ranks
     two = [json.loads(line)["train/loss"] for line in (base / "runs/plain/metrics.jsonl").read_text().splitlines()]
     run, model, optimizer, batches = parts()
     result = fit(run, model, optimizer, batches, ToyPlan(grad_accum=4), nats, Every())
@@ -117,14 +118,19 @@ def test_two_ranks_train_what_one_trains(on_two_ranks):
 
 
 def test_one_bad_rank_stops_all(on_two_ranks):
-    (_, bad_0, _), (_, bad_1, _) = on_two_ranks[1]
+    (_, bad_0, *_), (_, bad_1, *_) = on_two_ranks[1]
     assert bad_0[0] == bad_1[0] and len(bad_0[2]) == len(bad_1[2]) == 1
     assert "step 1 " in bad_0[0] and "(inf) on rank 1, made of document 3." in bad_0[0]
 
 
 def test_progress_by_the_clock_is_rank_0s(on_two_ranks):
-    (_, _, clock_0), (_, _, clock_1) = on_two_ranks[1]
+    (*_, clock_0, _), (*_, clock_1, _) = on_two_ranks[1]
     assert clock_0[2] == clock_1[2] and len(clock_0[2]) >= 2
+
+
+def test_a_refusal_reaches_every_rank(on_two_ranks):
+    (*_, refusal_0), (*_, refusal_1) = on_two_ranks[1]
+    assert refusal_0 == refusal_1 and "'plain' exists already" in refusal_0
 
 
 def test_metrics_and_result_have_the_names_that_dashboards_know():

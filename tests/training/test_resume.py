@@ -1,6 +1,6 @@
 """Runs that are killed or asked to stop, and go on as if nothing had been.
 
-Run as a script this file is the training process, or the one that forks, kills and restarts it.
+Run as a script this file forks trainings, kills or interrupts them, and tells what became of them.
 """
 
 import hashlib
@@ -93,60 +93,76 @@ def kill_and_resume(kills: int, steps: int) -> None:
     print(json.dumps({"at": at, "same": story("killed") == story("whole")}))
 
 
-def script(*args: object, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+def signals() -> None:
+    """Fork three trainings that would last for ever, send each its signals in the fourth step, and tell what became of them."""
+    stories = {}
+    for name, numbers in {"SIGTERM": [signal.SIGTERM], "SIGINT": [signal.SIGINT], "twice": [signal.SIGINT, signal.SIGINT]}.items():
+        ticks, tick = os.pipe()
+        said = runs_dir().parent / f"{name}.txt"
+        pid = os.fork()
+        if pid == 0:
+            sys.stdout = sys.stderr = open(said, "w", buffering=1)
+            os.dup2(sys.stderr.fileno(), 2)
+            n = iter(range(10**6))
+            code = 0
+            try:
+                train(name, 10**6, each=lambda: (os.write(tick, b"."), time.sleep(60.0 if name == "twice" and next(n) == 6 else 0.01)), save=10**6)
+            except SystemExit as leave:
+                code = leave.code
+            os._exit(code)
+        os.close(tick)
+        for _ in range(7):  # two micro-batches to a step
+            os.read(ticks, 1)
+        for number in numbers:
+            time.sleep(0.2)
+            os.kill(pid, number)
+        began = time.monotonic()
+        _, status = os.waitpid(pid, 0)
+        steps = [step for step, _ in checkpoint.steps(runs_dir() / name / "checkpoints")]
+        stories[name] = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "steps": steps, "said": said.read_text()}
+        stories[name]["logged"] = len(read_metrics(runs_dir() / name))
+    print(json.dumps(stories))
+
+
+def script(*args: object) -> dict:
+    """The JSON that this file, run as a script, prints last."""
+    done = subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kills,steps", [(4, 24), pytest.param(25, 100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, steps):
-    process = script("kill_and_resume", kills, steps)
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
-    report = json.loads(out.splitlines()[-1])
+    report = script("kill_and_resume", kills, steps)
     assert report["same"], report
     inside = [at for at in report["at"] if 0 < at < steps]
     assert len(inside) >= kills // 2 and max(inside) > 3, f"the kills hit nothing: {report}"
 
 
-def wait_for_step(process: subprocess.Popen, step: int) -> None:
-    for line in process.stdout:
-        if line.startswith(f"step {step:05d}/"):
-            return
-    raise AssertionError(process.communicate())
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLAB_BASE_DIR", str(tmp_path_factory.mktemp("signals")))
+        yield script("signals")
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(number, code):
-    process = script("train", "asked", 1000, 0.02)
-    wait_for_step(process, 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == code, err
-    saved = checkpoint.newest_valid(runs_dir() / "asked" / "checkpoints")
-    step = checkpoint.load_meta(saved)["step"]
-    assert f"stopped by {number.name}; step {step} is saved. To go on, type: " in out and f"asked 1000 0.02 --resume\n" in out
-    assert step % 1000 and step >= 4 and len(read_metrics(runs_dir() / "asked")) == step, "stopped after a whole step, long before the end"
-    assert err.count("finishing this step") == 1
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_leaves(stories, name, code):
+    story = stories[name]
+    assert story["code"] == code, story["said"]
+    (step,) = story["steps"]
+    assert f"stopped by {name}; step {step} is saved. To go on, type: " in story["said"]
+    assert story["said"].rstrip().endswith(f"{Path(__file__).name} signals --resume")
+    assert story["said"].count("finishing this step") == 1
+    assert 4 <= step == story["logged"] < 10**6, "whole steps were made, and all of them logged"
 
 
-def test_a_second_ctrl_c_leaves_at_once():
-    process = script("train", "asked", 1000, 20.0)
-    deadline = time.monotonic() + 60
-    while not (runs_dir() / "asked" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(1.0)  # into the first step, which takes 20 seconds
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode in (-signal.SIGINT, 130)
+def test_a_second_ctrl_c_leaves_at_once(stories):
+    story = stories["twice"]
+    assert story["code"] == -signal.SIGINT and story["seconds"] < 10 and story["steps"] == [], "in the middle of a step of a minute"
+    assert story["said"].count("finishing this step") == 1
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "train":
-        name, steps, pause = sys.argv[2:5]
-        train(name, int(steps), lambda: time.sleep(float(pause)), resume="--resume" in sys.argv, save=10**6)
-    else:
-        kill_and_resume(int(sys.argv[2]), int(sys.argv[3]))
+    {"kill_and_resume": kill_and_resume, "signals": signals}[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -207,25 +207,6 @@ def test_one_process_at_a_time_and_a_killed_one_does_not_count(base_dir):
     start()
 
 
-def start_on_rank(runtime: Runtime, base: str) -> tuple[str, str]:
-    os.environ["NANOLAB_BASE_DIR"] = base
-    run = start("shared", runtime=runtime)
-    run.log(0, {"train/loss": float(runtime.rank)})
-    first = str(run.resume_from)
-    run.close()
-    try:
-        start("shared", runtime=runtime)
-    except UserError as error:
-        return first, str(error)
-    return first, "not refused"
-
-
-def test_two_ranks_write_once_and_are_refused_together(run_ranks, base_dir):
-    results = run_ranks(start_on_rank, 2, str(base_dir))
-    assert results[0] == results[1] and "exists already" in results[0][1]
-    assert (base_dir / "runs/shared/metrics.jsonl").read_text() == '{"step": 0, "train/loss": 0.0}\n'
-
-
 # wandb, the real one
 
 
