@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ def naive_reply(world, text: str, n: int) -> str:
 
 
 def command(world, *flags: str) -> dict:
-    env = os.environ | {"NANOLAB_BASE_DIR": str(world[0]), "NANOLAB_DTYPE": "float32"}
+    env = os.environ | {"NANOLAB_BASE_DIR": str(world[0]), "NANOLAB_DTYPE": "float32", "TERM": "dumb"}
     return {"args": [sys.executable, "-m", "scripts.chat_cli", *GREEDY, *flags], "cwd": ROOT, "env": env}
 
 
@@ -114,7 +115,7 @@ def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
     assert "Ctrl-D leaves" in seen and "Traceback" not in seen
 
 
-@pytest.mark.parametrize("is_terminal, shown", [(True, "\ufffd[2Jé\t\n\ufffd\ufffd"), (False, "\x1b[2Jé\t\n\x9b\x00")])
+@pytest.mark.parametrize("is_terminal, shown", [(True, "\ufffd[2Jé\t\n\ufffd\ufffd"), (False, "\x1b[2Jé\t\n\x9b\x00")], ids=["terminal", "pipe"])
 def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_every_byte(monkeypatch, is_terminal, shown):
     out = io.StringIO()
     out.isatty = lambda: is_terminal
@@ -134,6 +135,7 @@ def own_terminal() -> None:
 def read_until(terminal: int, mark: str) -> str:
     seen, deadline = b"", time.monotonic() + 60
     while mark.encode() not in seen:
-        assert time.monotonic() < deadline, f"no {mark!r} in {seen!r}"
+        ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
+        assert ready, f"no {mark!r} in {seen!r}"
         seen += os.read(terminal, 4096)
     return seen.decode(errors="replace")
