@@ -11,11 +11,13 @@ A directory that holds a checkpoint, a metric or a result is never overwritten: 
 removes it. One process group at a time works in it (a lock on .lock).
 """
 
+import errno
 import fcntl
 import json
 import os
 import secrets
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -54,7 +56,7 @@ class Run:
         self.facts: dict[str, Any] = {}  # tokenizer_hash, data_fingerprint, ...: kept in every checkpoint
         self.resume_from: Path | None = None  # the checkpoint that `fit` continues from
         self._sink: WandbSink | None = None
-        self._metrics: IO[str] | None = None
+        self._metrics: FileIO | None = None
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -101,9 +103,10 @@ class Run:
         if self._metrics is None:
             return
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()}
+        line = (json.dumps({"step": step, **finite}) + "\n").encode()
         try:
-            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-            self._metrics.flush()
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise UserError(f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
         if self._sink:
@@ -169,7 +172,7 @@ class Run:
         checkpoint.write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
         mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")  # the reference's name for a run without wandb
         self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config)
-        self._metrics = open(self.dir / "metrics.jsonl", "a")
+        self._metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         return env, source
 
     def _take_lock(self) -> None:

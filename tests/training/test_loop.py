@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import math
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,29 @@ def test_resumed_is_uninterrupted_to_the_bit(where):
     for key in ("train/loss", "val/bpb", "min_val_bpb", "tokens", "total_training_flops"):
         assert result[key] == whole_result[key]
     assert optimizer.seen[0]["lm_head"] == pytest.approx((optimizer.groups[0]["initial_lr"] * (1 - 0.7 * where / 6), None, 0.01))
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
+    whole, model, optimizer, batches = parts("whole")
+    fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, Every())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, _, optimizer, batches = parts()
+
+    def fill_the_disk() -> dict[str, float]:
+        if batches.n == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        return {}
+
+    try:
+        with pytest.raises(UserError, match="the checkpoint of step 4 could not be written"):
+            fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, save=2, evaluate=fill_the_disk))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run, resumed, optimizer, batches = parts(resume=True)
+    assert run.resume_from.name == "step_000002"
+    fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, Every())
+    assert losses(run) == losses(whole)
+    same_weights(resumed.state_dict(), model.state_dict())
 
 
 def test_meta_says_what_the_checkpoint_is():

@@ -5,6 +5,7 @@ Run as a script this file is a process that holds a run's lock or loses wandb.
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -74,6 +75,20 @@ def test_every_line_is_flushed_and_not_finite_is_null():
     run.log(1, {"train/loss": float("nan")})
     lines = (run.dir / "metrics.jsonl").read_text().splitlines()  # the run is still open
     assert lines == ['{"step": 0, "train/loss": 2.5, "train/mfu": null}', '{"step": 1, "train/loss": null}']
+
+
+def test_a_full_disk_under_the_metrics_is_said():
+    run = start()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"metrics.jsonl could not be written: .*--resume"):
+            for step in range(10):
+                run.log(step, {"train/loss": 1.0})
+        run.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["step"] for row in read_metrics(run.dir)] == [0, 1, 2], "three lines of 31 bytes fit into 100"
 
 
 def test_a_torn_line_is_left_out_and_later_lines_are_dropped():
