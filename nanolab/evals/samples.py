@@ -47,5 +47,6 @@ def print_samples(model: GPT, tokenizer: Tokenizer, runtime: Runtime) -> None:
 
 
 def one_line(sample: Sample) -> str:
-    """`prompt ... continuation`, line ends shown as \\n."""
-    return f"  {sample.prompt}{SEPARATOR}{sample.text}".replace("\n", "\\n").replace("\r", "\\r")
+    """`prompt ... continuation`; line ends and control characters, which a young model writes too, as escapes."""
+    text = f"{sample.prompt}{SEPARATOR}{sample.text}"
+    return "  " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

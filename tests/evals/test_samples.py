@@ -53,4 +53,4 @@ def test_rank_zero_alone_prints_one_line_per_prompt(model, tokenizer, capsys):
     assert capsys.readouterr().out == ""
     print_samples(model, tokenizer, RUNTIME)
     assert len(capsys.readouterr().out.splitlines()) == 7
-    assert one_line(Sample("a\n", "b\r\nc")) == "  a\\n ...b\\r\\nc"
+    assert one_line(Sample("a\n", "é\ufffdb\r\nc\x1b")) == "  a\\n ...é\ufffdb\\r\\nc\\x1b"
