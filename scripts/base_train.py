@@ -132,8 +132,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     from nanolab.runtime import cpu_gflops, device_peaks
 
     m, p = plan.model, n_params(plan.model)
-    memory = train_memory_bytes(m, plan.device_batch_size, 4 if dtype == "float32" else 2, plan.world_size, kind == "cpu")
-    peak = cpu_gflops()[dtype] * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
+    memory = train_memory_bytes(m, plan.device_batch_size, 4 if dtype == "float32" else 2, plan.world_size, kind)
+    peak = cpu_gflops().get(dtype, 0.0) * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
     if plan.flops is None:
         horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
     else:

@@ -60,14 +60,16 @@ def kv_bytes_per_token(c: GPTConfig, bytes_per_value: int) -> int:
     return c.n_layer * 2 * c.n_kv_head * (c.n_embd // c.n_head) * bytes_per_value
 
 
-def train_memory_bytes(c: GPTConfig, rows: int, bytes_per_value: int, ranks: int = 1, blocked_head: bool = True) -> int:
-    """Predicted peak of training: a fit to measured runs (see the test), good to about 30 %.
+def train_memory_bytes(c: GPTConfig, rows: int, bytes_per_value: int, ranks: int = 1, device_type: str = "cpu") -> int:
+    """Predicted peak of training on one rank, above what the process needs to start; good to about a third.
 
     Weights and gradients in fp32 (8 bytes a parameter on every rank), optimizer moments sharded over the ranks (8 bytes
-    for AdamW's, 4 for Muon's), activations kept for the backward pass, and the logits of the head.
+    for AdamW's, 4 for Muon's), activations kept for the backward pass, and logits. On CPUs 40 values per token, width and
+    layer are kept, as measured (tests/model/test_memory.py), and the head works on 1,024 rows at a time. On GPUs 20 is
+    assumed: compiled code keeps fewer; not measured yet.
     """
     p, tokens = n_params(c), rows * c.sequence_len
     state = 8 * p["total"] + (8 * (p["total"] - p["matrices"]) + 4 * p["matrices"]) // ranks
-    per_layer = tokens * c.n_embd * bytes_per_value * 40
-    head_rows = min(tokens, 1024) if blocked_head else tokens
-    return state + c.n_layer * per_layer + head_rows * padded_vocab(c) * (bytes_per_value + 8)
+    values, head_rows = (40, min(tokens, 1024)) if device_type == "cpu" else (20, tokens)
+    activations = c.n_layer * tokens * c.n_embd * bytes_per_value * values
+    return state + activations + head_rows * padded_vocab(c) * (bytes_per_value + 8)

@@ -112,14 +112,14 @@ class GPT(nn.Module):
         x = x0 = self.smear(norm(self.wte.look_up(idx, self.compute_dtype)), cache)
         kernel, middle = self.kernel, None
         for i, block in enumerate(self.h):
-            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0  # fp32 scalars: their steps are finer than bf16
             ve = self.value_embeds[str(i)].look_up(idx, x.dtype) if str(i) in self.value_embeds else None
             x = block(x, ve, cos, sin, self.windows[i], kernel, cache, i, q_pos)
             if i == config.n_layer // 2:
                 middle = x
         if cache is not None:
             cache.advance(T)
-        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+        return norm(x - self.backout_lambda[0] * middle)
 
     def smear(self, e: torch.Tensor, cache=None) -> torch.Tensor:
         """Mix into each embedding a gated share of the one before it; the first token of a row has none before it."""
@@ -127,7 +127,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.prev = e[:, -1:]
         previous = torch.cat((before, e[:, :-1]), dim=1)
-        gate = self.smear_lambda.to(e.dtype) * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))
+        gate = self.smear_lambda[0] * torch.sigmoid(self.smear_gate(e[..., :SMEAR_CHANNELS]))
         return e + gate * previous
 
     def param_groups(
