@@ -3,7 +3,8 @@
 Sources are a fixed list: the standard library and the distributions that nanolab requires (with what those require; never
 extras). Files are read as text and parsed with `ast`; nothing is imported or run. A document is a module's docstring with
 those of its short functions, a long function, a class with its methods, a long string that is prose (`add_docstr` calls,
-pydoc's topics), a documentation file, or a distribution's description. Doctest sessions and fenced code are left out.
+pydoc's topics), the long comments of a file, a documentation file, or a distribution's description. Doctest sessions, fenced
+code and paragraphs that were there before (licences, parameters that a hundred functions share) are left out.
 """
 
 import ast
@@ -25,6 +26,7 @@ from typing import Callable, Iterator
 FORMAT = 1  # raised when the same installation would give other text
 MIN_CHARS, MAX_CHARS = 200, 16_000  # shorter documents are dropped, longer ones are cut between paragraphs
 SAME_LETTERS = 160  # texts that agree in this many letters count as one
+SAME_PARAGRAPH = 40  # a paragraph of fewer letters may come again
 SHARD_DOCUMENTS = 8192
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}  # test suites are not prose
 NOT_PROSE = re.compile(r"licen[sc]e|copying|notice|authors|top_level|record|entry_points|cmakelists|requirements|vendor", re.I)
@@ -74,7 +76,9 @@ def source_files() -> tuple[list[tuple[str, str]], dict[str, str], list[str]]:
             prose = file.suffix in (".rst", ".md", ".txt") and not NOT_PROSE.search(str(file))
             wanted = file.suffix in (".py", ".pyi") or prose or file.name == "METADATA"
             if wanted and not SKIPPED_FOLDERS.intersection(file.parts) and path.is_file():
-                files.append((name, str(path)))
+                # the largest distributions could never be validation text as a whole, so their subpackages are groups
+                group = ".".join(file.with_suffix("").parts[:2]) if file.suffix in (".py", ".pyi") else name
+                files.append((group, str(path)))
     return files, {name: d.version for name, d in found.items()}, left_out
 
 
@@ -104,6 +108,8 @@ def read_units(path: str) -> list[Unit]:
             units += [[("", cleandoc(s))] for s in strings if len(s) >= MIN_CHARS]
         else:
             units.append(list(_docstrings(node, "")))
+    comments = re.findall(r"(?:^[ \t]*#.*\n){3,}", raw.decode("utf-8", "replace"), re.M)
+    units.append([("", re.sub(r"^[ \t]*#+ ?", "", c, flags=re.M)) for c in comments if len(c) >= MIN_CHARS])
     return units
 
 
@@ -159,10 +165,16 @@ def first_letters(text: str) -> str:
 
 def gather(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
     """(group, text) of every document, in order, each text once. files: (group, units) in reading order."""
-    docstrings, given = {""}, {""}
+    docstrings, paragraphs, given = {""}, set(), {""}
+
+    def is_new(paragraph: str) -> bool:
+        key = first_letters(paragraph)
+        repeated = len(key) >= SAME_PARAGRAPH and key in paragraphs
+        paragraphs.add(key)
+        return not repeated
 
     def finish(group: str, text: str) -> Iterator[tuple[str, str]]:
-        for piece in cut(text):
+        for piece in cut("\n\n".join(filter(is_new, text.split("\n\n")))):
             if is_prose(piece) and (key := first_letters(piece)) not in given:
                 given.add(key)
                 yield group, piece
@@ -229,7 +241,8 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
     files = json.loads((folder / "manifest.json").read_text())["files"]
     for name, sha in files.items():
         if not (folder / name).exists() or index_file(folder / name)[0] != sha:
-            raise UserError(f"{folder / name} is not the file that was built; expected sha256 {sha}; to build it again type: rm -r {folder}")
+            seen = f"{folder / name} is not the file that was built"
+            raise UserError(f"{seen}; expected sha256 {sha}; to build the corpus again type: rm -r {folder}")
     return [folder / name for name in files if name != "val.parquet"], [folder / "val.parquet"]
 
 

@@ -55,7 +55,14 @@ def test_docstrings_are_read_with_their_names_and_nothing_is_run(tmp_path):
         [("f(a, b, c)", "Function words.")],
         [("class C", "Class words."), ("C.g(d)", "Method words.\n\n    indented\nmore"), ("class C.D", "Inner words.")],
         [("", PROSE * 3)],
+        [],
     ]
+
+
+def test_long_comments_of_a_file_are_one_document(tmp_path):
+    line = "# " + PROSE + "\n"
+    source = f'"""Module."""\n#!x\n# short\n# one\nif a:\n    {line}    #\n    {line}    x = 1\n' + line * 3
+    assert units(tmp_path, source)[1:] == [[("", f"{PROSE}\n\n{PROSE}\n"), ("", f"{PROSE}\n" * 3)]]
 
 
 @pytest.mark.parametrize("content", ['"""unclosed', '"""x"""\nprint "old"', '"""x\0y"""', "# -*- coding: nonsense -*-\n'''x'''"])
@@ -116,6 +123,9 @@ def test_documents_are_long_enough_and_each_text_appears_once():
         ("b", f"class C\n\nTiny.\n\nC.h()\n\n{long[1]}"),
         ("d", long[2]),
     ]
+    licence = "Permission is hereby granted to anybody who would like to read these words.\n\nBrief."
+    said = [*pydocs.gather([(g, [unit(("", f"{g}{g} {PROSE * 2}\n\n{licence}"))]) for g in ("a", "b")])]
+    assert said == [("a", f"aa {PROSE * 2}\n\n{licence}"), ("b", f"bb {PROSE * 2}\n\nBrief.")]
     joined = list(pydocs.gather([("a", [unit(("", "Words. " + PROSE)), unit(("g()", "Brief. " + PROSE))])]))
     assert joined == [("a", f"Words. {PROSE}\n\ng()\n\nBrief. {PROSE}")]
 
@@ -135,7 +145,7 @@ def test_sources_are_the_standard_library_and_required_distributions_only():
     assert not found.keys() & {"pytest", "hypothesis", "nanolab"}
     files, versions, _ = pydocs.source_files()
     groups = {g for g, _ in files}
-    assert {"python.asyncio", "python.argparse", "numpy"} <= groups and not groups & {"python.test", "python.site-packages"}
+    assert {"python.asyncio", "python.argparse", "numpy", "numpy.linalg"} <= groups and not groups & {"python.test", "python.site-packages"}
     assert versions == {name: importlib.metadata.version(name) for name in found}
     assert len(files) == len(set(files))
 
