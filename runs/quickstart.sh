@@ -15,9 +15,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${NANOLAB_SCALE:-default} in
 default)
     name=quickstart time="about 5 minutes"
-    vocabulary=(--vocab-size 4096)
-    model=(--depth 4 --aspect-ratio 48 --head-dim 64 --max-seq-len 256)
-    training=(--device-batch-size 16 --total-batch-size 4096 --max-seconds 200 --eval-every 200 --log-every 20)
+    vocabulary=(--vocab-size 4096 --max-chars 8000000)
+    model=(--depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256)
+    training=(--device-batch-size 8 --total-batch-size 2048 --lr-scale 1 --warmup-steps 20 --max-seconds 180 --eval-every 500 --eval-tokens 65536 --log-every 50)
     ;;
 toy)
     name=quickstart-toy time="about a minute"
