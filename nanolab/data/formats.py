@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
@@ -194,7 +195,7 @@ def sha256_file(path: Path) -> str:
 def write_atomically(path: Path, content: str) -> None:
     """Write a small text file so that no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_text(content)
     os.replace(temporary, path)
 

@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -37,7 +38,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.gets, self.ranges, self.revision = files, {}, [], [], REVISION
         self.guard = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that hangs up is part of the tests
@@ -142,18 +143,17 @@ def test_what_is_there_needs_no_network_and_more_shards_change_no_validation(ser
     assert few.val_fingerprint == data.val_fingerprint and few.fingerprint != data.fingerprint
 
 
-def test_processes_share_one_download_and_wait_only_for_what_they_lack(server, base_dir):
-    threads = [threading.Thread(target=toy, args=(2,)) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
+def test_processes_share_one_download_and_wait_only_for_what_they_lack(server, base_dir, capsys):
+    pool = ThreadPoolExecutor(3)
+    opened = [f.result(60) for f in [pool.submit(toy, 2) for _ in range(3)]]
+    assert len({data.fingerprint for data in opened}) == 1
     assert sorted(server.gets) == [f"data/shard_{i}.parquet" for i in (0, 1, 5)]
+    assert capsys.readouterr().out.count("downloading") == 1
     with locked("corpora/toy"):  # somebody downloads more of it
-        reader = threading.Thread(target=toy, args=(2,), daemon=True)
-        reader.start()
-        reader.join(60)
-        assert not reader.is_alive()
+        reader = pool.submit(toy, 2)
+        wait([reader], timeout=20)
+        assert reader.done()
+    assert reader.result().fingerprint == opened[0].fingerprint
 
 
 @pytest.mark.parametrize("fault", ["drop", "truncate", "flip", "503", "whole"])
@@ -169,6 +169,13 @@ def test_faults_are_survived(server, base_dir, fault):
         assert starts == [0, 0, 0]
     if fault == "whole":
         assert len(starts) == 2 and starts[1] > 0
+
+
+def test_a_line_that_keeps_dropping_is_followed_as_long_as_something_arrives(server, base_dir):
+    name = "data/shard_1.parquet"
+    server.faults = {name: ["drop"] * (hub.ATTEMPTS + 3)}
+    toy(2)
+    assert (base_dir / "corpora/toy" / name).read_bytes() == server.files[name]
 
 
 @pytest.mark.parametrize("fault, reason", [("flip", "expected sha256"), ("503", "HTTP 503"), ("404", "HTTP 404")])
