@@ -5,8 +5,9 @@
 #   NANOLAB_SCALE=toy bash runs/quickstart.sh      the same commands, about a minute; the model is no good
 #
 # Hardware  2 CPU cores, 3 GB of memory, 3 GB of disk; Python 3.10 or newer; a package registry for the installation
-# Expect    bits per byte on held-out documentation clearly below gzip -9, bz2 -9 and xz -9e on the same text;
-#           TODO-LEAD bits per byte here, TODO-LEAD for xz -9e, on 2 cores of TODO-LEAD
+# Expect    bits per byte on held-out documentation clearly below gzip -9, bz2 -9 and xz -9e on the same text: 1.49 beside
+#           2.73, 2.01 and 2.08 after 4 min 37 s, installation included, on 2 cores of an AMD EPYC that computes bf16
+#           (commit 0f635b5, one run; a slower or busier machine trains on fewer tokens in the same 180 s)
 #
 # A second run reuses what is there. Everything is written under NANOLAB_BASE_DIR (default ~/.cache/nanolab).
 set -euo pipefail

@@ -3,6 +3,7 @@
 Run as a script this file forks trainings, kills or interrupts them, and tells what became of them.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -43,14 +44,19 @@ class Fables:
         return f"fable {n % 40}"
 
 
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Trained once, before anything is forked: the trainer's thread pool does not survive a fork, and waits for ever."""
+    return Tokenizer.train((Fables().get(n) for n in range(40)), 290)
+
+
 def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool = True, save: int = 3) -> None:
     """The real packer, prefetcher, model and optimizer; a loss with random noise in it."""
-    tokenizer = Tokenizer.train((Fables().get(n) for n in range(40)), 290)
     run, model, optimizer, _ = toy.parts(name, resume=resume, save_every=save)
-    model = toy.GPT(toy.replace(toy.CONFIG, vocab_size=tokenizer.vocab_size))
+    model = toy.GPT(toy.replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
     model.init_weights(7)
     optimizer = toy.MuonAdamW(model.param_groups(**toy.RATES), toy.ALONE)
-    packed = PackedBatches([(Fables(), 1.0)], tokenizer, seq_len=8, device_batch_size=2, rows_per_step=4)
+    packed = PackedBatches([(Fables(), 1.0)], tokenizer(), seq_len=8, device_batch_size=2, rows_per_step=4)
     batches = Prefetch(packed, toy.ALONE)
 
     def loss(model, batch):
@@ -165,4 +171,5 @@ def test_a_second_ctrl_c_leaves_at_once(stories):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    tokenizer()
     {"kill_and_resume": kill_and_resume, "signals": signals}[sys.argv[1]](*map(int, sys.argv[2:]))
