@@ -125,11 +125,14 @@ def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_every_byte(monkey
 
 
 def own_terminal() -> None:
-    """In the child: make the terminal on stdin its controlling one, so that Ctrl-C reaches it as a signal."""
+    """In the child: make the terminal on stdin its controlling one, so that Ctrl-C reaches it as a signal, and heed it:
+    whatever a shell starts in the background ignores SIGINT and hands that on."""
     import fcntl
+    import signal
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(terminal: int, mark: str) -> str:
