@@ -1,0 +1,70 @@
+"""What a layer's attention is besides its queries, keys and values, and the words for what that asks of a kernel.
+
+Dims of all attention code: B batch, T query tokens, S keys, H query heads, G key/value heads (each shared by H/G query
+heads), D size of queries and keys, E size of values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FLAGS = {  # what a kernel may be asked for beyond causal softmax attention -> the flag that asks it
+    "window": "--window-pattern",
+    "sink": "--normaliser",
+    "alibi": "--positions alibi",
+    "softcap": "--score-softcap",
+    "dropout": "--attn-dropout",
+    "documents": "--document-mask",
+    "value size": "--attention mla",
+}
+NEEDS = frozenset(FLAGS)
+
+
+@dataclass
+class Rules:
+    """The weights of one layer: s = scale q.k, softcap, minus slope x distance, mask, p_i = exp(s_i) / (n + sum_j exp(s_j)), dropout."""
+
+    window: int  # keys before itself that a query sees; it always sees itself
+    scale: float  # of q.k
+    log_sink: torch.Tensor | float | None = None  # ln n: a number, or (H,) fp32 which gets a gradient; None: n = 0, softmax
+    slopes: torch.Tensor | None = None  # (H,) of ALiBi: score -= slope * distance, arXiv 2108.12409
+    softcap: float = 0.0  # score becomes c tanh(score / c); 0: off
+    dropout: float = 0.0  # share of the normalised weights that is dropped, the others grow by 1 / (1 - dropout)
+    first_BT: torch.Tensor | None = None  # (B, T) int64: first position that each query may see, of a document mask
+
+    def needs(self, T: int) -> frozenset[str]:
+        """What these rules ask of a kernel on rows of T tokens. Only the caller knows of "value size" (E other than D)."""
+        asked = {
+            "window": self.window < T - 1,
+            "sink": self.log_sink is not None,
+            "alibi": self.slopes is not None,
+            "softcap": self.softcap > 0,
+            "dropout": self.dropout > 0,
+            "documents": self.first_BT is not None,
+        }
+        return frozenset(need for need, is_asked in asked.items() if is_asked)
+
+
+def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tensor:
+    """Boolean (..., Tq, Tk): may the query at q_pos (..., Tq) see the key at k_pos (..., Tk)?"""
+    distance = q_pos[..., :, None] - k_pos[..., None, :]
+    return (distance >= 0) & (distance <= window)
+
+
+def sink_per_head(log_sink: torch.Tensor | float, n_head: int, device: torch.device) -> torch.Tensor:
+    """ln n as (H,) fp32 (fp64 stays), whichever way it was given."""
+    if isinstance(log_sink, torch.Tensor):
+        return log_sink
+    return torch.full((n_head,), float(log_sink), device=device)
+
+
+def heads_first(x_BTGD: torch.Tensor, n_head: int) -> torch.Tensor:
+    """(B, H, T, D), each key/value head repeated for the query heads that share it."""
+    x = x_BTGD.transpose(1, 2)
+    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
+def lacking(needs: frozenset[str], where: str) -> str:
+    """'it has no sink (--normaliser) ...' for what a kernel is asked and lacks; '' if there is nothing."""
+    named = " and no ".join(f"{need} ({FLAGS[need]})" for need in sorted(needs))
+    return f"it has no {named} {where}" if needs else ""
