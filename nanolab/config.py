@@ -18,42 +18,130 @@ class UserError(ValueError):
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """The architecture: everything that is needed to rebuild the module that a checkpoint's weights fit."""
+class Architecture:
+    """Every architectural choice. A choice by name is an entry of a table; dev/VARIANTS.md lists formula, paper and place of each."""
+
+    # positions
+    positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
+    rope_base: float = 100_000.0
+    rope_layout: str = "half"  # half | interleaved: which two channels turn together
+    rope_fraction: float = 1.0  # share of a head's channels that turn
+    rope_scaling: str = "none"  # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
+    position_pattern: str = "R,N"  # of rnope, tiled over layers: R turns, N does not
+    # attention
+    attention: str = "mha"  # mha | gqa:G (G key/value heads) | mqa | mla
+    mla_kv_rank: int = 0  # width of MLA's cached latent; 0: 4 x head size
+    mla_q_rank: int = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
+    mla_rope_dim: int = -1  # width of MLA's shared rotary key; -1: half the head size
+    window_pattern: str = "SSSL"  # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
+    window_size: int = 0  # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
+    normaliser: str = "softmax"  # softmax | softmax1 | softmax_n | sink: what divides the exponentials
+    softmax_n: float = 1.0  # the n of softmax_n
+    gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
+    qk_norm: str = "rms"  # none | rms | layernorm | l2
+    qk_gain: float = 1.2  # multiplies queries and keys after QK norm
+    score_softcap: float = 0.0  # scores become c * tanh(score / c); 0: off
+    document_mask: bool = False  # attention stays inside a document
+    # stream
+    value_embeds: bool = True  # a table of values for every second layer
+    residual_scalars: bool = True  # learned weights of the stream and of the embedding, per layer
+    smear: bool = True  # mix into each embedding a share of the one before
+    backout: bool = True  # subtract a share of the middle layer's stream at the end
+    embed_norm: bool = True  # norm after the embedding
+    # blocks and head
+    mlp: str = "relu2"  # relu | relu2 | gelu | gelu_tanh | swiglu
+    norm: str = "rms"  # rms | layernorm
+    norm_gain: bool = False  # norms have learned gains
+    bias: str = ""  # parts with biases, any of qkv,out,mlp,norm,head
+    softcap: float = 15.0  # logits become softcap * tanh(logits / softcap); 0: off
+    tied_head: bool = False  # the head's matrix is the embedding table
+    pad_vocab_to: int = 64  # table rows are padded to a multiple of this
+    # dropout: shares that are dropped in training
+    embed_dropout: float = 0.0
+    attn_dropout: float = 0.0  # of attention weights
+    resid_dropout: float = 0.0  # of attention's output
+    mlp_dropout: float = 0.0  # of the MLP's output
+    init: str = "dial"  # dial | gpt2 | normal02: initial weights
+
+
+@dataclass(frozen=True)
+class GPTConfig(Architecture):
+    """A model: everything that is needed to rebuild the module that a checkpoint's weights fit."""
 
     sequence_len: int = 2048  # longest training row; windows are fractions of it
-    vocab_size: int = 32768  # tokenizer size, special tokens included (table rows are padded up to a multiple of 64)
+    vocab_size: int = 32768  # tokenizer size, special tokens included
     n_layer: int = 12
     n_head: int = 6
-    n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over layers; S = a quarter of the row, L = the whole row; the last layer is L
-    rope_base: float = 100_000.0
-    qk_gain: float = 1.2  # multiplies queries and keys after QK norm
-    softcap: float = 15.0  # logits become softcap * tanh(logits / softcap)
+    bos: int = -1  # the token that begins a document; document_mask needs it
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        """Key/value heads: of gqa:G, G; of mqa, one; otherwise as many as query heads."""
+        kind, _, groups = self.attention.partition(":")
+        return int(groups) if kind == "gqa" else 1 if kind == "mqa" else self.n_head
+
+    def has_bias(self, part: str) -> bool:
+        return part in self.bias.split(",")
 
     def __post_init__(self) -> None:
         _check_gpt(self)
 
 
+BIAS_PARTS = ("qkv", "out", "mlp", "norm", "head")
+
+
 def _check_gpt(c: GPTConfig) -> None:
-    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+    """What can be told from the numbers alone. Names of table entries, and pairs of them, are checked by model/variants.py."""
+    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
         if getattr(c, name) < 1:
             raise UserError(f"{name} is {getattr(c, name)}; expected at least 1")
-    if c.n_embd % c.n_head or (c.n_embd // c.n_head) % 2:
+    if c.n_embd % c.n_head or c.head_dim % 2:
         raise UserError(
-            f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; rotary positions need an even "
-            f"whole number; choose --head-dim so that it divides the width"
+            f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; expected an even whole number; choose --head-dim so that it "
+            f"divides the width"
         )
-    if c.n_head % c.n_kv_head:
-        raise UserError(f"n_head {c.n_head} is not a multiple of n_kv_head {c.n_kv_head}; try n_kv_head {c.n_head}")
-    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+    kind, _, groups = c.attention.partition(":")
+    if (kind == "gqa") != bool(groups) or (groups and not (groups.isdigit() and int(groups) and c.n_head % int(groups) == 0)):
+        raise UserError(f"--attention {c.attention} with {c.n_head} heads; expected mha, mqa, mla or gqa:G with G dividing the heads; try --attention gqa:1")
+    if c.window_pattern != "rope" and (not c.window_pattern or set(c.window_pattern) - set("SL")):
         raise UserError(f"window pattern {c.window_pattern!r} has letters other than S and L; try --window-pattern SSSL")
-    if c.n_embd < 32:
-        raise UserError(f"width {c.n_embd} is below 32, which the smear and value gates read; raise --depth or --aspect-ratio")
+    if c.window_size < 0:
+        raise UserError(f"--window-size is {c.window_size}; expected at least 1, or 0 for a quarter of the row")
+    if set(c.position_pattern.split(",")) - {"R", "N"}:
+        raise UserError(f"position pattern {c.position_pattern!r} has parts other than R and N; try --position-pattern R,R,R,N")
+    if c.softmax_n < 0:
+        raise UserError(f"--softmax-n is {c.softmax_n:g}; expected 0 or more; try --softmax-n 1")
+    if not 0 < c.rope_fraction <= 1:
+        raise UserError(f"--rope-fraction is {c.rope_fraction:g}; expected above 0 and at most 1; try --rope-fraction 0.5")
+    for part in filter(None, c.bias.split(",")):
+        if part not in BIAS_PARTS:
+            raise UserError(f"--bias names {part!r}; expected parts out of {','.join(BIAS_PARTS)}{nearest(part, list(BIAS_PARTS))}")
+    for name in ("embed_dropout", "attn_dropout", "resid_dropout", "mlp_dropout"):
+        if not 0 <= getattr(c, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name):g}; expected at least 0 and below 1; try 0.1")
+    if c.n_embd < 32 and (c.smear or c.value_embeds):
+        raise UserError(
+            f"width {c.n_embd} is below 32, which the smear and value gates read; raise --depth or --aspect-ratio, or use --no-smear --no-value-embeds"
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
+class ModelFlags(Architecture):
+    """The flags of every command that builds a new model: a preset, the dial, and the architecture."""
+
+    preset: str = "nanolab"  # a row of defaults for the other flags (nanolab/presets.py); flags given beside it win
+    depth: int = 20  # layers; the dial
+    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
+    head_dim: int = 128
+    max_seq_len: int = 2048  # T, tokens in a row
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where documents come from."""
 
@@ -63,7 +151,7 @@ class DataConfig:
     num_shards: int = -1  # training shards to use of a hub corpus; -1: those that are on disk, at least 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataBuildConfig(DataConfig):
     """Build or download a corpus and say what it holds."""
 
@@ -71,7 +159,7 @@ class DataBuildConfig(DataConfig):
     json: bool = False  # last line of output is one JSON document
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokTrainConfig(DataConfig):
     """Train the byte-level BPE tokenizer."""
 
@@ -82,7 +170,7 @@ class TokTrainConfig(DataConfig):
     seed: int = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokEvalConfig(DataConfig):
     """Compare the tokenizer with GPT-2's and GPT-4's on several kinds of text."""
 
@@ -90,23 +178,17 @@ class TokEvalConfig(DataConfig):
     json: bool = False  # last line of output is one JSON document
 
 
-@dataclass
-class BaseTrainConfig(DataConfig):
+@dataclass(frozen=True)
+class BaseTrainConfig(ModelFlags, DataConfig):
     """Pretrain a model: one dial, --depth, sets everything else."""
 
-    run: str = ""  # run directory under <base>/runs/; default: d<depth>
+    run: str = ""  # run directory under <base>/runs/; default: the preset's name, or d<depth>
     resume: bool = False  # continue from the newest valid checkpoint of --run
     dry_run: bool = False  # print the plan and stop
     plan_for: str = ""  # with --dry-run: pretend this hardware, for example 8xH100
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
     seed: int = 42  # governs everything random
     tokenizer: str = ""  # folder of tokenizer.json (or vocab.json + merges.txt); default: tokenizer/ in the base directory
-    # architecture
-    depth: int = 20  # layers; the dial
-    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
-    head_dim: int = 128
-    max_seq_len: int = 2048  # T, tokens in a row
-    window_pattern: str = "SSSL"  # S = a quarter of the row, L = the whole row
     # horizon: the first one given, in this order
     num_iterations: int = -1  # optimizer steps
     target_flops: float = -1.0  # training FLOPs
@@ -116,14 +198,20 @@ class BaseTrainConfig(DataConfig):
     device_batch_size: int = 32  # rows in one forward pass on one device
     total_batch_size: int = -1  # tokens in one optimizer step; -1: by the scaling law
     # optimization
+    recipe: str = "dial"  # dial (Muon and AdamW, rates by the scaling laws) | adamw_cosine | adam_constant
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
     scalar_lr: float = 0.5
-    weight_decay: float = 0.28  # Muon's at the reference point; the dial scales it
-    lr_scale: float = -1.0  # multiplies every learning rate; -1: sqrt(batch / 2^19), the batch law (small batches do better with 0.5 to 1)
+    weight_decay: float = 0.28  # dial: Muon's at the reference point, scaled by the laws; adamw_cosine: of tensors with two dimensions
+    lr_scale: float = -1.0  # multiplies every learning rate; -1: of the dial sqrt(batch / 2^19), the batch law (small batches do better with 0.5 to 1), else 1
+    learning_rate: float = 6e-4  # of adamw_cosine and adam_constant; beta1, beta2 and eps likewise
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
     warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
+    warmdown_ratio: float = 0.65  # of the dial
     final_lr_frac: float = 0.05
     # cadences in steps; -1 is off
     eval_every: int = 250  # validation bits per byte
@@ -134,11 +222,24 @@ class BaseTrainConfig(DataConfig):
     log_every: int = 1
     log_grad_norm: bool = False
     wandb: str = "off"  # online | offline | off
-    attn_kernel: str = ""  # eager | sdpa | banded; default: the fastest for the device
+    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
+    fp8: bool = False  # matrix multiplications in 8-bit floats
     threads: int = 0  # CPU threads; 0: all
 
 
-@dataclass
+@dataclass(frozen=True)
+class InspectConfig(ModelFlags):
+    """Show a model as a table: shapes, parameters per part, FLOPs, cache bytes, and the attention kernel of each layer."""
+
+    depth: int = 12
+    vocab_size: int = 32768
+    context: int = 0  # tokens before a decoded one, for its FLOPs; 0: a full row
+    attn_kernel: str = ""  # as in base_train
+    device_type: str = ""
+    json: bool = False  # last line of output is one JSON document
+
+
+@dataclass(frozen=True)
 class BaseEvalConfig(DataConfig):
     """Evaluate a base model: bits per byte and samples."""
 
@@ -152,7 +253,7 @@ class BaseEvalConfig(DataConfig):
     json: bool = False  # last line of output is one JSON document
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChatConfig:
     """Talk to a model in the terminal."""
 
@@ -166,7 +267,7 @@ class ChatConfig:
     device_type: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReportConfig:
     """Write a short report of a run: what was trained, on how much, how good it is, where it lies."""
 
@@ -174,8 +275,8 @@ class ReportConfig:
     output: str = "report.md"  # a copy is kept in the run directory
 
 
-@dataclass
-class BenchConfig(DataConfig):
+@dataclass(frozen=True)
+class BenchConfig(ModelFlags, DataConfig):
     """Measure speed: of a training step, of the data path, or of the tokenizer."""
 
     what: str = "train"  # train | data | tokenizer; the first argument
@@ -186,13 +287,13 @@ class BenchConfig(DataConfig):
     steps: int = 5  # steps in one measurement
     warmup: int = 3  # steps before the first measurement
     depth: int = 4
-    aspect_ratio: int = 64
-    head_dim: int = 128
+    recipe: str = "dial"  # as in base_train, and so are grad_clip and fp8
+    grad_clip: float = -1.0
     max_seq_len: int = 512  # train and data
     vocab_size: int = 8192  # train; for data and tokenizer, what is trained when --tokenizer is not given
     device_batch_size: int = 8  # train and data
-    window_pattern: str = "SSSL"
     attn_kernel: str = ""  # as in base_train
+    fp8: bool = False
     device_type: str = ""
     threads: int = 0  # CPU threads; 0: all
     # data and tokenizer: real documents of --data or --data-dir
@@ -200,19 +301,47 @@ class BenchConfig(DataConfig):
     megabytes: float = 8.0  # text to read
 
 
+HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_seconds")
+
+
+def from_preset(cls: type[T], name: str, **changes: Any) -> T:
+    """`cls` with the defaults of the preset `name`, of which it takes the fields that it has, and `changes` over them.
+
+    A change of the horizon replaces the preset's own, whatever its kind. Raises UserError for an unknown name.
+    """
+    from nanolab.presets import PRESETS
+
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}{nearest(name, list(PRESETS), prefix='--preset ')}")
+    names = {f.name for f in dataclasses.fields(cls)}
+    replaced = HORIZONS if set(HORIZONS) & set(changes) else ()
+    row = {k: v for k, v in PRESETS[name].items() if k in names and k not in replaced}
+    return cls(**row | {"preset": name} | changes)
+
+
 def parse(cls: type[T], argv: list[str] | None = None) -> T:
-    """Read `argv` (default: the command line) into `cls`. Unknown flags exit with code 2 and the nearest name."""
+    """Read `argv` (default: the command line) into `cls`. Unknown flags and presets exit with code 2 and the nearest name."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-p" in argv and any(f.name == "prompt" for f in dataclasses.fields(cls)):
         argv[argv.index("-p")] = "--prompt"
-    for i, arg in enumerate(argv):
-        name = arg.split("=")[0]
-        if name.startswith("--") and (bad := unknown_flag(cls, name[2:].replace("-", "_"))):
-            print(f"{name} is not a flag of this command{bad}; --help lists them", file=sys.stderr)
+    flags = [(i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_")) for i, arg in enumerate(argv) if arg.startswith("--")]
+    preset, given = None, {}
+    for i, typed, name in flags:
+        if bad := unknown_flag(cls, name):
+            print(f"{typed} is not a flag of this command{bad}; --help lists them", file=sys.stderr)
             raise SystemExit(2)
-    return tyro.cli(cls, args=argv)
+        if name == "preset":
+            preset = argv[i].partition("=")[2] or "".join(argv[i + 1 : i + 2])
+        if name in HORIZONS:
+            given[name] = getattr(cls, name)
+    try:
+        defaults = cls() if preset is None else from_preset(cls, preset, **given)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    return tyro.cli(cls, args=argv, default=defaults)
 
 
 def unknown_flag(cls: type, name: str) -> str | None:

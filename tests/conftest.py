@@ -48,7 +48,8 @@ def make_gpt():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(scale * torch.randn(p.shape, generator=g))
-            model.smear_lambda.add_(0.7)
+            if config.smear:
+                model.smear.scale.add_(0.7)
         return model
 
     return make

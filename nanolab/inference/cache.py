@@ -1,19 +1,20 @@
-"""KVCache: the keys and values of the tokens a model has read, so that each new token costs one token's work.
+"""KVCache: what a model keeps of the tokens it has read, so that each new token costs one token's work.
 
-Rows are independent texts, each at its own length. Dims: B rows, T new tokens, S slots in use, G key/value heads, D head
-size, C width. Slot j of a row holds position j.
+Rows are independent texts, each at its own length. Dims: B rows, T new tokens, S slots in use, G heads, D channels. Slot j
+of a row holds position j. What is kept is the layer's business: keys and values, or in MLA a rotary key and a latent.
 """
 
 import torch
 from torch import Tensor
 
 from nanolab.config import GPTConfig, UserError
+from nanolab.model.accounting import cached_shapes
 
 FIRST_CAPACITY = 64  # slots of a cache that was given no size
 
 
 class KVCache:
-    """Zero-filled key and value tensors (B, capacity, G, D) per layer that double when they are full, up to `limit` tokens.
+    """Two zero-filled tensors (B, capacity, G, D) per layer that double when they are full, up to `limit` tokens.
 
     limit: default the model's sequence length; a token past it raises UserError. Unused slots are zero, never
     uninitialised: attention weighs them with 0, and 0 * NaN would be NaN.
@@ -24,10 +25,8 @@ class KVCache:
         self.capacity = min(capacity or FIRST_CAPACITY, self.limit)
         self.lengths = [0] * rows  # the same as pos, on the host: reading pos would wait for the device
         self.pos = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.prev: Tensor | None = None  # (B, 1, C) the last token's embedding before smearing; kept by the model
-        shape = (rows, self.capacity, config.n_kv_head, config.n_embd // config.n_head)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.left: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model left for the next pass
+        self.k, self.v = ([torch.zeros(rows, self.capacity, *shape, dtype=dtype, device=device) for shape in shapes] for shapes in zip(*cached_shapes(config)))
 
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new tokens of every row behind its last one; returns this layer's keys and values (B, S, G, D).
@@ -70,7 +69,7 @@ class KVCache:
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.index_select(0, index)
         self.pos = self.pos[index]
-        self.prev = None if self.prev is None else self.prev[index]
+        self.left = {name: value[index] for name, value in self.left.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
     def put(self, rows: list[int], source: "KVCache", source_rows: list[int]) -> None:
@@ -82,9 +81,9 @@ class KVCache:
             for layer in range(len(mine)):
                 mine[layer][to, :S] = theirs[layer][of, :S]
         self.pos[to] = source.pos[of]
-        if source.prev is not None:
-            if self.prev is None:
-                self.prev = source.prev.new_zeros(len(self.lengths), *source.prev.shape[1:])
-            self.prev[to] = source.prev[of]
+        for name, value in source.left.items():
+            if name not in self.left:
+                self.left[name] = value.new_zeros(len(self.lengths), *value.shape[1:])
+            self.left[name][to] = value[of]
         for r, s in zip(rows, source_rows):
             self.lengths[r] = source.lengths[s]

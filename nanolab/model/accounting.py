@@ -1,67 +1,78 @@
-"""What a model costs, from its config alone: parameters, FLOPs, bytes. Imports no torch.
+"""What a model costs, from its config alone: parameters, FLOPs, bytes. Nothing is built; the table entries state their shapes.
 
-`tests/model/test_accounting.py` holds every formula against a model that is built and measured.
+`tests/model/test_accounting.py` and the contracts hold every formula against a model that is built and measured.
 """
 
 from nanolab.config import GPTConfig
-
-SMEAR_CHANNELS = 24  # leading embedding channels that steer the smear gate
-VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
-PAD_VOCAB_TO = 64  # table rows are padded to a multiple of this
+from nanolab.model.attention import GATES, NORMALISERS, QK_NORMS, has_value_embedding, windows
+from nanolab.model.blocks import MLPS, SMEAR_CHANNELS
+from nanolab.model.latent import ATTENTIONS
+from nanolab.model.positions import POSITIONS
+from nanolab.model.variants import check
 
 
 def padded_vocab(c: GPTConfig) -> int:
-    return -(-c.vocab_size // PAD_VOCAB_TO) * PAD_VOCAB_TO
+    return -(-c.vocab_size // c.pad_vocab_to) * c.pad_vocab_to
 
 
-def windows(c: GPTConfig) -> list[int]:
-    """Keys before itself that a query sees, per layer: S is a quarter of the row rounded up to 128, the last layer is L."""
-    size = {"L": c.sequence_len, "S": -(-c.sequence_len // 4 // 128) * 128}
-    letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
-    return [size[letter] for letter in letters[:-1]] + [size["L"]]
-
-
-def has_value_embedding(c: GPTConfig, layer: int) -> bool:
-    """Every second layer, counted from the last."""
-    return layer % 2 == (c.n_layer - 1) % 2
+def attention_class(c: GPTConfig):
+    return ATTENTIONS[c.attention.partition(":")[0]]
 
 
 def n_params(c: GPTConfig) -> dict[str, int]:
-    """Parameters by group, and `total`, and `scaling`: matrices + lm_head, the N of the scaling laws."""
-    V, C, kv = padded_vocab(c), c.n_embd, c.n_kv_head * (c.n_embd // c.n_head)
-    n_ve = sum(has_value_embedding(c, i) for i in range(c.n_layer))
+    """Parameters by part: tables, head, `matrices` of the blocks, `vectors` (gains, biases, sinks), `scalars` (mixing weights).
+
+    Also `total`, and `scaling`: matrices + the head's, tied or not, the N of the scaling laws. Raises UserError for flags
+    that cannot work.
+    """
+    check(c)
+    V, C, L = padded_vocab(c), c.n_embd, range(c.n_layer)
+    attention, mlp = attention_class(c), MLPS[c.mlp].matrices(c)
+    norm = C * (c.norm_gain + c.has_bias("norm"))
+    per_layer = 2 * norm + NORMALISERS[c.normaliser].n_params(c) + QK_NORMS[c.qk_norm].n_params(c, *attention.normed_widths(c))
+    per_layer += C * c.has_bias("out") + sum(out for out, _ in mlp) * c.has_bias("mlp")
     p = {
         "wte": V * C,
-        "value_embeds": n_ve * V * kv,
-        "lm_head": V * C,
-        "matrices": c.n_layer * (2 * C * C + 2 * C * kv + 8 * C * C) + n_ve * VE_GATE_CHANNELS * c.n_kv_head,
-        "scalars": 2 * c.n_layer + SMEAR_CHANNELS + 2,
+        "wpe": POSITIONS[c.positions].n_params(c),
+        "value_embeds": sum(has_value_embedding(c, i) for i in L) * V * c.n_kv_head * c.head_dim,
+        "lm_head": V * C * (not c.tied_head),
+        "matrices": sum(out * inputs for i in L for out, inputs in attention.matrices(c, i) + GATES[c.gate].matrices(c) + mlp),
+        "vectors": sum(per_layer + attention.qkv_biases(c, i) * c.has_bias("qkv") for i in L) + norm * (1 + c.embed_norm) + V * c.has_bias("head"),
+        "scalars": 2 * c.n_layer * c.residual_scalars + (SMEAR_CHANNELS + 1) * c.smear + c.backout,
     }
-    return p | {"total": sum(p.values()), "scaling": p["matrices"] + p["lm_head"]}
+    return p | {"total": sum(p.values()), "scaling": p["matrices"] + V * C}
 
 
 def matmul_params(c: GPTConfig) -> int:
     """Parameters that multiply every token (tables are looked up, not multiplied)."""
-    return n_params(c)["scaling"] + SMEAR_CHANNELS
+    return n_params(c)["scaling"] + SMEAR_CHANNELS * c.smear
 
 
 def train_flops_per_token(c: GPTConfig) -> int:
-    """Forward and backward, nominal: 6 per matmul parameter plus 12 H D min(window, T) per layer. PaLM, arXiv 2204.02311, app. B."""
-    return 6 * matmul_params(c) + sum(12 * c.n_embd * min(w, c.sequence_len) for w in windows(c))
+    """Forward and backward, nominal: 6 per matmul parameter, and 6 H (width of q.k + width of p v) min(window, T) per layer.
+    PaLM, arXiv 2204.02311, app. B."""
+    widths = [sum(attention_class(c).score_widths(c, i)) for i in range(c.n_layer)]
+    return 6 * matmul_params(c) + sum(6 * c.n_head * d * min(w, c.sequence_len) for w, d in zip(windows(c), widths))
 
 
 def decode_flops_per_token(c: GPTConfig, context: int) -> int:
-    """One decoded token after `context` tokens: 2 per matmul parameter plus 4 H D min(window, context) per layer."""
-    return 2 * matmul_params(c) + sum(4 * c.n_embd * min(w, context) for w in windows(c))
+    """One decoded token after `context` tokens: 2 per matmul parameter, and 2 H (both widths) min(window, context) per layer."""
+    widths = [sum(attention_class(c).decode_widths(c, i)) for i in range(c.n_layer)]
+    return 2 * matmul_params(c) + sum(2 * c.n_head * d * min(w, context) for w, d in zip(windows(c), widths))
+
+
+def cached_shapes(c: GPTConfig) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Per layer, (heads, channels) of the two tensors that the cache keeps of a token."""
+    return [attention_class(c).cached_shapes(c, i) for i in range(c.n_layer)]
 
 
 def kv_bytes_per_token(c: GPTConfig, bytes_per_value: int) -> int:
     """Stored by the cache for one token of one row, all layers."""
-    return c.n_layer * 2 * c.n_kv_head * (c.n_embd // c.n_head) * bytes_per_value
+    return sum(heads * channels for pair in cached_shapes(c) for heads, channels in pair) * bytes_per_value
 
 
 def train_memory_bytes(c: GPTConfig, rows: int, bytes_per_value: int, ranks: int = 1, device_type: str = "cpu") -> int:
-    """Predicted peak of training on one rank, above what the process needs to start; good to about a third.
+    """Predicted peak of training on one rank, above what the process needs to start; good to about a third for the default model.
 
     Weights and gradients in fp32 (8 bytes a parameter on every rank), optimizer moments sharded over the ranks (8 bytes
     for AdamW's, 4 for Muon's), activations kept for the backward pass, and logits. On CPUs 40 values per token, width and

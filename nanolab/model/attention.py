@@ -1,161 +1,329 @@
-"""Causal attention: kernels that compute it, and the layer around them.
+"""The attention layer: what makes queries, keys and values, what is done to them, and the rules that a kernel follows.
 
-Dims: B batch, T tokens, H query heads, G key/value heads, D head size, S keys. A window of w lets a query see itself and
-the w keys before it. Every kernel has the signature (q_BTHD, k_BTGD, v_BTGD, window) -> y_BTHD and scores scaled by
-1/sqrt(D).
+Dims: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C width. The product itself is a kernel's
+(kernels.py); latent attention is in latent.py, which also holds the table of attention kinds.
 """
 
 import math
-from functools import lru_cache
-from typing import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nanolab.config import GPTConfig
-from nanolab.model.accounting import VE_GATE_CHANNELS
-from nanolab.model.blocks import Linear, norm
-from nanolab.model.positions import rotate
+from nanolab.model.blocks import LayerNorm, Linear, Pass, norm
+from nanolab.model.kernels import cached
+from nanolab.model.positions import POSITIONS, ROTATIONS, Angles
+from nanolab.model.rules import Rules
+
+VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
 
 
-
-def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tensor:
-    """Boolean (..., Tq, Tk): may the query at q_pos (..., Tq) see the key at k_pos (..., Tk)?"""
-    distance = q_pos[..., :, None] - k_pos[..., None, :]
-    return (distance >= 0) & (distance <= window)
-
-
-def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, window: int) -> torch.Tensor:
-    """The definition, in fp32 with a T x T mask: the reference that the other kernels are tested against."""
-    T, H, D = q_BTHD.shape[1:]
-    q, k, v = (_heads_first(x, H).float() for x in (q_BTHD, k_BTGD, v_BTGD))
-    pos = torch.arange(T, device=q.device)
-    scores = (q @ k.mT / math.sqrt(D)).masked_fill(~visible(pos, pos, window), -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).to(q_BTHD.dtype)
+def windows(c: GPTConfig) -> list[int]:
+    """Keys before itself that a query sees, per layer. A window of w lets it see itself and the w keys before it."""
+    short = c.window_size or -(-c.sequence_len // 4 // 128) * 128
+    if c.window_pattern == "rope":
+        return [short if POSITIONS[c.positions].turns(c, i) else c.sequence_len for i in range(c.n_layer)]
+    letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
+    return [short if letter == "S" else c.sequence_len for letter in letters[:-1]] + [c.sequence_len]
 
 
-def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, window: int) -> torch.Tensor:
-    """torch's scaled_dot_product_attention: flash kernels for full causal attention, a boolean mask for windows."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
-    T = q.size(2)
-    if window >= T - 1:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    else:
-        pos = torch.arange(T, device=q.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(pos, pos, window), enable_gqa=q.size(1) != k.size(1))
-    return y.transpose(1, 2)
+def has_value_embedding(c: GPTConfig, layer: int) -> bool:
+    """Every second layer, counted from the last."""
+    return c.value_embeds and layer % 2 == (c.n_layer - 1) % 2
 
 
-BLOCK = 128  # query rows per block of `banded`: its scores (128 x up to T per head) stay in the processor's cache
+@dataclass
+class Reading:
+    """One forward pass: what every layer needs to know of its tokens."""
+
+    pos_BT: Tensor  # B is 1 where all rows are alike
+    angles: Angles | None = None  # of the layers that turn
+    slopes: Tensor | None = None  # (H,)
+    first_BT: Tensor | None = None  # first position of the token's document, with a document mask
+    starts_BT: Tensor | None = None  # whether the token begins a document, with a document mask
+    cache: object | None = None  # inference.cache.KVCache
+
+    def append(self, layer: int, a_BTGD: Tensor, b_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer caches of the new tokens -> the same of all tokens so far."""
+        return (a_BTGD, b_BTGD) if self.cache is None else self.cache.append(layer, a_BTGD, b_BTGD)
+
+    def left(self, name: str, default: Tensor) -> Tensor:
+        """What the last pass over these rows left under `name`, (B, 1, ...), or `default`."""
+        return default if self.cache is None else self.cache.left.get(name, default)
+
+    def leave(self, name: str, value: Tensor) -> None:
+        """Leave (B, 1, ...) for the next pass over these rows."""
+        if self.cache is not None:
+            self.cache.left[name] = value
 
 
-class _Banded(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v on (N, T, D) tensors, N = batch x heads, one block of query rows at a time.
+class NoQKNorm(nn.Module):
+    """q.k / sqrt(D) of the raw queries and keys. Vaswani et al., arXiv 1706.03762."""
 
-    Keys outside the causal band are never multiplied, so a full layer costs T^2/2 and a windowed one T*(window + BLOCK),
-    forward and backward, and nothing of size T x T is made. Probabilities are kept for the backward pass. With P the
-    probabilities and dY the upstream gradient: dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(dP P)), dQ = dS K, dK = dS^T Q.
-    """
-
-    @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        T, D = q.shape[1:]
-        y, kept = torch.empty_like(q), []
-        for lo, hi, first in _bands(T, window):
-            mask = _band_mask(hi - lo, lo - first, window, q.dtype, q.device)
-            scores = torch.baddbmm(mask, q[:, lo:hi], k[:, first:hi].mT, alpha=1 / math.sqrt(D))
-            p = torch.softmax(scores, -1)
-            y[:, lo:hi] = torch.bmm(p, v[:, first:hi])
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.window = window
-        return y
+    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
+        super().__init__()
 
     @staticmethod
-    def backward(ctx, dy: torch.Tensor):
-        q, k, v, *kept = ctx.saved_tensors
-        T, D = q.shape[1:]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (lo, hi, first), p in zip(_bands(T, ctx.window), kept):
-            dv[:, first:hi].baddbmm_(p.mT, dy[:, lo:hi])
-            dp = torch.bmm(dy[:, lo:hi], v[:, first:hi].mT)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, lo:hi] = torch.bmm(ds, k[:, first:hi]).mul_(1 / math.sqrt(D))
-            dk[:, first:hi].baddbmm_(ds.mT, q[:, lo:hi], alpha=1 / math.sqrt(D))
-        return dq, dk, dv, None
+    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
+        return 0
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
 
 
-def _bands(T: int, window: int) -> list[tuple[int, int, int]]:
-    """(first row, end row, first key) of each block of query rows."""
-    return [(lo, min(lo + BLOCK, T), max(0, lo - window)) for lo in range(0, T, BLOCK)]
+class RMSQKNorm(NoQKNorm):
+    """q / rms(q), k / rms(k) per head, without gains. Henry et al., arXiv 2010.04245; Dehghani et al., arXiv 2302.05442."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(q), norm(k)
 
 
-@lru_cache(maxsize=64)
-def _band_mask(rows: int, before: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0 where a block of `rows` queries may see the `before` keys ahead of it and its own, -inf elsewhere."""
-    keys = torch.arange(-before, rows, device=device)
-    mask = torch.zeros(rows, before + rows, dtype=dtype, device=device)
-    return mask.masked_fill_(~visible(keys[before:], keys, window), -math.inf)
+class LayerNormQKNorm(NoQKNorm):
+    """LayerNorm of q and of k per head, with learned gains. Dehghani et al., arXiv 2302.05442."""
+
+    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
+        super().__init__(c, q_width, k_width)
+        self.q, self.k = LayerNorm(q_width, True, False), LayerNorm(k_width, True, False)
+
+    @staticmethod
+    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
+        return q_width + k_width
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q(q), self.k(k)
 
 
-def banded(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, window: int) -> torch.Tensor:
-    """Blocks of rows against their band of keys, in the compute dtype: the fast path of CPUs, with its own backward."""
-    B, T, H, D = q_BTHD.shape
-    q, k, v = (_heads_first(x, H).reshape(B * H, T, D) for x in (q_BTHD, k_BTGD, v_BTGD))
-    return _Banded.apply(q, k, v, window).view(B, H, T, D).transpose(1, 2)
+class L2QKNorm(NoQKNorm):
+    """g q/|q| . k/|k| with g learned per head from log2(T^2 - T) on. Henry et al., arXiv 2010.04245."""
+
+    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
+        super().__init__(c, q_width, k_width)
+        self.start = math.log2(max(2, c.sequence_len**2 - c.sequence_len))
+        self.g = nn.Parameter(torch.empty(c.n_head))
+
+    @staticmethod
+    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
+        return c.n_head
+
+    def init_constants(self) -> None:
+        self.g.fill_(self.start)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x) is sqrt(D) x/|x|, and the kernel divides by sqrt(D): together they leave a factor of sqrt(D)."""
+        g = (self.g / math.sqrt(q.size(-1))).to(q.dtype)
+        return norm(q) * g[:, None], norm(k)
 
 
-def _heads_first(x_BTGD: torch.Tensor, n_head: int) -> torch.Tensor:
-    """(B, H, T, D), each key/value head repeated for the query heads that share it."""
-    x = x_BTGD.transpose(1, 2)
-    return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+QK_NORMS = {"none": NoQKNorm, "rms": RMSQKNorm, "layernorm": LayerNormQKNorm, "l2": L2QKNorm}
 
 
-def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGD: torch.Tensor, q_pos_BT: torch.Tensor, window: int) -> torch.Tensor:
-    """Attention of new queries over a cache whose slot j of every row holds position j."""
-    keys = torch.arange(k_BSGD.size(1), device=q_BTHD.device)
-    mask = visible(q_pos_BT, keys.expand(q_pos_BT.size(0), -1), window)[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+class Softmax(nn.Module):
+    """p_i = exp(s_i) / sum_j exp(s_j). Vaswani et al., arXiv 1706.03762."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+
+    @staticmethod
+    def n_params(c: GPTConfig) -> int:
+        return 0
+
+    def forward(self) -> Tensor | float | None:
+        """ln n of the term n in the denominator: None for n = 0, a number, or (H,)."""
+        return None
 
 
-KERNELS: dict[str, Callable[..., torch.Tensor]] = {"eager": eager, "sdpa": sdpa, "banded": banded}
+class Softmax1(Softmax):
+    """p_i = exp(s_i) / (1 + sum_j exp(s_j)): a head may attend to nothing. Miller 2023; arXiv 2309.17453."""
+
+    def forward(self) -> float:
+        return 0.0
 
 
-def default_kernel(device_type: str) -> str:
-    """The fastest kernel that every machine of this kind has."""
-    return "banded" if device_type == "cpu" else "sdpa"
+class SoftmaxN(Softmax):
+    """p_i = exp(s_i) / (n + sum_j exp(s_j)) for any real n >= 0, --softmax-n. Miller 2023; arXiv 2410.10781."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__(c)
+        self.log_n = math.log(c.softmax_n) if c.softmax_n else None
+
+    def forward(self) -> float | None:
+        return self.log_n
+
+
+class Sink(Softmax):
+    """p_i = exp(s_i) / (exp(b_h) + sum_j exp(s_j)), b_h learned per head. gpt-oss, arXiv 2508.10925."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__(c)
+        self.logit = nn.Parameter(torch.empty(c.n_head))
+
+    @staticmethod
+    def n_params(c: GPTConfig) -> int:
+        return c.n_head
+
+    def init_constants(self) -> None:
+        self.logit.zero_()
+
+    def forward(self) -> Tensor:
+        return self.logit
+
+
+NORMALISERS = {"softmax": Softmax, "softmax1": Softmax1, "softmax_n": SoftmaxN, "sink": Sink}
+
+
+class NoGate(Pass):
+    """Attention's output as it is. Vaswani et al., arXiv 1706.03762."""
+
+    @staticmethod
+    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
+        return []
+
+
+class HeadGate(nn.Module):
+    """o_h sigmoid(w_h . x): one gate per head. Qiu et al., arXiv 2505.06708; Bondarenko et al., arXiv 2306.12929."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.gate = Linear(c.n_embd, c.n_head)
+
+    @staticmethod
+    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
+        return [(c.n_head, c.n_embd)]
+
+    def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
+        return y_BTHD * torch.sigmoid(self.gate(x_BTC))[..., None]
+
+
+class ElementwiseGate(nn.Module):
+    """o sigmoid(W x): one gate per channel. Qiu et al., arXiv 2505.06708."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.gate = Linear(c.n_embd, c.n_embd)
+
+    @staticmethod
+    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
+        return [(c.n_embd, c.n_embd)]
+
+    def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
+        return y_BTHD * torch.sigmoid(self.gate(x_BTC)).view(y_BTHD.shape)
+
+
+GATES = {"none": NoGate, "head": HeadGate, "elementwise": ElementwiseGate}
+
+
+class ValueMix(nn.Module):
+    """v + 3 sigmoid(W x[:12]) e with e a row of a table, by token. Value residual learning, arXiv 2410.17897, from a table."""
+
+    def __init__(self, n_kv_head: int):
+        super().__init__()
+        self.gate = Linear(VE_GATE_CHANNELS, n_kv_head)
+
+    def forward(self, v_BTGD: Tensor, x_BTC: Tensor, ve: Tensor) -> Tensor:
+        gate = 3 * torch.sigmoid(self.gate(x_BTC[..., :VE_GATE_CHANNELS]))
+        return v_BTGD + gate[..., None] * ve.view(v_BTGD.shape)
+
+
+def unturned(x: Tensor, angles: Angles | None) -> Tensor:
+    return x
+
+
+def turning(c: GPTConfig, layer: int):
+    """The function (x_BTHD, angles) -> x_BTHD that gives queries and keys of this layer their positions."""
+    return ROTATIONS[c.rope_layout] if POSITIONS[c.positions].turns(c, layer) else unturned
+
+
+class Core(nn.Module):
+    """q, k, v -> y by the layer's rules. Scores are scaled by 1/sqrt(width)."""
+
+    def __init__(self, c: GPTConfig, layer: int, width: int):
+        super().__init__()
+        self.normaliser = NORMALISERS[c.normaliser](c)
+        self.window, self.scale, self.softcap, self.dropout = windows(c)[layer], 1 / math.sqrt(width), c.score_softcap, c.attn_dropout
+
+    def rules(self, slopes: Tensor | None, first_BT: Tensor | None, dropout: float) -> Rules:
+        return Rules(self.window, self.scale, self.normaliser(), slopes, self.softcap, dropout, first_BT)
+
+    def needs(self, c: GPTConfig, attention_widths: tuple[int, int]) -> frozenset[str]:
+        """What a kernel must offer for this layer, out of rules.NEEDS. attention_widths: channels of q.k and of p v."""
+        q_width, v_width = attention_widths
+        first = torch.zeros(1, 1) if c.document_mask else None
+        rules = self.rules(POSITIONS[c.positions].slopes(c), first, self.dropout)
+        return rules.needs(c.sequence_len) | ({"value size"} if v_width != q_width else set())
+
+    def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, reading: Reading, kernel) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        rules = self.rules(reading.slopes, reading.first_BT, dropout)
+        if k_BSGD.size(1) == q_BTHD.size(1):  # nothing was cached before: plain causal attention
+            return kernel(q_BTHD, k_BSGD, v_BSGD, rules)
+        return cached(q_BTHD, k_BSGD, v_BSGD, reading.pos_BT, rules)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention with QK norm, rotary positions, optional sharing of key/value heads and value embeddings."""
+    """softmax(q k^T / sqrt(D)) v with heads of their own keys and values. Vaswani et al., arXiv 1706.03762."""
 
-    def __init__(self, config: GPTConfig, has_value_embedding: bool):
+    def __init__(self, c: GPTConfig, layer: int):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        self.qk_gain = config.qk_gain
-        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
-        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = Linear(VE_GATE_CHANNELS, self.n_kv_head) if has_value_embedding else None
+        H, G, D, bias = c.n_head, c.n_kv_head, c.head_dim, c.has_bias("qkv")
+        self.layer, self.shape, self.kv_shape = layer, (H, D), (G, D)
+        self.c_q = Linear(c.n_embd, H * D, bias)
+        self.c_k = Linear(c.n_embd, G * D, bias)
+        self.c_v = Linear(c.n_embd, G * D, bias)
+        self.value_mix = ValueMix(G) if has_value_embedding(c, layer) else Pass()
+        self.qk_norm = QK_NORMS[c.qk_norm](c, D, D)
+        self.gain = c.qk_gain**2  # of q and of k, in one multiplication
+        self.turn = turning(c, layer)
+        self.core = Core(c, layer, D)
+        self.gate = GATES[c.gate](c)
+        self.c_proj = Linear(H * D, c.n_embd, c.has_bias("out"))
 
-    def forward(self, x, ve, cos, sin, window, kernel, cache=None, layer=0, q_pos=None) -> torch.Tensor:
-        """x (B, T, C), ve (B, T, G*D) or None, cos/sin from `rope_angles` -> (B, T, C)."""
-        B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        if self.ve_gate is not None:  # value residual, arXiv 2410.17897, here from a table and gated per head in (0, 3)
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))
-            v = v + gate[..., None] * ve.view(B, T, self.n_kv_head, self.head_dim)
-        q, k = (norm(rotate(z, cos, sin)) for z in (q, k))
-        q = q * self.qk_gain**2  # the gain of q and of k, in one multiplication
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        if k.size(1) == T:  # nothing was cached before: plain causal attention
-            y = kernel(q, k, v, window)
-        else:
-            y = cached(q, k, v, q_pos, window)
+    @staticmethod
+    def matrices(c: GPTConfig, layer: int) -> list[tuple[int, int]]:
+        """(outputs, inputs) of every matrix; of these, `biased` have a bias with --bias qkv, the last one with --bias out."""
+        C, kv = c.n_embd, c.n_kv_head * c.head_dim
+        gates = [(c.n_kv_head, VE_GATE_CHANNELS)] if has_value_embedding(c, layer) else []
+        return gates + [(C, C), (kv, C), (kv, C), (C, C)]
+
+    @staticmethod
+    def qkv_biases(c: GPTConfig, layer: int) -> int:
+        return c.n_embd + 2 * c.n_kv_head * c.head_dim
+
+    @staticmethod
+    def normed_widths(c: GPTConfig) -> tuple[int, int]:
+        """Widths that QK norm works on: of queries and of keys."""
+        return c.head_dim, c.head_dim
+
+    @staticmethod
+    def score_widths(c: GPTConfig, layer: int) -> tuple[int, int]:
+        """Channels of one head in q.k and in p v."""
+        return c.head_dim, c.head_dim
+
+    decode_widths = score_widths  # the same when one token is decoded from the cache
+
+    @staticmethod
+    def cached_shapes(c: GPTConfig, layer: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, channels) of the two tensors that the cache keeps of a token."""
+        return (c.n_kv_head, c.head_dim), (c.n_kv_head, c.head_dim)
+
+    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading, kernel) -> Tensor:
+        """ve: (B, T, G*D) on layers with value embeddings."""
+        B, T, _ = x_BTC.shape
+        q = self.c_q(x_BTC).view(B, T, *self.shape)
+        k = self.c_k(x_BTC).view(B, T, *self.kv_shape)
+        v = self.value_mix(self.c_v(x_BTC).view(B, T, *self.kv_shape), x_BTC, ve)
+        q, k = self.qk_norm(q, k)  # before turning, which leaves lengths as they are
+        q, k = self.turn(q, reading.angles) * self.gain, self.turn(k, reading.angles)
+        k, v = reading.append(self.layer, k, v)
+        y = self.gate(self.core(q, k, v, reading, kernel), x_BTC)
         return self.c_proj(y.reshape(B, T, -1))
+
+
+class GroupedQueryAttention(CausalSelfAttention):
+    """MHA with G key/value heads, each for H/G query heads. Ainslie et al., arXiv 2305.13245."""
+
+    example = "gqa:2"
+
+
+class MultiQueryAttention(CausalSelfAttention):
+    """MHA with one key/value head for all query heads. Shazeer, arXiv 1911.02150."""

@@ -11,8 +11,13 @@ from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
 from nanolab.model.gpt import GPT
 
-PLAIN = GPTConfig(sequence_len=32, vocab_size=61, n_layer=3, n_head=2, n_kv_head=2, n_embd=48)
-SHARED = GPTConfig(sequence_len=32, vocab_size=64, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
+PLAIN = GPTConfig(sequence_len=32, vocab_size=61, n_layer=3, n_head=2, n_embd=48)
+SHARED = GPTConfig(sequence_len=32, vocab_size=64, n_layer=4, n_head=4, attention="gqa:2", n_embd=64)
+
+
+def set_windows(model: GPT, sizes: list[int]) -> None:
+    for block, size in zip(model.h, sizes):
+        block.attn.core.window = size
 
 
 def ids(config, B=2, T=19, seed=0):
@@ -38,22 +43,22 @@ def definition(model: GPT, idx: list[int]) -> np.ndarray:
     e = rms(w["wte.weight"][idx])
     x = e.copy()
     for t in range(1, T):
-        x[t] = e[t] + w["smear_lambda"] * sigmoid(w["smear_gate.weight"] @ e[t, :24]) * e[t - 1]
+        x[t] = e[t] + w["smear.scale"] * sigmoid(w["smear.gate.weight"] @ e[t, :24]) * e[t - 1]
     x0 = x
     for i in range(n):
         h = f"h.{i}."
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        x = w["lambdas.resid"][i] * x + w["lambdas.x0"][i] * x0
         z = rms(x)
         q, k, v = (z @ w[f"{h}attn.c_{name}.weight"].T for name in "qkv")
         if i % 2 == (n - 1) % 2:
-            gate = 3 * sigmoid(z[:, :12] @ w[f"{h}attn.ve_gate.weight"].T)
+            gate = 3 * sigmoid(z[:, :12] @ w[f"{h}attn.value_mix.gate.weight"].T)
             v = v + np.repeat(gate, D, axis=1) * w[f"value_embeds.{i}.weight"][idx]
         y = np.zeros_like(q)
         for head in range(c.n_head):
             mine, shared = slice(head * D, head * D + D), head * c.n_kv_head // c.n_head
             theirs = slice(shared * D, shared * D + D)
             for t in range(T):
-                seen = range(max(0, t - model.windows[i]), t + 1)
+                seen = range(max(0, t - model.h[i].attn.core.window), t + 1)
                 query = 1.2 * rms(turn(q[t, mine], t))
                 p = np.exp([query @ (1.2 * rms(turn(k[s, theirs], s))) / math.sqrt(D) for s in seen])
                 y[t, mine] = (p / p.sum()) @ v[seen, theirs]
@@ -61,14 +66,14 @@ def definition(model: GPT, idx: list[int]) -> np.ndarray:
         x = x + np.maximum(rms(x) @ w[f"{h}mlp.c_fc.weight"].T, 0) ** 2 @ w[f"{h}mlp.c_proj.weight"].T
         if i == n // 2:
             middle = x
-    x = rms(x - w["backout_lambda"] * middle)
+    x = rms(x - w["backout.scale"] * middle)
     return 15 * np.tanh(x @ w["lm_head.weight"][: c.vocab_size].T / 15)
 
 
-@pytest.mark.parametrize("config", [PLAIN, SHARED, GPTConfig(sequence_len=16, vocab_size=50, n_layer=1, n_head=3, n_kv_head=1, n_embd=36)])
+@pytest.mark.parametrize("config", [PLAIN, SHARED, GPTConfig(sequence_len=16, vocab_size=50, n_layer=1, n_head=3, attention="mqa", n_embd=36)])
 def test_forward_is_the_definition(make_gpt, config):
     model = make_gpt(config)
-    model.windows = [5, 1, 3, 16][: config.n_layer]
+    set_windows(model, [5, 1, 3, 16][: config.n_layer])
     idx = ids(config, B=2, T=13)
     logits = model(idx)
     assert logits.shape == (2, 13, config.vocab_size) and logits.dtype == torch.float32
@@ -123,7 +128,7 @@ def test_backward_equals_finite_differences(make_gpt):
 
 def test_init_moments():
     """Mean, deviation, kurtosis (the shape) and bounds of every parameter; a sample's lie within five standard errors."""
-    config = GPTConfig(sequence_len=32, vocab_size=512, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+    config = GPTConfig(sequence_len=32, vocab_size=512, n_layer=4, n_head=2, n_embd=128)
     model = GPT(config)
     model.init_weights(seed=3)
     w = dict(model.named_parameters())
@@ -135,11 +140,11 @@ def test_init_moments():
     def normal(std):
         return 0.0, std, 3.0, -6 * std, 6 * std
 
-    wanted = {"wte.weight": normal(0.8), "lm_head.weight": normal(0.001), "smear_gate.weight": uniform(0, 0.02)}
+    wanted = {"wte.weight": normal(0.8), "lm_head.weight": normal(0.001), "smear.gate.weight": uniform(0, 0.02)}
     wanted |= {f"value_embeds.{i}.weight": uniform(-s, s) for i in (1, 3)}
     wanted |= {f"h.{i}.attn.{name}.weight": uniform(-s, s) for i in range(4) for name in ("c_q", "c_k", "c_v")}
     wanted |= {f"h.{i}.mlp.c_fc.weight": uniform(-0.4 * s, 0.4 * s) for i in range(4)}
-    wanted |= {f"h.{i}.attn.ve_gate.weight": uniform(0, 0.02) for i in (1, 3)}
+    wanted |= {f"h.{i}.attn.value_mix.gate.weight": uniform(0, 0.02) for i in (1, 3)}
     for name, (mean, std, kurtosis, lo, hi) in wanted.items():
         p = w.pop(name).data
         n = math.sqrt(p.numel())
@@ -147,8 +152,8 @@ def test_init_moments():
         assert abs(p.std() / std - 1) < 5 / n, name
         assert abs((((p - mean) / std) ** 4).mean() - kurtosis) < 5 * math.sqrt(24) / n, name
         assert lo <= p.min() and p.max() <= hi, name
-    fixed = {"smear_lambda": [0.0], "backout_lambda": [0.2]}
-    fixed |= {"resid_lambdas": [1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05], "x0_lambdas": [0.20, 0.15, 0.10, 0.05]}
+    fixed = {"smear.scale": [0.0], "backout.scale": [0.2]}
+    fixed |= {"lambdas.resid": [1.15, 1.15 - 0.1 / 3, 1.15 - 0.2 / 3, 1.05], "lambdas.x0": [0.20, 0.15, 0.10, 0.05]}
     for name, values in fixed.items():
         torch.testing.assert_close(w.pop(name).data, torch.tensor(values))
     assert set(w) == {f"h.{i}.{name}.weight" for i in range(4) for name in ("attn.c_proj", "mlp.c_proj")}
@@ -183,7 +188,7 @@ def cached_logits(model, idx, sizes):
 def test_chunked_prefill_and_decode_equal_the_full_forward(make_gpt, config):
     """The smear reaches across a chunk's border, windows count from absolute positions."""
     model, idx, rng = make_gpt(config), ids(config, T=23), random.Random(0)
-    model.windows = [4, 1, 7, 30][: config.n_layer]
+    set_windows(model, [4, 1, 7, 30][: config.n_layer])
     full = model(idx)
     chunkings = [[23], [1] * 23, [22, 1], [1, 22], [12, 1, 1, 9]]
     for _ in range(6):
@@ -199,7 +204,7 @@ def test_chunked_prefill_and_decode_equal_the_full_forward(make_gpt, config):
 def test_rows_of_unequal_length_decode_as_if_alone(make_gpt):
     """Row 0 has read 3 tokens and row 1 has read 11 when they are put into one cache and go on together."""
     model, idx = make_gpt(SHARED), ids(SHARED, T=20)
-    model.windows = [4, 1, 7, 30]
+    set_windows(model, [4, 1, 7, 30])
     joint = KVCache(SHARED, 2)
     for row, length in enumerate((3, 11)):
         alone = KVCache(SHARED, 1)
@@ -234,31 +239,3 @@ def test_bf16_follows_fp32(make_gpt):
         assert q.grad.dtype == torch.float32
         if p.numel() > 1000:
             assert (p.grad - q.grad).norm() < 0.05 * p.grad.norm(), name
-
-
-def test_param_groups_are_the_table(make_gpt):
-    """Learning rates, betas, eps and decay by group at a batch multiplier of 0.5 and width 192 (c = 2); every parameter once."""
-    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=192)
-    model = make_gpt(config)
-    groups = model.param_groups(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.7, batch_scale=0.5)
-    names = [n for g in groups for n, _ in g["params"]]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
-    assert all(model.get_parameter(n) is p for g in groups for n, p in g["params"])
-    adamw = {g["name"]: (g["lr"], g["betas"], g["eps"], g["weight_decay"], len(g["params"])) for g in groups if g["kind"] == "adamw"}
-    assert {n: (pytest.approx(v[0]), *v[1:]) for n, v in adamw.items()} == {
-        "lm_head": (0.008, (0.8, 0.96), 1e-10, 0.01, 1),
-        "wte": (0.3, (0.8, 0.995), 1e-10, 0.001, 1),
-        "value_embeds": (0.15, (0.8, 0.995), 1e-10, 0.01, 1),
-        "resid_lambdas": (0.0025, (0.8, 0.95), 1e-10, 0.05, 1),
-        "x0_lambdas": (0.25, (0.96, 0.95), 1e-10, 0.0, 1),
-        "smear_backout": (0.2, (0.8, 0.95), 1e-10, 0.0, 3),
-    }
-    muon = {tuple(g["params"][0][1].shape): (g["lr"], g["beta2"], g["weight_decay"], len(g["params"])) for g in groups if g["kind"] == "muon"}
-    assert {s: (pytest.approx(v[0]), *v[1:]) for s, v in muon.items()} == {
-        (1, 12): (0.01, 0.9, 0.7, 1),
-        (96, 192): (0.01, 0.9, 0.7, 4),
-        (192, 192): (0.01, 0.9, 0.7, 4),
-        (192, 768): (0.01, 0.9, 0.7, 2),
-        (768, 192): (0.02, 0.9, 0.7, 2),
-    }
-    assert [list(muon)] == [sorted(muon)]
