@@ -16,8 +16,8 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 
 # A room may import itself and rooms of a lower level.
 LEVEL = {
-    "config": 0, "runtime": 1, "data": 2, "model": 3, "training": 4, "inference": 4,
-    "evals": 5, "serving": 5, "interop": 5, "lab": 5, "tasks": 6, "scripts": 7,
+    "presets": 0, "config": 1, "runtime": 2, "data": 3, "model": 4, "training": 5, "inference": 5,
+    "evals": 6, "serving": 6, "interop": 6, "lab": 6, "tasks": 7, "scripts": 8,
 }  # fmt: skip
 SIDEWAYS = {("nanolab.training.rollout", "inference")}  # arrows on one level that the house allows
 
@@ -157,7 +157,7 @@ def import_without_torch(names: list[str]) -> str:
 
 def test_modules_that_promise_it_import_without_torch():
     names = promised_torch_free()
-    assert {"nanolab.config", "nanolab.model.accounting", "nanolab.training.schedule"} <= set(names)
+    assert {"nanolab.config", "scripts.base_train"} <= set(names)
     assert import_without_torch(names) == ""
 
 
