@@ -244,6 +244,16 @@ def test_the_default_dial_converts_what_the_reference_does(depth, layers):
     assert isinstance(model.lm_head, Float8Linear)
 
 
+def test_a_tied_head_keeps_its_products():
+    """Its matrix is the embedding table, which is looked up in fp32; only matrices of layers are converted."""
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, tied_head=True, bias="qkv,out,mlp,norm,head", value_embeds=False)
+    with torch.device("meta"):
+        model = GPT(config)
+    names = list(model.state_dict())
+    assert convert(model) == 6 * 3
+    assert list(model.state_dict()) == names
+
+
 TINY = GPTConfig(sequence_len=32, vocab_size=128, n_layer=2, n_head=2, n_embd=128)
 
 
