@@ -78,6 +78,8 @@ class Learned(Positions):
         self.wpe = Embedding(c.sequence_len, c.n_embd)
 
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
+        if e_BTC.size(1) > self.wpe.num_embeddings:
+            raise UserError(f"a row of {e_BTC.size(1)} tokens is past the {self.wpe.num_embeddings} positions that --positions learned has; cut it, or use other positions")
         return e_BTC + self.wpe.look_up(pos_BT, e_BTC.dtype)
 
     @staticmethod
