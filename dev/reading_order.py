@@ -11,10 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
-nanolab/config.py nanolab/runtime.py
+nanolab/config.py nanolab/presets.py nanolab/runtime.py
 nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
-nanolab/model/gpt.py nanolab/model/attention.py nanolab/model/blocks.py nanolab/model/positions.py
-nanolab/training/schedule.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
+nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py nanolab/model/kernels.py
+nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py nanolab/model/gpt.py
+nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
 nanolab/inference/engine.py nanolab/inference/cache.py nanolab/inference/sampling.py
 nanolab/evals/bpb.py
 scripts/base_train.py scripts/chat_cli.py

@@ -33,7 +33,7 @@ def world(base_dir, tmp_path, monkeypatch) -> tuple[Path, Tokenizer, Path]:
     lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(5, 120)))}) for _ in range(300)]
     (text / "a.jsonl").write_text("\n".join(lines))
     tokenizer = Tokenizer.train([" ".join(words)] * 3, 290)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
     model.init_weights(0)
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -11,7 +11,7 @@ from nanolab.evals.bpb import bits_per_byte
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
-CONFIG = GPTConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+CONFIG = GPTConfig(sequence_len=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 

@@ -18,7 +18,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(make_gpt, tokenizer):
-    return make_gpt(GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32), scale=0.3)
+    return make_gpt(GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), scale=0.3)
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def test_prompts_are_continued_greedily(model, tokenizer):
 
 
 def test_prompts_that_a_short_model_cannot_read_are_left_out(make_gpt, tokenizer):
-    short = make_gpt(GPTConfig(sequence_len=24, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
+    short = make_gpt(GPTConfig(sequence_len=24, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=32))
     shown = [s.prompt for s in continue_prompts(short, tokenizer, RUNTIME)]
     assert shown == [p for p in PROMPTS if len(tokenizer.encode(p)) <= 22] and 0 < len(shown) < 7
 

@@ -7,7 +7,7 @@ from nanolab.config import GPTConfig, UserError
 from nanolab.inference.cache import KVCache
 from nanolab.model.gpt import GPT
 
-CONFIG = GPTConfig(sequence_len=192, vocab_size=50, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")  # S is 128
+CONFIG = GPTConfig(sequence_len=192, vocab_size=50, n_layer=3, n_head=4, attention="gqa:2", n_embd=32, window_pattern="SL")  # S is 128
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def world(tmp_path_factory) -> tuple[Path, GPT, Tokenizer]:
     base = tmp_path_factory.mktemp("world")
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=1024, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
+    model = GPT(GPTConfig(sequence_len=1024, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64))
     model.init_weights(0)
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(TEXT * 4)][:129]])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -8,7 +8,7 @@ from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
-CONFIG = GPTConfig(sequence_len=160, vocab_size=61, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")  # S is 128
+CONFIG = GPTConfig(sequence_len=160, vocab_size=61, n_layer=2, n_head=2, attention="mqa", n_embd=32, window_pattern="SL")  # S is 128
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 GREEDY = dict(temperature=0.0, stop_ids=())
 
