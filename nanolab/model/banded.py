@@ -43,7 +43,7 @@ class _Banded(torch.autograd.Function):
                 scores.view(-1, len(log_sink), *scores.shape[1:])[..., 0] = log_sink[:, None]
             p = torch.softmax(scores, -1)
             if extra:
-                p0 = p[..., 0].clone()
+                p0 = p[..., 0].clone() if ctx.needs_input_grad[3] else None
                 p[..., 0] = 0
             if rules.dropout:
                 dropped, keep = torch.native_dropout(p, rules.dropout, True)
@@ -51,17 +51,17 @@ class _Banded(torch.autograd.Function):
             else:
                 y[:, lo:hi] = torch.bmm(p, v[:, keys])
             kept += [p, tanh, p0, keep]
-        ctx.save_for_backward(q, k, v, y if extra else None, *kept)
-        ctx.rules, ctx.n_head = rules, len(log_sink) if extra else 0
+        ctx.save_for_backward(q, k, v, y if ctx.needs_input_grad[3] else None, log_sink, *kept)
+        ctx.rules = rules
         return y
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor):
-        q, k, v, y, *kept = ctx.saved_tensors
-        T, extra, rules = q.size(1), k.size(1) - q.size(1), ctx.rules
+        q, k, v, y, log_sink, *kept = ctx.saved_tensors
+        T, extra, rules, d_sink = q.size(1), k.size(1) - q.size(1), ctx.rules, None
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        dy_y = torch.linalg.vecdot(dy.to(_wide(dy)), y.to(_wide(dy))) if ctx.needs_input_grad[3] else None
-        d_sink = torch.zeros(ctx.n_head, dtype=_wide(dy), device=dy.device) if ctx.needs_input_grad[3] else None
+        if y is not None:
+            d_sink, dy_y = torch.zeros_like(log_sink), (dy * y).sum(-1, dtype=log_sink.dtype)
         for i, (lo, hi, first) in enumerate(_bands(T, rules.window)):
             p, tanh, p0, keep = kept[4 * i : 4 * i + 4]
             keys = slice(first, hi + extra)
@@ -76,14 +76,10 @@ class _Banded(torch.autograd.Function):
             if tanh is not None:
                 ds -= ds * tanh * tanh
             if d_sink is not None:
-                d_sink -= (p0 * dy_y[:, lo:hi]).view(-1, ctx.n_head, hi - lo).sum((0, 2))
+                d_sink -= (p0 * dy_y[:, lo:hi]).view(-1, len(d_sink), hi - lo).sum((0, 2))
             dq[:, lo:hi] = torch.bmm(ds, k[:, keys]).mul_(rules.scale)
             dk[:, keys].baddbmm_(ds.mT, q[:, lo:hi], alpha=rules.scale)
         return dq, dk, dv, d_sink, None
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _bands(T: int, window: int) -> list[tuple[int, int, int]]:

@@ -1,9 +1,111 @@
-"""placeholder until the next commit: FlashAttention-3."""
+"""FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, from a prebuilt binary that the `kernels` package fetches on first use."""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from nanolab.model.rules import Rules, lacking, seen, sink_per_head
+
+REPOSITORY = "varunneal/flash-attention-3"
+REVISION = "de87b9b5af06dd9984df595bef90b2eba44b181a"  # a commit, so that a run does not change when the repository does
+OFFERS = frozenset({"window", "sink"})
+
+Attend = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
-def run(q, k, v, rules):
-    raise NotImplementedError
+def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """(B, T, H, D). The kernel scales scores by 1/sqrt(head size), so any other scale goes into q."""
+    attend, _ = probed(q_BTHD.device.type)
+    if rules.log_sink is not None:
+        return _with_virtual_key(attend, q_BTHD, k_BTGD, v_BTGD, rules)
+    (T, _, size), is_full = q_BTHD.shape[1:], rules.window >= q_BTHD.size(1) - 1
+    gain = rules.scale * math.sqrt(size)
+    q = q_BTHD if math.isclose(gain, 1) else q_BTHD * gain
+    return _call(attend, q, k_BTGD, v_BTGD, -1 if is_full else rules.window)
 
 
-def missing(needs, device_type, dtype) -> str:
-    return "it is not there yet"
+def _call(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
+    """Some builds return (y, log-sum-exp)."""
+    y = attend(q, k, v, causal=True, window_size=(left, 0))
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _with_virtual_key(attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Full causal attention with a key in front of all others whose score is ln n and whose value is 0.
+
+    The problem stays square by a query in front, whose row is dropped. Two further channels make the score: the queries hold
+    ln n there, in two parts lest bf16 round it, the virtual key holds ones, the other keys zeros. ln n is in the queries
+    since heads that share a key may have sinks of their own. Head sizes are multiples of 8.
+    """
+    H, D = q_BTHD.shape[2:]
+    size = D + 2 + -(D + 2) % 8
+    log_n = sink_per_head(rules.log_sink, H, q_BTHD.device) * math.sqrt(size)
+    head = log_n.to(q_BTHD.dtype)
+    tail = (log_n - head).detach().to(q_BTHD.dtype)  # without gradient: the two add up to ln n, which gets it once
+    parts = torch.stack((head, tail), -1).expand(*q_BTHD.shape[:2], H, 2)
+    q = torch.cat((q_BTHD * (rules.scale * math.sqrt(size)), parts), -1)
+    q = F.pad(q, (0, size - D - 2, 0, 0, 1, 0))
+    k, v = (F.pad(x, (0, size - D, 0, 0, 1, 0)) for x in (k_BTGD, v_BTGD))
+    k[:, 0, :, D : D + 2] = 1
+    return _call(attend, q, k, v, -1)[:, 1:, :, :D]
+
+
+def missing(needs: frozenset[str], device_type: str, dtype: torch.dtype) -> str:
+    """Asks the device and loads the kernel only where nothing else stands against it."""
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16 only, and NANOLAB_DTYPE is {str(dtype).removeprefix('torch.')}"
+    if lacks := lacking(needs - OFFERS, "at all"):
+        return lacks
+    if {"window", "sink"} <= needs:
+        return lacking({"sink"}, "beside a window (--window-pattern)")
+    return probed(device_type)[1]
+
+
+@lru_cache(maxsize=None)
+def probed(device_type: str) -> tuple[Attend | None, str]:
+    """(kernel, "") or (None, why not), found out once."""
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" and torch.cuda.is_available() else None
+    return probe(device_type, capability, load)
+
+
+def load() -> Attend:
+    from kernels import get_kernel
+
+    return get_kernel(REPOSITORY, revision=REVISION).flash_attn_interface.flash_attn_func
+
+
+def probe(device_type: str, capability: tuple[int, int] | None, load: Callable[[], Attend]) -> tuple[Attend | None, str]:
+    """Load the kernel and launch it, forward and backward, against torch's own attention. -> (kernel, "") or (None, why not).
+
+    Anything may fail here (no package, no network, a binary for another torch, a launch), and whatever it is, other kernels
+    can do the work: so every exception becomes a reason.
+    """
+    if capability is None or capability[0] != 9:
+        seen_device = f"{device_type} {capability[0]}.{capability[1]}" if capability else f"--device-type {device_type} without one"
+        return None, f"it needs a Hopper GPU (compute capability 9.0), and this is {seen_device}"
+    try:
+        attend = load()
+        _check(attend, device_type)
+    except ImportError as error:
+        return None, f"it needs the kernels package ({error}); pip install kernels"
+    except Exception as error:
+        return None, f"{REPOSITORY} failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return attend, ""
+
+
+def _check(attend: Attend, device_type: str) -> None:
+    """One small full and one windowed problem, two query heads to a key. bf16 outputs of order 1 differ by a few times 2^-8."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(device_type, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
+    pos = torch.arange(32, device=device_type)
+    for left in (-1, 8):
+        mask = seen(Rules(left % 32, 1.0), pos[None], pos)[:, None]
+        want = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        y = _call(attend, q, k, v, left)
+        pairs = zip((y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))), (want, *torch.autograd.grad(want.square().sum(), (q, k, v))))
+        for seen_value, wanted in pairs:
+            if not (seen_value.float() - wanted.float()).norm() < 0.05 * wanted.float().norm():
+                raise ArithmeticError(f"its results on a small problem with window {left} are wrong")

@@ -14,10 +14,11 @@ def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGE))
     blocks = _blocks(T, rules.window, q.device) if rules.first_BT is None else _document_blocks(rules.first_BT, rules.window)
     attend = _compiled(flex_attention) if q.is_cuda else flex_attention
-    is_grouped, sink = k.size(1) != H, rules.log_sink
-    y, aux = attend(q, k, v, score_mod=_score_mod(rules), block_mask=blocks, scale=rules.scale, enable_gqa=is_grouped, return_aux=AuxRequest(lse=sink is not None))
-    if sink is not None:
-        y = (y * torch.sigmoid(aux.lse - sink_per_head(sink, H, q.device)[:, None])[..., None]).to(y.dtype)
+    y, aux = attend(
+        q, k, v, score_mod=_score_mod(rules), block_mask=blocks, scale=rules.scale, enable_gqa=k.size(1) != H, return_aux=AuxRequest(lse=True)
+    )
+    if rules.log_sink is not None:
+        y = (y * torch.sigmoid(aux.lse - sink_per_head(rules.log_sink, H, q.device)[:, None])[..., None]).to(y.dtype)
     return y.transpose(1, 2)
 
 

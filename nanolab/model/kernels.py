@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nanolab.config import UserError, nearest
 from nanolab.model import flash3, flex
 from nanolab.model.banded import banded
-from nanolab.model.rules import FLAGS, NEEDS, Rules, heads_first, lacking, sink_per_head, visible
+from nanolab.model.rules import FLAGS, NEEDS, Rules, heads_first, lacking, seen, sink_per_head, visible
 
 __all__ = ["KERNELS", "NEEDS", "Kernel", "Rules", "cached", "choose_kernel", "definition", "eager", "sdpa", "visible"]
 
@@ -39,8 +39,9 @@ def definition(
     if rules.slopes is not None:
         s = s - rules.slopes[:, None, None] * (q_pos_BT[:, None, :, None] - k_pos_S)
     p = _weights(s.masked_fill(~seen(rules, q_pos_BT, k_pos_S)[:, None], -math.inf), rules)
-    p = F.dropout(p, rules.dropout).to(q_BTHD.dtype)
-    return (p.view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
+    if rules.dropout:
+        p = F.dropout(p, rules.dropout)
+    return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
 
 
 def _weights(s_BHTS: torch.Tensor, rules: Rules) -> torch.Tensor:
@@ -51,12 +52,6 @@ def _weights(s_BHTS: torch.Tensor, rules: Rules) -> torch.Tensor:
     largest = torch.maximum(s_BHTS.amax(-1, keepdim=True), sink).detach()
     e = torch.exp(s_BHTS - largest)
     return e / (e.sum(-1, keepdim=True) + torch.exp(sink - largest))
-
-
-def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_S: torch.Tensor) -> torch.Tensor:
-    """Boolean (B or 1, T, S): causal, inside the window, inside the document."""
-    mask = visible(q_pos_BT, k_pos_S.expand(len(q_pos_BT), -1), rules.window)
-    return mask if rules.first_BT is None else mask & (k_pos_S >= rules.first_BT[..., None])
 
 
 def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
@@ -134,7 +129,7 @@ class _Flash(torch.autograd.Function):
         if log_sink is not None:
             sink = log_sink[:, None].to(lse.dtype)
             r = torch.sigmoid(lse - sink).mT[..., None]  # (B, T, H, 1)
-            y, lse = (y * r).to(y.dtype), torch.logaddexp(lse, sink)
+            y, lse = y.mul_(r), torch.logaddexp(lse, sink)
         ctx.save_for_backward(q, k, v, y, lse, r, mask, *random)
         ctx.rules = rules
         return y
@@ -181,10 +176,11 @@ def _sdpa_missing(needs: frozenset[str], device_type: str, dtype: torch.dtype) -
     unable = {"alibi", "softcap"}
     if device_type == "cuda":
         unable |= {"documents"} if dtype in HALF else {"documents", "window", "sink"}
-        if needs & {"window", "sink"}:
-            unable |= {"dropout"}
-    elif "sink" in needs:
-        unable |= {"dropout"} if device_type == "cpu" else {"sink"}
+    elif device_type != "cpu":
+        unable |= {"sink"}
+    on_flash = needs & ({"sink", "window"} if device_type == "cuda" else {"sink"})
+    if "dropout" in needs and on_flash:  # the flash primitives are called without it
+        return lacking({"dropout"}, f"beside {' and '.join(f'{need} ({FLAGS[need]})' for need in sorted(on_flash))}")
     return lacking(needs & unable, f"on {device_type} in {str(dtype).removeprefix('torch.')}")
 
 

@@ -4,6 +4,7 @@ Dims of all attention code: B batch, T query tokens, S keys, H query heads, G ke
 heads), D size of queries and keys, E size of values.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,12 @@ def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tens
     return (distance >= 0) & (distance <= window)
 
 
+def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_S: torch.Tensor) -> torch.Tensor:
+    """Boolean (B or 1, T, S): causal, inside the window, inside the document."""
+    mask = visible(q_pos_BT, k_pos_S.expand(len(q_pos_BT), -1), rules.window)
+    return mask if rules.first_BT is None else mask & (k_pos_S >= rules.first_BT[..., None])
+
+
 def sink_per_head(log_sink: torch.Tensor | float, n_head: int, device: torch.device) -> torch.Tensor:
     """ln n as (H,) fp32 (fp64 stays), whichever way it was given."""
     if isinstance(log_sink, torch.Tensor):
@@ -64,7 +71,7 @@ def heads_first(x_BTGD: torch.Tensor, n_head: int) -> torch.Tensor:
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
 
 
-def lacking(needs: frozenset[str], where: str) -> str:
+def lacking(needs: Collection[str], where: str) -> str:
     """'it has no sink (--normaliser) ...' for what a kernel is asked and lacks; '' if there is nothing."""
     named = " and no ".join(f"{need} ({FLAGS[need]})" for need in sorted(needs))
     return f"it has no {named} {where}" if needs else ""
