@@ -1,0 +1,41 @@
+"""Every pair of values of two axes that may go together, in about a hundred tiny models; under `slow`, random ones of any order."""
+
+import dataclasses
+import random
+
+import pytest
+
+import axes
+import contracts
+from covering import covering_rows
+from nanolab.config import UserError
+from nanolab.model import banded
+
+TABLE = {axis: list(values) for axis, values in axes.axes().items()}
+ROWS, _ = covering_rows(TABLE, axes.allowed)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """The rows of these tests fit into one block of the banded kernel; now they are three."""
+    monkeypatch.setattr(banded, "BLOCK", 8)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_pairs(row):
+    contracts.fast(axes.config(axes.settings(row)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(300))
+def test_random_combinations(seed):
+    """Any values together, in any shape of model: refused before it is built, or everything holds."""
+    rng = random.Random(seed)
+    row = {axis: rng.choice(values) for axis, values in TABLE.items()}
+    try:
+        config = axes.config(axes.settings(row))
+    except UserError:
+        return
+    n_head = rng.choice([2, 4, 6])
+    config = dataclasses.replace(config, n_layer=rng.choice([1, 2, 3, 5]), n_head=n_head, n_embd=n_head * rng.choice([16, 18, 20]), vocab_size=rng.choice([61, 64, 100]))
+    contracts.fast(config)
