@@ -1,8 +1,9 @@
 """Pretrain a base model: python -m scripts.base_train --depth 4 --run NAME (see --help for every flag)."""
 
+import dataclasses
 import os
 
-from nanolab.config import BaseTrainConfig, UserError, main, parse, to_json
+from nanolab.config import Architecture, BaseTrainConfig, UserError, main, parse, to_json
 
 TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multiply peak that a whole step reaches
 
@@ -15,7 +16,7 @@ def run(cfg: BaseTrainConfig) -> int:
         raise UserError(f"--plan-for {cfg.plan_for} only makes sense with --dry-run")
     if cfg.dry_run:
         return dry_run(cfg)
-    before = recorded(cfg.run or f"d{cfg.depth}") if cfg.resume else {}
+    before = recorded(run_name(cfg)) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
     rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
     try:
@@ -33,31 +34,34 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.evals.bpb import bits_per_byte
     from nanolab.evals.samples import print_samples
-    from nanolab.model.attention import default_kernel
+    from nanolab.model.fp8 import convert, full_precision
     from nanolab.model.gpt import GPT
     from nanolab.runtime import base_dir, print0
     from nanolab.training.loop import Every, fit
     from nanolab.training.optim import MuonAdamW
+    from nanolab.training.recipes import param_groups
     from nanolab.training.run import Run
     from nanolab.training.schedule import make_plan
 
-    kernel = cfg.attn_kernel or default_kernel(rt.device.type)
-    record = Run.start(cfg.run or f"d{cfg.depth}", to_json(cfg), rt, resume=cfg.resume, env={"attn_kernel": kernel})
+    record = Run.start(run_name(cfg), to_json(cfg), rt, resume=cfg.resume, env={"attn_kernel": kernels(cfg, rt)})
     if record.finished:
         print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
         record.close()
         return 0
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
-    plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size)
+    plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
     data = open_data(cfg, cfg.seed)
     record.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
     for line in describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name):
         print0(line)
 
     with torch.device(rt.device):
-        model = GPT(plan.model, rt.dtype, kernel)
+        model = GPT(plan.model, rt.dtype, cfg.attn_kernel)
     model.init_weights(cfg.seed)
-    optimizer = MuonAdamW(model.param_groups(**rates(cfg, plan)), rt)
+    if cfg.fp8:
+        print0(f"fp8             {convert(model)} linear layers multiply in 8-bit floats, in training")
+    optimizer = MuonAdamW(param_groups(model, cfg, plan), rt)
+    torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
     step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
     batches = Prefetch(
         PackedBatches(
@@ -72,7 +76,12 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         if not rows:  # tokenised at the first evaluation, so that training starts at once
             limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
             rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit)[:2])
-        return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
+        with full_precision(model):
+            return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
+
+    def draw_samples() -> None:
+        with full_precision(model):
+            print_samples(model, tokenizer, rt)
 
     try:
         fit(
@@ -80,7 +89,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
             Every(
                 log=cfg.log_every, eval=cfg.eval_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
-                grad_norm=cfg.log_grad_norm, evaluate=evaluate, draw_samples=lambda: print_samples(model, tokenizer, rt),
+                grad_norm=cfg.log_grad_norm, evaluate=evaluate, draw_samples=draw_samples,
             ),
         )  # fmt: skip
     finally:
@@ -89,12 +98,20 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     return 0
 
 
-def rates(cfg: BaseTrainConfig, plan) -> dict[str, float]:
-    """What `GPT.param_groups` takes."""
-    return dict(
-        embedding_lr=cfg.embedding_lr, unembedding_lr=cfg.unembedding_lr, matrix_lr=cfg.matrix_lr, scalar_lr=cfg.scalar_lr,
-        weight_decay=plan.weight_decay, batch_scale=plan.batch_scale,
-    )  # fmt: skip
+def run_name(cfg: BaseTrainConfig) -> str:
+    return cfg.run or (f"d{cfg.depth}" if cfg.preset == "nanolab" else cfg.preset)
+
+
+def kernels(cfg: BaseTrainConfig, rt) -> str:
+    """The attention kernels that the model will use. Mistakes in the architecture are found here, before anything is written."""
+    import torch
+
+    from nanolab.model.gpt import GPT
+    from nanolab.training.environment import kernel_text
+    from nanolab.training.schedule import gpt_config
+
+    with torch.device("meta"):
+        return kernel_text(GPT(gpt_config(cfg, vocab_size=64, bos=0), rt.dtype, cfg.attn_kernel).kernel_names(rt.device.type))
 
 
 def dry_run(cfg: BaseTrainConfig) -> int:
@@ -102,7 +119,7 @@ def dry_run(cfg: BaseTrainConfig) -> int:
     import torch
 
     from nanolab import runtime
-    from nanolab.data.tokenizer import Tokenizer
+    from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
     from nanolab.training.schedule import make_plan
 
     count, _, device = cfg.plan_for.partition("x")
@@ -110,7 +127,8 @@ def dry_run(cfg: BaseTrainConfig) -> int:
         raise UserError(f"--plan-for {cfg.plan_for!r} is not COUNTxDEVICE; try --plan-for 8xH100")
     path = cfg.tokenizer or runtime.base_dir() / "tokenizer"
     found = os.path.exists(path)
-    vocab_size = Tokenizer.load(path).vocab_size if found else 32768
+    tokenizer = Tokenizer.load(path) if found else None
+    vocab_size, bos = (tokenizer.vocab_size, tokenizer.bos) if tokenizer else (32768, 32768 - len(SPECIAL_TOKENS))
     if cfg.plan_for:
         ranks, kind, name, dtype = int(count), "cuda", device, "bfloat16"
     else:
@@ -118,7 +136,7 @@ def dry_run(cfg: BaseTrainConfig) -> int:
         kind = cfg.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
         name = torch.cuda.get_device_name() if kind == "cuda" else runtime.cpu_name()
         dtype = os.environ.get("NANOLAB_DTYPE") or runtime.choose_dtype(torch.device(kind))
-    plan = make_plan(cfg, vocab_size, ranks)
+    plan = make_plan(cfg, vocab_size, ranks, bos)
     for line in describe(cfg, plan, kind, name, dtype):
         runtime.print0(line)
     runtime.print0(f"tokenizer       {path if found else f'none yet: vocabulary of {vocab_size} assumed'}")
@@ -130,6 +148,7 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     """What the run is about to do, one aligned line per fact."""
     from nanolab.model.accounting import n_params, train_memory_bytes
     from nanolab.runtime import cpu_gflops, device_peaks
+    from nanolab.training.recipes import RECIPES
 
     m, p = plan.model, n_params(plan.model)
     memory = train_memory_bytes(m, plan.device_batch_size, 4 if dtype == "float32" else 2, plan.world_size, kind)
@@ -141,14 +160,19 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         seconds = plan.flops / (peak * plan.world_size * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
         time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
+    changed = [f"{f.name} {getattr(cfg, f.name)}" for f in dataclasses.fields(Architecture) if getattr(cfg, f.name) != f.default]
+    scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
+    rate = f"learning rates x {scale:.4f}" if RECIPES[plan.recipe].laws else f"learning rate {cfg.learning_rate * scale:g}, betas {cfg.beta1:g} {cfg.beta2:g}"
+    clip = f", gradients clipped at {plan.grad_clip:g}" if plan.grad_clip > 0 else ""
     return [
-        f"run             {cfg.run or f'd{cfg.depth}'}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
+        f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
+        f"architecture    {cfg.preset}: {', '.join(changed) or 'every default'}",
         f"device          {plan.world_size} x {device_name}, {dtype}",
-        f"parameters      {p['total']:,} (tables {p['wte'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
+        f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
         f"horizon         {horizon}",
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
         f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {m.sequence_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
-        f"rates           learning rates x {plan.batch_scale:.4f}, weight decay {plan.weight_decay:.4f}",
+        f"rates           {plan.recipe}: {rate}, {decay}{clip}",
         f"peak memory     about {memory / 2**30:.1f} GiB per rank (lower --device-batch-size if that is too much)",
         f"expected time   {time}",
     ]

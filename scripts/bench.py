@@ -21,6 +21,8 @@ def run(cfg: BenchConfig) -> int:
     rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads)
     try:
         document = {"bench": cfg.what, **getattr(bench, cfg.what)(cfg, rt), "config": to_json(cfg), "env": environment(rt)}
+        if "kernel" in document:
+            runtime.print0(f"{cfg.what:9s} attention kernel         {document['kernel']}")
         for name, result in document["results"].items():
             low, high = min(result["samples"]), max(result["samples"])
             spread = f"  (lowest {low:g}, highest {high:g}, n = {len(result['samples'])})" if len(result["samples"]) > 1 else ""

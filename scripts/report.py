@@ -1,14 +1,16 @@
 """Write a short report of a run: python -m scripts.report [--model NAME]. Every number comes from the run's own records."""
 
+import dataclasses
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import BaseTrainConfig, ReportConfig, UserError, main, parse
+from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, from_preset, main, parse
 
-SHAPE = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "device_batch_size", "total_batch_size")
+MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
+RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
 TEXT = ("data", "data_dir", "val_data", "num_shards")
 
 
@@ -109,7 +111,9 @@ def continuations(measured: dict[str, Any], n: int = 3) -> list[str]:
 
 def next_commands(name: str, config: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command): talk to it, a larger model, other text."""
-    same = {f: config[f] for f in SHAPE if config[f] != getattr(BaseTrainConfig, f)}
+    row = from_preset(BaseTrainConfig, config["preset"])
+    same = {"preset": config["preset"]} if config["preset"] != "nanolab" else {}
+    same |= {f: config[f] for f in MODEL + RECIPE if config[f] != getattr(row, f)}
     text = {f: config[f] for f in TEXT if config[f] != getattr(BaseTrainConfig, f)}
     tokenizer = {"tokenizer": config["tokenizer"]} if config["tokenizer"] else {}
     return [
@@ -123,7 +127,13 @@ def next_commands(name: str, config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def command(script: str, **flags: Any) -> str:
-    return " ".join([python(), "-m", f"scripts.{script}", *(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in flags.items())])
+    return " ".join([python(), "-m", f"scripts.{script}", *(typed(name.replace("_", "-"), value) for name, value in flags.items())])
+
+
+def typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(str(value))}"
 
 
 def python() -> str:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nanolab import config
-from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, from_json, main, parse, to_json
+from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, from_json, from_preset, main, parse, to_json
 
 ALL = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
 
@@ -20,6 +20,21 @@ def test_every_kind_of_value_is_parsed():
     assert cfg == BaseTrainConfig(**want)
     assert parse(BaseTrainConfig, []) == BaseTrainConfig()
     assert parse(ChatConfig, ["-p", "Once upon"]).prompt == "Once upon"
+
+
+@pytest.mark.parametrize("argv", [["--preset", "gpt2", "--depth", "3", "--no-tied-head"], ["--depth=3", "--no-tied-head", "--preset=gpt2"]])
+def test_a_preset_is_a_row_of_defaults_wherever_it_stands(argv):
+    cfg = parse(BaseTrainConfig, argv)
+    assert cfg == from_preset(BaseTrainConfig, "gpt2", depth=3, tied_head=False)
+    assert (cfg.preset, cfg.norm, cfg.depth, cfg.num_iterations) == ("gpt2", "layernorm", 3, 19073)
+
+
+@pytest.mark.parametrize("flag,value", [("num_iterations", 5), ("target_flops", 1e12), ("target_param_data_ratio", 2.0), ("max_seconds", 30.0)])
+def test_a_horizon_given_beside_a_preset_is_the_only_one(flag, value):
+    for preset in ("gpt2", "labels39m"):
+        cfg = parse(BaseTrainConfig, ["--preset", preset, f"--{flag.replace('_', '-')}", str(value)])
+        off = {"num_iterations": -1, "target_flops": -1.0, "target_param_data_ratio": -1.0, "max_seconds": -1.0}
+        assert {name: getattr(cfg, name) for name in off} == off | {flag: value}
 
 
 def test_fingers_of_the_reference_harness():
@@ -45,6 +60,10 @@ def test_fingers_of_the_reference_harness():
         (["4"], "Unrecognized"),
         (["--depth", "four"], "--depth"),
         (["--depth"], "--depth"),
+        (["--preset", "gtp2", "--depth", "3"], "did you mean --preset gpt2?"),
+        (["--preset=gpt2-medum"], "did you mean --preset gpt2-medium?"),
+        (["--preset="], "preset '' is unknown"),
+        (["--depth", "3", "--preset"], "preset"),
     ],
 )
 def test_bad_command_lines_leave_with_2(argv, hint, capsys):
@@ -82,11 +101,20 @@ def test_unknown_json_field_names_the_nearest():
     "changes,said",
     [
         (dict(n_embd=100, n_head=6), "100 over 6 heads"),
-        (dict(n_embd=66, n_head=2, n_kv_head=2), "head size 33"),
-        (dict(n_head=6, n_kv_head=4), "n_head 6 is not a multiple of n_kv_head 4"),
+        (dict(n_embd=66, n_head=2), "head size 33"),
+        (dict(n_head=6, attention="gqa:4"), "--attention gqa:4 with 6 heads"),
+        (dict(attention="gqa"), "expected mha, mqa, mla or gqa:G"),
+        (dict(attention="mqa:2"), "--attention mqa:2"),
+        (dict(window_size=-1), "--window-size is -1"),
+        (dict(position_pattern="R,X"), "'R,X'"),
+        (dict(softmax_n=-0.5), "--softmax-n is -0.5"),
+        (dict(rope_fraction=0.0), "--rope-fraction is 0"),
+        (dict(bias="qkv,ou"), "names 'ou'; .*did you mean out"),
+        (dict(mlp_dropout=1.0), "--mlp-dropout is 1"),
+        (dict(pad_vocab_to=0), "pad_vocab_to is 0"),
         (dict(window_pattern=""), "''"),
         (dict(window_pattern="sssl"), "'sssl'"),
-        (dict(n_embd=16, n_head=1, n_kv_head=1), "width 16"),
+        (dict(n_embd=16, n_head=1), "width 16"),
         (dict(n_layer=0), "n_layer is 0"),
         (dict(vocab_size=-1), "vocab_size is -1"),
     ],

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 
-from nanolab.config import BaseTrainConfig, ChatConfig, parse
+from nanolab.config import BaseTrainConfig, ChatConfig, from_preset, parse
 from scripts.report import curve, next_commands, readers, sized, table
 
 
@@ -29,6 +29,13 @@ def test_the_next_commands_are_commands():
     assert parse(ChatConfig, flags[0]).model == "small"
     assert parse(BaseTrainConfig, flags[1]) == dataclasses.replace(now, run="small-deeper", depth=6, max_seconds=1200)
     assert parse(BaseTrainConfig, flags[2]) == dataclasses.replace(now, run="mine", data_dir="FOLDER", max_seconds=300)
+
+
+def test_the_next_commands_keep_preset_and_architecture():
+    now = from_preset(BaseTrainConfig, "gpt2", depth=2, aspect_ratio=32, positions="rope", tied_head=False, smear=True, learning_rate=1e-3)
+    (_, _), (_, deeper), (_, own) = next_commands("small", dataclasses.asdict(now))
+    assert parse(BaseTrainConfig, shlex.split(deeper)[3:]) == dataclasses.replace(now, run="small-deeper", depth=4, max_seconds=1200, num_iterations=-1)
+    assert parse(BaseTrainConfig, shlex.split(own)[3:]) == dataclasses.replace(now, run="mine", data_dir="FOLDER", max_seconds=300, num_iterations=-1)
 
 
 def test_sizes_and_tables():

@@ -6,6 +6,7 @@ programs are compared by alternating whole runs of this on a quiet machine.
 
 import statistics
 import time
+from dataclasses import fields
 from itertools import cycle
 from typing import Any, Callable
 
@@ -32,26 +33,22 @@ def seconds(work: Callable[[], Any], runtime: Runtime) -> float:
 
 def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
-    from nanolab.model.attention import default_kernel
+    from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT
+    from nanolab.training.environment import kernel_text
     from nanolab.training.optim import MuonAdamW
+    from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan
 
     B, T = cfg.device_batch_size, cfg.max_seq_len
-    flags = BaseTrainConfig(
-        depth=cfg.depth, aspect_ratio=cfg.aspect_ratio, head_dim=cfg.head_dim, max_seq_len=T, device_batch_size=B,
-        window_pattern=cfg.window_pattern, total_batch_size=B * T * runtime.world_size, num_iterations=1,
-    )  # fmt: skip
-    plan = make_plan(flags, cfg.vocab_size, runtime.world_size)
-    kernel = cfg.attn_kernel or default_kernel(runtime.device.type)
+    shared = {f.name: getattr(cfg, f.name) for f in fields(BenchConfig) if f.name in {g.name for g in fields(BaseTrainConfig)}}
+    flags = BaseTrainConfig(**shared | {"total_batch_size": B * T * runtime.world_size, "num_iterations": 1})
+    plan = make_plan(flags, cfg.vocab_size, runtime.world_size, bos=0)
     with torch.device(runtime.device):
-        model = GPT(plan.model, runtime.dtype, kernel)
+        model = GPT(plan.model, runtime.dtype, cfg.attn_kernel)
     model.init_weights(cfg.seed)
-    groups = model.param_groups(
-        embedding_lr=flags.embedding_lr, unembedding_lr=flags.unembedding_lr, matrix_lr=flags.matrix_lr, scalar_lr=flags.scalar_lr,
-        weight_decay=plan.weight_decay, batch_scale=plan.batch_scale,
-    )  # fmt: skip
-    optimizer = MuonAdamW(groups, runtime)
+    in_8_bits = convert(model) if cfg.fp8 else 0
+    optimizer = MuonAdamW(param_groups(model, flags, plan), runtime)
     step_model = torch.compile(model, dynamic=False) if runtime.device.type == "cuda" else model
     ids = torch.randint(0, cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(cfg.seed)).to(runtime.device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -60,6 +57,8 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         for _ in range(n):
             loss = step_model(inputs, targets, reduction="sum") / (targets.numel() * runtime.world_size)
             loss.backward()
+            if plan.grad_clip > 0:
+                optimizer.grad_norm(plan.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -69,7 +68,7 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     rates = [B * T * runtime.world_size / s for s in samples]
     peak = device_peaks(runtime.device_name)[0]
     return {
-        "kernel": kernel, "compiled": step_model is not model, "n": cfg.repeats, "steps_per_sample": cfg.steps,
+        "kernel": kernel_text(model.kernel_names(runtime.device.type)), "fp8_layers": in_8_bits, "compiled": step_model is not model, "n": cfg.repeats, "steps_per_sample": cfg.steps,
         "results": {
             "step": measured([1000 * s for s in samples], "ms"),
             "tokens": measured(rates, "tokens/s"),

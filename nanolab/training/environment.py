@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "world_size": runtime.world_size,
         "backend": runtime.backend,
     }
+
+
+def kernel_text(names: list[str]) -> str:
+    """The attention kernels of a model's layers: "banded", or "banded x 9, sdpa x 3" where they differ."""
+    counts = Counter(names)
+    return names[0] if len(counts) == 1 else ", ".join(f"{name} x {n}" for name, n in counts.items())
 
 
 def git_commit() -> str | None:

@@ -157,7 +157,8 @@ class Loop:
             scaler=self.scaler, stop=lambda: stop.number > 0,
         )  # fmt: skip
         overflow = self.scaler.unscale_(self.optimizer) if self.scaler else False
-        grad_norm = self.optimizer.grad_norm() if self.every.grad_norm and self.log_due() else None
+        wanted = plan.grad_clip > 0 or (self.every.grad_norm and self.log_due())
+        grad_norm = self.optimizer.grad_norm(plan.grad_clip) if wanted else None
         lrm = plan.lr_multiplier(step, progress)
         for group in self.optimizer.groups:
             group["lr"] = group["initial_lr"] * lrm
@@ -181,7 +182,7 @@ class Loop:
             "train/mfu": 100 * plan.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None,  # percent
             "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
         }  # fmt: skip
-        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm}), asked
+        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}), asked
 
     def log_due(self) -> bool:
         return self.due(self.every.log) or (self.every.log > 0 and self.state.step + 1 == self.plan.num_iterations)

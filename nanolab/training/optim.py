@@ -270,18 +270,24 @@ class MuonAdamW:
         self.reduced = False
 
     @torch.no_grad()
-    def grad_norm(self) -> float:
-        """L2 norm of the gradients summed over ranks. A collective call, between the last backward pass and `step`.
+    def grad_norm(self, clip: float = -1.0) -> Tensor:
+        """L2 norm of the gradients summed over ranks, a scalar on the device. A collective call, between the last backward
+        pass and `step`.
 
-        Reads every gradient once, makes the host wait for the device, and with many ranks gives up the overlap of the
-        reductions with the update; the reductions themselves are the ones that `step` then uses. Call it when it is logged.
+        With `clip` above 0 the sums that `step` will use are scaled so that their norm is at most that. Reads every gradient
+        once and with many ranks gives up the overlap of the reductions with the update; the reductions themselves are the
+        ones that `step` then uses, and the host waits for nothing.
         """
         self._reduce()
         for part in self.parts:
             part.wait()
         norms = torch._foreach_norm([g for part in self.parts for g in part.counted_grads()])
-        total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        return self.runtime.all_reduce_(total).sqrt().item()
+        total = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.runtime.device)
+        norm = self.runtime.all_reduce_(total).sqrt()
+        grads = [g for part in self.parts for g in part.grads]
+        if clip > 0 and grads:
+            torch._foreach_mul_(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def zero_grad(self) -> None:
         """Drop gradients, also those that `grad_norm` has summed for a step that was not taken."""

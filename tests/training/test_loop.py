@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import resource
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +31,16 @@ def losses(run) -> list[float]:
     return [row["train/loss"] for row in read_metrics(run.dir) if "train/loss" in row]
 
 
-def by_hand(steps: int, accum: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def by_hand(steps: int, accum: int, clip: float = math.inf) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training, written out: one forward pass over the whole global batch, mean over its targets."""
     model = toy.make_model()
-    optimizer, plan, out = toy.MuonAdamW(model.param_groups(**toy.RATES), toy.ALONE), ToyPlan(), []
+    optimizer, plan, out = toy.MuonAdamW(toy.groups(model), toy.ALONE), ToyPlan(), []
     rates = [(g["lr"], g["weight_decay"]) for g in optimizer.groups]
     for step in range(steps):
         micro = [toy.global_micro_batch(step * accum + i) for i in range(accum)]
         loss = model(torch.cat([b.inputs for b in micro]), torch.cat([b.targets for b in micro]), reduction="mean")
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         for g, (lr, wd) in zip(optimizer.groups, rates):
             g["lr"] = lr * plan.lr_multiplier(step, step / steps)
             if g["kind"] == "muon":
@@ -61,6 +63,27 @@ def test_fit_is_the_training_written_out(accum):
     expected, weights = by_hand(6, accum)
     assert losses(run) == pytest.approx(expected, rel=1e-5)
     same_weights(model.state_dict(), weights, atol=2e-3)
+
+
+def test_clipped_training_is_torchs_clipping_written_out():
+    """The clip bites in some steps and not in others, so that the moments mix gradients of both."""
+    runs = {}
+    for clip in (-1.0, 5.0):
+        run, model, optimizer, batches = parts(f"clip{clip}")
+        fit(run, model, optimizer, batches, ToyPlan(grad_clip=clip), nats, Every(grad_norm=True, log=1))
+        runs[clip] = losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/grad_norm" in row], model.state_dict()
+    (plain, _, _), (clipped, norms, weights) = runs.values()
+    expected, by_torch = by_hand(6, 1, clip=5.0)
+    assert min(norms) < 5.0 < max(norms), norms
+    assert clipped == pytest.approx(expected, rel=1e-5) and clipped != pytest.approx(plain, rel=1e-3)
+    same_weights(weights, by_torch, atol=2e-3)
+
+
+def test_a_clipped_run_logs_its_norm_unasked():
+    run, model, optimizer, batches = parts()
+    fit(run, model, optimizer, batches, ToyPlan(grad_clip=1e9), nats, Every(log=2))
+    rows = [row for row in read_metrics(run.dir) if "train/loss" in row]
+    assert len(rows) == 4 and all(row["train/grad_norm"] > 0 for row in rows)
 
 
 def test_rates_follow_the_schedules():
@@ -183,6 +206,33 @@ def test_evaluations_leave_no_trace():
     fit(run, watched, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, sample=2, evaluate=evaluate, draw_samples=lambda: torch.manual_seed(6)))
     assert losses(run) == losses(plain) and modes == [(False, False)] * 7 and watched.training
     same_weights(watched.state_dict(), model.state_dict())
+
+
+def test_dropout_is_on_in_training_and_exact_through_a_resume():
+    """The model's own dropouts, all four: evaluations see none of them, and a run in two parts is the run in one."""
+    config = replace(toy.CONFIG, embed_dropout=0.1, attn_dropout=0.2, resid_dropout=0.1, mlp_dropout=0.2)
+    whole, model, optimizer, batches = parts("whole", config=config)
+    seen = []
+
+    def evaluate() -> dict[str, float]:
+        a, b = (model(toy.global_micro_batch(0).inputs) for _ in range(2))
+        seen.append(torch.equal(a, b))
+        return {"val/bpb": a.mean().item()}
+
+    fit(whole, model, optimizer, batches, ToyPlan(), nats, Every(eval=2, evaluate=evaluate, save=3, keep="all"))
+    assert seen == [True] * 4 and model.training
+    without, *rest = parts("without")
+    fit(without, *rest, ToyPlan(), nats, Every())
+    assert losses(whole)[0] != losses(without)[0], "nothing was dropped"
+
+    story = losses(whole)
+    (whole.dir / "result.json").unlink()
+    shutil.rmtree(whole.checkpoints / "step_000006")
+    again, model_2, *rest = parts("whole", resume=True, config=config)
+    torch.manual_seed(99)  # where the generator of another process may be
+    fit(again, model_2, *rest, ToyPlan(), nats, Every())
+    assert again.resume_from.name == "step_000003" and losses(again) == story
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_2.state_dict().values()))
 
 
 def test_cadences_and_the_order_of_a_step():

@@ -1,15 +1,17 @@
 """The optimizer on one rank: AdamW against torch's and float64, groups, state, errors. Ranks: test_optim_dist.py."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.config import BaseTrainConfig, GPTConfig, UserError
 from nanolab.runtime import Runtime
 from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
 
 ONE = Runtime(torch.device("cpu"), torch.float32)
 
@@ -138,12 +140,31 @@ def test_grad_norm_is_the_norm_of_all_gradients_and_changes_nothing():
         set_gradients(params, 7)
         if ask:
             expected = np.sqrt(sum((p.grad.double().numpy() ** 2).sum() for _, p in params))
-            assert optimizer.grad_norm() == pytest.approx(expected, rel=1e-6)
+            assert optimizer.grad_norm().item() == pytest.approx(expected, rel=1e-6)
         optimizer.step()
         runs.append([p.detach().clone() for _, p in params])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
     params[0][1].grad[0, 0] = float("nan")
-    assert np.isnan(optimizer.grad_norm())
+    assert optimizer.grad_norm().isnan()
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0, 5.0])
+def test_clipping_is_torchs(share):
+    """Below, at and above the norm: the gradients that `step` uses are those that torch.nn.utils.clip_grad_norm_ leaves."""
+    optimizer, params = small_optimizer()
+    clipped, clipped_params = small_optimizer()
+    for ps in (params, clipped_params):
+        set_gradients(ps, 7)
+    limit = share * torch.nn.utils.get_total_norm([p.grad for _, p in params]).item()
+    before = torch.nn.utils.clip_grad_norm_([p for _, p in params], limit)
+    assert clipped.grad_norm(limit).item() == pytest.approx(before.item(), rel=1e-6)
+    assert clipped.grad_norm().item() == pytest.approx(min(share, 1.0) * before.item(), rel=1e-5)
+    for o in (optimizer, clipped):
+        o.step()
+    for (_, p), (_, q) in zip(params, clipped_params):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    for key, state in optimizer.state_dict().items():  # one step is blind to the gradient's scale; its moments are not
+        torch.testing.assert_close(clipped.state_dict()[key], state, rtol=1e-5, atol=0)
 
 
 def test_grad_norm_of_a_step_not_taken_is_forgotten():
@@ -221,13 +242,13 @@ def test_mistakes_in_groups_are_named():
 
 
 def test_the_model_learns_a_batch_and_two_runs_are_bit_identical(make_gpt):
-    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
     tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     runs = []
     for _ in range(2):
         model = make_gpt(config)
-        rates = dict(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1)
-        optimizer = MuonAdamW(model.param_groups(**rates), ONE)
+        rates = BaseTrainConfig(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1)
+        optimizer = MuonAdamW(param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)), ONE)
         assert {id(p) for p in optimizer.params} == {id(p) for p in model.parameters()} and len(optimizer.params) == len(list(model.parameters()))
         losses = []
         for _ in range(40):

@@ -4,15 +4,17 @@ Every function that takes a `runtime` first runs in the ranks' processes.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from nanolab.config import GPTConfig
+from nanolab.config import BaseTrainConfig, GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
 
 ONE = Runtime(torch.device("cpu"), torch.float32)
 PARTS = 12  # of every gradient; rank r of W adds up parts r, r + W, ...
@@ -53,7 +55,22 @@ def train(runtime, steps=4):
     for step in range(steps):
         set_gradients(named, step, runtime)
         if step % 2:
-            norms.append(optimizer.grad_norm())
+            norms.append(optimizer.grad_norm().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in named.items()}, dict(optimizer.state_dict()), norms
+
+
+CLIP = 0.5
+
+
+def clipped(runtime):
+    """Weights and state after two steps whose gradients were clipped at CLIP, and the norms before."""
+    optimizer, named = build(runtime)
+    norms = []
+    for step in range(2):
+        set_gradients(named, step, runtime)
+        norms.append(optimizer.grad_norm(CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
     return {n: p.detach().clone() for n, p in named.items()}, dict(optimizer.state_dict()), norms
@@ -67,8 +84,8 @@ def reload(runtime, pieces):
 
 
 def several(runtime, pieces):
-    """What one launch of a rank count answers: two trainings, and the state of another rank count loaded."""
-    return train(runtime), train(runtime), reload(runtime, pieces)
+    """What one launch of a rank count answers: two trainings, the state of another rank count loaded, a clipped training."""
+    return train(runtime), train(runtime), reload(runtime, pieces), clipped(runtime)
 
 
 def merged(states):
@@ -123,7 +140,7 @@ RANKS = pytest.mark.parametrize("ranks", ["two", "three", "four"])
 @RANKS
 def test_ranks_agree_with_each_other_and_with_themselves_bit_for_bit(ranks, request):
     results = request.getfixturevalue(ranks)
-    for first, second, _ in results:
+    for first, second, *_ in results:
         assert bit_equal(first[0], results[0][0][0])
         assert bit_equal(first[0], second[0]) and bit_equal(first[1], second[1]) and first[2] == second[2]
 
@@ -148,6 +165,25 @@ def test_grad_norm_is_that_of_the_sum_over_ranks(two):
         set_gradients(named, step, ONE)
         expected.append(math.sqrt(sum(p.grad.double().square().sum().item() for p in named.values())))
     assert two[0][0][2] == two[1][0][2] == pytest.approx(expected, rel=1e-6)
+
+
+@RANKS
+def test_clipping_on_ranks_is_torchs_on_the_whole_gradient(ranks, request):
+    """Oracle: torch clips the whole gradient on one rank, the optimizer is told nothing."""
+    optimizer, named = build(ONE)
+    norms = []
+    for step in range(2):
+        set_gradients(named, step, ONE)
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), CLIP).item())
+        optimizer.step()
+    assert min(norms) > 2 * CLIP
+    results = [r[3] for r in request.getfixturevalue(ranks)]
+    for weights, _, found in results:
+        assert found == results[0][2] == pytest.approx(norms, rel=1e-6)
+        assert bit_equal(weights, results[0][0])
+        assert_close(weights, named, rtol=0, atol=2e-6)
+    state = whole(optimizer.state_dict())  # moments know the gradient's scale, to which an update is nearly blind
+    assert_close(whole(merged([r[1] for r in results])), state, rtol=1e-4, atol=1e-9)
 
 
 @RANKS
@@ -177,15 +213,15 @@ def half_batches(runtime):
     the scale of what is left, and so the gradients of backout and residual weights are rounding alone, which AdamW, blind
     to size, would turn into full steps of either sign. With two layers backout would stay such a weight.
     """
-    config = GPTConfig(sequence_len=32, vocab_size=96, n_layer=3, n_head=2, n_kv_head=2, n_embd=32)
+    config = GPTConfig(sequence_len=32, vocab_size=96, n_layer=3, n_head=2, n_embd=32)
     model = GPT(config)
     model.init_weights(0)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=noise))
-    rates = dict(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1)
-    optimizer = MuonAdamW(model.param_groups(**rates), runtime)
+    rates = BaseTrainConfig(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1)
+    optimizer = MuonAdamW(param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)), runtime)
     g = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(8):

@@ -55,7 +55,7 @@ def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool 
     run, model, optimizer, _ = toy.parts(name, resume=resume, save_every=save)
     model = toy.GPT(toy.replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
     model.init_weights(7)
-    optimizer = toy.MuonAdamW(model.param_groups(**toy.RATES), toy.ALONE)
+    optimizer = toy.MuonAdamW(toy.groups(model), toy.ALONE)
     packed = PackedBatches([(Fables(), 1.0)], tokenizer(), seq_len=8, device_batch_size=2, rows_per_step=4)
     batches = Prefetch(packed, toy.ALONE)
 

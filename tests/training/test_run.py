@@ -23,7 +23,7 @@ from nanolab.training import checkpoint
 from nanolab.training.run import Run, find_model, load_model, read_metrics, recorded
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
-MODEL = GPTConfig(sequence_len=8, vocab_size=280, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
+MODEL = GPTConfig(sequence_len=8, vocab_size=280, n_layer=1, n_head=1, n_embd=32)
 
 
 def config(**changes) -> dict:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, UserError
 from nanolab.model.accounting import n_params
 from nanolab.training.schedule import Plan, gpt_config, make_plan
 
@@ -70,6 +70,28 @@ def test_width_rounds_up_to_whole_heads():
     assert gpt_config(BaseTrainConfig(depth=4), 100).n_embd == 256
 
 
+def test_every_architecture_flag_reaches_the_model():
+    """Each field, changed on its own, is what the model's config holds; nothing else moves."""
+    other = {"attention": "gqa:2", "window_pattern": "L", "position_pattern": "R,R,N", "bias": "qkv,mlp", "rope_fraction": 0.5, "softmax_n": 3.0}
+    for f in dataclasses.fields(Architecture):
+        kinds = {bool: not f.default, float: 0.25, int: 3, str: "another"}
+        value = other.get(f.name, kinds[type(f.default)])
+        model = gpt_config(BaseTrainConfig(depth=4, max_seq_len=96, **{f.name: value}), 1000, bos=991)
+        want = GPTConfig(sequence_len=96, vocab_size=1000, n_layer=4, n_head=2, n_embd=256, bos=991)
+        assert model == dataclasses.replace(want, **{f.name: value}), f.name
+
+
+def test_the_reference_point_stays_where_the_rates_were_tuned():
+    """A variant's batch follows from its own tokens; the depth-12 model that they are compared with is the default one."""
+    plain = make_plan(BaseTrainConfig(depth=4), 32768, 1)
+    lean = make_plan(BaseTrainConfig(depth=4, attention="gqa:1", positions="learned", tied_head=True, value_embeds=False), 32768, 1)
+    assert lean.model.n_kv_head == 1
+    ratio = n_params(lean.model)["scaling"] / n_params(plain.model)["scaling"]
+    assert ratio < 0.98
+    assert lean.weight_decay == pytest.approx(plain.weight_decay / ratio)
+    assert make_plan(BaseTrainConfig(depth=5, attention="gqa:3"), 32768, 1).model.n_kv_head == 3, "which does not divide the reference's heads"
+
+
 HORIZONS = dict(num_iterations=7, target_flops=1e15, target_param_data_ratio=20.0, max_seconds=60.0)
 
 
@@ -77,14 +99,14 @@ def test_horizon_precedence():
     """num_iterations, then target_flops, then target_param_data_ratio, then max_seconds; with none of them ratio 12."""
     cfg = BaseTrainConfig(depth=4, total_batch_size=2**18, **HORIZONS)
     assert make_plan(cfg, 32768, 1).num_iterations == 7
-    cfg.num_iterations = -1
+    cfg = dataclasses.replace(cfg, num_iterations=-1)
     assert make_plan(cfg, 32768, 1).num_iterations == round(1e15 / (80_216_496 * 2**18))  # FLOPs per token: see test_flops_by_hand
-    cfg.target_flops = -1
+    cfg = dataclasses.replace(cfg, target_flops=-1)
     assert make_plan(cfg, 32768, 1).num_iterations == 20 * 11_534_384 // 2**18
-    cfg.target_param_data_ratio = -1
+    cfg = dataclasses.replace(cfg, target_param_data_ratio=-1)
     plan = make_plan(cfg, 32768, 1)
     assert (plan.num_iterations, plan.max_seconds, plan.tokens, plan.flops) == (None, 60.0, None, None)
-    cfg.max_seconds = -1
+    cfg = dataclasses.replace(cfg, max_seconds=-1)
     assert make_plan(cfg, 32768, 1).num_iterations == 528
 
 
@@ -113,6 +135,8 @@ def test_accumulation_and_rows(horizon):
         (dict(max_seq_len=-5), 1, "--max-seq-len"),
         (dict(head_dim=3, aspect_ratio=63), 1, "--head-dim"),
         (dict(window_pattern="SXL"), 1, "--window-pattern SSSL"),
+        (dict(recipe="adamw_cosin"), 1, "did you mean --recipe adamw_cosine?"),
+        (dict(mlp="gelu_tan"), 1, "gelu_tanh"),
     ],
 )
 def test_errors_say_what_to_type(changes, world, typed):

@@ -13,11 +13,12 @@ from nanolab.data.packing import Batch
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
 from nanolab.training.run import Run
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
-CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L")
-RATES = dict(embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1)
+CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=1, n_embd=32, window_pattern="L")
+RATES = BaseTrainConfig(embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1)
 ROWS = 2
 
 
@@ -31,6 +32,11 @@ class ToyPlan:
     device_batch_size: int = ROWS
     total_batch_size: int = 64
     flops_per_token: int = 1000
+    grad_clip: float = -1.0
+    recipe: str = "dial"
+    batch_scale: float = 1.0
+    weight_decay: float = 0.1
+    model: GPTConfig = CONFIG
 
     def lr_multiplier(self, step: int, progress: float) -> float:
         return 1.0 - 0.7 * progress
@@ -97,10 +103,14 @@ def noisy_nats(model: nn.Module, batch: Batch) -> torch.Tensor:
     return nats(model, batch) * (1 + 0.1 * torch.rand(()))
 
 
-def make_model() -> GPT:
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    return param_groups(model, RATES, ToyPlan())
+
+
+def make_model(config: GPTConfig = CONFIG) -> GPT:
     """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and Adam
     would blow the rounding up."""
-    model, g = GPT(CONFIG), torch.Generator().manual_seed(8)
+    model, g = GPT(config), torch.Generator().manual_seed(8)
     model.init_weights(7)
     with torch.no_grad():
         for p in model.parameters():
@@ -108,12 +118,14 @@ def make_model() -> GPT:
     return model
 
 
-def parts(name: str = "toy", runtime: Runtime = ALONE, resume: bool = False, **flags: Any) -> tuple[Run, GPT, RecordingOptimizer, ToyBatches]:
+def parts(
+    name: str = "toy", runtime: Runtime = ALONE, resume: bool = False, config: GPTConfig = CONFIG, **flags: Any
+) -> tuple[Run, GPT, RecordingOptimizer, ToyBatches]:
     """What `fit` takes first, all fresh. The global generator starts at a fixed seed."""
     torch.manual_seed(0)
     run = Run.start(name, to_json(BaseTrainConfig(**flags)), runtime, resume=resume)
-    model = make_model()
-    return run, model, RecordingOptimizer(model.param_groups(**RATES), runtime), ToyBatches(runtime)
+    model = make_model(config)
+    return run, model, RecordingOptimizer(groups(model), runtime), ToyBatches(runtime)
 
 
 def use_base(path: str | Path) -> None:

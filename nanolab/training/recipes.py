@@ -1,0 +1,119 @@
+"""How a model is trained: which optimizer takes which parameter at what rate, and how the rates move over the run.
+
+A recipe is an entry of RECIPES. Its groups are total: every parameter is in exactly one, or the run does not start.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nanolab.config import BaseTrainConfig
+
+Named = dict[str, nn.Parameter]  # those of one model, by name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer's groups, and the shape of its rates. What is read of a plan is named in `param_groups`."""
+
+    groups: Callable[[Named, BaseTrainConfig, Any], list[dict[str, Any]]]  # (parameters, flags, plan) -> groups, some perhaps empty
+    lr_shape: Callable[[Any, int, float], float]  # (plan, step, progress) -> factor of every learning rate
+    laws: bool  # rates and decay are scaled by the laws of batch and horizon (schedule.py); otherwise they are the flags'
+    decays: bool = True
+
+
+def param_groups(model: nn.Module, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+    """Groups for MuonAdamW by the recipe of `plan`, learning rates final but for their shape over the run.
+
+    Rates are read from the flags; recipe, batch_scale, weight_decay and model.n_embd from the plan. Raises ValueError
+    for a parameter that is in no group, or in two.
+    """
+    named = dict(model.named_parameters())
+    groups = [group for group in RECIPES[plan.recipe].groups(named, cfg, plan) if group["params"]]
+    taken = [name for group in groups for name, _ in group["params"]]
+    if wrong := [f"{name} {tuple(p.shape)}" for name, p in named.items() if taken.count(name) != 1]:
+        raise ValueError(f"recipe {plan.recipe}: not in exactly one group: {', '.join(wrong)}; expected a rule for each; add it to training/recipes.py")
+    return groups
+
+
+def dial_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+    """Muon for the matrices of blocks, by shape; AdamW for everything else: the first rule that matches a name takes it.
+
+    The rates of tables are scaled by sqrt(768 / width), the width at which they were tuned. A table of positions has a
+    quarter of the embedding's rate, since its initial values are a quarter as large; that is untuned. A tied table trains like a head: it gets the head's gradient in every row at every step, and the
+    embedding's rate is meant for rows that are rarely seen. Vectors (gains, biases, sinks) begin where they work already,
+    so they move slowly and do not decay; their rate is untuned.
+    """
+    m, c = plan.batch_scale, math.sqrt(768 / plan.model.n_embd)
+    head = r"lm_head\.weight" if "lm_head.weight" in named else r"wte\.weight"
+    # group, names, lr, betas, weight decay
+    adamw = [
+        ("lm_head", head, cfg.unembedding_lr * m * c, (0.8, 0.96), 0.01),
+        ("wte", r"wte\.weight", cfg.embedding_lr * m * c, (0.8, 0.995), 0.001),
+        ("positions", r"positions\..*", 0.25 * cfg.embedding_lr * m * c, (0.8, 0.995), 0.001),
+        ("value_embeds", r"value_embeds\..*", 0.5 * cfg.embedding_lr * m * c, (0.8, 0.995), 0.01),
+        ("resid_lambdas", r"lambdas\.resid", 0.01 * cfg.scalar_lr * m, (0.8, 0.95), 0.05),
+        ("x0_lambdas", r"lambdas\.x0", cfg.scalar_lr * m, (0.96, 0.95), 0.0),
+        ("smear_backout", r"(smear|backout)\..*", 0.2, (0.8, 0.95), 0.0),
+        ("vectors", r"(h\.\d+|norm_e|norm_f|lm_head)\..*", 0.01 * cfg.scalar_lr * m, (0.8, 0.95), 0.0),
+    ]
+    blocks = {name: p for name, p in named.items() if name.startswith("h.")}
+    matrices = {name: p for name, p in blocks.items() if p.ndim == 2}
+    rest = {name: p for name, p in named.items() if name not in blocks or p.ndim < 2}
+    groups = []
+    for group, names, lr, betas, decay in adamw:
+        params = [(name, rest.pop(name)) for name in list(rest) if re.fullmatch(names, name)]
+        groups.append(dict(name=group, kind="adamw", params=params, lr=lr, betas=betas, eps=1e-10, weight_decay=decay))
+    for shape in sorted({tuple(p.shape) for p in matrices.values()}):
+        lr = cfg.matrix_lr * m * math.sqrt(max(1.0, shape[0] / shape[1]))
+        params = [(name, p) for name, p in matrices.items() if tuple(p.shape) == shape]
+        name = f"muon_{shape[0]}x{shape[1]}"
+        groups.append(dict(name=name, kind="muon", params=params, lr=lr, momentum=0.95, beta2=0.9, weight_decay=plan.weight_decay, ns_steps=5))
+    return groups
+
+
+def adam_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+    """AdamW for all, with decay for what has two dimensions or more: matrices and tables, not gains and biases."""
+    rates = dict(kind="adamw", lr=cfg.learning_rate * plan.batch_scale, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    return [
+        dict(name="matrices", params=[(n, p) for n, p in named.items() if p.ndim >= 2], weight_decay=plan.weight_decay, **rates),
+        dict(name="vectors", params=[(n, p) for n, p in named.items() if p.ndim < 2], weight_decay=0.0, **rates),
+    ]
+
+
+def warmup(plan: Any, step: int) -> float:
+    """Linear over the first steps, above zero at the very first."""
+    return min(1.0, (step + 1) / plan.warmup_steps) if plan.warmup_steps > 0 else 1.0
+
+
+def trapezoid(plan: Any, step: int, progress: float) -> float:
+    """Warm-up, constant, linear fall over the last `warmdown_ratio` to `final_lr_frac`."""
+    return warmup(plan, step) * (plan.final_lr_frac + (1.0 - plan.final_lr_frac) * plan.warmdown_left(progress))
+
+
+def cosine(plan: Any, step: int, progress: float) -> float:
+    """Warm-up, then half a cosine to `final_lr_frac` (SGDR, arXiv 1608.03983).
+
+    By the clock nobody knows which share of the run the warm-up is; there the cosine begins with the run.
+    """
+    before = min(1.0, plan.warmup_steps / plan.num_iterations) if plan.num_iterations else 0.0
+    share = min(1.0, max(0.0, progress - before) / (1.0 - before)) if before < 1.0 else 0.0
+    return warmup(plan, step) * (plan.final_lr_frac + (1.0 - plan.final_lr_frac) * 0.5 * (1.0 + math.cos(math.pi * share)))
+
+
+def constant(plan: Any, step: int, progress: float) -> float:
+    return 1.0
+
+
+RECIPES: dict[str, Recipe] = {
+    # Muon and AdamW, rates by the scaling laws
+    "dial": Recipe(dial_groups, trapezoid, laws=True),
+    # AdamW, arXiv 1711.05101, as GPT-2's reproductions use it
+    "adamw_cosine": Recipe(adam_groups, cosine, laws=False),
+    # Adam, arXiv 1412.6980, and nothing else: no warm-up, no decay of rates or weights
+    "adam_constant": Recipe(adam_groups, constant, laws=False, decays=False),
+}
