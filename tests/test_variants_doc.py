@@ -1,0 +1,106 @@
+"""dev/VARIANTS.md is what the code and the contracts say; dev/variants.py writes it."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from nanolab.config import Architecture
+from nanolab.model import variants
+from nanolab.model.kernels import KERNELS
+from nanolab.presets import PRESETS
+from nanolab.training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "dev" / "VARIANTS.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("dev_variants", ROOT / "dev" / "variants.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(document: str, heading: str) -> dict[str, list[str]]:
+    """First word in backquotes -> cells, of the table under a heading."""
+    section = document.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    return {re.match(r"`([^`]*)`", row[0])[1]: row for row in cells}
+
+
+def test_it_is_current(tool):
+    assert DOCUMENT == tool.text(), "type: python dev/variants.py"
+
+
+@pytest.mark.parametrize("flag", variants.AXES)
+def test_every_entry_has_a_row_that_points_at_it(flag):
+    table, found = variants.AXES[flag], rows(DOCUMENT, "--" + flag.replace("_", "-"))
+    assert list(found) == [getattr(entry, "example", name) for name, entry in table.items()]
+    for entry, (value, formula, source, place, contracts, _) in zip(table.values(), found.values()):
+        assert len(formula) > 5, value
+        assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}|karpathy/nanochat|Radford et al", source), f"{value}: its docstring needs 'formula. Source.'"
+        assert line_at(place).startswith((f"class {entry.__name__}(", f"def {entry.__name__}("))
+        assert contracts.startswith("all, in "), f"{value}: no contract runs on it"
+
+
+def line_at(link: str) -> str:
+    """The line that a link in a cell points at."""
+    _, name, line = re.fullmatch(r"\[([^]]*)\]\(\.\./([^#]*)#L(\d+)\)", link).groups()
+    return (ROOT / name).read_text().splitlines()[int(line) - 1].strip()
+
+
+def test_every_other_flag_kernel_recipe_and_preset_has_a_row():
+    flags = [f.name for f in dataclasses.fields(Architecture) if f.name not in variants.AXES]
+    found = rows(DOCUMENT, "Numbers, patterns and switches")
+    assert list(found) == ["--" + name.replace("_", "-") for name in flags]
+    for row in found.values():
+        assert re.match(r"(@dataclass|class |def )", line_at(row[5])), row
+        assert row[6].startswith("all, with "), f"{row[0]}: no contract varies it"
+    assert list(rows(DOCUMENT, "--attn-kernel")) == list(KERNELS)
+    for heading, table in (("--recipe", RECIPES), ("--preset", PRESETS)):
+        found = rows(DOCUMENT, heading)
+        assert list(found) == list(table)
+        assert all(line_at(row[-1]).startswith(f'"{name}": ') for name, row in found.items())
+
+
+def test_what_it_says_of_some_entries():
+    assert rows(DOCUMENT, "--normaliser")["softmax1"][1] == "p_i = exp(s_i) / (1 + sum_j exp(s_j)): a head may attend to nothing"
+    assert "[arXiv 2405.04434](https://arxiv.org/abs/2405.04434)" in rows(DOCUMENT, "--attention")["mla"][2]
+    assert rows(DOCUMENT, "--attention")["mla"][5] == "`--qk-norm l2`, `--value-embeds on`"
+    assert rows(DOCUMENT, "--qk-norm")["l2"][5] == "`--attention mla`"
+    assert rows(DOCUMENT, "--positions")["rope"][5] == ""
+    assert "(default)" in rows(DOCUMENT, "--mlp")["relu2"][0]
+    assert rows(DOCUMENT, "--preset")["gpt2"][2] == "124,439,808"
+    assert rows(DOCUMENT, "--preset")["odyssey16m"][3] == "16,025,856"
+    assert rows(DOCUMENT, "--attn-kernel")["eager"][3:5] == ["all", "all"]
+    assert "sink with window" in rows(DOCUMENT, "--attn-kernel")["fa3"][4]
+
+
+class Cubed(nn.Module):
+    """W2 max(0, W1 x)^3. Nobody et al., arXiv 9901.00001."""
+
+
+def test_a_new_entry_is_picked_up(tool, monkeypatch):
+    monkeypatch.setitem(variants.AXES["mlp"], "cubed", Cubed)
+    value, formula, source, place, contracts, refused = rows(tool.text(), "--mlp")["cubed"]
+    assert (formula, source) == ("W2 max(0, W1 x)^3", "Nobody et al., [arXiv 9901.00001](https://arxiv.org/abs/9901.00001)")
+    assert line_at(place) == "class Cubed(nn.Module):"
+    assert (contracts, refused) == ("all, in 1 setting", "")
+
+
+def test_a_stale_file_is_noticed(tool, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tool, "FILE", tmp_path / "VARIANTS.md")
+    monkeypatch.setattr("sys.argv", ["variants.py", "--check"])
+    assert tool.main() == 1
+    monkeypatch.setattr("sys.argv", ["variants.py"])
+    assert tool.main() == 0
+    monkeypatch.setattr("sys.argv", ["variants.py", "--check"])
+    assert tool.main() == 0
+    tool.FILE.write_text(tool.FILE.read_text().replace("positions.py:", "positions.py:9", 1))
+    assert tool.main() == 1
+    assert "type: python dev/variants.py" in capsys.readouterr().out
