@@ -301,6 +301,11 @@ class BenchConfig(ModelFlags, DataConfig):
     megabytes: float = 8.0  # text to read
 
 
+def chosen(c: Architecture) -> list[str]:
+    """The architecture flags that are not at their defaults, as "name value"."""
+    return [f"{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(Architecture) if getattr(c, f.name) != f.default]
+
+
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_seconds")
 
 

@@ -1,9 +1,8 @@
 """Pretrain a base model: python -m scripts.base_train --depth 4 --run NAME (see --help for every flag)."""
 
-import dataclasses
 import os
 
-from nanolab.config import Architecture, BaseTrainConfig, UserError, main, parse, to_json
+from nanolab.config import BaseTrainConfig, UserError, chosen, main, parse, to_json
 
 TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multiply peak that a whole step reaches
 
@@ -160,13 +159,12 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         seconds = plan.flops / (peak * plan.world_size * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
         time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
-    changed = [f"{f.name} {getattr(cfg, f.name)}" for f in dataclasses.fields(Architecture) if getattr(cfg, f.name) != f.default]
     scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
     rate = f"learning rates x {scale:.4f}" if RECIPES[plan.recipe].laws else f"learning rate {cfg.learning_rate * scale:g}, betas {cfg.beta1:g} {cfg.beta2:g}"
     clip = f", gradients clipped at {plan.grad_clip:g}" if plan.grad_clip > 0 else ""
     return [
         f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
-        f"architecture    {cfg.preset}: {', '.join(changed) or 'every default'}",
+        f"architecture    {cfg.preset}: {', '.join(chosen(cfg)) or 'every default'}",
         f"device          {plan.world_size} x {device_name}, {dtype}",
         f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
         f"horizon         {horizon}",

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, from_preset, main, parse
+from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, chosen, from_preset, main, parse
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
@@ -55,6 +55,8 @@ def report(found, meta: dict[str, Any], measured: dict[str, Any], metrics: list[
         *table(
             ["", ""],
             ["model", f"{model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, rows of {model.sequence_len} tokens, vocabulary {model.vocab_size:,}"],
+            ["architecture", ", ".join(chosen(model)) or "every default"],
+            ["recipe", config["recipe"]],
             ["parameters", f"{n_params(model)['total']:,}"],
             ["text", f"{config['data_dir'] or config['data']}; {sized(read)} read ({meta['tokens']:,} tokens), which is {epochs[-1]:.2f} passes over it" if epochs else sized(read)],
             ["steps", f"{found.step:,} of {meta['plan']['total_batch_size']:,} tokens"],

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nanolab import config
-from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, from_json, from_preset, main, parse, to_json
+from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, chosen, from_json, from_preset, main, parse, to_json
 
 ALL = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
 
@@ -27,6 +27,11 @@ def test_a_preset_is_a_row_of_defaults_wherever_it_stands(argv):
     cfg = parse(BaseTrainConfig, argv)
     assert cfg == from_preset(BaseTrainConfig, "gpt2", depth=3, tied_head=False)
     assert (cfg.preset, cfg.norm, cfg.depth, cfg.num_iterations) == ("gpt2", "layernorm", 3, 19073)
+
+
+def test_chosen_flags_are_those_that_differ():
+    assert chosen(GPTConfig(vocab_size=5, n_layer=3)) == []
+    assert chosen(BaseTrainConfig(depth=3, mlp="swiglu", smear=False, positions="nope")) == ["positions nope", "smear False", "mlp swiglu"]
 
 
 @pytest.mark.parametrize("flag,value", [("num_iterations", 5), ("target_flops", 1e12), ("target_param_data_ratio", 2.0), ("max_seconds", 30.0)])
