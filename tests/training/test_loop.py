@@ -79,6 +79,17 @@ def test_clipped_training_is_torchs_clipping_written_out():
     same_weights(weights, by_torch, atol=2e-3)
 
 
+def test_gradients_are_clipped_after_the_loss_scale_is_out_of_them():
+    """Scales are powers of two, so the run with a loss scaler is the run without one."""
+    seen = []
+    for dtype in (torch.float32, torch.float16):
+        run, model, optimizer, batches = parts(f"{dtype}", Runtime(torch.device("cpu"), dtype))
+        fit(run, model, optimizer, batches, ToyPlan(grad_clip=5.0), nats, Every())
+        assert (json.loads((run.checkpoints / "step_000006/meta.json").read_text())["scaler"] is None) == (dtype == torch.float32)
+        seen.append((losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/loss" in row]))
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5) and seen[0][1] == pytest.approx(seen[1][1], rel=1e-5)
+
+
 def test_a_clipped_run_logs_its_norm_unasked():
     run, model, optimizer, batches = parts()
     fit(run, model, optimizer, batches, ToyPlan(grad_clip=1e9), nats, Every(log=2))
