@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from nanolab.config import UserError
 from nanolab.model.rules import Rules, lacking, seen, sink_per_head
 
 REPOSITORY = "varunneal/flash-attention-3"
@@ -40,7 +41,9 @@ def _with_virtual_key(attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor
     ln n there, in two parts lest bf16 round it, the virtual key holds ones, the other keys zeros. ln n is in the queries
     since heads that share a key may have sinks of their own. Head sizes are multiples of 8.
     """
-    H, D = q_BTHD.shape[2:]
+    T, H, D = q_BTHD.shape[1:]
+    if rules.window < T - 1:  # a layer that is full at the training length is not on longer rows
+        raise UserError(f"--attn-kernel fa3 has no sink on rows of {T} tokens, longer than the model's {rules.window}; try --attn-kernel sdpa")
     size = D + 2 + -(D + 2) % 8
     log_n = sink_per_head(rules.log_sink, H, q_BTHD.device) * math.sqrt(size)
     head = log_n.to(q_BTHD.dtype)

@@ -99,7 +99,7 @@ def _flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rul
     """Windows and sinks on flash kernels. On CPU heads are repeated; on CUDA their size must be a multiple of 8."""
     B, T, H, size = q_BTHD.shape
     sink = None if rules.log_sink is None else sink_per_head(rules.log_sink, H, q_BTHD.device)
-    if q_BTHD.is_cuda:
+    if q_BTHD.device.type != "cpu":
         q, k, v = (F.pad(x, (0, -size % 8)) if size % 8 else x for x in (q_BTHD, k_BTGD, v_BTGD))
         return _Flash.apply(q, k, v, sink, None, rules)[..., :size]
     q, k, v = (heads_first(x, H).transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
@@ -146,7 +146,7 @@ class _Flash(torch.autograd.Function):
 def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rules: Rules) -> tuple[torch.Tensor, ...]:
     """(y (B, T, H, D), lse (B, H, T) in fp32, what else the backward kernel wants)."""
     T = q.size(1)
-    if q.is_cuda:
+    if q.device.type != "cpu":
         flash = torch.ops.aten._flash_attention_forward.default
         return flash(q, k, v, None, None, T, T, 0.0, True, False, scale=rules.scale, **_sides(rules, T))[:4]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -158,7 +158,7 @@ def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torc
 def _flash_backward(dy, q, k, v, y, lse, mask, random, rules: Rules) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv in the layout of q, k, v."""
     T = q.size(1)
-    if q.is_cuda:
+    if q.device.type != "cpu":
         flash = torch.ops.aten._flash_attention_backward.default
         return flash(dy.contiguous(), q, k, v, y, lse, None, None, T, T, 0.0, True, *random, scale=rules.scale, **_sides(rules, T))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

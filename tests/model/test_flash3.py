@@ -1,0 +1,145 @@
+"""FlashAttention-3's wrapper, with stand-ins for the package that brings the kernel, on CPU tensors."""
+
+import math
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+from nanolab.config import UserError
+from nanolab.model import flash3
+from nanolab.model.kernels import choose_kernel, eager
+from nanolab.model.rules import Rules
+
+HOPPER = (9, 0)
+
+
+def working(q, k, v, causal=False, window_size=(-1, -1)):
+    """The kernel's contract in plain operators: (B, T, heads, D), scores scaled by 1/sqrt(D), left < 0 for the whole row."""
+    assert causal and window_size[1] == 0
+    left = q.size(1) if window_size[0] < 0 else window_size[0]
+    return eager(q, k, v, Rules(left, 1 / math.sqrt(q.size(-1))))
+
+
+def with_log_sum_exp(q, k, v, **options):
+    return working(q, k, v, **options), torch.zeros(())
+
+
+def failing_launch(q, k, v, **options):
+    raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+def failing_backward(q, k, v, **options):
+    y = working(q, k, v, **options)
+    y.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("backward is not built")))
+    return y
+
+
+def without_windows(q, k, v, **options):
+    return working(q, k, v, causal=True, window_size=(-1, 0))
+
+
+def without_gradient_of_v(q, k, v, **options):
+    return working(q, k, v.detach() + 0 * v, **options)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """A function kernel -> None that puts a package `kernels` in place whose get_kernel brings it; None: not installed."""
+
+    def put(kernel, calls=None):
+        package = types.ModuleType("kernels")
+
+        def get_kernel(repository, revision):
+            (calls if calls is not None else []).append((repository, revision))
+            return types.SimpleNamespace(flash_attn_interface=types.SimpleNamespace(flash_attn_func=kernel))
+
+        package.get_kernel = get_kernel
+        monkeypatch.setitem(sys.modules, "kernels", package if kernel else None)
+        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cpu", HOPPER, flash3.load))
+
+    return put
+
+
+@pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
+def test_a_working_kernel_is_loaded_at_its_pinned_revision_and_trusted(install, kernel):
+    calls = []
+    install(kernel, calls)
+    assert flash3.probed("cuda") == (kernel, "")
+    assert calls == [(flash3.REPOSITORY, flash3.REVISION)]
+    assert re.fullmatch("[0-9a-f]{40}", flash3.REVISION), "a commit cannot move"
+    for needs in ((), ("window",), ("sink",)):
+        assert choose_kernel(frozenset(needs), "cuda", torch.bfloat16) == "fa3"
+
+
+@pytest.mark.parametrize(
+    "kernel,words",
+    [
+        (failing_launch, "failed with RuntimeError: no kernel image is available$"),
+        (failing_backward, "failed with RuntimeError: backward is not built$"),
+        (without_windows, "window 8 are wrong"),
+        (without_gradient_of_v, "window -1 are wrong"),
+        (None, "it needs the kernels package .*; pip install kernels"),
+    ],
+)
+def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel, words):
+    install(kernel)
+    attend, reason = flash3.probed("cuda")
+    assert attend is None and re.search(words, reason), reason
+    assert choose_kernel(frozenset(), "cuda", torch.bfloat16) == "sdpa"
+    with pytest.raises(UserError, match="--attn-kernel fa3 cannot run this model: .*try --attn-kernel sdpa") as refusal:
+        choose_kernel(frozenset(), "cuda", torch.bfloat16, asked="fa3")
+    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize("capability", [None, (8, 0), (10, 0)])
+def test_nothing_is_fetched_for_other_devices(capability):
+    attend, reason = flash3.probe("cuda", capability, load=lambda: pytest.fail("loaded"))
+    assert attend is None and "it needs a Hopper GPU" in reason and (capability is None or f"{capability[0]}.0" in reason)
+
+
+@pytest.mark.parametrize("needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)])
+def test_nothing_is_fetched_for_a_layer_that_it_cannot_do(monkeypatch, needs, dtype):
+    monkeypatch.setattr(flash3, "probed", lambda device_type: pytest.fail("probed"))
+    assert flash3.missing(frozenset(needs), "cuda", dtype)
+
+
+@pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
+@pytest.mark.parametrize("sink", [None, 0.0, math.log(1e-3), "learned"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_equals_eager_forward_and_backward(install, kernel, sink, heads):
+    """Also with a scale other than 1/sqrt(D), shared heads with sinks of their own, and head sizes that need padding or not."""
+    install(kernel)
+    g = torch.Generator().manual_seed(0)
+    for size in (6, 8):
+        inputs = [torch.randn(2, 7, n, size, generator=g, dtype=torch.float64).requires_grad_() for n in (heads[0], heads[1], heads[1])]
+        log_sink = sink
+        if sink == "learned":
+            log_sink = torch.randn(heads[0], generator=g, dtype=torch.float64).requires_grad_()
+            inputs.append(log_sink)
+        for window in (7,) if sink is not None else (7, 3, 0):
+            for scale in (1 / math.sqrt(size), 0.9):
+                rules = Rules(window, scale, log_sink)
+                y, want = flash3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
+                torch.testing.assert_close(y, want)
+                upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
+                for a, b in zip(torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(want, inputs, upstream)):
+                    torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1e-3, 3.0, 500.0])
+def test_bf16_does_not_round_the_sink(install, n):
+    """Equal keys with values 1 give y = T / (n + T), hence n. In one bf16 channel ln n would be off by up to 2^-9 of itself, n by 1 %."""
+    install(lambda q, k, v, **options: working(q.double(), k.double(), v.double(), **options))
+    q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
+    y = flash3.run(q, q, torch.ones_like(q), Rules(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
+    assert abs(4 / y - 4 - n) < 2e-4 * n
+
+
+def test_a_sink_on_a_row_longer_than_the_full_window_is_refused_not_ignored(install):
+    install(working)
+    q = torch.zeros(1, 8, 1, 8)
+    with pytest.raises(UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"):
+        flash3.run(q, q, q, Rules(4, 1.0, 0.0))
