@@ -8,20 +8,24 @@ import dataclasses
 import math
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import GPTConfig, UserError, from_json, to_json
+from nanolab.config import BaseTrainConfig, GPTConfig, UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting, variants
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import RECIPES, param_groups
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
 DOCUMENTS = (5, 13)  # places in a row, beside the first, where a document begins
 
 
@@ -262,8 +266,7 @@ def decode_counts(config: GPTConfig) -> None:
 def saved_and_loaded(config: GPTConfig, folder: Path) -> None:
     """A checkpoint on disk gives back the same logits to the bit, from the config in its JSON and the weights in its safetensors."""
     model, idx = build(config), tokens(config)
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    path = checkpoint.save(folder, 1, weights=model.state_dict(), optimizer=None, meta={"model_config": to_json(config)}, runtime=runtime)
+    path = checkpoint.save(folder, 1, weights=model.state_dict(), optimizer=None, meta={"model_config": to_json(config)}, runtime=CPU)
     checkpoint.verify(path)
     loaded = from_json(GPTConfig, checkpoint.load_meta(path)["model_config"])
     copy = GPT(loaded).eval()
@@ -286,6 +289,19 @@ def overfits(config: GPTConfig, steps: int = 80) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] <= 0.3, losses[::10]
+
+
+def every_recipe_steps(config: GPTConfig) -> None:
+    """One step of every recipe moves every parameter that matters, to finite values."""
+    for recipe in RECIPES:
+        model, idx = build(config), tokens(config)
+        plan = SimpleNamespace(recipe=recipe, batch_scale=1.0, weight_decay=0.1, model=config)
+        optimizer = MuonAdamW(param_groups(model, BaseTrainConfig(), plan), CPU)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model(idx, tokens(config, seed=6)).backward()
+        optimizer.step()
+        stuck = [name for name, p in model.named_parameters() if not p.isfinite().all() or (torch.equal(p, before[name]) and not is_idle(config, name))]
+        assert not stuck, f"{recipe} does not train {stuck}"
 
 
 def slopes_are_gradients(config: GPTConfig) -> None:
@@ -344,3 +360,4 @@ def fast(config: GPTConfig) -> None:
     kernels_agree(config, names)
     counts(config)
     drops_only_in_training(config)
+    every_recipe_steps(config)

@@ -52,6 +52,10 @@ def test_one_batch_is_overfitted(config):
     contracts.overfits(config)
 
 
+def test_every_recipe_takes_a_step(config):
+    contracts.every_recipe_steps(config)
+
+
 def test_parameters_flops_and_bytes_are_as_counted(config):
     contracts.counts(config)
     contracts.decode_counts(config)
