@@ -100,6 +100,13 @@ def test_nothing_is_fetched_for_other_devices(capability):
     assert attend is None and "it needs a Hopper GPU" in reason and (capability is None or f"{capability[0]}.0" in reason)
 
 
+def test_the_device_is_asked_once(monkeypatch):
+    answers = iter([(working, "")])
+    monkeypatch.setattr(flash3, "_FOUND", {})
+    monkeypatch.setattr(flash3, "probe", lambda *_: next(answers))
+    assert flash3.missing(frozenset(), "cuda", torch.bfloat16) == "" == flash3.missing(frozenset({"window"}), "cuda", torch.bfloat16)
+
+
 @pytest.mark.parametrize("needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)])
 def test_nothing_is_fetched_for_a_layer_that_it_cannot_do(monkeypatch, needs, dtype):
     monkeypatch.setattr(flash3, "probed", lambda device_type: pytest.fail("probed"))

@@ -293,6 +293,19 @@ def test_cuda_primitives_take_the_arguments_that_sdpa_gives():
                 assert g.shape == x.shape and g.dtype == x.dtype
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_flex_and_the_cuda_primitives_are_traced_without_a_break():
+    """As they are inside a compiled model: flex without gradients on this device, the primitives on tensors without data."""
+    inputs, rules, want, *_ = expected(SHAPES["shared 4 to 2"], 7, "all")
+    flex = torch.compile(KERNELS["flex"].run, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(flex(*(x.detach() for x in inputs[:3]), rules), want, atol=1e-12, rtol=1e-10)
+    x = torch.empty(2, 16, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    flash = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert torch.autograd.grad(flash(x, x, x, Rules(3, 0.1, 0.0)).sum(), x)[0].shape == x.shape
+    torch._dynamo.reset()
+
+
 CACHED = [case for case in RULES if RULES[case].get("dropout") is None]
 
 
