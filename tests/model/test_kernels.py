@@ -300,9 +300,10 @@ def test_flex_and_the_cuda_primitives_are_traced_without_a_break():
     flex = torch.compile(KERNELS["flex"].run, backend="aot_eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(flex(*(x.detach() for x in inputs[:3]), rules), want, atol=1e-12, rtol=1e-10)
-    x = torch.empty(2, 16, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    qkv = [torch.empty(2, 16, n, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
     flash = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False)
-    assert torch.autograd.grad(flash(x, x, x, Rules(3, 0.1, 0.0)).sum(), x)[0].shape == x.shape
+    for x, g in zip(qkv, torch.autograd.grad(flash(*qkv, Rules(3, 0.1, 0.0)).sum(), qkv)):
+        assert g.shape == x.shape
     torch._dynamo.reset()
 
 
