@@ -29,35 +29,37 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 DOCUMENTS = (5, 13)  # places in a row, beside the first, where a document begins
 
 
-def build(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
+def build(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu") -> GPT:
     """A model in eval mode with every parameter moved off its initial value, at which many parts have no effect.
 
-    The same weights for every kernel and dtype; with float64 they are stored in float64.
+    The same weights for every kernel, dtype and device; with float64 they are stored in float64.
     """
-    model = GPT(config, dtype, kernel)
-    model.init_weights(seed)
-    g = torch.Generator().manual_seed(seed + 1)
+    with torch.device("meta"):
+        model = GPT(config, dtype, kernel)
+    model.to_empty(device="cpu").init_weights(0)
+    g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_((0.1 if p.dim() > 1 else 0.3) * torch.randn(p.shape, generator=g))
-    return (model.double() if dtype == torch.float64 else model).eval()
+    return (model.double() if dtype == torch.float64 else model).to(device).eval()
 
 
-def tokens(config: GPTConfig, B: int = 2, T: int = 24, seed: int = 5) -> Tensor:
+def tokens(config: GPTConfig, B: int = 2, T: int = 24, seed: int = 5, device: str = "cpu") -> Tensor:
     """(B, T) ids other than bos; where the config has one, it begins each row and two documents within."""
     g = torch.Generator().manual_seed(seed)
     idx = torch.randint(config.bos + 1, config.vocab_size, (B, T), generator=g)
     if config.bos >= 0:
         idx[:, [0, *(t for t in DOCUMENTS if t < T)]] = config.bos
-    return idx
+    return idx.to(device)
 
 
-def kernels(config: GPTConfig, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The kernels that run this model on the CPU. Another one says so when it is asked for, naming its flag and saying what to type."""
+def kernels(config: GPTConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+    """The kernels that train this model on the device. Another one says so when it is asked for, naming its flag and saying what to type."""
     able = []
     for name in KERNELS:
         try:
-            GPT(config, dtype, name).kernel_names("cpu")
+            with torch.device("meta"):
+                GPT(config, dtype, name).kernel_names(device)
         except UserError as error:
             assert "--attn-kernel" in str(error) and name in str(error), error
         else:
@@ -98,9 +100,9 @@ def shapes_and_dtypes(config: GPTConfig) -> None:
 
 
 @torch.no_grad()
-def causal(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, T: int = 24) -> None:
+def causal(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu") -> None:
     """A changed token changes no logit before its own, to the bit; and its own, and the next one's."""
-    model, idx = build(config, kernel, dtype), tokens(config, T=T)
+    model, idx = build(config, kernel, dtype, device), tokens(config, T=T, device=device)
     before = model(idx)
     for t in {1, T // 2 - 1, T - 1}:
         changed = idx.clone()
@@ -126,19 +128,19 @@ def documents_apart(config: GPTConfig, kernel: str = "") -> None:
 
 
 @torch.no_grad()
-def cache_equals_forward(config: GPTConfig, T: int = 24) -> None:
+def cache_equals_forward(config: GPTConfig, T: int = 24, device: str = "cpu") -> None:
     """One prefill; chunks and single tokens; rows of unequal length put together, of which one leaves."""
-    model, idx = build(config), tokens(config, B=3, T=T)
+    model, idx = build(config, device=device), tokens(config, B=3, T=T, device=device)
     full = model(idx)
     for sizes in ([T], [1, T - 1], [T // 3, T - T // 3 - 5, 1, 1, 1, 1, 1]):
-        cache = KVCache(config, 3, limit=T)
+        cache = KVCache(config, 3, limit=T, device=device)
         got = torch.cat([model(chunk, cache=cache) for chunk in idx.split(sizes, dim=1)], 1)
         torch.testing.assert_close(got, full, atol=2e-5, rtol=0, msg=lambda m: f"chunks {sizes}: {m}")
 
     starts = [T - 4, 3, T // 2]
-    joint = KVCache(config, 3, capacity=4)
+    joint = KVCache(config, 3, capacity=4, device=device)
     for row, start in enumerate(starts):
-        alone = KVCache(config, 1, capacity=start)
+        alone = KVCache(config, 1, capacity=start, device=device)
         model(idx[row : row + 1, :start], cache=alone, last_only=True)
         joint.put([row], alone, [0])
     for rows, count in (([0, 1, 2], 3), ([2, 1], 2)):
@@ -172,9 +174,9 @@ def init_fills(config: GPTConfig) -> None:
     assert abs(loss - math.log(config.vocab_size)) < (0.3 if config.tied_head else 0.1)
 
 
-def gradients(config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32, T: int = 24) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of a mean loss."""
-    model, idx, y = build(config, kernel, dtype), tokens(config, T=T), tokens(config, T=T, seed=6)
+    model, idx, y = build(config, kernel, dtype, device), tokens(config, T=T, device=device), tokens(config, T=T, seed=6, device=device)
     with torch.no_grad():
         logits = model(idx)
     model(idx, y).backward()
@@ -216,18 +218,18 @@ def kernels_agree(config: GPTConfig, names: list[str], T: int = 24) -> None:
                 assert (theirs[name] - grad).norm() < 1e-4 * grad.norm(), f"gradient of {name} with {kernel}"
 
 
-def bf16_is_within_rounding(config: GPTConfig, names: list[str], T: int = 24) -> None:
+def bf16_is_within_rounding(config: GPTConfig, names: list[str], T: int = 24, device: str = "cpu") -> None:
     """In bf16 a kernel strays from fp32 by at most half more than eager in bf16 does (attention in fp32, everything around it
     in bf16): logits, and the gradients of matrices, whose mean error is given here since a learned scalar's is a sum in
     which almost everything cancels. And that is a few of bf16's roundings, 2^-8 each."""
 
     def error(kernel: str) -> tuple[float, float]:
-        other, theirs = gradients(config, kernel, torch.bfloat16, T)
+        other, theirs = gradients(config, kernel, torch.bfloat16, T, device)
         kept = [name for name, grad in grads.items() if grad.dim() > 1]
         stray = sum(((theirs[n] - grads[n]).norm() / grads[n].norm()).item() for n in kept) / len(kept)
         return ((other - logits).norm() / logits.norm()).item(), stray
 
-    logits, grads = gradients(config, "eager", T=T)
+    logits, grads = gradients(config, "eager", T=T, device=device)
     reference = error("eager")
     assert 0 < reference[0] < 8 * 2.0**-8 and reference[1] < 0.1, reference
     for kernel in names:

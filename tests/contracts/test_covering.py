@@ -47,7 +47,7 @@ def test_every_pair_of_values_is_in_a_row_or_refused():
     table = {axis: list(values) for axis, values in axes.axes().items()}
     rows, refused = covering_rows(table, axes.allowed)
     assert all(set(row) == set(table) and axes.allowed(row) for row in rows)
-    wanted = {frozenset(pair) for a, b in itertools.combinations(table, 2) for pair in itertools.product([(a, v) for v in table[a]], [(b, v) for v in table[b]])}
+    wanted = {frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(table, 2) for x in table[a] for y in table[b]}
     assert pairs_in(rows) == wanted - set(refused)
     rng = random.Random(0)
     for pair in refused:

@@ -70,7 +70,7 @@ def test_gradients_are_slopes(config):
 
 
 def test_dropout_only_in_training(config):
-    for kernel in contracts.kernels(config):
+    for kernel in contracts.kernels(config) if config.attn_dropout else [""]:
         contracts.drops_only_in_training(config, kernel)
 
 
@@ -89,3 +89,12 @@ def test_rows_of_several_blocks(changes):
     contracts.cache_equals_forward(config, T=301)
     for kernel in contracts.kernels(config):
         contracts.causal(config, kernel, T=301)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(config):
+    """Not flex, whose every compilation takes many seconds: tests/model/test_kernels.py runs it on every rule."""
+    for kernel in set(contracts.kernels(config, torch.bfloat16, "cuda")) - {"flex"}:
+        contracts.bf16_is_within_rounding(config, [kernel], device="cuda")
+        contracts.causal(config, kernel, torch.bfloat16, device="cuda")
+    contracts.cache_equals_forward(config, device="cuda")

@@ -36,6 +36,5 @@ def test_random_combinations(seed):
         config = axes.config(axes.settings(row))
     except UserError:
         return
-    n_head = rng.choice([2, 4, 6])
-    config = dataclasses.replace(config, n_layer=rng.choice([1, 2, 3, 5]), n_head=n_head, n_embd=n_head * rng.choice([16, 18, 20]), vocab_size=rng.choice([61, 64, 100]))
-    contracts.fast(config)
+    n_layer, n_head, head_dim, vocab_size = rng.choice([1, 2, 3, 5]), rng.choice([2, 4, 6]), rng.choice([16, 18, 20]), rng.choice([61, 64, 100])
+    contracts.fast(dataclasses.replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_head * head_dim, vocab_size=vocab_size))

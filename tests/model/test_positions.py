@@ -117,13 +117,19 @@ def test_other_scalings_are_refused(scaling):
 
 
 PAPERS_8 = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]  # arXiv 2108.12409, section 3
+SLOPES = {
+    8: PAPERS_8,
+    16: [2 ** (-h / 2) for h in range(1, 17)],
+    12: PAPERS_8 + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],  # those of 8, then every second one of 16, as in the authors' code
+    3: [1 / 16, 1 / 256, 1 / 4],
+    1: [1 / 256],
+}
 
 
-@pytest.mark.parametrize("H,want", [(8, PAPERS_8), (12, PAPERS_8 + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]), (16, [2 ** (-h / 2) for h in range(1, 17)]), (1, [1 / 256]), (3, [1 / 16, 1 / 256, 1 / 4])])
-def test_alibi_slopes_are_the_papers(H, want):
-    """For 12 heads: those of 8, then every second one of 16, as in the authors' code."""
+@pytest.mark.parametrize("H", SLOPES)
+def test_alibi_slopes_are_the_papers(H):
     slopes = POSITIONS["alibi"].slopes(config(n_head=H, n_embd=32 * H), torch.device("cpu"))
-    np.testing.assert_allclose(slopes, want, rtol=1e-6)
+    np.testing.assert_allclose(slopes, SLOPES[H], rtol=1e-6)
 
 
 def test_sinusoidal_is_numpys():
@@ -200,5 +206,7 @@ def test_rnope_turns_the_layers_of_its_pattern(make_model, pattern, layers):
 
 def test_windows_where_positions_turn():
     """RNoPE-SWA, arXiv 2501.18795: layers that turn see a window, those that do not see everything, also the last layer."""
-    for pattern, positions, want in [("R,N", "rnope", [9, 64, 9, 64]), ("R,R,R,N", "rnope", [9, 9, 9, 64]), ("N,R", "rnope", [64, 9, 64, 9]), ("R,N", "rope", [9] * 4)]:
-        assert windows(config(positions=positions, position_pattern=pattern, window_pattern="rope", window_size=9)) == want
+    swa = dict(window_pattern="rope", window_size=9)
+    for pattern, want in (("R,N", [9, 64, 9, 64]), ("R,R,R,N", [9, 9, 9, 64]), ("N,R", [64, 9, 64, 9])):
+        assert windows(config(positions="rnope", position_pattern=pattern, **swa)) == want
+    assert windows(config(positions="rope", **swa)) == [9, 9, 9, 9]
