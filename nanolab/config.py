@@ -23,7 +23,7 @@ class Architecture:
 
     # positions
     positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
-    rope_base: float = 100_000.0
+    rope_base: float = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
     rope_layout: str = "half"  # half | interleaved: which two channels turn together
     rope_fraction: float = 1.0  # share of a head's channels that turn
     rope_scaling: str = "none"  # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
@@ -57,7 +57,7 @@ class Architecture:
     tied_head: bool = False  # the head's matrix is the embedding table
     pad_vocab_to: int = 64  # table rows are padded to a multiple of this
     # dropout: shares that are dropped in training
-    embed_dropout: float = 0.0
+    embed_dropout: float = 0.0  # of embeddings
     attn_dropout: float = 0.0  # of attention weights
     resid_dropout: float = 0.0  # of attention's output
     mlp_dropout: float = 0.0  # of the MLP's output

@@ -16,6 +16,7 @@ from nanolab.model.kernels import cached
 from nanolab.model.positions import POSITIONS, ROTATIONS, Angles
 from nanolab.model.rules import Rules
 
+WHOLE_ROW = 1 << 40  # the window of a layer without one, also on rows longer than those trained on
 VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
 
 
@@ -240,7 +241,8 @@ class Core(nn.Module):
     def __init__(self, c: GPTConfig, layer: int, width: int):
         super().__init__()
         self.normaliser = NORMALISERS[c.normaliser](c)
-        self.window, self.scale, self.softcap, self.dropout = windows(c)[layer], 1 / math.sqrt(width), c.score_softcap, c.attn_dropout
+        self.window = windows(c)[layer] if windows(c)[layer] < c.sequence_len else WHOLE_ROW
+        self.scale, self.softcap, self.dropout = 1 / math.sqrt(width), c.score_softcap, c.attn_dropout
 
     def rules(self, slopes: Tensor | None, first_BT: Tensor | None, dropout: float) -> Rules:
         return Rules(self.window, self.scale, self.normaliser(), slopes, self.softcap, dropout, first_BT)

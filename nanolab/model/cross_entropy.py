@@ -24,7 +24,7 @@ def plain_cross_entropy(x: Tensor, head: Callable[[Tensor], Tensor], targets: Te
 
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap): Gemma 2, arXiv 2408.00118, section 2."""
+    """softcap * tanh(logits / softcap). Gemma 2, arXiv 2408.00118, section 2."""
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 

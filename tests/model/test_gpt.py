@@ -239,3 +239,10 @@ def test_bf16_follows_fp32(make_gpt):
         assert q.grad.dtype == torch.float32
         if p.numel() > 1000:
             assert (p.grad - q.grad).norm() < 0.05 * p.grad.norm(), name
+
+
+@torch.no_grad()
+def test_a_full_layer_sees_rows_longer_than_those_trained_on(make_gpt):
+    model, idx = make_gpt(GPTConfig(sequence_len=8, vocab_size=61, n_layer=1, n_head=2, n_embd=32)), ids(PLAIN, B=1, T=20)
+    before, idx[0, 0] = model(idx), (idx[0, 0] + 1) % 61
+    assert (before[0, -1] != model(idx)[0, -1]).any()
