@@ -79,18 +79,19 @@ def test_flags_and_scripts_exist(name):
                 assert (ROOT / script).exists(), f"{block.where}: {script} does not exist"
             for module in [w for w in words if re.fullmatch(r"scripts\.\w+", w)]:
                 flags = [w.split("=")[0] for w in words[words.index(module) + 1 :] if w.startswith("--") and w != "--"]
-                unknown = [f for f in flags if f[2:].replace("-", "_") not in fields_of(module)]
+                unknown = [f for f in flags if f[2:].replace("-", "_") not in flags_of(module)]
                 assert not unknown, f"{block.where}: {module} does not know {unknown}"
 
 
-def fields_of(module: str) -> set[str]:
-    """The flags of a script: the fields of the config that it parses."""
+def flags_of(module: str) -> set[str]:
+    """The flags of a script: the fields of the config that it parses, switches also with no_ in front."""
     import nanolab.config
 
     path = ROOT / (module.replace(".", "/") + ".py")
     assert path.exists(), f"{path} does not exist"
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"]
-    return {f.name for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))} | {"help"}
+    fields = [f for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))]
+    return {f.name for f in fields} | {f"no_{f.name}" for f in fields if f.type is bool} | {"help"}
 
 
 @pytest.mark.parametrize("name", NAMES)
