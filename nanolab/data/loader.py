@@ -2,23 +2,35 @@
 
 import queue
 import threading
-from typing import Any
+from typing import Any, Protocol, Sequence
 
 import torch
 
-from nanolab.data.packing import Batch, PackedBatches, Snapshot, merge_states
+from nanolab.data.packing import Batch
 from nanolab.runtime import Runtime
 
 
-class Prefetch:
-    """The batches of a `PackedBatches` on the runtime's device, made up to `depth` ahead.
+class Source(Protocol):
+    """Batches of one rank that can say, of any moment in the past, where they stood: `PackedBatches` and its like."""
 
-    `epoch`, `where` and `state_dict` speak of the batch that `next` returned last, not of those made ahead.
+    def next(self) -> Batch: ...
+    def snapshot(self) -> Any: ...  # quick; its `rows` are those handed out so far by all ranks together
+    def local_state(self, at: Any) -> dict[str, Any]: ...  # JSON of this rank
+    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...  # of all ranks
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def epoch_at(self, at: Any) -> float: ...
+    def where_at(self, at: Any) -> str: ...
+
+
+class Prefetch:
+    """The batches of a `Source` on the runtime's device, made up to `depth` ahead.
+
+    `epoch`, `rows`, `where` and `state_dict` speak of the batch that `next` returned last, not of those made ahead.
     """
 
-    def __init__(self, batches: PackedBatches, runtime: Runtime, depth: int = 4) -> None:
+    def __init__(self, batches: Source, runtime: Runtime, depth: int = 4) -> None:
         self._batches, self._runtime, self._depth = batches, runtime, depth
-        self._at: Snapshot = batches.snapshot()
+        self._at = batches.snapshot()
         self._thread: threading.Thread | None = None
 
     def next(self) -> Batch:
@@ -42,13 +54,18 @@ class Prefetch:
         """Passes over the source that is furthest ahead, as this rank sees it."""
         return self._batches.epoch_at(self._at)
 
+    @property
+    def rows(self) -> int:
+        """Rows handed out so far by all ranks together."""
+        return self._at.rows
+
     def where(self) -> str:
         """The documents in the last batch, for messages."""
         return self._batches.where_at(self._at)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all streams after the last batch, the same on every rank. Every rank must call it."""
-        return merge_states(self._runtime.gather_objects(self._batches.local_state(self._at)))
+        return self._batches.merge(self._runtime.gather_objects(self._batches.local_state(self._at)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch that `state` was taken at; batches made ahead are dropped."""

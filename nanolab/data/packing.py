@@ -254,7 +254,11 @@ class PackedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all streams. With more ranks than one ask `loader.Prefetch`, which gathers it."""
-        return merge_states([self.local_state(self.snapshot())])
+        return self.merge([self.local_state(self.snapshot())])
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One state of all streams, the same on every rank, of the `local_state` of each rank."""
+        return merge_states(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch that `state` was taken at, whatever the number of ranks then and now.

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class Every:
 
     log: int = 1
     eval: int = -1
+    eval_steps: Collection[int] = ()  # more steps at which to evaluate, whatever the cadence
     sample: int = -1
     save: int = -1  # the last step is always saved
     keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
@@ -93,6 +94,9 @@ class Loop:
 
     def due(self, cadence: int) -> bool:
         return cadence > 0 and self.state.step % cadence == 0
+
+    def eval_due(self, last: bool) -> bool:
+        return self.state.step in self.every.eval_steps or (self.every.eval > 0 and (last or self.due(self.every.eval)))
 
     @property
     def tokens(self) -> int:
@@ -247,7 +251,7 @@ def fit(
                     loop.retain(step)
                     loop.leave(stop)
                 totals = loop.totals()
-                row = loop.evaluate() if every.eval > 0 and (last or loop.due(every.eval)) else {}
+                row = loop.evaluate() if loop.eval_due(last) else {}
                 if every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
                     with undisturbed(model, run.runtime.device):
                         every.draw_samples()

@@ -12,6 +12,8 @@ from nanolab.runtime import Runtime, base_dir, print0
 from nanolab.training import checkpoint
 from nanolab.training.checkpoint import CheckpointError
 
+JUDGES = ("val/loss", "val/bpb")  # fine-tuning logs both: there bits per byte are of the text that it moves away from
+TRAINED_BY = {"base": "python -m scripts.base_train", "sft": "python -m scripts.chat_sft", "rl": "python -m scripts.chat_rl"}
 WEIGHTS_ONLY = ("model.safetensors", "meta.json")  # what a reader of weights has to verify
 
 
@@ -56,14 +58,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The saved step with the lowest val/bpb (the earliest of equals), or None if no saved step was evaluated."""
+    """The saved step with the lowest score (the earliest of equals), or None if no saved step was evaluated.
+
+    The score is the first of JUDGES that the run has measured.
+    """
     saved = {step for step, _ in checkpoint.steps(run_dir / "checkpoints")}
-    scores = [(row["val/bpb"], row["step"]) for row in read_metrics(run_dir) if row.get("val/bpb") is not None and row["step"] in saved]
+    rows = read_metrics(run_dir)
+    judge = next((name for name in JUDGES if any(row.get(name) is not None for row in rows)), JUDGES[-1])
+    scores = [(row[judge], row["step"]) for row in rows if row.get(judge) is not None and row["step"] in saved]
     return min(scores)[1] if scores else None
 
 
-def find_model(ref: str = "") -> ModelRef:
-    """NAME, NAME@STEP or NAME@best -> a verified checkpoint; "" is the newest finished run. Prints which, in one line.
+def find_model(ref: str = "", kind: str = "") -> ModelRef:
+    """NAME, NAME@STEP or NAME@best -> a verified checkpoint; "" is the newest finished run (of that kind: base, sft or rl). Prints which.
 
     NAME alone is that run's newest whole checkpoint; damaged ones are named and skipped. Raises UserError, listing what
     exists, when there is no such run or step, and CheckpointError when the step asked for is damaged.
@@ -73,9 +80,10 @@ def find_model(ref: str = "") -> ModelRef:
     known = [n for n in known if checkpoint.steps(runs_dir() / n / "checkpoints")]
     if not name:
         finished = sorted((p for p in runs_dir().glob("*/result.json") if p.parent.name in known), key=lambda p: p.stat().st_mtime_ns)
+        finished = [p for p in finished if kind in ("", read_json(p).get("kind"))]
         if not finished:
-            unfinished = f"; not finished: {', '.join(known)} (name one with --model)" if known else ""
-            raise UserError(f"no finished run in {runs_dir()}{unfinished}. Train one: python -m scripts.base_train --run NAME")
+            others = f"; {'there are' if kind else 'not finished'}: {', '.join(known)} (name one with --model)" if known else ""
+            raise UserError(f"no finished {kind + ' ' if kind else ''}run in {runs_dir()}{others}. Train one: {TRAINED_BY.get(kind, TRAINED_BY['base'])} --run NAME")
         name = finished[-1].parent.name
     if name not in known:
         raise UserError(f"no model {name!r} in {runs_dir()}; there are: {', '.join(known) or 'none'}. Type --model NAME[@STEP|best]")

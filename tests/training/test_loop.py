@@ -258,6 +258,13 @@ def test_cadences_and_the_order_of_a_step():
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [4, 5]
 
 
+@pytest.mark.parametrize("cadence,expected", [(-1, [0, 1, 5]), (2, [0, 1, 2, 4, 5, 6])])
+def test_evaluations_at_steps_named_one_by_one(cadence, expected):
+    run, model, optimizer, batches = parts()
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=cadence, eval_steps=(0, 1, 5), evaluate=lambda: {"val/n": batches.n}))
+    assert [(r["step"], r["val/n"]) for r in read_metrics(run.dir) if "val/n" in r] == [(n, n) for n in expected]
+
+
 def test_all_cadences_off_still_saves_the_end():
     run, model, optimizer, batches = parts()
     never = Every(log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off"))

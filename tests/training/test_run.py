@@ -307,6 +307,24 @@ def test_best_is_the_lowest_bpb_among_saved_steps(tokenizer):
     assert find_model("a@best").step == 2
 
 
+def test_best_is_the_lowest_loss_where_that_is_measured(tokenizer):
+    run = ended("a", {1: 1.0, 2: 2.0, 3: 3.0}, tokenizer, finished=False)
+    with open(run.dir / "metrics.jsonl", "a") as f:
+        f.writelines(f'{{"step": {step}, "val/loss": {loss}}}\n' for step, loss in [(1, 2.0), (2, 1.0), (3, 1.5)])
+    assert find_model("a@best").step == 2
+
+
+def test_the_newest_finished_run_of_a_kind(tokenizer):
+    ended("base", {1: None}, tokenizer)
+    run = start("tuned")
+    run.pin_tokenizer(lambda: tokenizer)
+    save(run, 2, tokenizer)
+    run.finish({"step": 2, "kind": "sft"})
+    assert find_model().name == find_model(kind="sft").name == "tuned"
+    with pytest.raises(UserError, match=r"no finished rl run .*there are: base, tuned \(name one with --model\). Train one: python -m scripts.chat_rl"):
+        find_model(kind="rl")
+
+
 def test_what_is_not_there_lists_what_is(tokenizer):
     with pytest.raises(UserError, match="no finished run.*base_train"):
         find_model()
