@@ -42,6 +42,7 @@ def test_init_fills_every_parameter(config):
 
 def test_gradients_arrive_and_kernels_agree(config):
     contracts.kernels_agree(config, contracts.kernels(config))
+    contracts.kernels_agree(config, contracts.kernels(config), torch.float64)
 
 
 def test_bf16_is_within_rounding(config):
