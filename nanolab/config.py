@@ -254,6 +254,63 @@ class BaseEvalConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class RLConfig:
+    """Improve a chat model by its own replies to a task that scores them."""
+
+    model: str = ""  # NAME[@STEP|best] to start from; default: the newest finished sft run
+    run: str = ""  # run directory under <base>/runs/; default: NAME-rl
+    resume: bool = False  # continue from the newest valid checkpoint of --run
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+    seed: int = 42  # governs everything random
+    # what is asked, and what is a good reply
+    task: str = "gsm8k"  # any task with a reward: gsm8k | arithmetic | spellingbee | ... (tasks/__init__.py)
+    split: str = "train"
+    data: str = ""  # local folder of the task's files; default: the hub
+    reward: str = "correct=1"  # sum of the task's named parts: NAME=WEIGHT, or NAME=WEIGHT:CAP for at most CAP, joined by commas
+    # objective
+    algorithm: str = "reinforce"  # reinforce | grpo | dr_grpo: a row of the choices below (training/policy.py)
+    advantage: str = ""  # mean | standardised | leave_one_out; default, here and below: the algorithm's
+    normaliser: str = ""  # token | sequence | constant: what a token's share of the loss is
+    clip_low: float = -1.0  # ratios are clipped at 1 - this; 0: off; bites from the second update on a batch on
+    clip_high: float = -1.0  # and at 1 + this
+    kl: float = -1.0  # weight of the divergence from the start model; 0: off
+    updates_per_batch: int = 1  # optimizer steps on each rollout
+    # rollouts
+    num_epochs: int = 1  # passes over the prompts
+    num_iterations: int = -1  # optimizer steps; -1: by --num-epochs
+    examples_per_step: int = 16  # prompts in a rollout, all ranks
+    num_samples: int = 16  # replies to each prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 50  # 0: off
+    rollout_batch_size: int = 0  # replies drawn at once on one device; 0: all of a rollout
+    device_batch_size: int = 8  # replies in one forward pass of training on one device
+    # optimization
+    embedding_lr: float = 0.2
+    unembedding_lr: float = 0.004
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.0
+    init_lr_frac: float = 0.05  # multiplies every learning rate
+    warmup_steps: int = 0
+    warmdown_ratio: float = 1.0  # share of the run, at its end, over which the rates fall
+    final_lr_frac: float = 0.0
+    grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
+    # cadences in steps; -1 is off
+    eval_every: int = 60  # pass@k on --eval-split
+    eval_split: str = "test"
+    eval_examples: int = 400  # -1: all
+    eval_samples: int = 8  # replies to each: pass@1 to pass@eval_samples
+    save_every: int = 60  # checkpoints; one is always written at the end
+    keep: str = "2"  # checkpoints kept beside the best: a number, or all
+    log_every: int = 1
+    log_grad_norm: bool = False
+    wandb: str = "off"  # online | offline | off
+    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
+    threads: int = 0  # CPU threads; 0: all
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """Talk to a model in the terminal."""
 
