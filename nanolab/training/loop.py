@@ -32,7 +32,7 @@ SMOOTHING = 0.9  # of the loss on the console
 
 @dataclass
 class Every:
-    """Cadences in steps, -1 is off, and what to do at them. Both functions are called on every rank."""
+    """Cadences in steps, -1 is off, and what to do at them. All functions are called on every rank, `measure` at every step."""
 
     log: int = 1
     eval: int = -1
@@ -42,6 +42,7 @@ class Every:
     keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
     grad_norm: bool = False
     evaluate: Callable[[], dict[str, float]] = dict  # metrics, for example {"val/bpb": 1.2}
+    measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
     draw_samples: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -186,7 +187,7 @@ class Loop:
             "train/mfu": 100 * plan.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None,  # percent
             "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
         }  # fmt: skip
-        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}), asked
+        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}) | self.every.measure(), asked
 
     def log_due(self) -> bool:
         return self.due(self.every.log) or (self.every.log > 0 and self.state.step + 1 == self.plan.num_iterations)

@@ -265,6 +265,13 @@ def test_evaluations_at_steps_named_one_by_one(cadence, expected):
     assert [(r["step"], r["val/n"]) for r in read_metrics(run.dir) if "val/n" in r] == [(n, n) for n in expected]
 
 
+def test_what_a_step_measures_stands_in_its_line():
+    run, model, optimizer, batches = parts()
+    seen = iter(range(100))
+    fit(run, model, optimizer, batches, ToyPlan(num_iterations=4), nats, Every(log=2, measure=lambda: {"rl/n": next(seen)}))
+    assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], "asked at every step"
+
+
 def test_all_cadences_off_still_saves_the_end():
     run, model, optimizer, batches = parts()
     never = Every(log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off"))
