@@ -10,18 +10,20 @@ from nanolab.model.accounting import train_memory_bytes
 
 TRAIN = """
 import sys, torch
-from nanolab.config import GPTConfig
+from nanolab.config import BaseTrainConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, keep_freed_memory
 from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
+from nanolab.training.schedule import make_plan
 runtime = Runtime(torch.device("cpu"), torch.float32)
 keep_freed_memory()
 before, rows = runtime.peak_memory_mib(), int(sys.argv[1])
-config = GPTConfig(sequence_len=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
-model = GPT(config)
+cfg = BaseTrainConfig(depth=4, head_dim=64, max_seq_len=256)
+plan = make_plan(cfg, 4096, 1)
+model = GPT(plan.model)
 model.init_weights(1)
-groups = model.param_groups(embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.1)
-optimizer = MuonAdamW(groups, runtime)
+optimizer = MuonAdamW(param_groups(model, cfg, plan), runtime)
 for _ in range(2):
     idx = torch.randint(0, 4096, (rows, 256))
     (model(idx, idx, reduction="sum") / idx.numel()).backward()
