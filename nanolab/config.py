@@ -254,6 +254,55 @@ class BaseEvalConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class SFTConfig:
+    """Fine-tune a model on conversations, so that it answers."""
+
+    model: str = ""  # NAME[@STEP|best] to start from; default: the newest finished base run
+    run: str = ""  # run directory under <base>/runs/; default: NAME-sft
+    resume: bool = False  # continue from the newest valid checkpoint of --run
+    dry_run: bool = False  # print the plan and stop
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+    seed: int = 42  # governs everything random
+    # what is learned
+    tasks: str = "smoltalk:1,mmlu:3,gsm8k:4,spelling:1,spellingbee:1"  # a mixture: tasks with the number of times each example comes (tasks/__init__.py)
+    data: str = ""  # local folder of the tasks' files; default: the hub
+    stages: str = ""  # TOML file with [[stage]] tables (name, tasks, epochs, num_iterations, init_lr_frac, replay); flags are the defaults of their fields
+    replay: float = 0.0  # share of the rows that is pretraining text, trained on as in pretraining
+    long: str = "crop"  # a conversation longer than a row: crop (after a whole assistant turn) | drop | refuse
+    # horizon
+    epochs: int = 1  # passes over the mixture
+    num_iterations: int = -1  # optimizer steps; -1: by --epochs
+    # batch; -1: as in pretraining
+    max_seq_len: int = -1  # T, tokens in a row
+    device_batch_size: int = -1  # rows in one forward pass on one device
+    total_batch_size: int = -1  # tokens in one optimizer step
+    # optimization
+    load_optimizer: bool = True  # begin with the optimizer's state of the model's checkpoint
+    init_lr_frac: float = 0.8  # multiplies every learning rate
+    embedding_lr: float = -1.0  # -1, here and below: as in pretraining; all are scaled by the batch as there
+    unembedding_lr: float = -1.0
+    matrix_lr: float = -1.0
+    learning_rate: float = -1.0  # of adamw_cosine and adam_constant
+    warmup_ratio: float = 0.0
+    warmdown_ratio: float = 0.5  # share of each stage, at its end, over which the rates fall
+    final_lr_frac: float = 0.0
+    grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
+    # cadences in steps; -1 is off
+    eval_every: int = 200  # loss on held-out conversations, bits per byte of the corpus's validation text
+    eval_tokens: int = -1  # of each at most; -1: 40 x 524288 on a GPU, 65536 on a CPU
+    eval_text: bool = True  # measure bits per byte, which needs the pretraining corpus
+    chatcore_every: int = -1  # ChatCORE, on --chatcore-max-cat and --chatcore-max-sample examples of each task
+    chatcore_max_cat: int = -1  # of categorical tasks; -1: all
+    chatcore_max_sample: int = 24  # of generative tasks
+    save_every: int = 1000  # checkpoints; one is always written at the end
+    keep: str = "2"  # checkpoints kept beside the best: a number, or all
+    log_every: int = 1
+    log_grad_norm: bool = False
+    wandb: str = "off"  # online | offline | off
+    threads: int = 0  # CPU threads; 0: all
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """Improve a chat model by its own replies to a task that scores them."""
 
@@ -283,15 +332,16 @@ class RLConfig:
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 50  # 0: off
+    tool: str = "calculator"  # calculator | python: what answers a tool call; empty: nothing does
     rollout_batch_size: int = 0  # replies drawn at once on one device; 0: all of a rollout
     device_batch_size: int = 8  # replies in one forward pass of training on one device
     # optimization
-    embedding_lr: float = 0.2
-    unembedding_lr: float = 0.004
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
-    weight_decay: float = 0.0
     init_lr_frac: float = 0.05  # multiplies every learning rate
+    embedding_lr: float = -1.0  # -1, here and below: as in pretraining, whose batch scales them all
+    unembedding_lr: float = -1.0
+    matrix_lr: float = -1.0
+    learning_rate: float = -1.0  # of adamw_cosine and adam_constant
+    weight_decay: float = 0.0
     warmup_steps: int = 0
     warmdown_ratio: float = 1.0  # share of the run, at its end, over which the rates fall
     final_lr_frac: float = 0.0
@@ -306,8 +356,45 @@ class RLConfig:
     log_every: int = 1
     log_grad_norm: bool = False
     wandb: str = "off"  # online | offline | off
-    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     threads: int = 0  # CPU threads; 0: all
+
+
+@dataclass(frozen=True)
+class ChatEvalConfig:
+    """Evaluate a chat model: questions with options by the letters' logits, others by sampled replies; ChatCORE."""
+
+    model: str = ""  # NAME[@STEP|best]; default: the newest finished run
+    tasks: str = ""  # joined by commas: NAME or NAME:SPLIT (tasks/__init__.py; split test); default: all that can be graded and whose data is there
+    data: str = ""  # local folder of published datasets; default: the hub
+    num_samples: int = 1  # sampled replies to each problem: pass@1 to pass@num_samples; more than one needs a temperature
+    temperature: float = 0.0
+    top_k: int = 50  # 0: off
+    max_tokens: int = 512  # of a sampled reply
+    tool: str = "calculator"  # calculator | python | none: what answers the calls in sampled replies
+    max_problems: int = -1  # of each task, a random subset that is the same for every model; -1: all
+    device_batch_size: int = 32  # rows read or replies drawn at once on one device
+    device_type: str = ""
+    seed: int = 42  # of the subset and the samples
+    json: bool = False  # last line of output is one JSON document
+
+
+@dataclass(frozen=True)
+class GenChatConfig:
+    """Have another model write conversations, through any endpoint that speaks OpenAI's chat API."""
+
+    spec: str = ""  # TOML file: topics, personas, openings, dynamics, and the instructions (nanolab/data/synthesis.py)
+    output: str = ""  # JSONL file that conversations are appended to; what is in it already is not asked for again
+    model: str = ""  # the endpoint's name of the model
+    url: str = "https://api.openai.com/v1"  # of the endpoint, without /chat/completions
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; none is sent if it is not set
+    num: int = 1000  # conversations
+    workers: int = 4  # requests at a time
+    temperature: float = 1.0
+    max_tokens: int = 4096  # of an answer
+    response_format: str = "json_schema"  # json_schema | json_object | none: how much of the form the endpoint can be told to keep
+    timeout: float = 120.0  # seconds for one answer
+    seed: int = 42  # of the choices; the file keeps it
+    json: bool = False  # last line of output is one JSON document
 
 
 @dataclass(frozen=True)
@@ -316,6 +403,9 @@ class ChatConfig:
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     prompt: str = ""  # -p TEXT: one reply, then leave
+    chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
+    raw: bool = False  # continue the text as it stands; default for base models
+    tool: str = "calculator"  # calculator | python | none: what answers the calls in a chat model's replies
     temperature: float = 0.8
     top_k: int = 50  # 0: off
     top_p: float = 1.0

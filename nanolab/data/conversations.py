@@ -314,8 +314,11 @@ class ConversationBatches:
         return self.epoch_at(self.snapshot())
 
     def epoch_at(self, at: Place) -> float:
-        """Passes over the conversations."""
-        row = at.rows - self._texts(at.rows)
+        return self.epochs_in(at.rows)
+
+    def epochs_in(self, rows: int) -> float:
+        """Passes over the conversations in so many rows of the run."""
+        row = rows - self._texts(rows)
         epoch = self._epoch_of(row)
         if self.epochs is not None and epoch >= self.epochs:
             return float(self.epochs)
