@@ -1,0 +1,64 @@
+"""Categorical tasks: the reply is the option letter with the largest logit right after the prompt; nothing is sampled.
+
+Prompts of like lengths are read together, padded on the right: attention is causal, so that nothing behind a prompt's last
+token reaches its logits. Dims: B rows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolab.config import UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
+from nanolab.inference.engine import Engine
+from nanolab.model.blocks import wide
+from nanolab.model.cross_entropy import softcapped
+from nanolab.model.gpt import GPT
+from nanolab.runtime import progress
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: int = 32, on_reply: OnReply | None = None) -> Result:
+    """Accuracy on the task's problems `indices`, the same ones on every rank; rank r of W answers indices r, r + W, ...
+
+    Ties go to the first letter. on_reply is called with every graded reply of this rank. Raises UserError where an option
+    is not one token, or there is no problem.
+    """
+    check_problems(task, indices)
+    runtime, found = engine.runtime, []
+    prompts = readable_prompts(engine.tokenizer, task, indices[runtime.rank :: runtime.world_size], engine.limit)
+    order = list(prompts)
+    for batch in progress([order[lo : lo + batch_size] for lo in range(0, len(order), batch_size)], task.name):
+        logits = last_logits(engine.model, [prompts[i] for i in batch], runtime.device).cpu()
+        for i, row in zip(batch, logits):
+            example = task.example(i)
+            letter = example.letters[int(row[letter_ids(engine.tokenizer, example.letters, task.name)].argmax())]
+            found.append(Graded(i, 0, letter, task.correct(example, letter), True))
+            if on_reply:
+                on_reply(found[-1])
+    return summary(task.name, indices, 1, [g for part in runtime.gather_objects(found) for g in part])
+
+
+def last_logits(model: GPT, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Logits (B, V) after the last token of each prompt."""
+    last = [len(ids) - 1 for ids in prompts]
+    padded = np.zeros((len(prompts), max(last) + 1), dtype=np.int64)
+    for row, ids in zip(padded, prompts):
+        row[: len(ids)] = ids
+    hidden = model.hidden(torch.from_numpy(padded).to(device))
+    logits = model.lm_head(hidden[torch.arange(len(last), device=device), torch.tensor(last, device=device)])[:, : model.config.vocab_size]
+    return softcapped(logits.to(wide(logits.dtype)), model.config.softcap)
+
+
+def letter_ids(tokenizer: Tokenizer, letters: Iterable[str], task: str) -> list[int]:
+    """The token of each letter. Raises UserError for one that is several tokens."""
+    out = []
+    for letter in letters:
+        ids = tokenizer.encode(letter)
+        if len(ids) != 1:
+            raise UserError(f"option {letter!r} of task {task} is {len(ids)} tokens; expected one, whose logit is compared; name the options by single letters")
+        out += ids
+    return out

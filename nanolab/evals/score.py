@@ -1,0 +1,109 @@
+"""What an evaluation found: graded replies -> pass@k with intervals. Also what all evaluations of chat models share. Imports no torch.
+
+    pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      n replies to a problem, c of them right
+
+is what k of these replies contain a right one with, without bias (Chen et al., arXiv 2107.03374). A 95 % interval is Wilson's
+(1927) at the mean over problems. For shares of right replies between 0 and 1 it is wide enough, never too narrow: their
+variance is at most that of zeros and ones with the same mean.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from nanolab.config import UserError
+from nanolab.data.chat import Part, render_prompt
+from nanolab.data.tokenizer import Tokenizer
+
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+class Task(Protocol):
+    """What is asked of a task; see tasks/common.py."""
+
+    name: str
+    kind: str
+    baseline: float
+
+    def __len__(self) -> int: ...
+    def example(self, i: int) -> Any: ...  # .messages end with the reference's turn; .letters
+    def correct(self, example: Any, content: Any) -> bool: ...
+
+
+class Graded(NamedTuple):
+    """One reply to one problem."""
+
+    index: int  # of the task's example
+    sample: int  # 0 <= sample < k
+    content: str | list[Part]  # what the assistant said and did
+    correct: bool
+    ended: bool  # by itself, not cut for length
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """pass_at[j] for j = 1 ... k, each with its 95 % interval. The same on every rank."""
+
+    task: str
+    n: int  # problems; one that does not fit the model counts as wrong
+    k: int  # replies to each
+    pass_at: dict[int, float]
+    intervals: dict[int, Interval]
+    too_long: int  # problems among n that do not fit the model
+    replies: list[Graded]  # by index and sample
+
+    @property
+    def accuracy(self) -> float:
+        return self.pass_at[1]
+
+    @property
+    def interval(self) -> Interval:
+        """Of the accuracy."""
+        return self.intervals[1]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The share of the k-subsets of n replies, c of them right, that contain a right one; 1 <= k <= n."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(p: float, n: int) -> Interval:
+    """The 95 % interval of a mean p of n values between 0 and 1, by inverting the score test: E. B. Wilson, JASA 22 (1927)."""
+    shrink = 1 + Z95**2 / n
+    centre = (p + Z95**2 / (2 * n)) / shrink
+    half = Z95 / shrink * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def summary(task: str, indices: Sequence[int], k: int, replies: list[Graded]) -> Result:
+    """The result of `k` replies to each problem of `indices` that the model could read."""
+    right = Counter(g.index for g in replies if g.correct)
+    pass_at = {j: math.fsum(pass_at_k(k, right[i], j) for i in indices) / len(indices) for j in range(1, k + 1)}
+    intervals = {j: wilson(p, len(indices)) for j, p in pass_at.items()}
+    too_long = len(indices) - len({g.index for g in replies})
+    return Result(task, len(indices), k, pass_at, intervals, too_long, sorted(replies, key=lambda g: (g.index, g.sample)))
+
+
+def readable_prompts(tokenizer: Tokenizer, task: Task, indices: Sequence[int], limit: int) -> dict[int, list[int]]:
+    """index -> prompt ids, the shortest first, of the problems whose prompt leaves room for a token below `limit`."""
+    prompts = {i: render_prompt(tokenizer, task.example(i).messages[:-1]) for i in indices}
+    fitting = sorted((i for i, ids in prompts.items() if len(ids) < limit), key=lambda i: (len(prompts[i]), i))
+    return {i: prompts[i] for i in fitting}
+
+
+def check_problems(task: Task, indices: Sequence[int]) -> None:
+    """Raises UserError where there is nothing to grade."""
+    if task.kind == "chat":
+        raise UserError(f"task {task.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or arithmetic")
+    if not indices:
+        raise UserError(f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data")
+
+
+OnReply = Callable[[Graded], None]
