@@ -1,0 +1,232 @@
+"""What a task is, where its rows come from, and what several tasks share: draws, options with letters. Imports no torch.
+
+Example i of a task depends on (name, version, split, seed, i) and its rows alone, never on how many examples are asked for.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Sequence, TypeVar
+
+import numpy as np
+
+from nanolab.config import UserError, nearest
+from nanolab.data.chat import Message, Part, read_jsonl, text_of
+
+T = TypeVar("T")
+Content = str | list[Part]  # an assistant's message content
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+class Example(NamedTuple):
+    messages: list[Message]  # ends with the reference assistant turn
+    answer: Any = None  # what a reply is compared with
+    letters: tuple[str, ...] = ()  # of a categorical task: the possible answers, each one token
+
+
+class Task:
+    """A numbered set of conversations with a way to grade a reply. The class attributes are what the task table says of it.
+
+    kind: "categorical" (the reply is one of `letters`), "generative" (a reply is sampled and graded) or "chat" (not graded).
+    baseline: accuracy that blind guessing reaches, in [0, 1]. version: raised when the same index would give other text.
+    """
+
+    kind = "chat"
+    baseline = 0.0
+    version = 1
+    splits: tuple[str, ...] = ("train", "test")
+    argument_is = ""  # what may follow "=" in a spec; ends with "?" where it may be left out; empty: nothing
+
+    def __init__(self, name: str, split: str = "train", data: str = "", limit: int = -1, seed: int = 42, argument: str = "") -> None:
+        """limit: how many examples at most (of a generated task: how many), -1 for its own number. Raises UserError."""
+        if split not in self.splits:
+            raise UserError(f"task {name} has no split {split!r}; expected one of {', '.join(self.splits)}{nearest(split, list(self.splits))}")
+        if argument and not self.argument_is:
+            raise UserError(f"task {name}={argument}: {name} takes nothing after '='; type {name}")
+        if not argument and self.argument_is and not self.argument_is.endswith("?"):
+            raise UserError(f"task {name} names no file; expected {name}={self.argument_is}")
+        self.name, self.split, self.data, self.limit, self.seed, self.argument = name, split, data, limit, seed, argument
+        self.examples: Sequence[Example] = self.open()
+
+    def open(self) -> Sequence[Example]:
+        """The examples, made when they are asked for. Raises UserError for data that is missing or malformed."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def example(self, i: int) -> Example:
+        """Example i, 0 <= i < len. Raises IndexError outside."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} {self.split} has {len(self)} examples, not one numbered {i}")
+        return self.examples[i]
+
+    def correct(self, example: Example, content: Content) -> bool:
+        """Whether `content` answers `example`. Raises UserError for a chat task, which has no answers."""
+        raise UserError(f"task {self.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or arithmetic")
+
+    def rewards(self, example: Example, content: Content) -> dict[str, float]:
+        """Named parts of a reward, each in [0, 1]; "correct" is always one of them."""
+        return {"correct": float(self.correct(example, content))}
+
+    def draws(self, i: int) -> "Draws":
+        """The randomness of example i."""
+        return Draws(self.name, self.version, self.split, self.seed, i)
+
+    def shuffled(self, n: int, get: Callable[[int], Example]) -> Sequence[Example]:
+        """Examples get(0) ... get(n - 1) in an order of this split and seed, so that a limit takes a fair sample."""
+        order = permutation(n, self.name, self.version, self.split, self.seed)
+        return Lazy(n if self.limit < 0 else min(n, self.limit), lambda i: get(int(order[i])))
+
+    def generated(self, n: int, make: Callable[[int], Example]) -> Sequence[Example]:
+        """As many examples make(i) as the limit says, n without one."""
+        return Lazy(n if self.limit < 0 else self.limit, make)
+
+
+class Lazy(Sequence[T]):
+    """n items, each made by get(i) when it is asked for."""
+
+    def __init__(self, n: int, get: Callable[[int], T]) -> None:
+        self.n, self.get = n, get
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> T:  # type: ignore[override]
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        return self.get(i)
+
+
+class Draws:
+    """Random choices from a key, the same on every machine. Uses only random(), whose sequence Python promises to keep."""
+
+    def __init__(self, *key: Any) -> None:
+        self.random = random.Random(repr(key)).random
+
+    def below(self, n: int) -> int:
+        return int(self.random() * n)
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number in [low, high]."""
+        return low + self.below(high - low + 1)
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[self.below(len(items))]
+
+
+def permutation(n: int, *key: Any) -> np.ndarray:
+    """(n,) the numbers below n in an order fixed by `key`."""
+    # RandomState's stream is frozen (NEP 19)
+    seeds = [Draws(key, k).below(2**32) for k in range(4)]
+    return np.random.RandomState(seeds).permutation(n)
+
+
+def share(*key: Any) -> float:
+    """A number in [0, 1) that stands for `key`: what is pinned to a split by hash is compared with it."""
+    return Draws("share", *key).random()
+
+
+def hold_out(items: Sequence[str], n: int) -> tuple[list[str], list[str]]:
+    """(the others, the n with the smallest hash), both in their given order: a split that new items disturb little."""
+    held = set(sorted(items, key=share)[:n])
+    return [x for x in items if x not in held], [x for x in items if x in held]
+
+
+# --- rows of published datasets ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a published dataset lie, by split: under a local folder, and on the Hugging Face hub."""
+
+    files: dict[str, str]  # our split -> path under the folder
+    repo: str
+    subset: str
+    revision: str  # commit; empty: the newest
+    hub: dict[str, str]  # our split -> the hub's
+
+
+class Reader:
+    """One row, read field by field; `where` heads every error."""
+
+    def __init__(self, row: Any, where: str) -> None:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a {type(row).__name__}; expected an object with named fields; mend or delete the line")
+        self.row, self.where = row, where
+
+    def get(self, field: str, kind: type[T]) -> T:
+        value = self.row.get(field)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            seen = f"field {field} is a {type(value).__name__}" if field in self.row else f"no field {field} (there are: {', '.join(self.row) or 'none'})"
+            raise UserError(f"{self.where}: {seen}; expected a {kind.__name__}; mend or delete the line")
+        return value
+
+    def has(self, field: str) -> bool:
+        return field in self.row
+
+    def refuse(self, seen: str, expected: str) -> UserError:
+        return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
+
+
+def rows_of(task: Task, source: Source, parse: Callable[[Reader], Example]) -> Sequence[Example]:
+    """The shuffled examples of a published dataset; local rows are all read and checked now, the hub's when they are asked for."""
+    if task.data:
+        examples = [parse(Reader(row, where)) for where, row in read_jsonl(local_path(task, source))]
+        return task.shuffled(len(examples), examples.__getitem__)
+    table = hub_rows(task.name, source, source.hub[task.split])
+    return task.shuffled(len(table), lambda i: parse(Reader(table[i], f"{source.repo} {source.hub[task.split]} row {i}")))
+
+
+def local_path(task: Task, source: Source) -> Path:
+    """The file of the task's split in its folder. Raises UserError where there is none."""
+    path = Path(task.data).expanduser() / source.files.get(task.split, "")
+    if not path.is_file():
+        have = [s for s, f in source.files.items() if (Path(task.data).expanduser() / f).is_file()]
+        seen = f"no file for split {task.split} of {task.name} under {task.data} (there are: {', '.join(have) or 'none'})"
+        raise UserError(f"{seen}; expected {source.files.get(task.split, 'another split')}; add it, or leave --data out to read it from the hub")
+    return path
+
+
+def hub_rows(name: str, source: Source, split: str) -> Any:
+    """The hub's table of one split, downloaded at the first use."""
+    try:
+        import datasets
+    except ImportError:
+        seen = f"task {name} reads {source.repo} from the hub, which needs the package datasets, and it is not installed"
+        raise UserError(f"{seen}; type: pip install datasets (or give a local folder with --data)") from None
+    try:
+        return datasets.load_dataset(source.repo, source.subset or None, split=split, revision=source.revision or None)
+    except (OSError, ValueError) as error:  # offline, unknown revision, unknown split
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"task {name}: {source.repo} could not be read from the hub ({reason}); expected a network; try a local folder with --data") from None
+
+
+# --- parts of examples and of grading ---------------------------------------------------------------------------------
+
+
+def multiple_choice(row: Reader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
+    """A categorical example. Each option is followed by its letter in brackets. Raises UserError where `row` does not fit.
+
+    The letter comes after the option, where a small model finds it by looking back, and has no blank before it: " (" is a
+    piece of its own to every tokenizer of ours, so that the letter is the very token that the reply consists of.
+    """
+    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise row.refuse(f"the options {choices}", "at least two texts")
+    if not 0 <= answer < len(choices):
+        raise row.refuse(f"answer {answer} of {len(choices)} options", f"a number from 0 to {len(choices) - 1}")
+    letters = LETTERS[: len(choices)]
+    options = "\n".join(f"- {choice.strip()} ({letter})" for choice, letter in zip(choices, letters))
+    prompt = f"{intro}\n\n{question.strip()}\n{options}\n\nReply with the letter alone."
+    return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}], letters[answer], letters)
+
+
+def tool_call(expression: str, output: Any) -> list[Part]:
+    """A call of the calculator and what it answers."""
+    return [{"type": "python", "text": expression}, {"type": "python_output", "text": str(output)}]
+
+
+def same_letter(example: Example, content: Content) -> bool:
+    """Whether the reply is the right letter, with or without brackets, dots and blanks around it."""
+    return re.sub(r"[\s().:*]", "", text_of(content)) == example.answer
