@@ -16,8 +16,10 @@ import pytest
 
 import tasks
 from nanolab.config import UserError
-from nanolab.data.chat import check_messages, text_of
+from nanolab.data.chat import check_messages, render, text_of
 from nanolab.data.formats import write_documents
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.tools import calculator
 from tasks.documentation import Entry, entries_of
 from tasks.identity import FIELDS, TOPICS, phrasings
 from tasks.sentences import ENDINGS, EVENTS, EXPRESSIONS, PROBLEM_QUESTIONS, SETTINGS, THINGS, VERB_PHRASES
@@ -358,3 +360,21 @@ def test_nothing_depends_on_the_process():
         for seed in ("1", "2")
     ]
     assert runs[0] == runs[1] == f"{[tasks.build(n, s).example(7).messages for n, s in (('arithmetic', 'train'), ('identity', 'test'))]}\n"
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "spellingbee"])
+def test_the_calculator_gives_the_outputs_of_the_references(words, name):
+    """What a model learns to expect of the tool is what it gets."""
+    for example in examples(f"{name}={words}" if name == "spellingbee" else name, "train", 500):
+        parts = example.messages[1]["content"]
+        calls = [(a["text"], b["text"]) for a, b in zip(parts, parts[1:]) if a["type"] == "python"]
+        assert len(calls) == 1 and calculator(calls[0][0]) == calls[0][1]
+
+
+@pytest.mark.parametrize(("name", "longest"), [("arithmetic", 80), ("identity", 65), ("spelling", 55), ("spellingbee", 85)])
+def test_conversations_are_short(words, name, longest):
+    """Even in a tokenizer of few merges many of them fit into a row of 256 tokens."""
+    tok = Tokenizer.train([(ROOT / "tasks" / file).read_text() for file in ("identity.py", "sentences.py", "spelling.py")], 1000)
+    spec = f"{name}={words}" if name.startswith("spelling") else name
+    lengths = [len(render(tok, example.messages).ids) for example in examples(spec, "train", 300)]
+    assert 10 < min(lengths) and max(lengths) <= longest
