@@ -1,6 +1,6 @@
 """Published datasets: rows of both layouts, grading of the reference and of wrong answers, malformed files, the real ones.
 
-Oracle: rows written by hand, the datasets' own sizes, Python run on HumanEval's own solutions.
+Oracle: rows written by hand, the datasets' own sizes, Python itself on replies to a small problem, HumanEval's own solutions.
 """
 
 import gzip
@@ -115,7 +115,6 @@ def test_humaneval_programs(local, reply, right):
 
 
 def test_humaneval_grades_in_the_sandbox(local):
-    pytest.importorskip("nanolab.inference.sandbox")
     task = local("humaneval")
     example = task.example(0)
     assert task.rewards(example, example.messages[-1]["content"]) == {"correct": 1.0, "format": 1.0}
@@ -252,7 +251,6 @@ def test_every_gsm8k_answer_is_a_number_and_every_mark_a_call():
 def test_humaneval_solutions_pass_and_stubs_fail():
     task = tasks.build("humaneval", "test", str(REAL))
     for i in range(len(task)):
-        problem, reply = task.example(i).answer, task.example(i).messages[-1]["content"]
-        for code, right in ((reply, True), (f"def {problem.name}(*args):\n    return None", False)):
-            done = subprocess.run([sys.executable, "-c", program_of(problem, code) + problem.checks + "\nprint('done')"], capture_output=True, text=True)
-            assert done.stdout.endswith("done\n") == right, (problem.name, right, done.stderr)
+        example = task.example(i)
+        assert task.correct(example, example.messages[-1]["content"]), example.answer.name
+        assert not task.correct(example, f"def {example.answer.name}(*args):\n    return None"), example.answer.name
