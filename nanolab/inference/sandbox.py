@@ -1,0 +1,173 @@
+"""Python code that nobody trusts, run in a process of its own behind walls; checks of it that it cannot fake.
+
+On Linux, none of these needs a privilege, each stands alone, and `Outcome.isolation` says which of them hold:
+  landlock    files: it reads the standard library, reads and writes its own empty folder, and nothing else (kernel 5.13)
+  seccomp     one process and its threads: no other is started or signalled; no sockets, no file modes (x86-64, aarch64)
+  namespaces  no network, no other process in sight, the folder is a small disk in memory (where users may make them)
+Everywhere: a fresh interpreter (-I -S), a scrubbed environment, limits of time, memory, file size and output, and an end
+for every process that it started. Without Linux the program can read and write what its user can, has the network, and a
+process that leaves its group outlives it; without landlock the first of these holds. Names and sizes of files can always
+be probed by one who guesses the path. Works from any thread, many at once. Imports no torch.
+"""
+
+import json
+import os
+import secrets
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Collection, NamedTuple
+
+LAYERS = ("landlock", "seccomp", "namespaces")
+JAIL = Path(__file__).with_name("jail.py")
+DISK_MIB = 16  # largest file; with a namespace, all of them together
+GRACE = 2.0  # seconds that the jail gets to end its processes
+OUT_OF_MEMORY, TOO_MUCH_CPU = 71, (-9, -24)  # exits: jail.py's own, SIGKILL and SIGXCPU
+
+
+class Outcome(NamedTuple):
+    """status: "ok" (ran to its end; of a check: passed), "error", or the limit that ended it: "timeout", "memory", "output"."""
+
+    stdout: str
+    stderr: str
+    status: str
+    isolation: dict[str, str]  # layer -> "on", or why it does not hold
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "ok"
+
+
+def run_python(
+    code: str, *, stdin: str = "", timeout: float = 5.0, memory_mib: int = 256, output_bytes: int = 65536, layers: Collection[str] = LAYERS
+) -> Outcome:
+    """Run a program as a script; "ok" if it exits with 0. Only the standard library is there to import.
+
+    timeout: seconds by the clock. memory_mib: address space, the interpreter's 30 or so included. output_bytes: of stdout
+    and of stderr; one byte more ends the program.
+    """
+    return _run({"program": code, "check": False}, None, stdin, timeout, memory_mib, output_bytes, layers)
+
+
+def check_program(
+    program: str, checks: str, *, timeout: float = 5.0, memory_mib: int = 256, output_bytes: int = 65536, layers: Collection[str] = LAYERS
+) -> Outcome:
+    """Run `checks` (code that raises where something is wrong) on the functions of `program`; `passed` if all of it ran.
+
+    The two run in different processes. A name that the checks use and do not define is the program's function of that
+    name: calling it sends the arguments over a pipe and gets the result back, both as plain values (None, numbers, text,
+    bytes, lists, tuples, sets, dicts); anything else arrives as an object that equals nothing. So the program cannot
+    patch what judges it, see the expected answers, or know the nonce that the checks' process hands over at their end:
+    without it there is no pass. It cannot be given functions or objects, nor change an argument in place. Helpers that
+    the checks rely on are theirs only if they define them. The program's `__name__` is not "__main__".
+    """
+    nonce = secrets.token_hex(16)
+    return _run({"program": program, "check": True}, {"checks": checks, "nonce": nonce}, "", timeout, memory_mib, output_bytes, layers)
+
+
+def _run(task: dict[str, Any], secret: dict[str, str] | None, stdin: str, timeout: float, memory_mib: int, output_bytes: int, layers) -> Outcome:
+    folder = tempfile.mkdtemp(prefix="nanolab-sandbox-")
+    task |= {"folder": folder, "timeout": timeout, "memory_mib": memory_mib, "disk_mib": DISK_MIB, "layers": list(layers)}
+    blocks = [json.dumps(part).encode() for part in (task, secret)]
+    job = b"".join(len(block).to_bytes(8, "big") + block for block in blocks)
+    try:
+        with tempfile.TemporaryFile() as source:
+            source.write(stdin.encode())
+            source.seek(0)
+            out, limit = _watch(folder, job, source, timeout, output_bytes)
+    finally:
+        _remove(folder)
+    report: dict[str, Any] = {}
+    for line in out["report"].splitlines():
+        report |= json.loads(line)
+    proven = secret is None or secrets.compare_digest(report.get("proof", ""), secret["nonce"])
+    exit_code = report.get("exit")
+    if limit:
+        status = limit
+    elif exit_code == 0 and proven:
+        status = "ok"
+    else:
+        status = "memory" if exit_code == OUT_OF_MEMORY else "timeout" if exit_code in TOO_MUCH_CPU else "error"
+    stdout, stderr = (out[name][:output_bytes].decode(errors="replace") for name in ("stdout", "stderr"))
+    return Outcome(stdout, stderr, status, report.get("isolation", {}))
+
+
+def _watch(folder: str, job: bytes, stdin: Any, timeout: float, output_bytes: int) -> tuple[dict[str, bytes], str]:
+    """Start the jail and see it through to its end: what its pipes gave, and the limit that it met or ""."""
+    deadline = time.monotonic() + timeout
+    (job_out, job_in), (report_out, report_in) = os.pipe(), os.pipe()
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-X", "int_max_str_digits=0", str(JAIL), str(job_out), str(report_in)]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # where libpython may be
+    process = subprocess.Popen(
+        command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=environment,
+        pass_fds=(job_out, report_in), start_new_session=True,
+    )  # fmt: skip
+    os.close(job_out), os.close(report_in)
+    streams = {"stdout": process.stdout.fileno(), "stderr": process.stderr.fileno(), "report": report_out}
+    out, limit = dict.fromkeys(streams, b""), ""
+
+    def read(name: str) -> bool:
+        """Whether there may be more."""
+        try:
+            data = os.read(streams[name], 65536)
+        except BlockingIOError:
+            return False
+        out[name] += data
+        return bool(data)
+
+    with selectors.DefaultSelector() as selector:
+        for name, fd in streams.items():
+            os.set_blocking(fd, False)
+            selector.register(fd, selectors.EVENT_READ, name)
+        os.set_blocking(job_in, False)
+        selector.register(job_in, selectors.EVENT_WRITE)
+        while report_out in selector.get_map() and not limit:
+            for key, _ in selector.select(max(0, deadline - time.monotonic())):
+                if key.fd == job_in:
+                    try:
+                        job = job[os.write(job_in, job) :]
+                    except BrokenPipeError:
+                        job = b""
+                    if not job:
+                        selector.unregister(job_in)
+                        os.close(job_in)
+                elif not read(key.data):
+                    selector.unregister(key.fd)
+            if max(len(out["stdout"]), len(out["stderr"])) > output_bytes:
+                limit = "output"
+            elif time.monotonic() >= deadline and report_out in selector.get_map():
+                limit = "timeout"
+        if job_in in selector.get_map():
+            os.close(job_in)
+    _end(process)
+    for name in ("stdout", "stderr"):
+        while len(out[name]) <= output_bytes and read(name):
+            pass
+    if not limit and max(len(out["stdout"]), len(out["stderr"])) > output_bytes:
+        limit = "output"
+    process.stdout.close(), process.stderr.close(), os.close(report_out)
+    return out, limit
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the jail, which ends all that it has started; its group, should it not answer."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def _remove(folder: str) -> None:
+    """A program without its own disk may leave folders that cannot be listed, or nested deeper than Python's stack."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder])
