@@ -58,7 +58,8 @@ def said(text: str) -> dict:
 
 
 PINNED = {
-    ("arithmetic", "train"): "8556a6520552", ("arithmetic", "test"): "47662056391d", ("arithmetic", "phrasings"): "32d8760a8af8", ("arithmetic", "problems"): "ba0ab27436b4",
+    ("arithmetic", "train"): "8556a6520552", ("arithmetic", "test"): "47662056391d",
+    ("arithmetic", "phrasings"): "32d8760a8af8", ("arithmetic", "problems"): "ba0ab27436b4",
     ("identity", "train"): "99b8bc029bb2", ("identity", "test"): "2d7b3deddf03",
     ("spelling", "train"): "2e817c44c92a", ("spelling", "seen"): "cea0648117c5", ("spelling", "test"): "ded94774d2e3",
     ("spellingbee", "train"): "bc2769959ddb", ("spellingbee", "seen"): "1d85c8c551cd", ("spellingbee", "test"): "234264c61f8d",
