@@ -291,9 +291,10 @@ class SFTConfig:
     eval_every: int = 200  # loss on held-out conversations, bits per byte of the corpus's validation text
     eval_tokens: int = -1  # of each at most; -1: 40 x 524288 on a GPU, 65536 on a CPU
     eval_text: bool = True  # measure bits per byte, which needs the pretraining corpus
-    chatcore_every: int = -1  # ChatCORE, on --chatcore-max-cat and --chatcore-max-sample examples of each task
-    chatcore_max_cat: int = -1  # of categorical tasks; -1: all
-    chatcore_max_sample: int = 24  # of generative tasks
+    chatcore_every: int = -1  # accuracy on --chatcore-tasks, and ChatCORE of those that belong to it
+    chatcore_tasks: str = ""  # names with commas; default: those of ChatCORE
+    chatcore_max_cat: int = -1  # examples of each categorical task; -1: all
+    chatcore_max_sample: int = 24  # examples of each generative task
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
     log_every: int = 1
@@ -370,7 +371,7 @@ class ChatEvalConfig:
     temperature: float = 0.0
     top_k: int = 50  # 0: off
     max_tokens: int = 512  # of a sampled reply
-    tool: str = "calculator"  # calculator | python | none: what answers the calls in sampled replies
+    tool: str = "calculator"  # calculator | python: what answers the calls in sampled replies; empty: nothing
     max_problems: int = -1  # of each task, a random subset that is the same for every model; -1: all
     device_batch_size: int = 32  # rows read or replies drawn at once on one device
     device_type: str = ""
@@ -405,7 +406,7 @@ class ChatConfig:
     prompt: str = ""  # -p TEXT: one reply, then leave
     chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
     raw: bool = False  # continue the text as it stands; default for base models
-    tool: str = "calculator"  # calculator | python | none: what answers the calls in a chat model's replies
+    tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing
     temperature: float = 0.8
     top_k: int = 50  # 0: off
     top_p: float = 1.0
