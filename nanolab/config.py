@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 T = TypeVar("T")
@@ -523,6 +524,18 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
         if key not in names:
             raise UserError(f"{cls.__name__} has no field {key!r}{nearest(key, names)}; the file is from another version of nanolab")
     return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UserError for a file that is missing or is not TOML."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} cannot be read as TOML ({error}); expected lines like name = \"nanolab\"; mend it or name another") from None
 
 
 def main(command: Callable[[], Any]) -> None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-from nanolab.config import UserError, nearest
+from nanolab.config import UserError, nearest, read_toml
 from nanolab.data.chat import text_of
 from tasks.common import Content, Example, Task, hold_out
 
@@ -145,14 +145,9 @@ def plain(text: str) -> str:
 
 def read_facts(path: Path) -> dict[str, str]:
     """The fields of a TOML file. Raises UserError for a file or field that is missing, unknown or not text."""
-    import tomllib
-
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected a TOML with the fields {', '.join(FIELDS)}; copy tasks/identity.toml and change it")
-    try:
-        facts = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML ({error}); expected lines like name = \"nanolab\"; mend it") from None
+    facts = read_toml(path)
     for field in [*facts, *FIELDS]:
         if field not in FIELDS:
             raise UserError(f"{path} has the field {field!r}; expected {', '.join(FIELDS)}{nearest(field, list(FIELDS))}")
