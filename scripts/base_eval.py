@@ -68,7 +68,7 @@ def measure(cfg: BaseEvalConfig, run_dir, model, tokenizer, meta: dict, rt) -> d
     from nanolab.runtime import print0
     from nanolab.training.models import read_json
 
-    recorded = read_json(run_dir / "config.json")
+    recorded = meta["origin"]["pretraining"] if "origin" in meta else read_json(run_dir / "config.json")  # a fine-tuned model's is the first model's
     data = open_data(data_config(cfg, recorded), recorded.get("seed", 0))
     if meta.get("val_fingerprint", data.val_fingerprint) != data.val_fingerprint:
         print0("note: this is not the validation text that the run was measured on while training")

@@ -26,7 +26,9 @@ from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime, progress
 
-PLACES = 256  # conversations that wait for a row they fit
+# Conversations that wait for a row they fit. Padding of rows of 512 with 64, 256, 1024 places: 2.6, 1.4, 0.9 % (25,000 chats and
+# school problems of 276 tokens in the mean); but the more wait, the more alike are those that are left at an epoch's end.
+PLACES = 256
 ARRIVAL_BITS = 32
 IGNORED = -1  # a target that is not counted
 

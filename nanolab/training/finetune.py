@@ -104,7 +104,7 @@ def _read_stages(path: Path, common: dict[str, Any]) -> list[Stage]:
 
     expected = 'expected [[stage]] tables, each with tasks = "NAME:WEIGHT,..."'
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"--stages {path}: {error}; {expected}; mend the file") from None
     tables = content.pop("stage", [])

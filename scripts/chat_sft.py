@@ -1,0 +1,248 @@
+"""Fine-tune a model on conversations: python -m scripts.chat_sft --model NAME --tasks MIXTURE (see --help for every flag)."""
+
+import os
+from typing import Any, NamedTuple
+
+from nanolab.config import SFTConfig, UserError, main, parse, to_json
+
+EVAL_TOKENS = {"cuda": 40 * 524288}  # held out, of conversations and of text, by device; elsewhere:
+EVAL_TOKENS_ELSEWHERE = 65536
+
+
+class Part(NamedTuple):
+    """A stage with its data."""
+
+    stage: Any  # finetune.Stage
+    steps: int
+    batches: Any  # ConversationBatches
+
+
+def run(cfg: SFTConfig) -> int:
+    from nanolab import runtime
+    from nanolab.training.models import find_model, recorded
+
+    going_on = cfg.resume and not cfg.dry_run and cfg.run and recorded(cfg.run)  # such a run needs nothing of the model that it started from
+    found = None if going_on else find_model(cfg.model, kind="base")
+    name = cfg.run or f"{found.name}-sft"
+    before = recorded(name) if cfg.resume else {}
+    dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
+    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
+    try:
+        return dry_run(cfg, rt, name, found) if cfg.dry_run else train(cfg, rt, name, found)
+    finally:
+        rt.close()
+
+
+def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
+    """Print the plan and stop."""
+    from nanolab.data.tokenizer import Tokenizer
+    from nanolab.runtime import print0
+    from nanolab.training import finetune
+
+    origin = finetune.Origin.found(found)
+    parts, plan, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt)
+    for line in describe(cfg, name, origin, parts, plan, rt):
+        print0(line)
+    print0("dry run: nothing was trained")
+    return 0
+
+
+def train(cfg: SFTConfig, rt, name: str, found) -> int:
+    import torch
+
+    from nanolab.data.conversations import Staged
+    from nanolab.data.loader import Prefetch
+    from nanolab.data.tokenizer import Tokenizer
+    from nanolab.model.gpt import GPT
+    from nanolab.runtime import print0
+    from nanolab.training import finetune
+    from nanolab.training.checkpoint import load_meta
+    from nanolab.training.loop import Every, fit
+    from nanolab.training.models import find_model, load_model, read_metrics
+    from nanolab.training.optim import MuonAdamW
+    from nanolab.training.recipes import param_groups
+    from nanolab.training.run import Run
+
+    record = Run.start(name, to_json(cfg), rt, resume=cfg.resume, kind="sft")
+    if record.finished:
+        print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
+        record.close()
+        return 0
+    if record.resume_from:
+        origin = finetune.Origin.of(load_meta(record.resume_from))
+        model = GPT(origin.model, rt.dtype).to(rt.device)  # fit loads its weights
+    else:
+        found = found or find_model(cfg.model, kind="base")
+        origin = finetune.Origin.found(found)
+        model, _, _ = load_model(found, rt)
+    tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
+    parts, plan, text = prepare(cfg, origin, tokenizer, rt)
+    record.identify(
+        origin=origin.facts(), stages=[to_json(part.stage) for part in parts], conversations=[part.batches.survey.fingerprint for part in parts],
+        **({"data_fingerprint": text.fingerprint, "val_fingerprint": text.val_fingerprint} if text else {}),
+    )  # fmt: skip
+    for line in describe(cfg, name, origin, parts, plan, rt):
+        print0(line)
+
+    optimizer = MuonAdamW(param_groups(model, origin.rates(cfg), plan), rt)
+    if cfg.load_optimizer and not record.resume_from:
+        optimizer.load_state_dict(finetune.optimizer_state(found))
+    torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
+    step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
+    batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt)
+    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt)
+    try:
+        fit(
+            record, model, optimizer, batches, plan,
+            lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
+            Every(
+                log=cfg.log_every, eval_steps=judge.loss_steps | judge.chatcore_steps, save=cfg.save_every, keep=cfg.keep,
+                grad_norm=cfg.log_grad_norm, evaluate=lambda: judge(batches.rows // plan.rows_per_step),
+            ),
+        )  # fmt: skip
+        if rt.is_main:
+            for line in counted(parts, plan):
+                print0(line)
+            if len(parts) > 1:
+                found_lost = finetune.forgetting(read_metrics(record.dir), list(plan.ends()))
+                print0(*finetune.forgetting_table(found_lost, list(plan.ends().values())), sep="\n")
+    finally:
+        batches.close()
+        record.close()
+    return 0
+
+
+def prepare(cfg: SFTConfig, origin, tokenizer, rt):
+    """(a Part for each stage, the plan, the pretraining text or None): all that is known before the first step."""
+    from nanolab.data.conversations import ConversationBatches, Reader, check_share, survey
+    from nanolab.data.packing import PackedBatches
+    from nanolab.training import finetune
+    from tasks import mixture
+
+    finetune.check_chat_tokens(origin.model, tokenizer)
+    stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size)
+    replayed = [check_share(stage.replay) > 0 for stage in stages]
+    text = open_text(cfg, origin) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
+    replay = PackedBatches(text.train, tokenizer, seq_len=shape.seq_len, device_batch_size=1, rows_per_step=shape.rows_per_step) if any(replayed) else None
+    parts = []
+    for stage, with_text in zip(stages, replayed):
+        reader = Reader(mixture(stage.tasks, "train", cfg.data, seed=cfg.seed), tokenizer, shape.seq_len + 1, cfg.long)
+        batches = ConversationBatches(
+            reader, survey(reader, rt), device_batch_size=shape.device_batch_size, rows_per_step=shape.rows_per_step, rank=rt.rank, world_size=rt.world_size,
+            seed=cfg.seed, epochs=None if stage.num_iterations > 0 else stage.epochs, replay=replay if with_text else None, share=stage.replay,
+        )  # fmt: skip
+        steps = stage.num_iterations if stage.num_iterations > 0 else -(-batches.rows_in(stage.epochs) // shape.rows_per_step)
+        parts.append(Part(stage, steps, batches))
+    return parts, finetune.make_plan(cfg, origin, shape, [(part.stage, part.steps) for part in parts]), text
+
+
+def open_text(cfg: SFTConfig, origin):
+    """The corpus that the model was pretrained on."""
+    from nanolab.data.corpus import open_data
+
+    pretraining = origin.rates(cfg)
+    try:
+        return open_data(pretraining, pretraining.seed)
+    except UserError as error:
+        raise UserError(f"{error}. It is asked for as the pretraining text of {origin.name}; to do without it type --replay 0 --no-eval-text") from None
+
+
+class Judge:
+    """What is measured on the way, and when."""
+
+    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt) -> None:
+        self.cfg, self.parts, self.plan, self.model, self.tokenizer, self.text, self.rt = cfg, parts, plan, model, tokenizer, text, rt
+        self.limit = cfg.eval_tokens if cfg.eval_tokens > 0 else EVAL_TOKENS.get(rt.device.type, EVAL_TOKENS_ELSEWHERE)
+        self.loss_steps, self.chatcore_steps = (self.due(every) for every in (cfg.eval_every, cfg.chatcore_every))
+        self.tasks: list = []  # those of ChatCORE
+        self.rows: list = []  # those of each stage, then of the text; made at the first evaluation, so that training starts at once
+
+    def due(self, every: int) -> set[int]:
+        """Every so many steps, and at the end of each stage."""
+        return {*range(0, self.plan.num_iterations, every), *self.plan.ends()} if every > 0 else set()
+
+    def __call__(self, step: int) -> dict[str, float]:
+        metrics = self.losses() if step in self.loss_steps else {}
+        return metrics | (self.chatcore() if step in self.chatcore_steps else {})
+
+    def chatcore(self) -> dict[str, float]:
+        """chatcore/TASK: accuracy; chatcore/ChatCORE: the mean above chance, where the tasks belong to it."""
+        from nanolab.evals.chatcore import MEMBERS, chatcore
+        from nanolab.inference.engine import Engine
+        from nanolab.inference.tools import calculator
+        from tasks import build
+
+        cfg = self.cfg
+        names = [name.strip() for name in cfg.chatcore_tasks.split(",")] if cfg.chatcore_tasks else MEMBERS
+        self.tasks = self.tasks or [build(name, "test", cfg.data) for name in names]
+        engine = Engine(self.model, self.tokenizer, self.rt)
+        return chatcore(engine, self.tasks, cfg.chatcore_max_cat, cfg.chatcore_max_sample, tools=calculator)
+
+    def losses(self) -> dict[str, float]:
+        """val/loss: nats per supervised token of the stages' held-out conversations, of each stage too if there are several; val/bpb of text."""
+        import numpy as np
+
+        from nanolab.data.conversations import Reader, held_out_rows
+        from nanolab.data.packing import validation_rows
+        from nanolab.evals.bpb import bits_per_byte
+        from tasks import mixture
+
+        cfg, T, size = self.cfg, self.plan.seq_len, self.plan.device_batch_size
+        if not self.rows:
+            for part in self.parts:
+                held_out = mixture(part.stage.tasks, "test", cfg.data, seed=cfg.seed)
+                self.rows.append(held_out_rows(Reader(held_out, self.tokenizer, T + 1), self.limit))
+            if cfg.eval_text:
+                self.rows.append(validation_rows(self.text.val, self.tokenizer, T, self.limit)[:2])
+        every_token = np.ones(self.tokenizer.vocab_size, dtype=np.int32)  # the end of a turn has no bytes, but counts
+        sums = [bits_per_byte(self.model, rows, every_token, self.rt, size) for rows in self.rows[: len(self.parts)]]
+        metrics = {"val/loss": sum(s.nats for s in sums) / sum(s.n_tokens for s in sums)}
+        if len(sums) > 1:
+            metrics |= {f"val/loss/{part.stage.name}": s.nats / s.n_tokens for part, s in zip(self.parts, sums)}
+        if cfg.eval_text:
+            metrics["val/bpb"] = bits_per_byte(self.model, self.rows[-1], self.tokenizer.token_bytes(), self.rt, size).bpb
+        return metrics
+
+
+def counted(parts: list[Part], plan) -> list[str]:
+    """What becomes of the conversations, two lines per stage."""
+    lines = []
+    for stage, steps, batches in parts:
+        about = batches.survey
+        left_out = f"{about.n_dropped:,} left out (longer than a row{'' if batches.reader.long == 'drop' else ', no whole turn fits'})"
+        lines.append(
+            f"{stage.name:<15} {about.n_kept:,} conversations of {stage.tasks}: {about.n_tokens:,} tokens, {about.n_supervised / about.n_tokens:.0%} of them trained on; "
+            f"{about.n_cropped:,} cropped after a whole turn, {left_out}; the longest had {about.longest:,} tokens"
+        )
+        text = f", {stage.replay:.0%} of all rows are text" if stage.replay else ""
+        lines.append(
+            f"{'':<15} an epoch is {batches.conversation_rows(1):,} rows of {batches.T} tokens ({batches.padding(1):.1%} padding){text}; {steps:,} steps are "
+            f"{batches.epochs_in(steps * plan.rows_per_step):.2f} epochs"
+        )
+    return lines
+
+
+def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> list[str]:
+    """What the run is about to do, one aligned line per fact."""
+    from nanolab.training.console import clock
+    from nanolab.training.recipes import RECIPES
+
+    m, rates = plan.model, origin.rates(cfg)
+    fracs = ", ".join(f"{stage.lr_frac:g}" for stage in plan.stages)
+    law = f"learning rates of pretraining (x {plan.batch_scale:.4f})" if RECIPES[plan.recipe].laws else f"learning rate {rates.learning_rate * plan.batch_scale:g}"
+    begins = f"optimizer's state of {origin.name}" if cfg.load_optimizer else "fresh optimizer"
+    clip = f", gradients clipped at {plan.grad_clip:g}" if plan.grad_clip > 0 else ""
+    seconds = plan.tokens / origin.tokens_per_second if origin.tokens_per_second else None
+    return [
+        f"run             {name}: {origin.name}, depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, trained on rows of {m.sequence_len}",
+        f"device          {plan.world_size} x {rt.device_name}, {rt.dtype_name}",
+        *counted(parts, plan),
+        f"horizon         {plan.num_iterations:,} steps = {plan.tokens:,} tokens",
+        f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {plan.seq_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
+        f"rates           {plan.recipe}: {law} x {fracs}, constant, then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}; {begins}{clip}",
+        f"expected time   {f'about {clock(seconds).strip()} at the speed of pretraining' if seconds else 'unknown'}, evaluations not counted",
+    ]
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse(SFTConfig)))
