@@ -57,7 +57,7 @@ def limits(task: dict) -> None:
         ("RLIMIT_FSIZE", task["disk_mib"] << 20, task["disk_mib"] << 20),
         ("RLIMIT_NOFILE", OPEN_FILES, OPEN_FILES),
         ("RLIMIT_CORE", 0, 0),
-        ("RLIMIT_AS", task["memory_mib"] << 20, task["memory_mib"] << 20),
+        *([("RLIMIT_AS", task["memory_mib"] << 20, task["memory_mib"] << 20)] if LINUX else []),  # macOS refuses it
     ):
         resource.setrlimit(getattr(resource, name), (soft, hard))
 
@@ -115,7 +115,7 @@ REFUSED = {
     "pidfd_send_signal:424:424 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440 kcmp:312:272 "
     "setpriority:141:140 sched_setaffinity:203:122 sched_setscheduler:144:119 sched_setparam:142:118 sched_setattr:314:274 "
     "ioprio_set:251:30 migrate_pages:256:238 move_pages:279:239",
-    # what Landlock leaves open on files that it does not let one write
+    # what Landlock leaves open on files that it does not let one write; truncate only before its version 3
     "file attributes": "chmod:90: fchmod:91:52 fchmodat:268:53 chown:92: lchown:94: fchown:93:55 fchownat:260:54 utime:132: utimes:235: "
     "futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 removexattr:197:14 lremovexattr:198:15 "
     "fremovexattr:199:16 truncate:76:45",

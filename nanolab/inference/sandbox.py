@@ -5,9 +5,9 @@ On Linux, none of these needs a privilege, each stands alone, and `Outcome.isola
   seccomp     one process and its threads: no other is started or signalled; no sockets, no file modes (x86-64, aarch64)
   namespaces  no network, no other process in sight, the folder is a small disk in memory (where users may make them)
 Everywhere: a fresh interpreter (-I -S), a scrubbed environment, limits of time, memory, file size and output, and an end
-for every process that it started. Without Linux the program can read and write what its user can, has the network, and a
-process that leaves its group outlives it; without landlock the first of these holds. Names and sizes of files can always
-be probed by one who guesses the path. Works from any thread, many at once. Imports no torch.
+for every process that it started. Without landlock the program can read and write what its user can. Without Linux it
+also has the network and memory without limit, and a process that leaves its group outlives it. Whether a path exists,
+and its size, can always be found out by one who guesses it. Works from any thread, many at once. Imports no torch.
 """
 
 import json
@@ -69,7 +69,9 @@ def check_program(
     return _run({"program": program, "check": True}, {"checks": checks, "nonce": nonce}, "", timeout, memory_mib, output_bytes, layers)
 
 
-def _run(task: dict[str, Any], secret: dict[str, str] | None, stdin: str, timeout: float, memory_mib: int, output_bytes: int, layers) -> Outcome:
+def _run(
+    task: dict[str, Any], secret: dict[str, str] | None, stdin: str, timeout: float, memory_mib: int, output_bytes: int, layers: Collection[str]
+) -> Outcome:
     folder = tempfile.mkdtemp(prefix="nanolab-sandbox-")
     task |= {"folder": folder, "timeout": timeout, "memory_mib": memory_mib, "disk_mib": DISK_MIB, "layers": list(layers)}
     blocks = [json.dumps(part).encode() for part in (task, secret)]
