@@ -129,9 +129,9 @@ def test_the_clip_stops_a_token_exactly_where_it_has_gone_far_enough(ratio, adva
 
 
 def test_one_side_of_the_clip_alone():
-    for ratio, advantage, o, stopped in [(3.0, 1.0, OBJECTIVES["low"], False), (0.1, -1.0, OBJECTIVES["low"], True), (3.0, 1.0, OBJECTIVES["high"], True), (0.1, -1.0, OBJECTIVES["high"], False)]:
+    for ratio, advantage, side, stopped in [(3.0, 1.0, "low", False), (0.1, -1.0, "low", True), (3.0, 1.0, "high", True), (0.1, -1.0, "high", False)]:
         lp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        (gradient,) = torch.autograd.grad(policy_loss(o, lp, torch.zeros(1, 1), None, torch.ones(1, 1).bool(), torch.tensor([advantage]), MAX), lp)
+        (gradient,) = torch.autograd.grad(policy_loss(OBJECTIVES[side], lp, torch.zeros(1, 1), None, torch.ones(1, 1).bool(), torch.tensor([advantage]), MAX), lp)
         assert (gradient.item() == 0.0) is stopped
 
 

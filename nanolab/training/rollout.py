@@ -1,0 +1,457 @@
+"""Reinforcement learning's batches: prompts -> replies of the model itself -> rewards -> rows to train on.
+
+A rollout is `examples_per_step` prompts with `num_samples` replies each, drawn from the model as it is. `Rollouts` makes
+one whenever the loop asks for a micro-batch and the last one has been used up, which is after `updates_per_batch` passes
+over it, each of them one optimizer step. A reply depends on the weights, the seed and its place (rollout, prompt, sample)
+alone: not on the number of ranks, on the other replies or on what was drawn before. So the state is a number; between two
+updates on the same rollout it holds the rollout too, because the weights that drew it are gone.
+
+The probabilities trained are the model's own, at temperature 1 over the whole vocabulary, with every dropout off. With
+another --temperature, or with --top-k, the replies come from a sharper distribution than that.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanolab.config import RLConfig, UserError, nearest
+from nanolab.data.chat import parse_reply, render_prompt
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.engine import Engine
+from nanolab.inference.sampling import COLDEST, check_settings
+from nanolab.model.accounting import train_flops_per_token
+from nanolab.runtime import Runtime, print0
+from nanolab.training.checkpoint import write_text
+from nanolab.training.finetune import MOMENTUM_STEPS, PEAK_MOMENTUM, Origin
+from nanolab.training.guards import undisturbed
+from nanolab.training.policy import ADVANTAGES, NORMALISERS, Objective, clipped, k3, policy_loss
+from nanolab.training.recipes import warmup
+from nanolab.training.schedule import Plan
+
+FILE = "rollouts.jsonl"
+
+
+class Task(Protocol):
+    """What is asked of a task; see tasks/common.py."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+    def example(self, i: int) -> Any: ...  # .messages end with the reference's turn
+    def rewards(self, example: Any, content: Any) -> dict[str, float]: ...  # content: an assistant's, as chat.parse_reply gives it
+
+
+class Part(NamedTuple):
+    """One summand of the reward: weight times the task's value of that name, at most `cap` in size."""
+
+    name: str
+    weight: float
+    cap: float = math.inf
+
+    def of(self, values: dict[str, float]) -> float:
+        return max(-self.cap, min(self.cap, self.weight * values[self.name]))
+
+
+def reward_parts(text: str, known: Sequence[str]) -> list[Part]:
+    """"correct=1,format=0.1:0.3" -> parts: name=weight or name=weight:cap. known: the names that the task gives values for."""
+    parts = []
+    for item in text.split(","):
+        name, _, numbers = item.strip().partition("=")
+        weight, colon, cap = numbers.partition(":")
+        try:
+            part = Part(name.strip(), float(weight), float(cap) if colon else math.inf)
+        except ValueError:
+            raise UserError(f"--reward has {item.strip()!r}; expected NAME=WEIGHT or NAME=WEIGHT:CAP; try --reward {known[0]}=1") from None
+        if part.name not in known:
+            raise UserError(f"--reward names {part.name!r}; this task gives {', '.join(known)}{nearest(part.name, list(known))}")
+        if part.name in [p.name for p in parts]:
+            raise UserError(f"--reward names {part.name!r} twice; expected each part once; add the weights")
+        if not math.isfinite(part.weight) or not part.weight or not part.cap > 0:
+            raise UserError(f"--reward has {item.strip()!r}; expected a weight other than 0 and a cap above 0; try --reward {part.name}=1")
+        parts.append(part)
+    return parts
+
+
+@dataclass
+class Reply:
+    """One reply to one prompt, and what training needs to know of it; JSON as it is."""
+
+    place: int  # in the rollout: prompt * num_samples + sample
+    example: int  # of the task
+    prompt: list[int]
+    ids: list[int]  # with the end of turn, if the model came to it
+    trained: list[bool]  # of each id: drawn from the model, not put there by a tool
+    advantage: float = 0.0
+    old: list[float] = dataclasses.field(default_factory=list)  # log probabilities under the policy that drew it; empty before the first update
+    reference: list[float] = dataclasses.field(default_factory=list)  # the same under the start model, where there is a --kl
+
+
+@dataclass
+class MicroBatch:
+    """Rows of one forward pass, padded to the longest: prompt and reply, with the trained tokens as targets."""
+
+    replies: list[Reply]
+    inputs: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, -1 where nothing is trained
+    advantages: Tensor  # (B,) fp32
+    n_targets: int  # its share of the normaliser's Z
+    old: Tensor | None = None  # (B, T) fp32, 0 where nothing is trained; None: this is the first update
+    reference: Tensor | None = None
+
+
+def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training either."""
+    model.eval()
+    return -model(inputs, targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class RLPlan(Plan):
+    """A run, resolved. A step's tokens, which replies end at will, are counted as if every reply were as long as it may be."""
+
+    lr_frac: float
+
+    def lr_multiplier(self, step: int, progress: float) -> float:
+        """--init-lr-frac of the inherited rates: warm-up, constant, linear fall over the last `warmdown_ratio`."""
+        return self.lr_frac * warmup(self, step) * (self.final_lr_frac + (1.0 - self.final_lr_frac) * self.warmdown_left(progress))
+
+    def muon_momentum(self, step: int, progress: float) -> float:
+        return 0.85 + (PEAK_MOMENTUM - 0.85) * min(1.0, step / MOMENTUM_STEPS)
+
+
+LEAST = {"examples_per_step": 1, "num_samples": 2, "device_batch_size": 1, "max_new_tokens": 1, "updates_per_batch": 1, "num_epochs": 1, "rollout_batch_size": 0}
+
+
+def make_plan(cfg: RLConfig, origin: Origin, prompts: int, world_size: int) -> RLPlan:
+    """prompts: in one epoch. Raises UserError for numbers that do not fit together."""
+    P, G, B = cfg.examples_per_step, cfg.num_samples, cfg.device_batch_size
+    for name, least in LEAST.items():
+        if getattr(cfg, name) < least:
+            why = ": an advantage is how a reply compares with the others" if name == "num_samples" else ""
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least {least}{why}")
+    check_settings(cfg.temperature, cfg.top_k, 1.0)
+    if cfg.temperature < COLDEST:
+        raise UserError(f"--temperature is {cfg.temperature:g}: all replies to a prompt would be the same; expected above 0; try --temperature 1")
+    if P % world_size:
+        fitting = -(-P // world_size) * world_size
+        raise UserError(f"{P} prompts in a rollout cannot be shared by {world_size} ranks; expected a multiple; try --examples-per-step {fitting}")
+    mine = P * G // world_size
+    if mine % B:
+        fitting = max(n for n in range(1, B) if mine % n == 0)
+        shape = f"{P} prompts x {G} samples" + (f" / {world_size} ranks" if world_size > 1 else "")
+        raise UserError(f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try --device-batch-size {fitting}")
+    steps = max(1, prompts * cfg.num_epochs // P) * cfg.updates_per_batch
+    return RLPlan(
+        model=origin.model, num_iterations=cfg.num_iterations if cfg.num_iterations > 0 else steps, max_seconds=None,
+        total_batch_size=P * G * cfg.max_new_tokens, device_batch_size=B, grad_accum=mine // B, world_size=world_size,
+        flops_per_token=train_flops_per_token(origin.model), recipe=origin.plan["recipe"], batch_scale=origin.plan["batch_scale"],
+        weight_decay=cfg.weight_decay, warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
+        grad_clip=cfg.grad_clip, lr_frac=cfg.init_lr_frac,
+    )  # fmt: skip
+
+
+class PolicyLoss:
+    """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
+
+    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to the
+    bit, and it leaves them in the micro-batch for the updates to come.
+    """
+
+    def __init__(self, objective: Objective, max_tokens: int, runtime: Runtime):
+        self.objective, self.max_tokens, self.runtime = objective, max_tokens, runtime
+        self._sums = torch.zeros(3, device=runtime.device)
+
+    def __call__(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        o, mask = self.objective, batch.targets >= 0
+        lp = logprobs(model, batch.inputs, batch.targets)
+        if batch.old is None:
+            batch.old = lp.detach()
+        with torch.no_grad():
+            cut = (clipped(lp, batch.old, batch.advantages, o.clip_low, o.clip_high) & mask).sum()
+            away = k3(lp, batch.reference).sum() if batch.reference is not None else torch.zeros_like(cut)
+            self._sums += torch.stack([mask.sum(), cut, away])
+        return policy_loss(o, lp, batch.old, batch.reference, mask, batch.advantages, self.max_tokens)
+
+    def measure(self) -> dict[str, float]:
+        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token from the start model."""
+        tokens, cut, away = self.runtime.all_reduce_(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        return {"rl/clipped": cut / tokens} | ({"rl/kl": away / tokens} if self.objective.kl else {})
+
+
+class Rollouts:
+    """`fit`'s batches. Rank r of W answers the prompts r, r + W, ... of each rollout; all samples of a prompt are on one rank."""
+
+    def __init__(
+        self, cfg: RLConfig, objective: Objective, model: nn.Module, engine: Engine, task: Task, runtime: Runtime, folder: Path,
+        tools: Callable[[str], str] | None = None, reference: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        """folder: where rollouts.jsonl is written. reference: the start model, where objective.kl is not 0."""
+        self.cfg, self.objective, self.model, self.engine, self.task, self.runtime = cfg, objective, model, engine, task, runtime
+        self.tools, self.reference = tools, reference
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self._passed_over = False  # whether it was said that prompts are
+        self.room = engine.limit - cfg.max_new_tokens  # tokens of a prompt at most
+        self._nth(0)  # where no prompt fits, it is said now
+        first = task.example(0)
+        self.parts = reward_parts(cfg.reward, list(task.rewards(first, first.messages[-1]["content"])))
+        self.made = 0  # rollouts so far
+        self.micro: list[MicroBatch] = []  # this rank's, of the last rollout
+        self.handed = 0  # micro-batches of the last rollout that `next` has returned, over all passes
+        self._metrics: dict[str, float] = {}  # of a rollout just made
+        self._log = RolloutLog(folder / FILE) if runtime.is_main else None
+        self._silent = 0  # rollouts without a gradient in a row
+
+    @property
+    def updates(self) -> int:
+        """Passes over the last rollout that have been handed out."""
+        return self.handed // len(self.micro) if self.micro else self.cfg.updates_per_batch
+
+    @property
+    def epoch(self) -> float:
+        return self.made * self.cfg.examples_per_step / len(self.task)
+
+    def next(self) -> MicroBatch:
+        """The next micro-batch of this rank; a new rollout when the last one is used up. A collective call then."""
+        if self.updates == self.cfg.updates_per_batch:
+            self._roll()
+        self.handed += 1
+        return self.micro[(self.handed - 1) % len(self.micro)]
+
+    def where(self) -> str:
+        batch = self.micro[(self.handed - 1) % len(self.micro)]
+        return f"replies to {self.task.name} examples {', '.join(map(str, sorted({r.example for r in batch.replies})))}"
+
+    def measure(self) -> dict[str, float]:
+        """Means over the rollout that the last step began with, over all ranks; nothing where it went on with an older one."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank; a collective call. Between two updates on one rollout it holds that rollout."""
+        if self._log:
+            self._log.sync()
+        if self.updates == self.cfg.updates_per_batch:
+            return {"made": self.made, "updates": self.cfg.updates_per_batch, "replies": []}
+        mine = [dataclasses.asdict(reply) for batch in self.micro for reply in remembered(batch)]
+        return {"made": self.made, "updates": self.updates, "replies": self._gathered(mine)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made, self.micro, self.handed = state["made"], [], 0
+        replies = [Reply(**reply) for reply in state["replies"]]
+        if replies:
+            mine = [r for r in replies if r.place // self.cfg.num_samples % self.runtime.world_size == self.runtime.rank]
+            self.micro = self._batched(mine)
+            self.handed = state["updates"] * len(self.micro)
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    def _gathered(self, mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records of all ranks in order of their place."""
+        return sorted((r for part in self.runtime.gather_objects(mine) for r in part), key=lambda r: r["place"])
+
+    def _roll(self) -> None:
+        """Draw, score and batch a rollout; record it."""
+        began, G = time.perf_counter(), self.cfg.num_samples
+        with undisturbed(self.model, self.runtime.device):
+            replies = self._draw()
+        rows = [self._scored(reply) for reply in replies]
+        rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
+        for reply, row, advantage in zip(replies, rows, ADVANTAGES[self.objective.advantage](rewards).flatten().tolist()):
+            reply.advantage = row["advantage"] = advantage
+        self.micro, self.handed = self._batched(replies), 0
+        everywhere = self._gathered(rows)
+        if self._log:
+            self._log.write([{k: v for k, v in row.items() if k not in ("place", "ids")} for row in everywhere])
+        self.made += 1
+        self._metrics = summary(everywhere, G) | {"rl/rollout_seconds": time.perf_counter() - began}
+        self._tell(self._metrics)
+
+    def _draw(self) -> list[Reply]:
+        """This rank's replies of the next rollout."""
+        cfg, P, G = self.cfg, self.cfg.examples_per_step, self.cfg.num_samples
+        replies, seeds = [], []
+        for p in range(self.runtime.rank, P, self.runtime.world_size):
+            example, prompt = self._nth(self.made * P + p)
+            for g in range(G):
+                replies.append(Reply(p * G + g, example, prompt, [], []))
+                seeds.append(number("reply", cfg.seed, self.made, p, g))
+        size = cfg.rollout_batch_size or len(replies)
+        for lo in range(0, len(replies), size):
+            part = replies[lo : lo + size]
+            steps = self.engine.generate(
+                [r.prompt for r in part], max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
+                seed=seeds[lo : lo + size], tools=self.tools,
+            )  # fmt: skip
+            for step in steps:
+                for new in step:
+                    part[new.row].ids.append(new.token)
+                    part[new.row].trained.append(not new.forced)
+        return replies
+
+    def _nth(self, n: int) -> tuple[int, list[int]]:
+        """The n-th example of the run and its prompt's ids: every epoch is another shuffle of all.
+
+        A prompt that leaves no room for a reply is passed over: the next one that fits is asked in its place as well.
+        """
+        N = len(self.task)
+        epoch, at = divmod(n, N)
+        key = number("order", self.cfg.seed, epoch)
+        order = np.random.RandomState([key >> 32, key % 2**32]).permutation(N)  # its stream is frozen (NEP 19)
+        for k in range(N):
+            i = int(order[(at + k) % N])
+            prompt = render_prompt(self.tokenizer, self.task.example(i).messages[:-1])
+            if len(prompt) <= self.room:
+                return i, prompt
+            if not self._passed_over:
+                print0(f"{self.task.name}: prompts of more than {self.room} tokens, which leave no room for --max-new-tokens {self.cfg.max_new_tokens}, are passed over")
+            self._passed_over = True
+        raise UserError(
+            f"task {self.task.name}: not one of {N} prompts has at most {self.room} tokens, what --max-new-tokens {self.cfg.max_new_tokens} leaves of the "
+            f"{self.engine.limit} that the model reads; expected prompts that fit; lower --max-new-tokens, or take another task"
+        )
+
+    def _scored(self, reply: Reply) -> dict[str, Any]:
+        """The record of one reply: what rollouts.jsonl holds, its place and its length."""
+        example = self.task.example(reply.example)
+        values = self.task.rewards(example, parse_reply(self.tokenizer, reply.ids))
+        return {
+            "step": self.made * self.cfg.updates_per_batch, "place": reply.place, "example": reply.example, "sample": reply.place % self.cfg.num_samples,
+            "prompt": self.tokenizer.decode(reply.prompt), "reply": self.tokenizer.decode(reply.ids), "tokens": sum(reply.trained),
+            "ended": reply.ids[-1] == self.tokenizer.special("<|assistant_end|>"),
+            "parts": {name: float(v) for name, v in values.items()}, "reward": sum(part.of(values) for part in self.parts),
+        }  # fmt: skip
+
+    def _batched(self, replies: list[Reply]) -> list[MicroBatch]:
+        """Micro-batches of rows of like lengths, so that little is padded."""
+        B, ordered = self.cfg.device_batch_size, sorted(replies, key=lambda r: (len(r.prompt) + len(r.ids), r.place))
+        batches = [self._rows(ordered[i : i + B]) for i in range(0, len(ordered), B)]
+        if self.reference is not None:
+            with torch.no_grad():
+                for batch in batches:
+                    if batch.reference is None:
+                        batch.reference = logprobs(self.reference, batch.inputs, batch.targets)
+        return batches
+
+    def _rows(self, replies: list[Reply]) -> MicroBatch:
+        T = max(len(r.prompt) + len(r.ids) for r in replies) - 1
+        inputs, targets = np.full((len(replies), T), self.tokenizer.bos), np.full((len(replies), T), -1)
+        for row, r in enumerate(replies):
+            ids, at = r.prompt + r.ids, len(r.prompt) - 1  # the last prompt token's target is the reply's first
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, at : at + len(r.ids)] = np.where(r.trained, r.ids, -1)
+        device = self.runtime.device
+        batch = MicroBatch(
+            replies, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device),
+            torch.tensor([r.advantage for r in replies], dtype=torch.float32, device=device),
+            NORMALISERS[self.objective.normaliser].total(torch.from_numpy(targets >= 0)),
+        )  # fmt: skip
+        for name in ("old", "reference"):
+            if getattr(replies[0], name):
+                setattr(batch, name, torch.stack([_padded(r, getattr(r, name), T) for r in replies]).to(device))
+        return batch
+
+    def _tell(self, m: dict[str, float]) -> None:
+        """One line of what the model did; and a warning where nothing can be learnt from it."""
+        parts = " | ".join(f"{k.removeprefix('rl/part/')} {v:.3f}" for k, v in m.items() if k.startswith("rl/part/"))
+        print0(
+            f"rollout {self.made:05d} | reward {m['rl/reward']:7.4f} | {parts} | {m['rl/tokens']:5.1f} tokens | ended {m['rl/ended']:4.0%} | "
+            f"mixed groups {m['rl/mixed']:4.0%} | {m['rl/rollout_seconds']:.1f} s"
+        )
+        self._silent = 0 if m["rl/mixed"] else self._silent + 1
+        if self._silent == 1:
+            why = "with --kl alone to move the weights" if self.objective.kl else "the gradient is zero"
+            print0(
+                f"warning: all {self.cfg.num_samples} replies to each of the {self.cfg.examples_per_step} prompts have the same reward, so every advantage "
+                f"is 0: {why}. Expected some that differ; try easier or harder examples, more --num-samples, a higher --temperature, or other --reward parts"
+            )
+
+
+def _padded(reply: Reply, values: list[float], T: int) -> Tensor:
+    """(T,) fp32: the values of a reply's ids at their places in a row."""
+    row = torch.zeros(T)
+    row[len(reply.prompt) - 1 : len(reply.prompt) - 1 + len(values)] = torch.tensor(values)
+    return row
+
+
+def remembered(batch: MicroBatch) -> list[Reply]:
+    """The replies with the log probabilities that the batch has got since."""
+    found = []
+    for row, r in enumerate(batch.replies):
+        span = slice(len(r.prompt) - 1, len(r.prompt) - 1 + len(r.ids))
+        old, reference = ([] if t is None else t[row, span].tolist() for t in (batch.old, batch.reference))
+        found.append(dataclasses.replace(r, old=old, reference=reference))
+    return found
+
+
+def number(*key: Any) -> int:
+    """A number below 2^62 that depends on the key alone and looks random."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 2
+
+
+def fingerprint(task: Task) -> str:
+    """Tells apart tasks that would ask other questions, from their length and a few hundred examples."""
+    n = len(task)
+    return hashlib.sha256(repr([n, *(task.example(i) for i in range(0, n, max(1, n // 256)))]).encode()).hexdigest()
+
+
+def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
+    """Means over the records of a rollout, in order of their places."""
+    rewards = [row["reward"] for row in rows]
+    groups = [rewards[i : i + samples] for i in range(0, len(rewards), samples)]
+    means = {f"rl/part/{name}": statistics.fmean(row["parts"][name] for row in rows) for name in rows[0]["parts"]}
+    return {
+        "rl/reward": statistics.fmean(rewards), **means, "rl/tokens": statistics.fmean(row["tokens"] for row in rows),
+        "rl/ended": statistics.fmean(row["ended"] for row in rows), "rl/mixed": statistics.fmean(min(g) < max(g) for g in groups),
+    }  # fmt: skip
+
+
+class RolloutLog:
+    """rollouts.jsonl, one object per reply. The first write drops what a run that was ended after its checkpoint left of that step on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self._file is None:
+            kept = [line for line in self._lines() if line["step"] < rows[0]["step"]]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(self.path, "ab")
+        try:
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What is there already, without a line that a crash tore."""
+        found = []
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def sync(self) -> None:
+        if self._file:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
