@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nanolab.config import BaseTrainConfig, GPTConfig, SFTConfig, UserError, from_json, nearest
+from nanolab.config import BaseTrainConfig, GPTConfig, SFTConfig, UserError, from_json, nearest, read_toml
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.training import checkpoint
@@ -100,13 +100,8 @@ def stages_of(cfg: SFTConfig) -> list[Stage]:
 
 
 def _read_stages(path: Path, common: dict[str, Any]) -> list[Stage]:
-    import tomllib
-
     expected = 'expected [[stage]] tables, each with tasks = "NAME:WEIGHT,..."'
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"--stages {path}: {error}; {expected}; mend the file") from None
+    content = read_toml(path)
     tables = content.pop("stage", [])
     if content or not isinstance(tables, list) or not tables:
         raise UserError(f"--stages {path} has {'the field ' + next(iter(content)) if content else 'no [[stage]]'}; {expected}; mend the file")
