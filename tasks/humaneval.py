@@ -43,7 +43,8 @@ class HumanEval(Task):
 def parse(row: Reader) -> Example:
     prompt, name = row.get("prompt", str), row.get("entry_point", str)
     solution, test = row.get("canonical_solution", str), row.get("test", str)
-    problem = Problem(prompt, name, f"{test}\n\ncheck({name})\n")
+    helpers = prompt[: prompt.rindex(f"def {name}(")]  # the checks use the prompt's own: a reply may have replaced them
+    problem = Problem(prompt, name, f"{helpers}\n\n{test}\n\ncheck({name})\n")
     question = f"Complete this Python function. Reply with the whole function.\n\n```python\n{prompt.strip()}\n```"
     reply = f"```python\n{(prompt + solution).strip()}\n```"
     return Example([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], problem)

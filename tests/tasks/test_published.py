@@ -28,7 +28,7 @@ ADD = {
     "task_id": "x/0", "entry_point": "add_twice",
     "prompt": 'import math\n\ndef twice(x):\n    return 2 * x\n\ndef add_twice(a, b):\n    """Both, doubled."""\n',
     "canonical_solution": "    return twice(a) + math.floor(twice(b))\n",
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 6\n",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == twice(3)\n",
 }  # fmt: skip
 SUMS = {"question": "2 and 3, doubled?", "answer": "Both are 2+3=<<2+3=5>>5.\nTwice that is $<<5*2=10>>10.\n#### 1,000"}
 ROWS = {  # spec -> split, file, rows
@@ -120,6 +120,8 @@ def test_humaneval_grades_in_the_sandbox(local):
     assert task.rewards(example, example.messages[-1]["content"]) == {"correct": 1.0, "format": 1.0}
     assert task.rewards(example, "    return 0\n") == {"correct": 0.0, "format": 0.0}
     assert task.rewards(example, "def add_twice(a, b):\n    raise SystemExit(0)")["correct"] == 0.0
+    cheat = "def twice(x):\n    return 0\n\ndef add_twice(a, b):\n    return 0\n"
+    assert task.rewards(example, cheat)["correct"] == 0.0, "the checks must use the prompt's helper, not the reply's"
 
 
 def test_the_first_block_counts():
