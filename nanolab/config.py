@@ -392,7 +392,7 @@ class GenChatConfig:
     num: int = 1000  # conversations
     workers: int = 4  # requests at a time
     temperature: float = 1.0
-    max_tokens: int = 4096  # of an answer
+    max_tokens: int = 4096  # of an answer; 0: the endpoint is not told
     response_format: str = "json_schema"  # json_schema | json_object | none: how much of the form the endpoint can be told to keep
     timeout: float = 120.0  # seconds for one answer
     seed: int = 42  # of the choices; the file keeps it

@@ -123,7 +123,9 @@ def table(result: dict) -> list[str]:
         low, high = row["interval"]
         above = centred(row["accuracy"], row["baseline"])
         lines += [f"  {spec:<20}{row['n']:>9,}{row['accuracy']:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row)}"]
-        lines += [f"  {f'  pass@{k}':<29}{p:>10.4f}  {'{:.4f} to {:.4f}'.format(*row['intervals'][k])}" for k, p in row["pass_at"].items() if int(k) in powers(row["k"])]
+        for k, p in row["pass_at"].items():
+            if int(k) in powers(row["k"]):  # a string in what was read from the file
+                lines += [f"  {f'  pass@{k}':<29}{p:>10.4f}  {'{:.4f} to {:.4f}'.format(*row['intervals'][k])}"]
     if result["chatcore"]:
         label, value, (low, high), lacks = result["chatcore"].values()
         lines += [f"  {label:<29}{value:>10.4f}  {low:.4f} to {high:.4f}{'  without ' + ', '.join(lacks) if lacks else ''}"]

@@ -16,7 +16,7 @@ examples = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(examples)
 
 ABC, ABCDE = ("A", "B", "C"), ("A", "B", "C", "D", "E")
-QUESTIONS = ["plain?", "words and words and words", "é", "only", "which of these words is a plain one, and which is not?", "A", "one two", "longer than the one before"]
+QUESTIONS = ["plain?", "words and words and words", "é", "only", "which of these words is a plain one, and which is not?", "A", "one two", "longer"]
 ARCHITECTURES = {
     "default": {},
     "windows": {"window_pattern": "SL", "window_size": 4},
