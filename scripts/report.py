@@ -18,7 +18,9 @@ def run(cfg: ReportConfig) -> int:
     from nanolab.training.checkpoint import load_meta, write_text
     from nanolab.training.models import find_model, read_json, read_metrics
 
-    found = find_model(cfg.model)
+    found = find_model(cfg.model, kind="base")
+    if (kind := load_meta(found.checkpoint)["kind"]) != "base":
+        raise UserError(f"run {found.name!r} is {kind}; expected a base run, which is all that the report tells of so far; type: {python()} -m scripts.chat_eval --model {found.name}")
     if not (found.run_dir / "eval_base.json").exists():
         raise UserError(f"run {found.name!r} has not been evaluated; expected {found.run_dir / 'eval_base.json'}; type: {python()} -m scripts.base_eval --model {found.name}")
     measured = read_json(found.run_dir / "eval_base.json")
