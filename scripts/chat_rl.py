@@ -120,6 +120,7 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
     kl = f", divergence from {origin.name} x {objective.kl:g}" if objective.kl else ""
     mixed = "" if ALGORITHMS[cfg.algorithm] == objective else " with changes"
     updates = f", {cfg.updates_per_batch} updates on each" if cfg.updates_per_batch > 1 else ""
+    fall = f"falling to {cfg.final_lr_frac:g} of it over the last {cfg.warmdown_ratio:.0%}" if cfg.warmdown_ratio > 0 else "constant"
     held = f"; {cfg.eval_split}: {cfg.eval_examples} x {cfg.eval_samples} every {cfg.eval_every} steps" if cfg.eval_every > 0 else ""
     return [
         f"run             {name}: from {origin.name}, depth {m.n_layer}, width {m.n_embd}, rows of {m.sequence_len}",
@@ -130,7 +131,7 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
         f"rollouts        {cfg.examples_per_step} prompts x {cfg.num_samples} replies of at most {cfg.max_new_tokens} tokens, "
         f"temperature {cfg.temperature:g}, top-k {cfg.top_k}{updates}",
         f"batch           {plan.device_batch_size} replies x {plan.world_size} ranks x {plan.grad_accum} accumulation",
-        f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, falling to {cfg.final_lr_frac:g} of it over the last {cfg.warmdown_ratio:.0%}",
+        f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, {fall}",
         f"horizon         {plan.num_iterations:,} steps, {plan.num_iterations / cfg.updates_per_batch * cfg.examples_per_step / len(task):.2f} epochs",
     ]
 

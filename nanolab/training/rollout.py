@@ -212,7 +212,7 @@ class Rollouts:
         self.handed = 0  # micro-batches of the last rollout that `next` has returned, over all passes
         self._metrics: dict[str, float] = {}  # of a rollout just made
         self._log = RolloutLog(folder / FILE) if runtime.is_main else None
-        self._silent = 0  # rollouts without a gradient in a row
+        self._warned = False  # of a rollout without a gradient; its line says so each time
 
     @property
     def updates(self) -> int:
@@ -372,8 +372,8 @@ class Rollouts:
             f"rollout {self.made:05d} | reward {m['rl/reward']:7.4f} | {parts} | {m['rl/tokens']:5.1f} tokens | ended {m['rl/ended']:4.0%} | "
             f"mixed groups {m['rl/mixed']:4.0%} | {m['rl/rollout_seconds']:.1f} s"
         )
-        self._silent = 0 if m["rl/mixed"] else self._silent + 1
-        if self._silent == 1:
+        if not m["rl/mixed"] and not self._warned:
+            self._warned = True
             why = "with --kl alone to move the weights" if self.objective.kl else "the gradient is zero"
             print0(
                 f"warning: all {self.cfg.num_samples} replies to each of the {self.cfg.examples_per_step} prompts have the same reward, so every advantage "
