@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
 nanolab/config.py nanolab/presets.py nanolab/runtime.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/conversations.py
 nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py nanolab/model/kernels.py
 nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py nanolab/model/gpt.py
 nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
-nanolab/inference/engine.py nanolab/inference/cache.py nanolab/inference/sampling.py
-nanolab/evals/bpb.py
-scripts/base_train.py scripts/chat_cli.py
+nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
+nanolab/inference/engine.py nanolab/inference/cache.py nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/sandbox.py
+nanolab/evals/bpb.py nanolab/evals/generative.py
+scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py
 """.split()
 
 
