@@ -7,6 +7,7 @@ import textwrap
 
 import pyarrow.parquet as pq
 import pytest
+from packaging.requirements import Requirement
 
 from nanolab.config import DataConfig, UserError
 from nanolab.data import pydocs
@@ -140,7 +141,8 @@ def test_long_documents_are_cut_between_paragraphs():
 
 def test_sources_are_the_standard_library_and_required_distributions_only():
     found, _ = pydocs.required_distributions()
-    names = [r.split(";")[0].split(">")[0].split("[")[0].strip() for r in importlib.metadata.requires("nanolab") if "extra ==" not in r]
+    required = [Requirement(r) for r in importlib.metadata.requires("nanolab")]
+    names = [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     assert {n.lower().replace("_", "-") for n in names} <= found.keys()
     assert not found.keys() & {"pytest", "hypothesis", "nanolab"}
     files, versions, _ = pydocs.source_files()

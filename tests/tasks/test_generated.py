@@ -287,7 +287,7 @@ def test_a_model_gets_the_name_of_its_file(tmp_path):
         (('version = "0.1"', ""), "no field version"),
         (('version = "0.1"', "version = 0.1"), "version is 0.1; expected text"),
         (('name = "nanolab"', 'name = ""'), "name is ''"),
-        (('name = "nanolab"', "name = nanolab"), "is not TOML .*line 2"),
+        (('name = "nanolab"', "name = nanolab"), "cannot be read as TOML .*line 2"),
     ],
 )
 def test_identities_that_cannot_be(tmp_path, change, complaint):
