@@ -134,7 +134,7 @@ def three(run_ranks, four):
     return run_ranks(several, 3, merged([rank[0][1] for rank in four]))
 
 
-RANKS = pytest.mark.parametrize("ranks", ["two", "three", "four"])
+RANKS = pytest.mark.parametrize("ranks", ["two", pytest.param("three", marks=pytest.mark.slow), "four"])
 
 
 @RANKS

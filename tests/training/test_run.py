@@ -238,7 +238,7 @@ def test_wandb_offline_keeps_its_run_id(quiet_wandb):
     save(run, 1)
     run.close()
     start(resume=True, wandb="offline").close()
-    ids = [p.name.split("-")[-1] for p in run.dir.glob("wandb/offline-run-*")]
+    ids = [p.name.split("-")[3] for p in run.dir.glob("wandb/offline-run-*")]  # offline-run-TIME-ID, and -1 for a second one within the same second
     assert len(ids) == 2 and set(ids) == {run.env["wandb_id"]}
 
 
