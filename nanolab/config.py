@@ -248,6 +248,7 @@ class BaseEvalConfig(DataConfig):
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     modes: str = "bpb,sample"
     split_tokens: int = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
+    train_text: bool = True  # score training text too, beside the validation text
     device_batch_size: int = 32
     device_type: str = ""
     seed: int = 42
@@ -422,6 +423,7 @@ class ReportConfig:
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     output: str = "report.md"  # a copy is kept in the run directory
+    price_per_hour: float = 0.0  # of one device, in dollars; 0: no costs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Evaluate a base model: python -m scripts.base_eval [--model NAME] [--modes bpb,sample] [--split-tokens N].
 
-bpb: bits per byte on training and validation text, beside compressors on the same validation text. sample: what it
-writes. Results go to eval_base.json in the run directory.
+bpb: bits per byte on training and validation text (--no-train-text: on the latter alone), beside compressors on the same
+validation text. sample: what it writes. Results go to eval_base.json in the run directory.
 """
 
 import json
@@ -58,7 +58,7 @@ def evaluate(cfg: BaseEvalConfig, modes: list[str], rt) -> int:
 
 
 def measure(cfg: BaseEvalConfig, run_dir, model, tokenizer, meta: dict, rt) -> dict:
-    """{"train": {...}, "val": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
+    """{"train": {...} (with --train-text), "val": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
     import numpy as np
 
     from nanolab.data.corpus import open_data
@@ -75,7 +75,8 @@ def measure(cfg: BaseEvalConfig, run_dir, model, tokenizer, meta: dict, rt) -> d
     T = model.config.sequence_len
     limit = cfg.split_tokens if cfg.split_tokens > 0 else SPLIT_TOKENS.get(rt.device.type, SPLIT_TOKENS_ELSEWHERE)
     lengths = tokenizer.token_bytes()
-    splits = {"train": [(source, max(1, round(weight * limit))) for source, weight in data.train], "val": [(data.val, limit)]}
+    splits = {"train": [(source, max(1, round(weight * limit))) for source, weight in data.train]} if cfg.train_text else {}
+    splits["val"] = [(data.val, limit)]
     result: dict = {"data": cfg.data_dir or cfg.data or recorded["data_dir"] or recorded["data"]}
     for split, sources in splits.items():
         rows = [validation_rows(documents, tokenizer, T, tokens) for documents, tokens in sources]
@@ -106,10 +107,10 @@ def beginning(documents, n_bytes: int) -> bytes:
 
 def table(result: dict) -> list[str]:
     """Bits per byte, one line per reader of the text."""
-    val, train = result["val"], result["train"]
     lines = [f"bits per byte of {result['model']}@{result['step']} on {result['data']}"]
-    lines += [f"  {'model, validation':<20}{val['bpb']:>8.4f}   {val['bytes']:,} bytes, {val['tokens']:,} tokens"]
-    lines += [f"  {'model, training':<20}{train['bpb']:>8.4f}   {train['bytes']:,} bytes, {train['tokens']:,} tokens"]
+    for split, label in (("val", "model, validation"), ("train", "model, training")):
+        if split in result:
+            lines += [f"  {label:<20}{result[split]['bpb']:>8.4f}   {result[split]['bytes']:,} bytes, {result[split]['tokens']:,} tokens"]
     return lines + [f"  {name:<20}{bpb:>8.4f}   the same validation text" for name, bpb in result.get("compressors", {}).items()]
 
 

@@ -91,15 +91,25 @@ def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     return {
         "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "baseline": task.baseline, "n": result.n, "k": result.k,
         "accuracy": result.accuracy, "interval": result.interval, "pass_at": result.pass_at, "intervals": result.intervals,
-        "too_long": result.too_long, "replies": len(result.replies), "cut": cut, "seconds": time.perf_counter() - began,
-        "examples": [shown(task, reply) for reply in result.replies[:: result.k][:SHOWN]],
+        "too_long": result.too_long, "replies": len(result.replies), "cut": cut, "called": called(result.replies), "seconds": time.perf_counter() - began,
+        "examples": [shown(task, reply, cfg.tool) for reply in result.replies[:: result.k][:SHOWN]], "outcomes": result.outcomes,
     }  # fmt: skip
 
 
-def shown(task, reply) -> dict:
-    """A reply beside its question and the task's own answer."""
-    messages = task.example(reply.index).messages
-    return {"index": reply.index, "question": messages[-2]["content"], "reply": reply.content, "correct": reply.correct, "reference": messages[-1]["content"]}
+def called(replies) -> float:
+    """The share of replies that call a tool."""
+    from nanolab.data.chat import parts_of
+
+    return sum(any(part["type"] == "python" for part in parts_of(reply.content)) for reply in replies) / max(1, len(replies))
+
+
+def shown(task, reply, tool: str) -> dict:
+    """A reply beside its question and the task's own answer, as people read them."""
+    from nanolab.evals.score import readable
+
+    *_, question, reference = task.example(reply.index).messages
+    texts = {"question": question["content"], "reply": readable(reply.content, tool), "reference": readable(reference["content"], tool)}
+    return {"index": reply.index, **texts, "correct": reply.correct}
 
 
 def score(tasks: dict[str, dict]) -> dict | None:
@@ -118,17 +128,18 @@ def table(result: dict) -> list[str]:
     s = result["settings"]
     replies = f"{s['num_samples']} {'reply' if s['num_samples'] == 1 else 'replies'} of at most {s['max_tokens']} tokens"
     lines = [f"chat evaluation of {result['model']}@{result['step']} ({result['kind']}): {replies}, temperature {s['temperature']:g}, tool {s['tool'] or 'none'}"]
-    lines += [f"  {'task':<20}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"]
+    width = max(20, *(len(spec) + 1 for spec in result["tasks"]))
+    lines += [f"  {'task':<{width}}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"]
     for spec, row in result["tasks"].items():
         low, high = row["interval"]
         above = centred(row["accuracy"], row["baseline"])
-        lines += [f"  {spec:<20}{row['n']:>9,}{row['accuracy']:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row)}"]
+        lines += [f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row)}"]
         for k, p in row["pass_at"].items():
             if int(k) in powers(row["k"]):  # a string in what was read from the file
-                lines += [f"  {f'  pass@{k}':<29}{p:>10.4f}  {'{:.4f} to {:.4f}'.format(*row['intervals'][k])}"]
+                lines += [f"  {f'  pass@{k}':<{width + 9}}{p:>10.4f}  {'{:.4f} to {:.4f}'.format(*row['intervals'][k])}"]
     if result["chatcore"]:
         label, value, (low, high), lacks = result["chatcore"].values()
-        lines += [f"  {label:<29}{value:>10.4f}  {low:.4f} to {high:.4f}{'  without ' + ', '.join(lacks) if lacks else ''}"]
+        lines += [f"  {label:<{width + 9}}{value:>10.4f}  {low:.4f} to {high:.4f}{'  without ' + ', '.join(lacks) if lacks else ''}"]
     return lines
 
 

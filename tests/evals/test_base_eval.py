@@ -83,6 +83,34 @@ def test_other_text_can_be_given(world, tmp_path, capsys):
     assert (result["train"]["bytes"], result["data"]) == (len(train.read_text()), str(train))
 
 
+def test_the_training_text_can_be_left_out(world, capsys):
+    run_dir, *_ = world
+    run(config(modes="bpb", split_tokens=300))
+    both = json.loads((run_dir / "eval_base.json").read_text())
+    (run_dir / "eval_base.json").unlink()
+    capsys.readouterr()
+    run(config(modes="bpb", split_tokens=300, train_text=False))
+    assert json.loads((run_dir / "eval_base.json").read_text()) == {k: v for k, v in both.items() if k != "train"}
+    out = capsys.readouterr().out
+    assert "model, validation" in out and "model, training" not in out
+
+
+def test_a_fine_tuned_model_is_measured_on_the_text_of_the_first_one(world, tmp_path):
+    """The same weights under another kind: the same score of the same bytes, whatever the run's own flags are called."""
+    run_dir, tokenizer, text = world
+    run(config(modes="bpb", split_tokens=300))
+    base = json.loads((run_dir / "eval_base.json").read_text())
+    tuned = run_dir.parent / "tuned"
+    meta = checkpoint.load_meta(run_dir / "checkpoints" / "step_000007")
+    weights = checkpoint.load_weights(run_dir / "checkpoints" / "step_000007")
+    origin = {"name": "even@7", "pretraining": json.loads((run_dir / "config.json").read_text()), "plan": {}}
+    checkpoint.save(tuned / "checkpoints", 3, weights=weights, optimizer=None, meta={**meta, "kind": "sft", "origin": origin}, runtime=RUNTIME)
+    tokenizer.save(tuned / "tokenizer")
+    (tuned / "config.json").write_text(json.dumps({"data": "a folder of chats", "seed": 3}))
+    run(config(model="tuned", modes="bpb", split_tokens=300))
+    assert json.loads((tuned / "eval_base.json").read_text()) == base | {"model": "tuned", "step": 3}
+
+
 def test_a_mixture_gives_each_source_its_share_of_the_training_tokens(world, tmp_path, capsys):
     run_dir, tokenizer, text = world
     (tmp_path / "b.txt").write_text("zzzz " * 4000)

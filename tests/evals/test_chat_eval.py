@@ -90,8 +90,11 @@ def test_accuracies_are_those_of_what_was_learned(world, capsys):
     assert (sums["too_long"], sums["cut"], sums["replies"], science["baseline"]) == (0, 0, 4, 0.25)
     by_question = {e["question"]: e for e in sums["examples"]}
     known, wrong = by_question["10 and 7?"], by_question["4 and 4?"]
-    assert known["correct"] and known["reply"][:2] == [{"type": "python", "text": "10+7"}, {"type": "python_output", "text": "17"}]
-    assert not wrong["correct"] and wrong["reply"] == [{"type": "text", "text": "35\n#### 35"}] and "8" in str(wrong["reference"])
+    assert known["correct"] and known["reply"] == "[calculator: 10+7 = 17] 17\n#### 17" == known["reference"]
+    assert not wrong["correct"] and wrong["reply"] == "35\n#### 35" and "8" in wrong["reference"]
+    assert sums["outcomes"] == [float(by_question[q]["correct"]) for q in sorted(by_question, key=lambda q: by_question[q]["index"])]
+    assert sorted(sums["outcomes"]) == [0, 1, 1, 1] and science["outcomes"] == [1, 1, 1]
+    assert (sums["called"], science["called"]) == (0.75, 0.0)
     assert result["chatcore"]["label"] == "ChatCORE-2 of 6" and result["chatcore"]["value"] == pytest.approx((0.75 + 1.0) / 2)
     assert result["chatcore"]["lacks"] == ["arc-challenge", "mmlu", "humaneval", "spellingbee"]
     assert "ChatCORE-2 of 6" in out and "without arc-challenge, mmlu, humaneval, spellingbee" in out
@@ -101,7 +104,7 @@ def test_accuracies_are_those_of_what_was_learned(world, capsys):
 
 def test_without_a_tool_calls_stay_unanswered(world):
     (example, *_) = [e for e in world(tasks="gsm8k", tool="")["tasks"]["gsm8k"]["examples"] if e["question"] == "10 and 7?"]
-    assert example["reply"][0] == {"type": "python", "text": "10+7"} and {"type": "python_output", "text": "17"} not in example["reply"]
+    assert example["reply"].startswith("[python: 10+7]") and "= 17" not in example["reply"]
 
 
 def test_by_default_all_tasks_whose_data_is_there_are_run_and_the_others_named(world, capsys, monkeypatch):
@@ -140,6 +143,8 @@ def test_more_samples_give_pass_at_k_and_splits_have_names(world, capsys):
     assert list(sums["pass_at"]) == ["1", "2", "3", "4", "5"] == list(sums["intervals"])
     assert list(sums["pass_at"].values()) == sorted(sums["pass_at"].values()) and (sums["k"], sums["replies"]) == (5, 20)
     assert sums["pass_at"]["1"] == sums["accuracy"]
+    assert len(sums["outcomes"]) == 4 and sum(sums["outcomes"]) / 4 == pytest.approx(sums["accuracy"])
+    assert {5 * share % 1 for share in sums["outcomes"]} == {0}
     row = result["tasks"]["arithmetic@3:phrasings"]
     assert (row["task"], row["split"], row["n"]) == ("arithmetic", "phrasings", 3)
     out = capsys.readouterr().out
