@@ -21,7 +21,7 @@ from nanolab.data.formats import write_documents
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.tools import calculator
 from tasks.documentation import Entry, entries_of
-from tasks.identity import FIELDS, TOPICS, phrasings
+from tasks.identity import FIELDS, TOPICS, cores, endings, sentence
 from tasks.sentences import ENDINGS, EVENTS, EXPRESSIONS, PROBLEM_QUESTIONS, SETTINGS, THINGS, VERB_PHRASES
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def said(text: str) -> dict:
 PINNED = {
     ("arithmetic", "train"): "8556a6520552", ("arithmetic", "test"): "47662056391d",
     ("arithmetic", "phrasings"): "32d8760a8af8", ("arithmetic", "problems"): "ba0ab27436b4",
-    ("identity", "train"): "99b8bc029bb2", ("identity", "test"): "2d7b3deddf03",
+    ("identity", "train"): "077d16c3f2a1", ("identity", "test"): "163a851816a8", ("identity", "name"): "280b86efded2",
     ("spelling", "train"): "2e817c44c92a", ("spelling", "seen"): "cea0648117c5", ("spelling", "test"): "ded94774d2e3",
     ("spellingbee", "train"): "bc2769959ddb", ("spellingbee", "seen"): "1d85c8c551cd", ("spellingbee", "test"): "234264c61f8d",
 }  # fmt: skip
@@ -69,7 +69,7 @@ PINNED = {
 @pytest.mark.parametrize(("name", "split"), PINNED)
 def test_references_are_pinned_conversations_that_are_graded_right(words, name, split):
     task = tasks.build(f"{name}={words}" if name.startswith("spelling") else name, split)
-    first = [task.example(i) for i in range(200)]
+    first = [task.example(i) for i in range(min(200, len(task)))]
     for example in first:
         reply = example.messages[-1]["content"]
         check_messages(example.messages)
@@ -255,17 +255,55 @@ def test_word_lists_that_cannot_be(tmp_path, content, complaint):
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_questions_are_unseen_and_the_plainest_are_not_held_out():
-    def plain(question: str) -> str:
-        return question.lower().rstrip(".?!")
+def plain(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
-    train, test = ({plain(q) for q in questions("identity", s, n)} for s, n in (("train", 4000), ("test", 500)))
-    assert not train & test
-    assert {plain("Who are you?"), plain("What is your name?")} <= train
-    every = [plain(q) for topic in TOPICS.values() for q in topic.questions]
-    assert train | test == set(every) and len(set(every)) == len(every)
-    assert 0.15 < len(test) / len(every) < 0.25
-    assert all(phrasings(topic, "test") and len(phrasings(topic, "train")) > len(phrasings(topic, "test")) for topic in TOPICS)
+
+def test_held_out_questions_are_unseen():
+    asked = {split: {plain(q) for q in questions("identity", split, n)} for split, n in (("train", 8000), ("test", 500), ("name", 150))}
+    assert not asked["train"] & (asked["test"] | asked["name"])
+    assert {plain("Who are you?"), plain("What is your name?")} <= asked["train"]
+    held = {plain(core) for topic in TOPICS for group in cores(topic, True, "nanolab") for core in group}
+    kept = [plain(core) for topic in TOPICS for group in cores(topic, False, "nanolab") for core in group]
+    assert len({*kept, *held}) == len(kept) + len(held), "a question twice"
+    told = " / ".join(asked["train"])
+    assert not [core for core in held if f" {core} " in f" {told} "], "inside a longer text of training"
+    for text in asked["test"] | asked["name"]:
+        assert any(f" {core} " in f" {text} " for core in held), text
+    assert all(len(group) > len(rest) for topic in TOPICS for group, rest in zip(cores(topic, False, "x"), cores(topic, True, "x")))
+    assert all(group for topic in TOPICS for group in cores(topic, True, "x"))
+
+
+def test_the_split_name_asks_many_different_questions_for_the_name():
+    task = tasks.build("identity", "name")
+    texts = [plain(task.example(i).messages[0]["content"]) for i in range(len(task))]
+    assert len(texts) == len(set(texts)) >= 150
+    held = [plain(core) for topic in ("name", "other") for group in cores(topic, True, "nanolab") for core in group]
+    counts = Counter(max((core for core in held if core in text), key=len) for text in texts)
+    assert len(counts) == len(held) >= 40 and set(counts.values()) <= {3, 4}
+    assert sum(text in held for text in texts) == len(held), "each core once without opening and ending"
+    for example in map(task.example, range(len(task))):
+        assert example.answer == ("nanolab",) and task.correct(example, example.messages[1]["content"]) and task.correct(example, "i'm NANOLAB")
+        assert not task.correct(example, "I am ChatGPT.") and not task.correct(example, "nanolabs") and not task.correct(example, "")
+        assert not task.correct(example, "I was made by the nanolab project."), "the name of the maker"
+    assert task.correct(task.example(0), "I am nanolab, made by the nanolab project.")
+
+
+def test_a_question_is_a_sentence_whatever_stands_around_it():
+    for topic in TOPICS:
+        for core in (core for held in (False, True) for group in cores(topic, held, "x") for core in group):
+            assert re.fullmatch(r"[A-Z][^{}]*[.?]", core) and "  " not in core, core
+    assert sentence("Excuse me,", "I forgot who you are.", " then") == "Excuse me, I forgot who you are then."
+    assert sentence("One question:", "Who are you?", ", by the way") == "One question: who are you, by the way?"
+    assert sentence("Hi!", "Who are you?", "") == "Hi! Who are you?" and sentence("", "Is this Siri?", "") == "Is this Siri?"
+    assert endings("Your name, please.") == [""] and " please" in endings("Say your name.") and " please" not in endings("I forgot who you are.")
+
+
+def test_nobody_is_asked_whether_it_is_itself(tmp_path):
+    path = tmp_path / "me.toml"
+    path.write_text((ROOT / "tasks/identity.toml").read_text().replace('name = "nanolab"', 'name = "Siri"'))
+    asked = questions(f"identity={path}", "train", 3000)
+    assert not [q for q in asked if "siri" in q.lower()] and [q for q in asked if "ChatGPT" in q]
 
 
 def test_a_model_gets_the_name_of_its_file(tmp_path):
