@@ -7,7 +7,8 @@ A conversation is a list of messages: at most one system message, first; then us
     bos [system text] (user_start text user_end assistant_start parts assistant_end)*
 
 Trained on (mask 1): the assistant's text, its tool calls with both marks, and assistant_end. Ordinary text never yields a
-special id, whatever it looks like. Imports no torch.
+special id, whatever it looks like. A prompt ends with assistant_start, or inside the assistant's turn: with the output that
+somebody else's tool has given to its call. Imports no torch.
 """
 
 import gzip
@@ -65,10 +66,12 @@ CHAT_TEMPLATE = """
         {%- endif -%}
       {%- endfor -%}
     {%- endif -%}
-    {{- '<|assistant_end|>' -}}
+    {%- if not (add_generation_prompt and loop.last) -%}
+      {{- '<|assistant_end|>' -}}
+    {%- endif -%}
   {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
+{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
   {{- '<|assistant_start|>' -}}
 {%- endif -%}
 """.strip()
@@ -106,11 +109,22 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids up to and with assistant_start, from where a model goes on. Raises UserError unless the last message is a user's."""
+    """Ids from where a model goes on: up to and with assistant_start, or the output_end of a call that was answered.
+
+    Raises UserError unless the last message is a user's, or an assistant's that ends with a python_output.
+    """
+    if messages and awaits_more(messages[-1]):
+        return render(tokenizer, messages).ids[:-1]  # without assistant_end: the turn is not over
     if not messages or messages[-1]["role"] != "user":
         seen = f"the last message is {messages[-1]['role']}'s" if messages else "there is no message"
         raise UserError(f"{seen}; expected a user's, which the model is to answer; add one")
     return render(tokenizer, messages).ids + [tokenizer.special("<|assistant_start|>")]
+
+
+def awaits_more(message: Message) -> bool:
+    """Whether this is an assistant's turn whose last part is the answer to its call: the assistant goes on from there."""
+    content = message["content"]
+    return message["role"] == "assistant" and isinstance(content, list) and bool(content) and content[-1]["type"] == "python_output"
 
 
 def _pieces(tokenizer: Tokenizer, message: Message) -> Iterator[tuple[list[int], int]]:
@@ -156,7 +170,7 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Part]:
 def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None:
     """Raises UserError, headed by `where` (file:line), for what is not a conversation that one can train on.
 
-    prompt: instead of an assistant turn to train on, the last message must be a user's.
+    prompt: instead of an assistant turn to train on, the last message must be one that a model can go on from.
     """
     at = f"{where}: " if where else ""
     if not isinstance(messages, list) or not messages:
@@ -170,7 +184,7 @@ def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None
         if role not in expected:
             raise UserError(f"{at}message {i + 1} is {role}'s; expected {' or '.join(expected)}: user and assistant take turns; mend the order")
         _check_content(role, message["content"], f"{at}message {i + 1} ({role}'s)")
-    if prompt and messages[-1]["role"] != "user":
+    if prompt and messages[-1]["role"] != "user" and not awaits_more(messages[-1]):
         raise UserError(f"{at}the last message is {messages[-1]['role']}'s; expected a user's, which the model is to answer; add one")
     if not prompt and all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{at}no assistant turn among {len(messages)} messages; expected one to train on; add it or delete the conversation")

@@ -62,6 +62,22 @@ def test_prompt_is_the_beginning_of_the_whole(tok):
             render_prompt(tok, bad)
 
 
+ANSWERED = [*CHAT[:2], {"role": "assistant", "content": TOOL[:3]}]  # its call has its output, its turn is not over
+
+
+def test_a_prompt_may_end_inside_the_assistants_turn(tok, tmp_path):
+    prompt = render_prompt(tok, ANSWERED)
+    assert prompt == render_prompt(tok, CHAT[:2]) + names(tok, "Let me see: ", "@python_start", "12+30", "@python_end", "@output_start", "42", "@output_end")
+    assert render(tok, CHAT[:3]).ids[: len(prompt)] == prompt  # what was said afterwards follows at once
+    check_messages(ANSWERED, prompt=True)
+    template = jinja2.Environment().from_string(CHAT_TEMPLATE)
+    assert template.render(messages=ANSWERED, add_generation_prompt=True) == tok.decode(prompt)
+    assert template.render(messages=ANSWERED) == tok.decode(prompt) + "<|assistant_end|>"
+    for part in (TOOL[:2], TOOL[:1]):  # a call without its output, and text, are no place to go on from
+        with pytest.raises(UserError, match="expected a user's"):
+            render_prompt(tok, [*CHAT[:2], {"role": "assistant", "content": part}])
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(SPECIAL_TOKENS) | st.sampled_from([" a", "\n", "12"])
 parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": words}), max_size=6)
 
