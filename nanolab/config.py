@@ -419,7 +419,7 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a short report of a run: what was trained, on how much, how good it is, where it lies."""
+    """Write the card of a model: what each stage of its training brought and cost, how good it is, where it lies."""
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     output: str = "report.md"  # a copy is kept in the run directory

@@ -1,6 +1,11 @@
-"""Write a short report of a run: python -m scripts.report [--model NAME]. Every number comes from the run's own records."""
+"""Write the card of a model: python -m scripts.report [--model NAME] [--price-per-hour P]. Every number comes from the records of its runs.
+
+A base model's page says how good it is beside compressors; a chat model's what each stage brought, what it says and what it
+cost. The numbers of the page are kept in card.json in the run directory.
+"""
 
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -12,25 +17,28 @@ from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError,
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
 TEXT = ("data", "data_dir", "val_data", "num_shards")
+DID = {
+    "base": ("pretrained on", lambda c: c["data_dir"] or c["data"]),
+    "sft": ("fine-tuned on", lambda c: c["stages"] or c["tasks"]),
+    "rl": ("improved by its own replies to", lambda c: c["task"]),
+}
 
 
 def run(cfg: ReportConfig) -> int:
+    from nanolab.evals.card import card, chain
     from nanolab.training.checkpoint import load_meta, write_text
-    from nanolab.training.models import find_model, read_json, read_metrics
+    from nanolab.training.models import find_model
 
-    found = find_model(cfg.model, kind="base")
-    if (kind := load_meta(found.checkpoint)["kind"]) != "base":
-        raise UserError(f"run {found.name!r} is {kind}; expected a base run, which is all that the report tells of so far; type: {python()} -m scripts.chat_eval --model {found.name}")
-    if not (found.run_dir / "eval_base.json").exists():
-        raise UserError(f"run {found.name!r} has not been evaluated; expected {found.run_dir / 'eval_base.json'}; type: {python()} -m scripts.base_eval --model {found.name}")
-    measured = read_json(found.run_dir / "eval_base.json")
-    if "val" not in measured or measured["step"] != found.step:
-        seen = f"step {measured['step']}" + ("" if "val" in measured else " without bits per byte")
-        raise UserError(f"the evaluation of run {found.name!r} is of {seen}, the model is step {found.step}; type: {python()} -m scripts.base_eval --model {found.name}")
-    text = "\n".join(report(found, load_meta(found.checkpoint), measured, read_metrics(found.run_dir)))
-    for path in (found.run_dir / "report.md", Path(cfg.output)):
+    if cfg.price_per_hour < 0:
+        raise UserError(f"--price-per-hour is {cfg.price_per_hour:g}; expected dollars for an hour of one device, or 0 for no costs; try --price-per-hour 2.5")
+    found = find_model(cfg.model)
+    check(found, load_meta(found.checkpoint)["kind"])
+    stages = chain(found)
+    numbers = card(stages, cfg.price_per_hour)
+    text = "\n".join(report(found, stages, numbers))
+    for path, content in ((found.run_dir / "card.json", json.dumps(numbers, indent=1) + "\n"), (found.run_dir / "report.md", text), (Path(cfg.output), text)):
         try:
-            write_text(path, text)
+            write_text(path, content)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}; expected a place for the report; try --output FILE") from None
     print(text)
@@ -38,20 +46,104 @@ def run(cfg: ReportConfig) -> int:
     return 0
 
 
-def report(found, meta: dict[str, Any], measured: dict[str, Any], metrics: list[dict[str, Any]]) -> list[str]:
-    """The lines of report.md."""
-    from nanolab.config import GPTConfig, from_json
-    from nanolab.model.accounting import n_params
-    from nanolab.runtime import base_dir
+def check(found, kind: str) -> None:
+    """Raise UserError unless the model is evaluated as its kind asks, and as it is now."""
+    from nanolab.training.models import read_json
 
-    config, env, model = meta["config"], meta["env"], from_json(GPTConfig, meta["model_config"])
-    train, val, seconds = measured["train"], measured["val"], meta["loop"]["total_training_time"]
-    read = meta["tokens"] * train["bytes"] / train["tokens"]
-    memory = [row["mem/peak_mib"] for row in metrics if row.get("mem/peak_mib")]
-    epochs = [row["train/epoch"] for row in metrics if row.get("train/epoch") is not None]
+    for file, script, holds, what in (("eval_base.json", "base_eval", "val", "bits per byte"), ("eval_chat.json", "chat_eval", "tasks", "tasks")):
+        path, needed = found.run_dir / file, (kind == "base") == (script == "base_eval")
+        again = f"type: {python()} -m scripts.{script} --model {found.name}"
+        if needed and not path.exists():
+            raise UserError(f"run {found.name!r} has not been evaluated; expected {path}; {again}")
+        if not path.exists() or kind == "base" and not needed:
+            continue
+        measured = read_json(path)
+        if needed and holds not in measured or measured["step"] != found.step:
+            seen = f"step {measured['step']}" + ("" if holds in measured else f" without {what}")
+            raise UserError(f"the evaluation of run {found.name!r} is of {seen}, the model is step {found.step}; {again}")
+
+
+def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
+    """The lines of report.md."""
+    base, last = stages[0], stages[-1]
     return [
         f"# Report of the run {found.name}",
         "",
+        *([*story(stages), *brought(stages, numbers), *says(last)] if len(stages) > 1 else []),
+        *trained(stages),
+        *(costs(stages, numbers) if len(stages) > 1 or numbers["stages"][0]["dollars"] is not None else []),
+        *read_text(stages, numbers),
+        *where(found, stages),
+        "## Three things to try next",
+        "",
+        *(line for say, command in next_commands(found.name, last.kind, last.chat, base.meta["config"]) for line in (f"{say}:", "", "```bash", command, "```", "")),
+    ]
+
+
+def story(stages: list) -> list[str]:
+    """One sentence: what it is and how it came to be."""
+    from nanolab.config import GPTConfig, from_json
+    from nanolab.model.accounting import n_params
+
+    last, seconds = stages[-1].meta, sum(stage.seconds for stage in stages)
+    did = [f"{verb} {names(of(stage.meta['config']))}" for stage in stages for verb, of in [DID[stage.kind]]]
+    parameters = n_params(from_json(GPTConfig, last["model_config"]))["total"]
+    took = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:,.1f} minutes"
+    return [f"A chat model of {parameters:,} parameters: {', then '.join(did)}. {took} of training on {machine(last['env'])}.", ""]
+
+
+def names(mixture: str) -> str:
+    """A mixture without its weights."""
+    return ", ".join(part.partition(":")[0].partition("@")[0] for part in mixture.split(","))
+
+
+def machine(env: dict[str, Any]) -> str:
+    return f"{env['world_size']} x {env['device_name']}"
+
+
+def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
+    """Metrics x stages, how to read them, and what is not there."""
+    from nanolab.evals.card import calls, effects_table, missing
+
+    lines = ["## What each stage brought", "", *effects_table(numbers), ""]
+    if any("effect" in at for row in numbers["metrics"] for at in row["stages"].values()):
+        lines += [
+            "In brackets: the change from the stage before, on the same problems, in percentage points, with its 95 % interval; *unresolved*: the",
+            "interval holds 0. Bits per byte are of the same held-out text, lower is better; their change is measured on all of it, without an interval.",
+            "",
+        ]
+    if shares := calls(numbers):
+        lines += [f"Replies of {stages[-1].run} that called a tool: {shares}.", ""]
+    for why, script, flags in missing(stages):
+        lines += [f"- {why}. To measure it: `{command(script, **flags)}`"]
+    return lines + ([""] if lines[-1] else [])
+
+
+def says(last) -> list[str]:
+    """The first replies to each task."""
+    from nanolab.evals.card import exchanges
+
+    return ["## What it says", "", "The first questions of each task, as they come:", "", "```text", *exchanges(last.chat["tasks"]), "```", ""]
+
+
+def trained(stages: list) -> list[str]:
+    """The model, its text and the machine; what the later stages learnt from."""
+    from nanolab.config import GPTConfig, from_json
+    from nanolab.evals.card import sized, table
+    from nanolab.model.accounting import n_params
+    from nanolab.training.models import read_metrics
+
+    base, later = stages[0], stages[1:]
+    meta, metrics = base.meta, [read_metrics(stage.run_dir) for stage in stages]
+    config, env, model = meta["config"], meta["env"], from_json(GPTConfig, meta["model_config"])
+    memory = [row["mem/peak_mib"] for rows in metrics for row in rows if row.get("mem/peak_mib")]
+    epochs = [row["train/epoch"] for row in metrics[0] if row.get("train/epoch") is not None]
+    text = base.text and base.text.get("train", base.text["val"])
+    amount = f"{sized(meta['tokens'] * text['bytes'] / text['tokens'])} read ({meta['tokens']:,} tokens)" if text else f"{meta['tokens']:,} tokens"
+    passes = f", which is {epochs[-1]:.2f} passes over it" if epochs else ""
+    commits = dict.fromkeys(stage.meta["env"]["commit"] or "unknown" for stage in stages)
+    machines = dict.fromkeys(f"{machine(stage.meta['env'])}, {stage.meta['env']['dtype']}, torch {stage.meta['env']['torch']}" for stage in stages)
+    return [
         "## What was trained",
         "",
         *table(
@@ -60,45 +152,85 @@ def report(found, meta: dict[str, Any], measured: dict[str, Any], metrics: list[
             ["architecture", ", ".join(chosen(model)) or "every default"],
             ["recipe", config["recipe"]],
             ["parameters", f"{n_params(model)['total']:,}"],
-            ["text", f"{config['data_dir'] or config['data']}; {sized(read)} read ({meta['tokens']:,} tokens), which is {epochs[-1]:.2f} passes over it" if epochs else sized(read)],
-            ["steps", f"{found.step:,} of {meta['plan']['total_batch_size']:,} tokens"],
-            ["speed", f"{meta['tokens'] / seconds:,.0f} tokens/s, {seconds:,.0f} s of training in all"],
-            ["machine", f"{env['world_size']} x {env['device_name']}, {env['dtype']}, torch {env['torch']}"],
+            ["text", f"{config['data_dir'] or config['data']}; {amount}{passes}"],
+            *(
+                [
+                    ["steps", f"{base.step:,} of {meta['plan']['total_batch_size']:,} tokens"],
+                    ["speed", f"{meta['tokens'] / base.seconds:,.0f} tokens/s, {base.seconds:,.0f} s of training in all"],
+                ]
+                if not later
+                else []  # then "Time and cost" holds them
+            ),
+            *([stage.label, f"{verb} `{of(stage.meta['config'])}`"] for stage in later for verb, of in [DID[stage.kind]]),
+            ["machine", "; ".join(machines)],
             ["peak memory", f"{max(memory):,.0f} MiB" if memory else "not recorded"],
-            ["code", f"commit {env['commit'] or 'unknown'}, Python {env['python']}"],
+            ["code", f"commit {', '.join(commits)}, Python {env['python']}"],
         ),
         "",
-        "## How good it is",
+    ]
+
+
+def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
+    """What each stage took, and what these figures leave out."""
+    from nanolab.evals.card import cost_table
+
+    lines = ["## Time and cost", "", *cost_table(numbers), "", "Training alone: without loading, evaluations and saving."]
+    if any(stage.kind == "rl" for stage in stages):
+        lines += ["Tokens of rl are those of the replies it drew; their drawing is in its time. Its FLOPs were not recorded."]
+    return [*lines, ""]
+
+
+def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
+    """Bits per byte of every stage beside compressors, and how pretraining came there."""
+    from nanolab.evals.card import sized, table
+    from nanolab.training.models import read_metrics
+
+    newest = next((stage.text for stage in reversed(stages) if stage.text), None)
+    if newest is None:
+        return []
+    same = {stage.run: stage.text["val"]["bpb"] for stage in stages if stage.text and stage.text["val"]["bytes"] == newest["val"]["bytes"]}
+    train = stages[0].text and stages[0].text.get("train")
+    training = f"On text it was trained on: {train['bpb']:.4f}. " if train and len(stages) == 1 else ""
+    return [
+        "## How good it is" if len(stages) == 1 else "## How well it still reads",
         "",
-        f"Bits per byte on {sized(val['bytes'])} of text that was held out; lower is better.",
+        f"Bits per byte on {sized(newest['val']['bytes'])} of text that was held out; lower is better.",
         "",
-        *table(["reader", "bits per byte"], *[[name, f"{bpb:.4f}"] for bpb, name in readers(found.name, measured)]),
+        *table(["reader", "bits per byte"], *[[name, f"{bpb:.4f}"] for bpb, name in readers(same, numbers["compressors"])]),
         "",
-        f"On text it was trained on: {train['bpb']:.4f}. A compressor's figure holds everything needed to get the text back; the model's",
+        f"{training}A compressor's figure holds everything needed to get the text back; the model's",
         "leaves out its weights.",
         "",
-        *table(["step", "bits per byte while training"], *[[f"{step:,}", f"{bpb:.4f}"] for step, bpb in curve(metrics)]),
+        *table(["step", "bits per byte while training"], *[[f"{step:,}", f"{bpb:.4f}"] for step, bpb in curve(read_metrics(stages[0].run_dir))]),
         "",
-        *continuations(measured),
+        *continuations(newest),
+    ]
+
+
+def where(found, stages: list) -> list[str]:
+    from nanolab.evals.card import table
+    from nanolab.runtime import base_dir
+
+    last = stages[-1]
+    files = "eval_base.json" if len(stages) == 1 else "eval_chat.json, card.json" + (", rollouts.jsonl" if last.kind == "rl" else "")
+    return [
         "## Where everything lies",
         "",
         *table(
             ["", ""],
-            ["run", f"`{found.run_dir}`: config.json, env.json, metrics.jsonl (one line per step), result.json, eval_base.json"],
+            ["run", f"`{found.run_dir}`: config.json, env.json, metrics.jsonl (one line per step), result.json, {files}"],
+            *([f"{stage.label} run", f"`{stage.run_dir}`"] for stage in stages[:-1]),
             ["weights", f"`{found.checkpoint}`"],
             ["tokenizer", f"`{found.run_dir / 'tokenizer'}`"],
             ["corpora", f"`{base_dir() / 'corpora'}`"],
         ),
         "",
-        "## Three things to try next",
-        "",
-        *(line for say, command in next_commands(found.name, config) for line in (f"{say}:", "", "```bash", command, "```", "")),
     ]
 
 
-def readers(name: str, measured: dict[str, Any]) -> list[tuple[float, str]]:
-    """(bits per byte, reader) of the model and the compressors, best first."""
-    return sorted([(measured["val"]["bpb"], f"**{name}**"), *((bpb, who) for who, bpb in measured.get("compressors", {}).items())])
+def readers(models: dict[str, float], compressors: dict[str, float]) -> list[tuple[float, str]]:
+    """(bits per byte, reader) of models and compressors, best first."""
+    return sorted([*((bpb, f"**{name}**") for name, bpb in models.items()), *((bpb, who) for who, bpb in compressors.items())])
 
 
 def curve(metrics: list[dict[str, Any]], points: int = 8) -> list[tuple[int, float]]:
@@ -113,8 +245,16 @@ def continuations(measured: dict[str, Any], n: int = 3) -> list[str]:
     return ["It continues text like this, choosing the likeliest token each time:", "", *lines, ""] if lines else []
 
 
-def next_commands(name: str, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what it does, command): talk to it, a larger model, other text."""
+def next_commands(name: str, kind: str, asked: dict[str, Any] | None, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what it does, command). asked: the model's chat evaluation. config: of the base run."""
+    from nanolab.evals.card import flags_of
+
+    if kind != "base":
+        return [
+            ("Talk to it", command("chat_cli", model=name)),
+            ("Ask it everything that there is data for", command("chat_eval", model=name, **flags_of(asked["settings"]))),
+            ("Fine-tune it on your own conversations", command("chat_sft", model=name, run=f"{name}-mine", tasks="jsonl=FILE:1,identity:1")),
+        ]
     row = from_preset(BaseTrainConfig, config["preset"])
     same = {"preset": config["preset"]} if config["preset"] != "nanolab" else {}
     same |= {f: config[f] for f in MODEL + RECIPE if config[f] != getattr(row, f)}
@@ -144,14 +284,6 @@ def python() -> str:
     """How to call this interpreter from here."""
     here = os.path.relpath(sys.executable)
     return sys.executable if here.startswith("..") else here
-
-
-def sized(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
-
-
-def table(head: list[str], *rows: list[str]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":

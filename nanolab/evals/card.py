@@ -1,0 +1,275 @@
+"""The card of a model: what each stage of its training brought and what it cost, from the records of its runs.
+
+    chain(found) -> stages, the first one first -> card(stages): plain values, kept as card.json -> tables in Markdown
+
+A stage is a run at the step that the next one started from; an evaluation counts if it is of that step. Chat tasks are compared
+problem by problem with the stage before (score.paired), and only where both were asked with the same settings.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanolab.config import ChatEvalConfig, UserError
+from nanolab.evals.score import paired
+from nanolab.training import checkpoint
+from nanolab.training.models import ModelRef, read_json, runs_dir
+
+BPB = "bits per byte"
+PERCENT = "share"  # the unit of what is shown in per cent; all other units are shown as they are
+EXCHANGES, LONGEST = 8, 240  # shown in all; characters of a question or a reply
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the chain, at one step."""
+
+    label: str  # base, sft, rl; a second one of a kind: sft2
+    run: str
+    step: int
+    run_dir: Path
+    meta: dict[str, Any]  # of the checkpoint
+    text: dict[str, Any] | None  # eval_base.json of this step
+    chat: dict[str, Any] | None  # eval_chat.json of this step
+
+    @property
+    def kind(self) -> str:
+        return self.meta["kind"]
+
+    @property
+    def seconds(self) -> float:
+        return self.meta["loop"]["total_training_time"]
+
+    @property
+    def device_hours(self) -> float:
+        return self.seconds * self.meta["env"]["world_size"] / 3600
+
+    @property
+    def tokens(self) -> int | None:
+        """Trained on; of rl, in the replies that were drawn: those in its record. None where there is no such record."""
+        return drawn_tokens(self.run_dir / "rollouts.jsonl", self.step) if self.kind == "rl" else self.meta["tokens"]
+
+    @property
+    def flops(self) -> int | None:
+        """None for rl, which records those of replies of the greatest length, and not those of drawing them."""
+        return None if self.kind == "rl" else self.meta["plan"]["flops_per_token"] * self.meta["tokens"]
+
+
+def drawn_tokens(path: Path, step: int) -> int | None:
+    """Tokens of the replies that a run drew before `step`."""
+    if not path.exists():
+        return None
+    with open(path) as file:
+        return sum(row["tokens"] for row in map(json.loads, file) if row["step"] < step)
+
+
+def chain(found: ModelRef) -> list[Stage]:
+    """The stages that led to a model. Raises UserError where the checkpoint that one started from is not there any more."""
+    refs, name, step = [], found.name, found.step
+    while name:
+        saved = dict(checkpoint.steps(runs_dir() / name / "checkpoints"))
+        if step not in saved:
+            raise UserError(f"{name}@{step}, which {refs[0][0]} started from, is not in {runs_dir()}; expected its checkpoint, which holds its record; put it back")
+        meta = checkpoint.load_meta(saved[step])
+        refs.insert(0, (name, step, meta))
+        name, _, at = meta.get("origin", {"name": ""})["name"].partition("@")
+        step = int(at or 0)
+    stages: list[Stage] = []
+    for name, step, meta in refs:
+        folder, nth = runs_dir() / name, 1 + sum(stage.kind == meta["kind"] for stage in stages)
+        text, chat = (of_step(folder / file, step) for file in ("eval_base.json", "eval_chat.json"))
+        stages.append(Stage(meta["kind"] + (str(nth) if nth > 1 else ""), name, step, folder, meta, text if text and "val" in text else None, chat))
+    return stages
+
+
+def of_step(path: Path, step: int) -> dict[str, Any] | None:
+    """An evaluation, if there is one of this step."""
+    record = read_json(path) if path.exists() else {"step": None}
+    return record if record["step"] == step else None
+
+
+def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
+    """{"model", "step", "seed", "stages": [...], "metrics": [...], "compressors": {...}}: all numbers of the page, as JSON.
+
+    A metric: {"metric", "unit", "n", "version", "baseline", "stages": {label: {"value", "interval", "called", "effect"}}}, where the effect
+    {"on", "difference", "interval", "verdict"} is against the stage before, if that was measured as well. What has no interval
+    has no verdict. price_per_hour: of one device.
+    """
+    last = stages[-1]
+    rows: dict[tuple, dict[str, Any]] = {}
+    for stage in stages:
+        for key, row, cell, outcomes in measured(stage, last.chat and last.chat["settings"]):
+            metric = rows.setdefault(key, {**row, "stages": {}, "outcomes": {}})
+            metric["stages"][stage.label], metric["outcomes"][stage.label] = cell, outcomes
+    for row in rows.values():
+        outcomes = row.pop("outcomes")
+        for before, after in zip(stages, stages[1:]):
+            if {before.label, after.label} <= set(row["stages"]):
+                row["stages"][after.label]["effect"] = effect(row, before.label, after.label, outcomes)
+    text = next((stage.text for stage in reversed(stages) if stage.text), {})
+    return {
+        "model": last.run, "step": last.step, "seed": stages[0].meta["config"]["seed"], "stages": [cost(stage, price_per_hour) for stage in stages],
+        "metrics": list(rows.values()), "compressors": text.get("compressors", {}),
+    }  # fmt: skip
+
+
+def measured(stage: Stage, settings: dict[str, Any] | None):
+    """(key, the metric's facts, the stage's cell, outcomes or None) of all that is comparable: equal keys are the same measurement."""
+    if stage.text:
+        val = stage.text["val"]
+        row = {"metric": BPB, "unit": BPB, "n": val["bytes"], "version": None, "baseline": None}
+        yield (BPB, stage.text["data"], val["bytes"]), row, {"value": val["bpb"], "interval": None}, None
+    if stage.chat and stage.chat["settings"] == settings:
+        for spec, task in stage.chat["tasks"].items():
+            row = {"metric": spec, "unit": PERCENT, "n": task["n"], "version": task["version"], "baseline": task["baseline"]}
+            cell = {"value": task["accuracy"], "interval": task["interval"], "called": task["called"]}
+            yield (spec, task["split"], task["version"], task["n"]), row, cell, task["outcomes"]
+        if score := stage.chat["chatcore"]:
+            row = {"metric": score["label"], "unit": "score", "n": None, "version": None, "baseline": None}
+            yield (score["label"], *score["lacks"]), row, {"value": score["value"], "interval": score["interval"]}, None
+
+
+def effect(row: dict[str, Any], before: str, after: str, outcomes: dict[str, Any]) -> dict[str, Any]:
+    """What a stage changed in one metric."""
+    if outcomes[after] is None:
+        return {"on": before, "difference": row["stages"][after]["value"] - row["stages"][before]["value"], "interval": None, "verdict": None}
+    difference, (low, high) = paired(outcomes[before], outcomes[after])
+    return {"on": before, "difference": difference, "interval": [low, high], "verdict": "better" if low > 0 else "worse" if high < 0 else "unresolved"}
+
+
+def cost(stage: Stage, price_per_hour: float) -> dict[str, Any]:
+    tokens = stage.tokens
+    return {
+        "label": stage.label, "run": stage.run, "step": stage.step, "kind": stage.kind, "seed": stage.meta["config"]["seed"], "tokens": tokens,
+        "seconds": stage.seconds, "tokens_per_second": tokens / stage.seconds if tokens is not None and stage.seconds else None, "flops": stage.flops,
+        "device_hours": stage.device_hours, "dollars": stage.device_hours * price_per_hour if price_per_hour else None,
+    }  # fmt: skip
+
+
+def effects_table(found: dict[str, Any]) -> list[str]:
+    """Metrics x stages: a value, and in brackets what the stage changed."""
+    labels = [stage["label"] for stage in found["stages"]]
+    with_baseline = any(row["baseline"] for row in found["metrics"])
+    heads = [head(row) for row in found["metrics"]]
+    rows = []
+    for row, name in zip(found["metrics"], heads):
+        if row["version"] and heads.count(name) > 1:
+            name = f"{name}, version {row['version']} of the task"
+        cells = [cell(row, row["stages"].get(label)) for label in labels]
+        baseline = [shown(row["baseline"], row["unit"]) if row["baseline"] else "-"] if with_baseline else []
+        rows.append([name, *baseline, *cells])
+    return table(["", *(["baseline"] if with_baseline else []), labels[0], *(f"after {label}" for label in labels[1:])], *rows)
+
+
+def head(row: dict[str, Any]) -> str:
+    """What a row is called: bits per byte (884 kB); arithmetic test (n = 200)."""
+    if row["unit"] == PERCENT:
+        return f"{title(row['metric'])} (n = {row['n']:,})"
+    return f"{row['metric']} ({sized(row['n'])})" if row["n"] else row["metric"]
+
+
+def title(spec: str) -> str:
+    """A task as it was asked for, without a count: arithmetic@1000:test -> arithmetic test."""
+    name, _, split = re.sub(r"@\d+(?=:|$)", "", spec).partition(":")
+    return f"{name} {split or 'test'}"
+
+
+def cell(row: dict[str, Any], at: dict[str, Any] | None) -> str:
+    if at is None:
+        return "-"
+    value, change = shown(at["value"], row["unit"]), at.get("effect")
+    if change is None:
+        return value
+    interval = " [{}, {}]".format(*(shown(end, row["unit"], "+") for end in change["interval"])) if change["interval"] else ""
+    return f"{value} ({shown(change['difference'], row['unit'], '+')}{interval}){' ' + change['verdict'] if change['verdict'] else ''}"
+
+
+def shown(value: float, unit: str, sign: str = "") -> str:
+    """A value; with a sign, a difference, which is without the per cent."""
+    if unit != PERCENT:
+        return f"{value:{sign}.4f}"
+    return f"{100 * value + 0.0:{sign}.1f}" + ("" if sign else " %")
+
+
+def calls(found: dict[str, Any]) -> str:
+    """How often the last stage called a tool, by task; empty where it never did, or was not asked."""
+    label = found["stages"][-1]["label"]
+    shares = {title(row["metric"]): row["stages"][label]["called"] for row in found["metrics"] if "called" in row["stages"].get(label, {})}
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) if any(shares.values()) else ""
+
+
+def cost_table(found: dict[str, Any]) -> list[str]:
+    """Stages x what they took, and in all."""
+    stages, priced = found["stages"], found["stages"][0]["dollars"] is not None
+    rows = [
+        [
+            stage["label"], f"{stage['run']}@{stage['step']}", f"{stage['step']:,}", amount(stage["tokens"], ",.0f"), f"{stage['seconds']:,.0f} s",
+            amount(stage["tokens_per_second"], ",.0f"), amount(stage["flops"], ".1e"), f"{stage['device_hours']:.3f}",
+            *([f"{stage['dollars']:.2f}"] if priced else []),
+        ]
+        for stage in stages
+    ]  # fmt: skip
+    total = {key: sum(stage[key] or 0 for stage in stages) for key in ("seconds", "device_hours", "dollars")}
+    rows.append(["in all", "", "", "", f"{total['seconds']:,.0f} s", "", "", f"{total['device_hours']:.3f}", *([f"{total['dollars']:.2f}"] if priced else [])])
+    return table(["stage", "model", "steps", "tokens", "training", "tokens/s", "FLOPs", "device-hours", *(["dollars"] if priced else [])], *rows)
+
+
+def amount(value: float | None, form: str) -> str:
+    return "not known" if value is None else f"{value:{form}}"
+
+
+def exchanges(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """The first replies to each task, right or wrong, at most EXCHANGES in all: two of each, or one where there are many tasks."""
+    each = 2 if 2 * len(tasks) <= EXCHANGES else 1
+    lines = []
+    for spec, example in [(spec, example) for spec, task in tasks.items() for example in task["examples"][:each]][:EXCHANGES]:
+        mark = "right" if example["correct"] else f"wrong; expected: {one_line(example['reference'])}"
+        lines += [f"> {one_line(example['question'])}", f"  {one_line(example['reply']) or '(nothing)'}", f"  -- {title(spec)}, {mark}", ""]
+    return lines[:-1]
+
+
+def one_line(text: str) -> str:
+    """Text on one line of a Markdown block: line ends as /, what is not printable as U+FFFD, cut where it is long."""
+    flat = "".join(c if c.isprintable() else "\ufffd" for c in " / ".join(filter(None, map(str.strip, text.splitlines()))))
+    return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
+
+
+def missing(stages: list[Stage]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(why a stage has no figure, the script that would give it, its flags), for each kind of evaluation that the table lacks."""
+    out, chat = [], stages[-1].chat
+    for stage in stages:
+        model = f"{stage.run}@{stage.step}"
+        if stage.text is None:
+            why = f"{model} has no bits per byte: {seen(stage.run_dir / 'eval_base.json')}"
+            out.append((why, "base_eval", {"model": model, "modes": "bpb", **({} if stage is stages[0] else {"train_text": False})}))
+        if chat and (stage.chat is None or stage.chat["settings"] != chat["settings"]):
+            then = stage.chat["settings"] if stage.chat else {}
+            other = [f"{name} {then[name]!r} instead of {value!r}" for name, value in chat["settings"].items() if then and then[name] != value]
+            why = f"{model} was not asked the same: {', '.join(other) or seen(stage.run_dir / 'eval_chat.json')}"
+            out.append((why, "chat_eval", {"model": model, "tasks": ",".join(chat["tasks"]), **flags_of(chat["settings"])}))
+    return out
+
+
+def seen(path: Path) -> str:
+    """Why an evaluation does not count."""
+    if not path.exists():
+        return f"there is no {path.name}"
+    record = read_json(path)
+    return f"{path.name} is of step {record['step']}" + ("" if "val" in record or "tasks" in record else " and holds other modes")
+
+
+def flags_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a chat evaluation that have to be typed."""
+    default = {f.name: f.default for f in dataclasses.fields(ChatEvalConfig)}
+    return {name: value for name, value in settings.items() if value != default[name]}
+
+
+def table(head: list[str], *rows: list[str]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def sized(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
