@@ -17,6 +17,7 @@ from tasks.hellaswag import HellaSwag
 from tasks.humaneval import HumanEval
 from tasks.identity import Identity
 from tasks.mmlu import MMLU
+from tasks.smalltalk import Smalltalk
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 
@@ -33,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
     "spellingbee": SpellingBee,
     "arithmetic": Arithmetic,
     "identity": Identity,
+    "smalltalk": Smalltalk,
     "documentation": Documentation,
 }
 

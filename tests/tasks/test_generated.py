@@ -410,10 +410,10 @@ def test_the_calculator_gives_the_outputs_of_the_references(words, name):
         assert len(calls) == 1 and calculator(calls[0][0]) == calls[0][1]
 
 
-@pytest.mark.parametrize(("name", "longest"), [("arithmetic", 80), ("identity", 65), ("spelling", 55), ("spellingbee", 85)])
+@pytest.mark.parametrize(("name", "longest"), [("arithmetic", 80), ("identity", 65), ("smalltalk", 60), ("spelling", 55), ("spellingbee", 85)])
 def test_conversations_are_short(words, name, longest):
     """Even in a tokenizer of few merges many of them fit into a row of 256 tokens."""
-    tok = Tokenizer.train([(ROOT / "tasks" / file).read_text() for file in ("identity.py", "sentences.py", "spelling.py")], 1000)
+    tok = Tokenizer.train([(ROOT / "tasks" / file).read_text() for file in ("identity.py", "sentences.py", "smalltalk.toml", "spelling.py")], 1000)
     spec = f"{name}={words}" if name.startswith("spelling") else name
     lengths = [len(render(tok, example.messages).ids) for example in examples(spec, "train", 300)]
     assert 10 < min(lengths) and max(lengths) <= longest
