@@ -6,7 +6,9 @@ topic, or a frame ("Can you tell me") around one of its clauses ("who you are").
 
     train  ordinary
     test   every sentence, frame and clause is one that training never shows, and so are some openings
-    name   the same of the questions for the name alone: no two texts are alike, every core comes equally often
+    name   the same of the questions for the name alone: no two texts are alike, every core comes three or four times
+
+A model that says its name whatever it is asked is always right in name: read it beside test, where other topics are half.
 """
 
 import re

@@ -277,7 +277,7 @@ def test_held_out_questions_are_unseen():
 def test_the_split_name_asks_many_different_questions_for_the_name():
     task = tasks.build("identity", "name")
     texts = [plain(task.example(i).messages[0]["content"]) for i in range(len(task))]
-    assert len(texts) == len(set(texts)) >= 150
+    assert len(texts) == len(set(texts)) >= 150 and questions("identity", "name", 5) == [task.example(i).messages[0]["content"] for i in range(5)]
     held = [plain(core) for topic in ("name", "other") for group in cores(topic, True, "nanolab") for core in group]
     counts = Counter(max((core for core in held if core in text), key=len) for text in texts)
     assert len(counts) == len(held) >= 40 and set(counts.values()) <= {3, 4}
