@@ -1,48 +1,130 @@
-"""Generation: prefill each prompt once, then decode all rows together; rows that have finished leave the batch.
+"""Generation by continuous batching: requests join and leave the running batch between steps.
 
-Dims: B rows, V vocabulary. A row is one prompt and its continuation.
+A step reads a bounded number of prompt tokens of joining rows and decodes one token of every running one. Dims: B rows,
+V vocabulary. A row is one request: a prompt and its continuation.
 """
 
 from collections import deque
-from typing import Callable, Collection, Iterator, NamedTuple, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.cache import KVCache
-from nanolab.inference.sampling import check_settings, row_generators, sample
-from nanolab.inference.tools import ToolUse
+from nanolab.inference.prefill import Prefill
+from nanolab.inference.prefix import Prefixes
+from nanolab.inference.request import Request, Row, Sampled
+from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+
+__all__ = ["Engine", "Request", "Sampled"]
 
 HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it doubles when a reply grows longer
 
 
-class Sampled(NamedTuple):
-    """One new token of one row. finish: None, "stop" (this token is a stop id), or "length" (no room for another).
-
-    forced: the token is a tool's, not the model's choice.
-    """
-
-    row: int
-    token: int
-    logprob: float  # the model's own, in nats, at temperature 1 over the whole vocabulary; 0 where forced, for it was certain
-    finish: str | None
-    forced: bool = False
-
-
 class Engine:
-    """Generates with a model: `generate` streams tokens, `complete` returns them.
+    """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at once.
 
-    prefill_tokens: tokens in one prefill forward at most; longer prompts are read in chunks, which bounds memory.
+    max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
+    never wait longer. prefix_bytes: room for snapshots of what was read (see prefix.py); only for weights that do not change.
+    Not to be used from several threads at once.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, prefill_tokens: int = 2048):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 2048, prefix_bytes: int = 0):
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
-        self.prefill_tokens = prefill_tokens
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
+        self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
+        self.rows: list[Row] = []  # running; row i of the cache is rows[i]
+        self.cache = self._new_cache(0, 0)
+        self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
+        self.queue: deque[Row] = deque()
+        self.numbers = 0
+
+    def _new_cache(self, rows: int, capacity: int) -> KVCache:
+        return KVCache(self.model.config, rows, capacity=capacity, dtype=self.model.compute_dtype, device=self.runtime.device)
+
+    @property
+    def running(self) -> int:
+        """Rows that are decoded."""
+        return len(self.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Rows whose prompt is not read to its end, or that wait for a place."""
+        return len(self.queue) + len(self.prefill)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running or self.waiting)
+
+    def add(self, request: Request) -> int:
+        """Queue a request, which joins the batch in one of the next steps; returns its row's number. Raises UserError for a bad one."""
+        request.check(self.limit)
+        return self._queue(request)
+
+    def _queue(self, request: Request, generator: torch.Generator | None = None) -> int:
+        self.numbers += 1
+        row = Row(self.numbers - 1, request, self.tokenizer, self.model.config.vocab_size, self.limit, self.runtime.device, generator)
+        self.queue.append(row)
+        return row.number
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """Give up a row: its place is free in the next step. Nothing happens if it is finished."""
+        for row in self.queue:
+            if row.number == number:
+                self.queue.remove(row)
+                return
+        if not self.prefill.cancel(number):
+            for i, row in enumerate(self.rows):
+                if row.number == number:
+                    self._leave(i)
+                    return
+
+    @torch.inference_mode()
+    def step(self) -> list[Sampled]:
+        """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined included."""
+        logits: list[Tensor] = []
+        if self.rows:
+            for row in self.rows:
+                row.answer()
+            ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.runtime.device)
+            logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1])
+        room = self.max_rows - len(self.rows) - len(self.prefill)
+        self.prefill.take([self.queue.popleft() for _ in range(min(room, len(self.queue)))], self.prefill_tokens)
+        for row, cache, place, last in self.prefill.step(self.prefill_tokens):
+            self._join(row, cache, place)
+            logits.append(last[None])
+        if not self.rows:
+            return []
+        step = self._tokens(torch.cat(logits) if len(logits) > 1 else logits[0])
+        for i in reversed([i for i, new in enumerate(step) if new.finish]):
+            self._leave(i)
+        return step
+
+    def _tokens(self, logits: Tensor) -> list[Sampled]:
+        free = [i for i, row in enumerate(self.rows) if not row.waiting]
+        if len(free) < len(self.rows):
+            logits = logits[free]
+        chosen = iter(choose(logits, [self.rows[i].draws for i in free]) if free else ())
+        return [row.force() if row.waiting else row.take(next(chosen)) for row in self.rows]
+
+    def _join(self, row: Row, cache: KVCache, place: int) -> None:
+        if not self.rows:
+            self.cache = self._new_cache(0, min(row.end, len(row.tokens) + HEADROOM))
+        self.cache.add(cache, place)
+        self.rows.append(row)
+
+    def _leave(self, i: int) -> None:
+        row, last = self.rows[i], self.rows.pop()
+        if self.prefixes:
+            self.prefixes.keep(row.tokens[: self.cache.lengths[i]], self.cache.snapshot(i))
+        self.cache.remove(i)
+        if row is not last:
+            self.rows[i] = last
 
     def generate(
         self,
@@ -56,26 +138,32 @@ class Engine:
         stop_ids: Collection[int] | None = None,
         tools: Callable[[str], str] | None = None,
     ) -> Iterator[list[Sampled]]:
-        """Continue every prompt; each step yields one `Sampled` per row that is still running.
+        """Continue every prompt; each step yields one `Sampled` per row that is running, prompt i being row i.
 
         A row ends with its first stop id (which is yielded), after `max_tokens`, or when prompt and reply fill the
         model's sequence length. Its tokens are those it would get alone: `seed` is explained in `row_generators`.
         stop_ids: default the tokens that end a document or a turn, <|bos|> and <|assistant_end|>.
         tools: given a call's text, returns the result, which is forced into the row (see `tools.TOOLS`); None: a call is
         text like any other. Forced tokens count towards `max_tokens` and the sequence length; they never stop a row.
-        Raises UserError, before anything is computed, for an empty or overlong prompt or meaningless settings.
+        Runs beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty or
+        overlong prompt or meaningless settings.
         """
-        check_settings(temperature, top_k, top_p)
-        if max_tokens < 1:
-            raise UserError(f"max-tokens is {max_tokens}; expected at least 1; try --max-tokens 256")
-        for row, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.limit:
-                raise UserError(f"prompt {row} has {len(prompt)} tokens; this model reads 1 to {self.limit - 1}; shorten it, or begin with <|bos|>")
-        if stop_ids is None:
-            stop_ids = (self.tokenizer.bos, self.tokenizer.special("<|assistant_end|>"))
-        budgets = [min(max_tokens, self.limit - len(prompt)) for prompt in prompts]
-        uses = [ToolUse(self.tokenizer, tools) if tools else None for _ in prompts]
-        return self._steps(prompts, budgets, (temperature, top_k, top_p), row_generators(seed, len(prompts)), frozenset(stop_ids), uses)
+        stop = None if stop_ids is None else tuple(stop_ids)
+        requests = [
+            Request(tuple(prompt), max_tokens, temperature, top_k, top_p, stop_ids=stop, tools=tools) for prompt in prompts
+        ]  # fmt: skip
+        for row, request in enumerate(requests):
+            request.check(self.limit, row)
+        own = Engine(self.model, self.tokenizer, self.runtime, max_rows=max(1, len(prompts)), prefill_tokens=self.prefill_tokens)
+        own.prefixes = own.prefill.prefixes = self.prefixes
+        for request, generator in zip(requests, row_generators(seed, len(prompts))):
+            own._queue(request, generator)
+        return own._steps()
+
+    def _steps(self) -> Iterator[list[Sampled]]:
+        while not self.idle:
+            if step := self.step():
+                yield step
 
     def complete(
         self,
@@ -99,77 +187,3 @@ class Engine:
                 if new.finish != "stop":
                     out[new.row].append(new.token)
         return out
-
-    @torch.no_grad()
-    def _steps(self, prompts, budgets, settings, generators, stop_ids, uses) -> Iterator[list[Sampled]]:
-        if not prompts:
-            return
-        live = list(range(len(prompts)))
-        waiting: list[deque[int]] = [deque() for _ in prompts]  # tokens that a tool has put into each row
-        cache, logits = self.prefill(prompts, max(budgets))
-        for n in range(1, max(budgets) + 1):
-            free = [i for i, row in enumerate(live) if not waiting[row]]
-            drawn = iter(self._draw(logits, free, settings, generators))
-            step = []
-            for row in live:
-                forced = bool(waiting[row])
-                token, logprob = (waiting[row].popleft(), 0.0) if forced else next(drawn)
-                finish = "stop" if token in stop_ids and not forced else "length" if n >= budgets[row] else None
-                step.append(Sampled(row, token, logprob, finish, forced))
-            yield step
-            for new in step:
-                if uses[new.row] and not new.finish and not new.forced:
-                    waiting[new.row].extend(uses[new.row].push(new.token))
-            running = [i for i, new in enumerate(step) if new.finish is None]
-            if not running:
-                return
-            if len(running) < len(live):
-                cache.select(running)
-                live, generators = [live[i] for i in running], [generators[i] for i in running]
-            ids = torch.tensor([step[i].token for i in running], device=self.runtime.device)
-            logits = self.model(ids[:, None], cache=cache, last_only=True)[:, -1]
-
-    @staticmethod
-    def _draw(logits: Tensor, rows: list[int], settings, generators) -> list[tuple[int, float]]:
-        """(token, logprob) of these rows of logits; the others' random streams stay where they are."""
-        if not rows:
-            return []
-        if len(rows) < len(logits):
-            logits, generators = logits[rows], [generators[i] for i in rows]
-        ids, logprobs = sample(logits, *settings, generators)
-        return list(zip(ids.tolist(), logprobs.tolist()))
-
-    @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], new_tokens: int = 0) -> tuple[KVCache, Tensor]:
-        """Read prompts of any lengths: a cache of one row per prompt, and the logits (B, V) after each one's last token.
-
-        Equal prompts are read once. Prompts of one length are read together, so no row is ever padded.
-        """
-        longest = max(len(prompt) for prompt in prompts)
-        cache = self._new_cache(len(prompts), longest + min(new_tokens, HEADROOM))
-        rows_of: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows_of.setdefault(tuple(prompt), []).append(row)
-        logits: list[Tensor | None] = [None] * len(prompts)
-        for group in self._groups(rows_of):
-            part = self._new_cache(len(group), len(group[0]))
-            ids = torch.tensor(group, device=self.runtime.device)
-            for chunk in ids.split(self.prefill_tokens, dim=1):
-                last = self.model(chunk, cache=part, last_only=True)[:, -1]
-            rows, sources = zip(*((row, i) for i, prompt in enumerate(group) for row in rows_of[prompt]))
-            cache.put(list(rows), part, list(sources))
-            for row, i in zip(rows, sources):
-                logits[row] = last[i]
-        return cache, torch.stack(logits)
-
-    def _groups(self, prompts: Collection[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Prompts of one length, as many as `prefill_tokens` holds."""
-        by_length: dict[int, list[tuple[int, ...]]] = {}
-        for prompt in prompts:
-            by_length.setdefault(len(prompt), []).append(prompt)
-        for length, same in by_length.items():
-            size = max(1, self.prefill_tokens // length)
-            yield from (same[i : i + size] for i in range(0, len(same), size))
-
-    def _new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, rows, capacity=capacity, dtype=self.model.compute_dtype, device=self.runtime.device)

@@ -1,4 +1,4 @@
-"""Logits -> token ids: temperature, top-k, top-p, one random stream per row.
+"""Logits -> token ids: repetition penalty, temperature, top-k, top-p, one random stream per row, log probabilities.
 
 Sampling inverts the cumulative distribution with one uniform number per row and step. The uniforms come from CPU
 generators, one per row, so a row's text depends on its own seed and logits alone: not on its neighbours in the batch,
@@ -6,7 +6,8 @@ on the batch's size, or on the kind of device. Dims: B rows, V vocabulary.
 """
 
 import math
-from typing import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from nanolab.config import UserError
 
 COLDEST = 1e-5  # below this temperature the softmax is greedy to within fp32, and dividing by it overflows
+AT_ONCE = 32  # uniform numbers that a row takes from its generator at a time
 
 
 def row_generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
@@ -30,7 +32,7 @@ def row_generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator
     return [torch.Generator().manual_seed(int(s)) for s in torch.randint(2**62, (rows,), generator=source)]
 
 
-def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+def check_settings(temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0) -> None:
     """Raise UserError for settings that have no meaning."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"temperature is {temperature}; expected 0 (greedy) or more; try --temperature 0.8")
@@ -38,43 +40,105 @@ def check_settings(temperature: float, top_k: int, top_p: float) -> None:
         raise UserError(f"top-k is {top_k}; expected 0 (off) or a number of tokens; try --top-k 50")
     if not 0 <= top_p <= 1:
         raise UserError(f"top-p is {top_p}; expected a probability mass from 0 to 1 (off); try --top-p 0.9")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise UserError(f"repetition penalty is {repetition_penalty}; expected above 0, 1 being off; try 1.1")
+
+
+@dataclass
+class Draws:
+    """How one row chooses its tokens: settings, random stream, and the tokens that a repetition penalty is about."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    generator: torch.Generator
+    repetition_penalty: float = 1.0
+    logprobs: int = 0  # likeliest tokens to report at each step
+    seen: Tensor | None = None  # (V,) bool, where there is a penalty
+
+    def __post_init__(self) -> None:
+        self._uniforms: list[float] = []
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < COLDEST
+
+    def uniform(self) -> float:
+        """The stream's next number in [0, 1)."""
+        if not self._uniforms:
+            self._uniforms = torch.rand(AT_ONCE, generator=self.generator).tolist()[::-1]
+        return self._uniforms.pop()
+
+
+class Chosen(NamedTuple):
+    token: int
+    logprob: float  # the model's own, in nats, before penalty, temperature and truncation
+    top: tuple[tuple[int, float], ...] = ()  # the `logprobs` likeliest (token, logprob), best first
 
 
 @torch.no_grad()
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
-    """Draw one token per row from logits (B, V).
+def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
+    """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn together.
 
-    Order: temperature, then top-k (0 is off), then top-p (1 is off). Temperature 0 takes the best token, ties going to
-    the lowest id. Returns ids (B,) int64 and logprobs (B,) fp32: the model's own log probability of each chosen token,
-    in nats, before temperature and truncation.
+    Order: repetition penalty (1 is off), temperature, top-k (0 is off), top-p (1 is off). Temperature 0 takes the best token,
+    ties going to the lowest id.
     """
-    check_settings(temperature, top_k, top_p)
     logits = logits.float()
-    if temperature < COLDEST:
-        ids = logits.argmax(-1)  # documented to return the first of several maxima
-    else:
-        scores = truncate(logits / temperature, top_k, top_p)
-        uniforms = torch.cat([torch.rand(1, generator=g) for g in generators]).to(logits.device)
-        ids = invert_cdf(scores.softmax(-1), uniforms)
-    chosen = logits.gather(-1, ids[:, None])[:, 0]
-    return ids, chosen - logits.logsumexp(-1)
+    scores = penalised(logits, rows)
+    groups: dict[tuple[int, bool] | None, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(None if row.greedy else (row.top_k, row.top_p < 1), []).append(i)
+    ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for kind, members in groups.items():
+        part = scores if len(groups) == 1 else scores[members]
+        new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])  # argmax: the first of several maxima
+        ids = new if len(groups) == 1 else ids.index_copy(0, torch.tensor(members, device=ids.device), new)
+    norm = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, ids[:, None])[:, 0] - norm
+    tokens, values = torch.stack((ids.double(), logprobs.double())).tolist()  # both in one reading of the device
+    top = likeliest(logits, norm, rows) if any(row.logprobs > 0 for row in rows) else [()] * len(rows)
+    return [Chosen(int(token), value, best) for token, value, best in zip(tokens, values, top)]
 
 
-def truncate(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Scores (B, V) with -inf outside the top-k tokens and outside the nucleus among them.
+def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[Draws]) -> Tensor:
+    """Tokens (B,) of rows that agree in top-k and in whether they use top-p."""
+    settings = torch.tensor([[row.temperature, row.top_p, row.uniform()] for row in rows]).to(scores.device)
+    temperature, top_p, uniforms = settings.split(1, dim=-1)
+    return invert_cdf(truncate(scores / temperature, top_k, top_p if nucleus else 1.0).softmax(-1), uniforms[:, 0])
+
+
+def likeliest(logits: Tensor, norm: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, float], ...]]:
+    values, ids = logits.topk(min(max(row.logprobs for row in rows), logits.size(-1)))
+    values = values - norm[:, None]
+    return [tuple(zip(i[: max(0, row.logprobs)], v)) for row, i, v in zip(rows, ids.tolist(), values.tolist())]
+
+
+def penalised(logits: Tensor, rows: Sequence[Draws]) -> Tensor:
+    """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv 1909.05858."""
+    members = [i for i, row in enumerate(rows) if row.seen is not None]
+    if not members:
+        return logits
+    seen = torch.stack([rows[i].seen for i in members])
+    by = torch.tensor([[rows[i].repetition_penalty] for i in members], device=logits.device)
+    scores, part = logits.clone(), logits[members]
+    scores[members] = torch.where(seen, torch.where(part > 0, part / by, part * by), part)
+    return scores
+
+
+def truncate(scores: Tensor, top_k: int, top_p: float | Tensor) -> Tensor:
+    """Scores (B, V) with -inf outside the top-k tokens and outside the nucleus among them. top_p: a number, or (B, 1).
 
     The nucleus is the smallest set of best tokens whose probability is at least `top_p`; it is never empty
     (https://arxiv.org/abs/1904.09751). Exactly as many tokens are kept as that says: of equal scores, the lowest ids.
     """
     V = scores.size(-1)
     k = min(top_k or V, V)
-    if k == V and top_p >= 1:
+    nucleus = isinstance(top_p, Tensor) or top_p < 1
+    if k == V and not nucleus:
         return scores
     best = scores.topk(k).values  # descending
     keep = torch.full_like(best[:, :1], k, dtype=torch.int64)
-    if top_p < 1:
+    if nucleus:
         mass_before = best.softmax(-1).cumsum(-1).roll(1, -1)
         mass_before[:, 0] = 0
         keep = (mass_before < top_p).sum(-1, keepdim=True).clamp(min=1)

@@ -56,7 +56,7 @@ class Reading:
     def leave(self, name: str, value: Tensor) -> None:
         """Leave (B, 1, ...) for the next pass over these rows."""
         if self.cache is not None:
-            self.cache.left[name] = value
+            self.cache.left[name] = value.clone()  # not a view of all tokens of the pass
 
 
 class NoQKNorm(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
-from nanolab.inference.sampling import row_generators, sample
+from nanolab.inference.sampling import Draws, choose, row_generators
 from nanolab.inference.tools import calculator
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -152,12 +152,11 @@ SETTINGS = dict(max_tokens=50, temperature=0.9, top_p=0.98)
 @torch.no_grad()
 def naive(model, prompt: list[int], seed: int, stop_ids: set[int]) -> tuple[list[int], list[bool]]:
     """One row: sample, and behind each finished call put the result; recomputes all for every sampled token."""
-    (generator,) = row_generators([seed], 1)
+    draws = Draws(SETTINGS["temperature"], 0, SETTINGS["top_p"], row_generators([seed], 1)[0])
     new: list[int] = []
     forced: list[bool] = []
     while len(new) < SETTINGS["max_tokens"]:
-        logits = model(torch.tensor([prompt + new]))[:, -1]
-        token = sample(logits, SETTINGS["temperature"], 0, SETTINGS["top_p"], [generator])[0].item()
+        token = choose(model(torch.tensor([prompt + new]))[:, -1], [draws])[0].token
         new.append(token)
         forced.append(False)
         if token in stop_ids:

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from nanolab.config import UserError
-from nanolab.inference.sampling import row_generators, sample, truncate
+from nanolab.inference.sampling import Draws, check_settings, choose, row_generators, truncate
+
+
+def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log probabilities of rows with the same settings."""
+    chosen = choose(logits, [Draws(temperature, top_k, top_p, g) for g in generators])
+    return torch.tensor([c.token for c in chosen]), torch.tensor([c.logprob for c in chosen])
 
 
 def nucleus(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -76,7 +82,8 @@ def test_a_row_draws_the_same_alone_and_among_others():
     logits = torch.from_numpy(np.random.default_rng(1).normal(size=(30, 5, 40)))  # 30 steps, 5 rows
 
     def draw(rows: list[int], generators: list[torch.Generator]) -> list[list[int]]:
-        return [sample(step[rows], 1.0, 0, 0.95, generators)[0].tolist() for step in logits]
+        draws = [Draws(1.0, 0, 0.95, g) for g in generators]
+        return [[c.token for c in choose(step[rows], draws)] for step in logits]
 
     together = draw([0, 1, 2, 3, 4], row_generators([10, 11, 12, 13, 14], 5))
     for r in range(5):
@@ -98,12 +105,51 @@ def test_extreme_logits_stay_finite():
         assert torch.isfinite(logprobs).all() and ((0 <= ids) & (ids < 3)).all()
 
 
-@pytest.mark.parametrize("settings, flag", [((-1.0, 0, 1.0), "--temperature"), ((float("nan"), 0, 1.0), "--temperature"), ((1.0, -2, 1.0), "--top-k"), ((1.0, 0, 1.5), "--top-p")])
+@pytest.mark.parametrize("settings, flag", [((-1.0, 0, 1.0), "--temperature"), ((float("nan"), 0, 1.0), "--temperature"), ((1.0, -2, 1.0), "--top-k"), ((1.0, 0, 1.5), "--top-p"), ((1.0, 0, 1.0, 0.0), "penalty")])
 def test_meaningless_settings_are_refused(settings, flag):
     with pytest.raises(UserError, match=flag):
-        sample(torch.zeros(1, 4), *settings, row_generators(1, 1))
+        check_settings(*settings)
 
 
 def test_a_wrong_number_of_seeds_is_refused():
     with pytest.raises(UserError, match="2 seeds for 3 rows"):
         row_generators([1, 2], 3)
+
+
+def test_rows_with_settings_of_their_own_are_drawn_as_each_alone():
+    rng = np.random.default_rng(4)
+    logits = torch.from_numpy(rng.normal(size=(40, 9, 30))).float()
+    settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.5), (1.0, 0, 0.9), (0.7, 5, 0.8), (0.0, 3, 0.5)]
+
+    def draw(members: list[int]) -> list[list[int]]:
+        draws = [Draws(*settings[i], row_generators([i], 1)[0], 1.0 + 0.2 * (i % 2), i % 3) for i in members]
+        return [[c.token for c in choose(step[members], draws)] for step in logits]
+
+    together = draw(list(range(9)))
+    for i in range(9):
+        assert [[step[i]] for step in together] == draw([i])
+
+
+def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2], [2.0, 1.5, -1.0, -1.2]])
+    seen = torch.tensor([True, False, True, False])
+    rows = [Draws(0.0, 0, 1.0, None, 1.5, 4, seen), Draws(0.0, 0, 1.0, None)]
+    penalised, plain = choose(logits, rows)
+    assert (penalised.token, plain.token) == (1, 0)  # 2 / 1.5 < 1.5
+    assert penalised.logprob == pytest.approx(logits[0].log_softmax(-1)[1].item(), abs=1e-6)  # the model's own
+    assert [i for i, _ in penalised.top] == [0, 1, 2, 3] and plain.top == ()
+    n = 4000
+    draws = [Draws(1.0, 0, 1.0, g, 1.5, 0, seen) for g in row_generators(3, n)]
+    counts = np.bincount([c.token for c in choose(logits[:1].expand(n, -1), draws)], minlength=4) / n
+    weights = np.exp([2 / 1.5, 1.5, -1.5, -1.2])
+    np.testing.assert_allclose(counts, weights / weights.sum(), atol=0.03)
+
+
+def test_the_likeliest_are_reported_with_the_models_own_log_probabilities():
+    logits = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 12))).float()
+    chosen = choose(logits, [Draws(0.5, 2, 1.0, g, 1.0, n) for g, n in zip(row_generators(1, 3), (0, 2, 20))])
+    assert [len(c.top) for c in chosen] == [0, 2, 12]
+    for c, row in zip(chosen, logits.double().log_softmax(-1).numpy()):
+        order = np.argsort(-row)[: len(c.top)]
+        assert [i for i, _ in c.top] == order.tolist()
+        np.testing.assert_allclose([p for _, p in c.top], row[order], atol=1e-6)

@@ -48,3 +48,32 @@ def test_a_text_cut_inside_a_character_says_so_at_the_end(tokenizer):
     stream = TextStream(tokenizer)
     assert "".join(map(stream.push, tokenizer.encode("ab🙂")[:-1])) == "ab"
     assert stream.flush() == "\ufffd"
+
+
+def until(text: str, stop: list[str]) -> str:
+    """By definition: read on character by character; the first stop string that is complete cuts the text before itself."""
+    for end in range(len(text) + 1):
+        found = [len(s) for s in stop if text[:end].endswith(s)]
+        if found:
+            return text[: end - max(found)]
+    return text
+
+
+def test_the_text_ends_before_the_first_stop_string_and_shows_no_part_of_it(tokenizer):
+    rng = random.Random(2)
+    for _ in range(300):
+        text = "".join(rng.choice("ab é") for _ in range(14))
+        stop = ["".join(rng.choice("ab é") for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+        stream, shown, expected = TextStream(tokenizer, stop), "", until(text, stop)
+        for i in tokenizer.encode(text):
+            shown += stream.push(i)
+            assert expected.startswith(shown)
+        assert shown + stream.flush() == expected
+        assert stream.stopped == (expected != text)
+
+
+def test_only_what_may_become_a_stop_string_is_held_back(tokenizer):
+    stream = TextStream(tokenizer, ["abc", "\n\n"])
+    assert [stream.push(i) for i in tokenizer.encode("xab")] == ["x", "", ""]
+    assert [stream.push(i) for i in tokenizer.encode("ab\nd")] == ["ab", "", "ab", "\nd"]
+    assert not any(stream.push(i) for i in tokenizer.encode("\n\nmore")) and stream.stopped and stream.flush() == ""

@@ -1,0 +1,98 @@
+"""Request, Sampled and Row: what is asked of the engine, what it answers step by step, and where a request stands in between."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from nanolab.config import UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.sampling import Chosen, Draws, check_settings, row_generators
+from nanolab.inference.text import TextStream
+from nanolab.inference.tools import ToolUse
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to go on from it. A row's tokens are those it would get alone, whatever else runs beside it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 256
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    repetition_penalty: float = 1.0  # above 1 lowers what prompt and reply have held
+    seed: int = 42
+    stop_ids: tuple[int, ...] | None = None  # None: the tokens that end a document or a turn, <|bos|> and <|assistant_end|>
+    stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
+    logprobs: int = -1  # likeliest tokens to report beside the one that was taken
+    tools: Callable[[str], str] | None = None  # given a call's text, returns the result, which is forced into the row
+
+    def check(self, limit: int, row: int = 0) -> None:
+        """Raise UserError for an empty prompt, one that leaves no room in `limit` tokens, and settings without meaning."""
+        check_settings(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        if self.max_tokens < 1:
+            raise UserError(f"max-tokens is {self.max_tokens}; expected at least 1; try --max-tokens 256")
+        if not 0 < len(self.prompt) < limit:
+            raise UserError(f"prompt {row} has {len(self.prompt)} tokens; this model reads 1 to {limit - 1}; shorten it, or begin with <|bos|>")
+
+
+class Sampled(NamedTuple):
+    """One new token of one row. finish: None, "stop" (this token is a stop id or completes a stop string), or "length" (no room
+    for another). forced: the token is a tool's, not the model's choice.
+    """
+
+    row: int
+    token: int
+    logprob: float  # the model's own, in nats, at temperature 1 over the whole vocabulary; 0 where forced, for it was certain
+    finish: str | None
+    forced: bool = False
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
+    cached: int = 0  # tokens of the row's prompt that were not computed, since a snapshot held them
+
+
+class Row:
+    """A request between its first token and its last. limit: tokens of prompt and reply together."""
+
+    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, vocab_size: int, limit: int, device: torch.device, generator: torch.Generator | None = None):
+        self.number, self.request, self.tokenizer = number, request, tokenizer
+        self.tokens = list(request.prompt)  # prompt and reply
+        self.end = min(len(request.prompt) + request.max_tokens, limit)
+        self.cached = 0
+        self.waiting: deque[int] = deque()  # tokens that a tool has put into the row
+        self.unheard = False  # whether its last token is the model's own and has not been shown to the tool
+        self.use = ToolUse(tokenizer, request.tools) if request.tools else None
+        self.text = TextStream(tokenizer, request.stop) if request.stop else None
+        self.stop_ids = frozenset((tokenizer.bos, tokenizer.special("<|assistant_end|>")) if request.stop_ids is None else request.stop_ids)
+        r = request
+        generator = generator or row_generators(r.seed, 1)[0]
+        self.draws = Draws(r.temperature, r.top_k, r.top_p, generator, r.repetition_penalty, r.logprobs)
+        if r.repetition_penalty != 1:
+            self.draws.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.draws.seen[list(r.prompt)] = True
+
+    def force(self) -> Sampled:
+        """Take the next token that a tool has put in; it stops nothing."""
+        return self._taken(Chosen(self.waiting.popleft(), 0.0), True)
+
+    def take(self, chosen: Chosen) -> Sampled:
+        """Take a token of the model's own choice."""
+        new, self.unheard = self._taken(chosen, False), True
+        if self.text:
+            self.text.push(new.token)
+        stops = new.token in self.stop_ids or (self.text is not None and self.text.stopped)
+        return new._replace(finish="stop") if stops else new
+
+    def _taken(self, chosen: Chosen, forced: bool) -> Sampled:
+        self.tokens.append(chosen.token)
+        if self.draws.seen is not None:
+            self.draws.seen[chosen.token] = True
+        return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached)
+
+    def answer(self) -> None:
+        """Show the model's last token to the tool, which runs if that ended a call."""
+        if self.use and self.unheard:
+            self.waiting.extend(self.use.push(self.tokens[-1]))
+        self.unheard = False

@@ -1,0 +1,272 @@
+"""Requests that come and go: whatever runs beside a row, its greedy text is what the model without any cache says.
+
+The oracle reads prompt and reply in one forward without a cache: every token must be the best there, or within a near-tie of it.
+"""
+
+import random
+
+import pytest
+import torch
+
+from nanolab.config import GPTConfig, UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.engine import Engine, Request
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+TIE = 1e-4
+SMALL = dict(sequence_len=96, vocab_size=61, n_layer=3, n_head=4, n_embd=32, bos=60)
+VARIANTS = {
+    "default": GPTConfig(**SMALL, window_size=7, window_pattern="SSL"),
+    "documents": GPTConfig(**SMALL, window_size=7, window_pattern="SL", document_mask=True),
+    "gqa-alibi-sink": GPTConfig(**SMALL, window_size=5, attention="gqa:2", positions="alibi", normaliser="sink"),
+    "mla": GPTConfig(**SMALL, window_size=9, attention="mla", value_embeds=False),
+    "gpt2": GPTConfig(
+        **SMALL, positions="learned", window_pattern="L", qk_norm="none", qk_gain=1.0, value_embeds=False, residual_scalars=False, smear=False, backout=False,
+        embed_norm=False, mlp="gelu_tanh", norm="layernorm", norm_gain=True, bias="qkv,out,mlp,norm", softcap=0.0, tied_head=True,
+    ),
+}  # fmt: skip
+
+
+def build(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """Random in every parameter, so that every part shows in the logits."""
+    torch.manual_seed(2)
+    model = GPT(config, compute_dtype=dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def model(request) -> GPT:
+    return build(VARIANTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def default() -> GPT:
+    return build(VARIANTS["default"])
+
+
+@torch.no_grad()
+def check_greedy(model: GPT, prompt: tuple[int, ...], reply: list[int], tie: float = TIE) -> None:
+    logits = model(torch.tensor([[*prompt, *reply]]))[0, len(prompt) - 1 : -1]
+    behind = logits.amax(-1) - logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
+    assert (behind <= tie).all(), f"{behind} behind the best"
+
+
+def greedy(prompt, max_tokens: int = 12, **more) -> Request:
+    return Request(tuple(prompt), max_tokens=max_tokens, temperature=0.0, **{"stop_ids": (), **more})
+
+
+def ids(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(61) for _ in range(n)]
+
+
+def drain(engine: Engine, replies: dict[int, list[int]]) -> dict[int, str]:
+    """Step until idle; how each row ended."""
+    ends = {}
+    while not engine.idle:
+        for new in engine.step():
+            assert new.row not in ends
+            replies.setdefault(new.row, []).append(new.token)
+            if new.finish:
+                ends[new.row] = new.finish
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed):
+    rng = random.Random(seed)
+    engine = Engine(model, None, RUNTIME, max_rows=rng.randint(1, 5), prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]))
+    prompts, replies, cancelled, live, cached, most = {}, {}, set(), [], 0, 0
+    for _ in range(60):
+        if rng.random() < 0.3:
+            prompt, kind = ids(rng, rng.randint(1, 50)), rng.random()
+            if kind < 0.5 and prompts:  # the next turn of a conversation, or once more the same
+                before = rng.choice(list(prompts))
+                prompt = [*prompts[before], *replies.get(before, []), *ids(rng, rng.randint(0, 5))][-95:] if kind < 0.35 else prompts[before]
+            number = engine.add(greedy(prompt, rng.randint(1, 30)))
+            prompts[number], live = tuple(prompt), [*live, number]
+        if rng.random() < 0.1 and live:
+            cancelled.add(number := live.pop(rng.randrange(len(live))))
+            engine.cancel(number)
+        for new in engine.step():
+            assert new.row not in cancelled
+            replies.setdefault(new.row, []).append(new.token)
+            cached += new.cached
+            if new.finish:
+                live.remove(new.row)
+        most = max(most, engine.running)
+        assert engine.running <= engine.max_rows
+    ends = drain(engine, replies)
+    assert set(ends) | set(replies) | cancelled == set(prompts) and len(replies) > 5 and most == min(engine.max_rows, most)
+    assert engine.prefixes is None or cached > 0
+    for number, reply in replies.items():
+        check_greedy(model, prompts[number], reply)
+
+
+def test_a_request_joins_at_the_next_step_and_a_cancelled_one_is_gone_from_it(default):
+    engine = Engine(default, None, RUNTIME)
+    first = engine.add(greedy(range(5), 20))
+    assert [s.row for s in engine.step()] == [first] and (engine.running, engine.waiting) == (1, 0)
+    second, third = engine.add(greedy(range(9), 20)), engine.add(greedy(range(3), 2))
+    assert engine.waiting == 2
+    assert [s.row for s in engine.step()] == [first, second, third]
+    engine.cancel(first)
+    assert engine.running == 2
+    assert [(s.row, s.finish) for s in engine.step()] == [(third, "length"), (second, None)]
+    assert [s.row for s in engine.step()] == [second] and engine.running == 1
+    engine.cancel(second)
+    engine.cancel(second), engine.cancel(first)  # nothing to do
+    assert engine.idle and engine.step() == []
+
+
+def test_rows_wait_for_a_place_and_cancelling_them_there_is_enough(default):
+    engine = Engine(default, None, RUNTIME, max_rows=1)
+    rows = [engine.add(greedy([i, 1], 3)) for i in range(3)]
+    assert [s.row for s in engine.step()] == rows[:1] and engine.waiting == 2
+    engine.cancel(rows[1])
+    assert [[s.row for s in engine.step()] for _ in range(4)] == [rows[:1], rows[:1], rows[2:], rows[2:]]
+
+
+def test_a_long_prompt_is_read_in_chunks_while_others_run_and_can_be_given_up_on_the_way(default):
+    engine = Engine(default, None, RUNTIME, prefill_tokens=10)
+    short = engine.add(greedy([1, 2, 3], 30))
+    engine.step()
+    long = engine.add(greedy(range(45), 5))
+    assert [[s.row for s in engine.step()] for _ in range(5)] == [[short]] * 4 + [[short, long]]
+    given_up = engine.add(greedy(range(1, 45), 5))
+    engine.step()
+    assert engine.waiting == 1
+    engine.cancel(given_up)
+    assert engine.waiting == 0 and not engine.prefill.parts
+
+
+def test_a_step_reads_no_more_prompt_tokens_than_allowed(default):
+    read = []
+
+    class Counting(torch.nn.Module):
+        config, compute_dtype = default.config, default.compute_dtype
+
+        def forward(self, ids, cache, last_only):
+            read.append(ids.numel() if cache is not engine.cache else 0)
+            return default(ids, cache=cache, last_only=last_only)
+
+    engine = Engine(Counting(), None, RUNTIME, prefill_tokens=16)
+    rng, per_step = random.Random(0), []
+    for n in (3, 5, 5, 40, 2, 16, 17, 5, 1):
+        engine.add(greedy(ids(rng, n), 3))
+    while not engine.idle:
+        read.clear()
+        engine.step()
+        per_step.append(sum(read))
+    assert max(per_step) == 16 and sum(per_step) == 94 and per_step[:5].count(16) >= 4  # not more, and not idle either
+
+
+def test_a_cancelled_row_does_not_disturb_the_one_that_waits_for_the_same_prompt(default):
+    engine = Engine(default, None, RUNTIME, prefill_tokens=4)
+    rows = [engine.add(greedy(range(10), 4)) for _ in range(3)]
+    engine.step()
+    engine.cancel(rows[0])
+    replies: dict[int, list[int]] = {}
+    drain(engine, replies)
+    assert replies[rows[1]] == replies[rows[2]] and rows[0] not in replies
+    check_greedy(default, tuple(range(10)), replies[rows[1]])
+
+
+def test_sampled_rows_depend_on_their_own_seed_alone(default):
+    def run(requests: list[Request], gap: int) -> list[list[int]]:
+        engine, replies = Engine(default, None, RUNTIME, prefill_tokens=7), {}
+        for request in requests:
+            engine.add(request)
+            for _ in range(gap):
+                for new in engine.step():
+                    replies.setdefault(new.row, []).append(new.token)
+        drain(engine, replies)
+        return [replies[i] for i in range(len(requests))]
+
+    requests = [
+        Request((1, 2, 3), 20, 1.0, seed=5, stop_ids=()), Request((1, 2, 3), 20, 1.0, seed=6, stop_ids=()),
+        Request((7,) * 20, 20, 0.8, top_p=0.9, seed=5, stop_ids=()), Request((4,), 20, 0.8, top_k=9, repetition_penalty=1.3, seed=5, stop_ids=()),
+    ]  # fmt: skip
+    alone = [run([request], 0)[0] for request in requests]
+    assert run(requests, 0) == run(requests, 3) == alone and alone[0] != alone[1]
+
+
+def test_a_prompt_that_begins_with_a_snapshot_starts_there(default):
+    engine, replies = Engine(default, None, RUNTIME, prefix_bytes=1 << 20), {}
+    rng = random.Random(1)
+    prompt = ids(rng, 20)
+    first = engine.add(greedy(prompt, 10))
+    drain(engine, replies)
+    following = [*prompt, *replies[first], *ids(rng, 4)]
+    for text, expected in ((following, 29), (prompt, 20), (prompt[:19] + [prompt[19] ^ 1], 0), ([*prompt, *ids(rng, 3)], 20)):
+        number = engine.add(greedy(text, 10))
+        new = next(new for new in iter(engine.step, None) for new in new)
+        assert new.cached == expected
+        replies[number] = [new.token]
+        drain(engine, replies)
+        check_greedy(default, tuple(text), replies[number])
+    assert replies[2] == replies[first]
+
+
+def test_snapshots_are_bounded_in_bytes_and_the_oldest_goes_first(default):
+    engine = Engine(default, None, RUNTIME, prefix_bytes=60_000)
+    kept = []
+    for i in range(12):
+        engine.add(greedy([i] * 10, 4))
+        drain(engine, {})
+        kept.append(len(engine.prefixes.kept))
+        actual = sum(c.nbytes + (0 if logits is None else logits.nbytes) for c, logits in engine.prefixes.kept.values())
+        assert engine.prefixes.used == actual <= 60_000
+    assert kept[0] == 2 and kept[-1] == kept[-2] > 2
+    assert {key[0] for key in engine.prefixes.kept} == set(range(12 - len(engine.prefixes.kept) // 2, 12))
+    assert Engine(default, None, RUNTIME).prefixes is None
+
+
+def test_memory_is_flat_over_many_requests(default):
+    engine = Engine(default, None, RUNTIME, max_rows=4)
+    sizes = []
+    for i in range(40):
+        engine.add(greedy([i, i + 1], 3 + i % 5))
+        engine.step()
+        sizes.append(engine.cache.nbytes)
+    drain(engine, {})
+    assert max(sizes[20:]) == max(sizes[:20]) and not engine.prefill.parts and not engine.rows
+
+
+def test_generate_runs_beside_what_was_added(default):
+    engine = Engine(default, None, RUNTIME)
+    number, replies = engine.add(greedy([3, 4], 6)), {}
+    assert len(engine.complete([[1, 2]], max_tokens=5, temperature=0.0, stop_ids=())[0]) == 5
+    assert drain(engine, replies) == {number: "length"} and len(replies[number]) == 6
+
+
+def test_a_stop_string_ends_its_row_in_the_step_that_completes_it(default):
+    tokenizer = Tokenizer.train(["plain"], 265)
+    config = GPTConfig(**{**SMALL, "vocab_size": 265, "bos": tokenizer.bos})
+    engine = Engine(build(config), tokenizer, RUNTIME)
+    request = Request((1, 2), 40, 1.0, seed=3, stop_ids=())
+    free: dict[int, list[int]] = {}
+    engine.add(request)
+    drain(engine, free)
+    text = [tokenizer.decode([t]) for t in free[0]]
+    at = next(i for i in range(5, 30) if all(len(c) == 1 and c.isascii() for c in text[i : i + 3]))
+    stop = "".join(text[at : at + 3])
+    assert tokenizer.decode(free[0][: at + 2]).find(stop) < 0  # it comes nowhere before
+    replies: dict[int, list[int]] = {}
+    number = engine.add(Request((1, 2), 40, 1.0, seed=3, stop_ids=(), stop=("never in it", stop)))
+    assert drain(engine, replies) == {number: "stop"} and replies[number] == free[0][: at + 3]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"prompt": ()}, "has 0 tokens"), ({"prompt": (1,) * 96}, "96 tokens; this model reads 1 to 95"), ({"max_tokens": 0}, "max-tokens"),
+    ({"temperature": -1.0}, "--temperature"), ({"repetition_penalty": -1.0}, "penalty"),
+])  # fmt: skip
+def test_bad_requests_are_refused_at_once(default, change, message):
+    engine = Engine(default, None, RUNTIME)
+    with pytest.raises(UserError, match=message):
+        engine.add(Request(**{"prompt": (1,), "stop_ids": (), **change}))
+    assert engine.idle
