@@ -418,6 +418,32 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Serve models over HTTP: a chat page in the browser, and OpenAI's API under /v1."""
+
+    model: str = ""  # NAME[@STEP|best], or several joined by commas; default: the newest finished run
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every one of this machine, better with a key
+    port: int = 8000  # 0: one that is free
+    api_key: str = ""  # what requests under /v1 must send as Authorization: Bearer KEY; empty: they need none
+    api_key_env: str = "NANOLAB_API_KEY"  # environment variable that holds the key instead, where other users of the machine do not see it
+    cors: str = ""  # origin of other web pages that may use the API, for example http://localhost:3000
+    # how much at once
+    max_rows: int = 32  # replies that a replica generates at once
+    queue: int = 64  # replies that wait for a place; beyond them requests are refused with 429
+    replicas: int = 1  # engines of each model: on CUDA one per device, on a CPU that many threads
+    prefix_mb: int = 256  # memory of each replica for beginnings of conversations that need not be read again; 0: none
+    drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C, running replies may take that long
+    # what a request that does not say gets
+    temperature: float = 0.8
+    top_k: int = 50  # 0: off
+    top_p: float = 1.0
+    max_tokens: int = 512  # of a reply
+    tool: str = "calculator"  # calculator | python: what answers the calls in chat replies; empty: nothing
+    log_conversations: str = ""  # JSONL file that conversations are appended to; empty: they are kept nowhere
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Write the card of a model: what each stage of its training brought and cost, how good it is, where it lies."""
 

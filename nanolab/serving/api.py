@@ -1,0 +1,203 @@
+"""The HTTP interface: OpenAI's routes, the page, health and metrics, in front of the models' worker threads.
+
+The event loop only carries: generation and tokenizing happen in other threads, so every route answers at any time.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from nanolab.config import ServeConfig, UserError
+from nanolab.data.chat import parts_of, render_prompt
+from nanolab.inference import engine
+from nanolab.inference.tools import find_tool
+from nanolab.serving.exchange import Exchange
+from nanolab.serving.gate import Gate, failed, page_headers, refusal, reply
+from nanolab.serving.metrics import Metrics
+from nanolab.serving.openai import ApiError, Ask, read_chat, read_completion
+from nanolab.serving.reply import Answer
+from nanolab.serving.worker import Broken, Draining, Overloaded, Served
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+MAX_BODY = 4 << 20  # bytes of a request
+
+
+class Api:
+    """What the routes do. models: by the name that requests give."""
+
+    def __init__(self, models: dict[str, Served], cfg: ServeConfig):
+        self.models, self.cfg, self.metrics = models, cfg, Metrics()
+        self.tool, self.started = find_tool(cfg.tool), int(time.time())
+
+    async def generate(self, request: Request, read: Callable[[Any], Ask]) -> Response:
+        """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
+        arrived, name = time.perf_counter(), ""
+        try:
+            ask = read(await read_json(request))
+            served = self.find(ask.model)
+            name = served.name
+            served.admit(ask.n)
+            prompt = await asyncio.to_thread(prompt_ids, ask, served)
+            answer = Answer(ask, name, len(prompt), served.tokenizer)
+            exchange = Exchange(served, self.rows(ask, served, prompt), answer, self.metrics, request, arrived, self.log)
+        except (ApiError, Overloaded, Draining, Broken) as error:
+            refused = refusal(error)
+            self.metrics.requests.add(1, name, request.url.path, str(refused.status))
+            raise refused from None
+        return await exchange.respond()
+
+    def find(self, name: str | None) -> Served:
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None:
+            raise ApiError(400, f"field 'model' is missing; expected one of {', '.join(self.models)}", "model", "missing_field")
+        if name not in self.models:
+            raise ApiError(404, f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}", "model", "model_not_found")
+        return self.models[name]
+
+    def rows(self, ask: Ask, served: Served, prompt: list[int]) -> list[engine.Request]:
+        """The engine's requests, one per choice: the first has the seed itself, the others seeds made from it."""
+        cfg, special = self.cfg, served.tokenizer.special
+        seed = secrets.randbits(62) if ask.seed is None else ask.seed
+        ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if ask.tools else None
+        return [
+            engine.Request(
+                tuple(prompt),
+                max_tokens=ask.max_tokens or cfg.max_tokens,
+                temperature=cfg.temperature if ask.temperature is None else ask.temperature,
+                top_k=cfg.top_k if ask.top_k is None else ask.top_k,
+                top_p=cfg.top_p if ask.top_p is None else ask.top_p,
+                repetition_penalty=ask.repetition_penalty or 1.0,
+                seed=Random(f"{seed} {i}").getrandbits(62) if i else seed,
+                stop_ids=ends,
+                stop=ask.stop,
+                logprobs=ask.logprobs,
+                tools=self.tool if ask.chat and not ask.tools else None,
+            )
+            for i in range(ask.n)
+        ]
+
+    def log(self, answer: Answer) -> None:
+        """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it."""
+        if self.cfg.log_conversations and answer.ask.chat:
+            with open(self.cfg.log_conversations, "a", encoding="utf-8") as file:
+                for said in answer.replies:
+                    messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
+                    file.write(json.dumps({"messages": messages, "model": answer.model}) + "\n")
+
+    def described(self) -> list[dict[str, Any]]:
+        cfg = self.cfg
+        sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens}
+        about = {"object": "model", "created": self.started, "owned_by": "nanolab"}
+        return [{"id": name, **about, "kind": s.kind, "context": s.limit, "sampling": sampling, "tool": cfg.tool} for name, s in self.models.items()]
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """(HTTP status, body): ok, degraded (of a model's several replicas not all have failed), draining, or failed."""
+        every = self.models.values()
+        models = {s.name: {"running": s.running, "queued": len(s.queue), "replicas": len(s.replicas), "errors": s.errors} for s in every}
+        status = "degraded" if any(s.errors for s in every) else "ok"
+        status = "draining" if any(s.draining for s in every) else status
+        status = "failed" if any(not s.alive for s in every) else status
+        return 503 if status in ("failed", "draining") else 200, {"status": status, "models": models}
+
+
+def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
+    """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page cannot be read."""
+    try:
+        html = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab again") from None
+    api, headers = Api(models, cfg), page_headers(html)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for served in models.values():
+            served.start(asyncio.get_running_loop().call_soon_threadsafe)
+        yield
+        for served in models.values():
+            served.stop()
+        await asyncio.gather(*(asyncio.to_thread(served.join) for served in models.values()))
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)  # no documentation pages: they would load scripts from elsewhere
+    app.add_middleware(Gate, cfg=cfg)
+    if cfg.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=[cfg.cors], allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.add_exception_handler(ApiError, lambda request, error: failed(error))
+    app.add_exception_handler(HTTPException, lambda request, error: failed(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")))
+    app.add_exception_handler(Exception, lambda request, error: failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest")))
+
+    @app.get("/")
+    @app.get("/compare")
+    async def show_page() -> Response:
+        return HTMLResponse(html, headers=headers)
+
+    @app.get("/v1/models")
+    async def all_models() -> Response:
+        return reply({"object": "list", "data": api.described()})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        api.find(name)
+        return reply(next(about for about in api.described() if about["id"] == name))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await api.generate(request, read_chat)
+
+    @app.post("/v1/completions")
+    async def completion(request: Request) -> Response:
+        return await api.generate(request, read_completion)
+
+    @app.get("/health")
+    async def health() -> Response:
+        status, body = api.health()
+        return reply(body, status)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = api.metrics.text({s.name: len(s.queue) for s in models.values()}, {s.name: s.running for s in models.values()})
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def read_json(request: Request) -> Any:
+    """The body. Raises ApiError for one that is too large or is not JSON."""
+    if "json" not in request.headers.get("content-type", ""):  # also keeps out the forms of other web sites
+        raise ApiError(415, "the body's Content-Type is not JSON; expected application/json; with curl: -H 'Content-Type: application/json'")
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY:
+            raise ApiError(413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
+
+
+def prompt_ids(ask: Ask, served: Served) -> list[int]:
+    """The tokens that the model is to go on from. Raises ApiError for more than it can read, and for ids that it does not have."""
+    tokenizer, param = served.tokenizer, "messages" if ask.chat else "prompt"
+    texts = [part["text"] for message in ask.prompt for part in parts_of(message["content"])] if ask.chat else [ask.prompt]
+    least = sum(map(len, texts)) // (served.longest if ask.chat or isinstance(ask.prompt, str) else 1)  # tokens, for what is not worth tokenizing
+    ids: list[int] = []
+    if least < served.limit:
+        ids = render_prompt(tokenizer, ask.prompt) if ask.chat else list(ask.prompt) if isinstance(ask.prompt, list) else [tokenizer.bos, *tokenizer.encode(ask.prompt)]
+    if not 0 < len(ids) < served.limit:
+        seen = f"{len(ids)} tokens" if ids else f"at least {least} tokens"
+        raise ApiError(400, f"{param} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")
+    if max(ids) >= tokenizer.vocab_size:
+        raise ApiError(400, f"prompt holds the id {max(ids)}; expected ids below {tokenizer.vocab_size}", param, "invalid_value")
+    return ids

@@ -1,0 +1,108 @@
+"""One request at work: its rows among the workers, its answer as it grows, and an eye on whether the client is still there."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+
+from nanolab.inference import engine
+from nanolab.serving.gate import as_json, refusal, reply
+from nanolab.serving.metrics import Metrics
+from nanolab.serving.openai import ApiError
+from nanolab.serving.reply import Answer, Piece
+from nanolab.serving.worker import Draining, Served
+
+LEFT = 499  # nginx's status for a client that has closed the connection, which never gets it
+
+Step = list[tuple[int, list[Piece]]]  # (choice, what became certain of it)
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+class Exchange:
+    """Queues the rows when it is made, raising what `Served.submit` raises; `respond` then gives the HTTP response.
+
+    Whatever is left of the rows is cancelled when the response has been sent or the client is gone.
+    """
+
+    def __init__(self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float, log: Callable[[Answer], None]):
+        self.served, self.answer, self.metrics = served, answer, metrics
+        self.request, self.arrived, self.log, self.status = request, arrived, log, 200
+        self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()  # holds the rows' max_tokens at most
+        self.jobs = served.submit(requests, lambda i, item: self.inbox.put_nowait((i, item)))
+        self.watch = asyncio.create_task(self._watch())
+
+    async def respond(self) -> Response:
+        """The whole answer, or events. The head of a stream waits for the first token: a failure until then has a status of its own."""
+        steps = self._steps()
+        try:
+            if self.answer.ask.stream:
+                first = await anext(steps)
+                headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+                return StreamingResponse(self._events(first, steps), media_type="text/event-stream", headers=headers)
+            async for _ in steps:
+                pass
+            return reply(self.answer.whole())
+        except Gone:
+            return Response(status_code=LEFT)
+
+    async def _steps(self) -> AsyncIterator[Step]:
+        """What has become certain since the last time. Raises Gone, and ApiError when the engine has failed."""
+        while not self.answer.done:
+            new = [await self.inbox.get()]
+            while not self.inbox.empty():
+                new.append(self.inbox.get_nowait())
+            for _, item in new:
+                if isinstance(item, Exception):
+                    self.status = LEFT if isinstance(item, Gone) else 503 if isinstance(item, Draining) else 500
+                    raise item if isinstance(item, Gone) else refusal(item)
+            if self.arrived:
+                self.metrics.first_token.observe(time.perf_counter() - self.arrived, self.served.name)
+                self.arrived = 0.0
+            yield [(i, self.answer.replies[i].push(item)) for i, item in new]
+        self.log(self.answer)
+
+    async def _events(self, first: Step, steps: AsyncIterator[Step]) -> AsyncIterator[bytes]:
+        """Server-sent events: who speaks, the text as it comes, how it ended, what it took, [DONE]. A failure is the last event."""
+        answer = self.answer
+        try:
+            yield b"".join(map(event, answer.first())) + self._chunks(first)
+            async for step in steps:
+                if out := self._chunks(step):
+                    yield out
+            yield b"".join(map(event, answer.usage())) + b"data: [DONE]\n\n"
+        except ApiError as error:
+            yield event(error.body)
+        except Gone:
+            return
+
+    def _chunks(self, step: Step) -> bytes:
+        """The events of a step; the last of a choice, which says how it ended, comes with its last token."""
+        out = []
+        for at, (i, pieces) in enumerate(step):
+            out += [self.answer.chunk(i, piece) for piece in pieces]
+            if self.answer.replies[i].finish and not any(i == later for later, _ in step[at + 1 :]):
+                out.append(self.answer.last(i))
+        return b"".join(map(event, out))
+
+    async def _watch(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":  # of ASGI: sent, or the connection is closed
+            pass
+        if self.served.cancel(self.jobs) and self.status == 200 and not self.answer.done:
+            self.status = LEFT
+            self.metrics.cancellations.add(1, self.served.name)
+            self.inbox.put_nowait((0, Gone()))
+        used = self.answer.tokens()
+        self.metrics.requests.add(1, self.served.name, self.request.url.path, str(self.status))
+        for kind in ("prompt", "completion"):
+            self.metrics.tokens.add(used[f"{kind}_tokens"], self.served.name, kind)
+        self.metrics.tokens.add(used["prompt_tokens_details"]["cached_tokens"], self.served.name, "cached")
+
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: " + as_json(body) + b"\n\n"

@@ -1,0 +1,264 @@
+"""OpenAI's wire format, read: request bodies -> Ask, every field checked by name; and the error that everything else becomes.
+
+https://platform.openai.com/docs/api-reference/chat, and .../completions for the older route. Imports no torch.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanolab.config import UserError, nearest
+from nanolab.data.chat import Message, awaits_more, check_messages, parts_of
+from nanolab.inference.tools import TOOLS
+
+MAX_MESSAGES = 500
+MAX_ROWS = 128  # n, and OpenAI's own limit
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_TOP = 20  # alternatives per token
+WHOLE = 2**31 - 1
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+ARGUMENTS = {"calculator": "expression", "python": "code"}  # the tools that a client may run, and their parameter's name where it declares none
+
+
+class ApiError(Exception):
+    """An answer other than 200. headers: beside those of JSON."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request wants. None: not said, so the server's default."""
+
+    prompt: list[Message] | str | list[int]  # messages of the chat route; text or ids of the other
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    logprobs: int = -1  # -1: none; else each token's own and that many alternatives
+    tools: dict[str, str] = field(default_factory=dict)  # those that the client runs -> the name of their parameter
+
+    @property
+    def chat(self) -> bool:
+        """Whether this is a conversation rather than text to continue."""
+        return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
+
+
+class Unfit(Exception):
+    """A value that a field cannot have; the text is what was expected."""
+
+
+Check = Callable[[Any], Any]  # the value in our form; raises Unfit
+
+
+def number(low: float, high: float) -> Check:
+    def check(value: Any) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise Unfit(f"{low:g}" if low == high else f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def whole(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is float and value.is_integer():  # JSON writers without whole numbers
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise Unfit(f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise Unfit("true or false")
+    return value
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Unfit("a string")
+    return value
+
+
+def ignored(value: Any) -> None:
+    """A field about who asks, which changes nothing here."""
+
+
+def stops(value: Any) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or len(found) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in found):
+        raise Unfit(f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS} such strings")
+    return tuple(found)
+
+
+def stream_options(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
+        raise Unfit("an object with include_usage and nothing else")
+    return flag(value.get("include_usage", False))
+
+
+def tool_choice(value: Any) -> str:
+    if value not in ("auto", "none"):
+        raise Unfit('"auto" or "none"')
+    return value
+
+
+def prompt(value: Any) -> str | list[int]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value):
+        return value
+    raise Unfit("a string that is not empty, or a list of token ids")
+
+
+def tools(value: Any) -> dict[str, str]:
+    if not isinstance(value, list):
+        raise Unfit("a list of tools")
+    return dict(tool(entry) for entry in value)
+
+
+def tool(entry: Any) -> tuple[str, str]:
+    """(name, parameter) of a declared function: those that a model of ours can call, with the one string that it can give them."""
+    function = entry.get("function") if isinstance(entry, dict) and entry.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or name not in TOOLS:
+        raise Unfit(f"functions named {' or '.join(TOOLS)}, which is what the model can call, and not {name!r}")
+    schema = function.get("parameters") or {}
+    properties = schema.get("properties", {}) if isinstance(schema, dict) else None
+    if properties == {}:
+        return name, ARGUMENTS[name]
+    if not isinstance(properties, dict) or len(properties) != 1 or not all(isinstance(p, dict) and p.get("type") == "string" for p in properties.values()):
+        raise Unfit(f"the function {name} to have one parameter, a string")
+    return name, *properties  # type: ignore[return-value]
+
+
+def messages(value: Any) -> list[Message]:
+    """Messages of OpenAI's form in that of nanolab.data.chat: a call and its output become parts of one assistant turn."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
+        seen = f"{len(value)} messages" if isinstance(value, list) else type(value).__name__
+        raise Unfit(f"a list of 1 to {MAX_MESSAGES} messages, found {seen}")
+    turns: list[Message] = []
+    call = None  # the id of the call that the last turn ends with
+    for i, message in enumerate(value, 1):
+        at = f"message {i}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Unfit(f"{at} to be an object with a role and content")
+        role = "system" if message["role"] == "developer" else message["role"]
+        if extra := [key for key in message if key not in MESSAGE_FIELDS and message[key]]:
+            raise Unfit(f"{at} without the field {extra[0]!r}, which is not supported")
+        if role == "tool":
+            if call is None or message.get("tool_call_id") != call:
+                raise Unfit(f"{at}, a tool's, to follow the assistant's call with its id as tool_call_id")
+            turns[-1]["content"].append({"type": "python_output", "text": plain(message.get("content"), at)})
+            call = None
+        elif role == "assistant":
+            parts, call = said(message, at)
+            if turns and awaits_more(turns[-1]):
+                turns[-1]["content"] += parts
+            else:
+                turns.append({"role": role, "content": parts})
+        else:
+            turns.append({"role": role, "content": plain(message.get("content"), at)})
+            call = None
+    check_messages(turns, prompt=True)
+    return turns
+
+
+# tool_calls only of the assistant; parts is what our own replies carry; name and type say nothing to a model of ours
+MESSAGE_FIELDS = ("role", "content", "name", "type", "tool_calls", "tool_call_id", "parts")
+
+
+def plain(content: Any, at: str) -> str:
+    """Content of anybody but the assistant: text, or parts that are all text."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+        return "".join(p["text"] for p in content)
+    raise Unfit(f"{at} to have text as content, or a list of text parts; images and the like are not supported")
+
+
+def said(message: dict[str, Any], at: str) -> tuple[list[dict[str, str]], str | None]:
+    """An assistant message's parts, and the id of the call that it ends with. Parts in full, where it has them, go before content."""
+    content, calls = message.get("parts") or message.get("content") or "", message.get("tool_calls") or []
+    if not isinstance(content, str):
+        check_messages([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}], at)
+    parts = [dict(part) for part in parts_of(content)]
+    if not calls:
+        return parts, None
+    try:
+        (call,) = calls
+        (code,) = json.loads(call["function"]["arguments"]).values()
+        return [*parts, {"type": "python", "text": text(code)}], text(call["id"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Unfit):
+        raise Unfit(f"{at} to have one tool call, with an id and one string among its arguments") from None
+
+
+SHARED: dict[str, Check] = {
+    "model": text, "stream": flag, "stream_options": stream_options, "n": whole(1, MAX_ROWS), "seed": whole(-(2**63), 2**63 - 1), "stop": stops,
+    "max_tokens": whole(1, WHOLE), "temperature": number(0, 2), "top_p": number(0, 1), "top_k": whole(0, WHOLE), "repetition_penalty": number(0.1, 10),
+    "presence_penalty": number(0, 0), "frequency_penalty": number(0, 0), "user": ignored, "metadata": ignored, "store": ignored,
+}  # fmt: skip
+CHAT: dict[str, Check] = SHARED | {
+    "messages": messages, "max_completion_tokens": whole(1, WHOLE), "logprobs": flag, "top_logprobs": whole(0, MAX_TOP), "tools": tools, "tool_choice": tool_choice,
+}  # fmt: skip
+COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP)}
+UNREAD = ("presence_penalty", "frequency_penalty", "user", "metadata", "store")  # checked above, and that is all
+
+
+def read_chat(body: Any) -> Ask:
+    """The body of /v1/chat/completions. Raises ApiError, naming the field."""
+    given = read(body, CHAT, "messages")
+    wanted, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
+    if top is not None and not wanted:
+        raise ApiError(400, "top_logprobs without logprobs; expected logprobs true beside it", "top_logprobs")
+    if "max_completion_tokens" in given:
+        given["max_tokens"] = given.pop("max_completion_tokens")
+    if given.pop("tool_choice", "auto") == "none":
+        given.pop("tools", None)
+    return Ask(prompt=given.pop("messages"), logprobs=(top or 0) if wanted else -1, **given)
+
+
+def read_completion(body: Any) -> Ask:
+    """The body of /v1/completions. Raises ApiError, naming the field."""
+    return Ask(**read(body, COMPLETION, "prompt"))
+
+
+def read(body: Any, checks: dict[str, Check], needed: str) -> dict[str, Any]:
+    """The fields of Ask that `body` sets; a null is a field that was left out."""
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body is {type(body).__name__}; expected a JSON object with the field {needed}")
+    given = {}
+    for name, value in body.items():
+        if name not in checks:
+            raise ApiError(400, f"field {name[:40]!r} is not supported here{nearest(name[:40], list(checks))}", name[:40], "unsupported_parameter")
+        if value is None:
+            continue
+        try:
+            given[name] = checks[name](value)
+        except Unfit as error:
+            shown = "" if isinstance(value, (dict, list)) else f" is {value if len(str(value)) < 40 else type(value).__name__!r}"
+            raise ApiError(400, f"{name}{shown}; expected {error}", name, "invalid_value") from None
+        except UserError as error:  # what is wrong with the conversation as such
+            raise ApiError(400, str(error), name, "invalid_value") from None
+    if needed not in given:
+        raise ApiError(400, f"field {needed!r} is missing; expected {'a list of messages' if needed == 'messages' else 'text to continue'}", needed, "missing_field")
+    given["include_usage"] = given.pop("stream_options", False)
+    return {name: value for name, value in given.items() if name not in UNREAD}

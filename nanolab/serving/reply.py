@@ -1,0 +1,194 @@
+"""Sampled tokens -> what a client reads: text, steps of a tool and calls as they become certain, in OpenAI's bodies and chunks. Imports no torch.
+
+A row's tokens go into one Reply; what it hands out is never taken back: whole characters, no part of a stop string.
+"""
+
+import json
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanolab.data.chat import PARTS, Part, parts_of, text_of
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.text import TextStream
+from nanolab.inference.tools import calculator
+from nanolab.serving.openai import Ask
+
+if TYPE_CHECKING:
+    from nanolab.inference.request import Sampled
+
+LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON does not have
+
+
+class Token(NamedTuple):
+    """A token of the text with its alternatives, and where in the text it begins, in characters."""
+
+    new: "Sampled"
+    offset: int
+
+
+class Piece(NamedTuple):
+    """What became certain at once: text, or a whole call or output."""
+
+    kind: str  # text | python | python_output | tool_call
+    text: str
+    tokens: tuple[Token, ...] = ()  # of text
+
+
+class Reply:
+    """One row's tokens as a client sees them. finish: None while it goes on, then stop, length or tool_calls."""
+
+    def __init__(self, tokenizer: Tokenizer, ask: Ask):
+        self.tokenizer, self.ask = tokenizer, ask
+        marks = {kind: mark for kind, mark in PARTS.items() if mark.start and ask.chat}
+        self.opens = {tokenizer.special(mark.start): kind for kind, mark in marks.items()}
+        self.closes = {tokenizer.special(mark.end): kind for kind, mark in marks.items()}
+        self.finish: str | None = None
+        self.parts: list[Part] = []
+        self.tokens: list[Token] = []  # of the text, as far as it was handed out
+        self.calls: list[dict[str, Any]] = []
+        self.count = self.cached = self.shown = 0  # tokens; of the prompt, not computed; characters of text handed out
+        self.pending: list[Token] = []
+        self._begin("text")
+
+    def push(self, new: "Sampled") -> list[Piece]:
+        """Take the row's next token; what it makes certain."""
+        if self.finish:
+            return []
+        self.count, self.cached = self.count + 1, new.cached
+        pieces: list[Piece] = []
+        if new.token in self.opens:
+            pieces += self._end(whole=True)
+            self._begin(self.opens[new.token])
+        elif new.token in self.closes:
+            if self.closes[new.token] == self.kind:
+                called = self.kind == "python" and bool(self.ask.tools)
+                pieces += self._end(whole=True)
+                self._begin("text")
+                self.finish = "tool_calls" if called else None
+        else:
+            token = Token(new, self.shown + len(self.stream.held))
+            pieces += self._text(self.stream.push(new.token), token)
+        self.finish = self.finish or ("stop" if self.stream.stopped else new.finish)
+        if self.finish in ("stop", "length"):
+            pieces += self._end(whole=self.finish == "stop")
+        return pieces
+
+    @property
+    def text(self) -> str:
+        return text_of(self.parts)
+
+    def _begin(self, kind: str) -> None:
+        self.kind, self.code = kind, ""
+        self.stream = TextStream(self.tokenizer, self.ask.stop if kind == "text" else ())
+
+    def _end(self, whole: bool) -> list[Piece]:
+        """The rest of the part. A reply that was cut (not whole) may end inside a character, which is cut with it."""
+        rest = self.stream.flush() if whole else self.stream.held
+        if self.kind == "text":
+            return self._text(rest)
+        if self.kind == "python" and self.ask.tools:
+            return self._call(self.code + rest) if whole else []
+        self.parts.append({"type": self.kind, "text": self.code + rest})
+        return [Piece(self.kind, self.code + rest)]
+
+    def _text(self, text: str, token: Token | None = None) -> list[Piece]:
+        if self.kind != "text":
+            self.code += text
+            return []
+        if token and self.ask.logprobs >= 0 and token.new.token not in self.stream.specials:
+            self.pending.append(token)
+        self.shown += len(text)
+        if not text:
+            return []
+        out = tuple(token for token in self.pending if token.offset < self.shown)
+        self.pending = self.pending[len(out) :]
+        self.tokens += out
+        self.parts = parts_of([*self.parts, {"type": "text", "text": text}])
+        return [Piece("text", text, out)]
+
+    def _call(self, code: str) -> list[Piece]:
+        """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is Python."""
+        name = "calculator" if "calculator" in self.ask.tools and ("python" not in self.ask.tools or not calculator(code).startswith("error: ")) else "python"
+        arguments = json.dumps({self.ask.tools[name]: code}, ensure_ascii=False)
+        self.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}})
+        return [Piece("tool_call", code)]
+
+
+class Answer:
+    """The bodies of one HTTP request: `whole` for a plain answer, `first`, `chunk`, `last` and `usage` for a stream."""
+
+    def __init__(self, ask: Ask, model: str, prompt_tokens: int, tokenizer: Tokenizer):
+        self.ask, self.model, self.prompt_tokens = ask, model, prompt_tokens
+        self.tokenizer = tokenizer
+        self.replies = [Reply(tokenizer, ask) for _ in range(ask.n)]
+        self.id, self.created = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
+
+    @property
+    def done(self) -> bool:
+        return all(reply.finish for reply in self.replies)
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for i, reply in enumerate(self.replies):
+            said = {"message": self._message(reply)} if self.ask.chat else {"text": reply.text}
+            choices.append({"index": i, **said, "logprobs": self._logprobs(reply.tokens), "finish_reason": reply.finish})
+        return self._body("chat.completion", choices) | {"usage": self.tokens()}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks before any text: who speaks."""
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.ask.n)] if self.ask.chat else []
+
+    def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
+        delta: dict[str, Any] = {"part": {"type": piece.kind, "text": piece.text}}
+        if piece.kind == "text":
+            delta = {"content": piece.text}
+        elif piece.kind == "tool_call":
+            delta = {"tool_calls": [{"index": 0, **self.replies[i].calls[-1]}]}
+        return self._chunk(i, delta, piece.tokens)
+
+    def last(self, i: int) -> dict[str, Any]:
+        return self._chunk(i, {}, finish=self.replies[i].finish)
+
+    def usage(self) -> list[dict[str, Any]]:
+        """The chunk after all others, where it was asked for."""
+        return [self._body("chat.completion.chunk", []) | {"usage": self.tokens()}] if self.ask.include_usage else []
+
+    def tokens(self) -> dict[str, Any]:
+        made = sum(reply.count for reply in self.replies)
+        cached = {"cached_tokens": self.replies[0].cached}
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made, "prompt_tokens_details": cached}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind if self.ask.chat else "text_completion", "created": self.created, "model": self.model, "choices": choices}
+
+    def _chunk(self, i: int, delta: dict[str, Any], tokens: tuple[Token, ...] = (), finish: str | None = None) -> dict[str, Any]:
+        said = {"delta": delta} if self.ask.chat else {"text": delta.get("content", "")}
+        choice = {"index": i, **said, "logprobs": self._logprobs(tokens) if tokens else None, "finish_reason": finish}
+        return self._body("chat.completion.chunk", [choice]) | ({"usage": None} if self.ask.include_usage else {})
+
+    def _message(self, reply: Reply) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+        if reply.calls:
+            message |= {"content": reply.text or None, "tool_calls": reply.calls}
+        if any(part["type"] != "text" for part in reply.parts):
+            message["parts"] = reply.parts
+        return message
+
+    def _logprobs(self, tokens: list[Token] | tuple[Token, ...]) -> dict[str, Any] | None:
+        if self.ask.logprobs < 0:
+            return None
+        if self.ask.chat:
+            entries = [self._entry(t.new.token, t.new.logprob) | {"top_logprobs": [self._entry(*top) for top in t.new.top]} for t in tokens]
+            return {"content": entries, "refusal": None}
+        name = lambda token: self.tokenizer.decode([token])  # noqa: E731
+        return {
+            "tokens": [name(t.new.token) for t in tokens],
+            "token_logprobs": [max(LEAST, t.new.logprob) for t in tokens],
+            "top_logprobs": [{name(token): max(LEAST, logprob) for token, logprob in t.new.top} for t in tokens],
+            "text_offset": [t.offset for t in tokens],
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.tokenizer.decode_bytes([token])
+        return {"token": data.decode("utf-8", "replace"), "logprob": max(LEAST, logprob), "bytes": list(data)}

@@ -1,0 +1,216 @@
+"""Worker threads: one per replica runs its engine; one queue stands in front of all replicas of a model.
+
+Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens over.
+"""
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nanolab.inference.engine import Engine, Request, Sampled
+
+Post = Callable[..., Any]  # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
+Deliver = Callable[[int, "Sampled | Exception"], None]  # (row of the submission, its next token, or why there will be none)
+
+
+class Overloaded(Exception):
+    """There is no room in the queue."""
+
+
+class Draining(Exception):
+    """The server is about to leave and takes nothing new."""
+
+
+class Broken(Exception):
+    """The engine's thread has died of an error; the text is the error."""
+
+
+class Job:
+    """One row from the queue to its last token. replica: None while it waits. done: nothing will be delivered any more."""
+
+    def __init__(self, request: Request, index: int, deliver: Deliver):
+        self.request, self.index, self.deliver = request, index, deliver
+        self.replica: Replica | None = None
+        self.done = False
+
+    def hand_over(self, item: "Sampled | Exception") -> None:
+        """Called in the submitting thread."""
+        if not self.done:
+            self.done = isinstance(item, Exception) or item.finish is not None
+            self.deliver(self.index, item)
+
+
+class Served:
+    """A model under its name: replicas on as many threads, and a queue of at most `queue` rows beside those that run.
+
+    kind: base, sft or rl.
+    """
+
+    def __init__(self, name: str, engines: Sequence[Engine], queue: int, kind: str):
+        self.name, self.size, self.kind = name, queue, kind
+        self.tokenizer, self.limit = engines[0].tokenizer, engines[0].limit
+        self.longest = int(self.tokenizer.token_bytes().max())  # bytes of a token
+        self.changed = threading.Condition()  # guards all that follows
+        self.queue: deque[Job] = deque()
+        self.replicas = [Replica(self, engine) for engine in engines]
+        self.draining = self.stopping = False
+        self.post: Post
+
+    def start(self, post: Post) -> None:
+        self.post = post
+        for replica in self.replicas:
+            replica.start()
+
+    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
+        """Queue all of these rows or none. `deliver` is called, in the thread that `post` calls in, for every token.
+
+        Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is left.
+        """
+        for request in requests:
+            request.check(self.limit)
+        with self.changed:
+            self.admit(len(requests))
+            jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
+            self.queue.extend(jobs)
+            self.changed.notify_all()
+        return jobs
+
+    def admit(self, rows: int) -> None:
+        """Raise what `submit` would for so many rows."""
+        if self.draining:
+            raise Draining
+        if not self.alive:
+            raise Broken("; ".join(self.errors))
+        if self.running + len(self.queue) + rows > self.places:
+            raise Overloaded
+
+    def cancel(self, jobs: Sequence[Job]) -> bool:
+        """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going on."""
+        with self.changed:
+            going = [job for job in jobs if not job.done]
+            for job in going:
+                job.done = True
+                if job.replica:
+                    job.replica.cancelled.append(job)
+                elif job in self.queue:
+                    self.queue.remove(job)
+            self.changed.notify_all()
+        return bool(going)
+
+    def stop(self) -> None:
+        """End the threads after their current step; whoever still waits is told so. Does not wait for them."""
+        with self.changed:
+            self.draining = self.stopping = True
+            self.changed.notify_all()
+
+    def join(self) -> None:
+        for replica in self.replicas:
+            replica.join()
+
+    @property
+    def alive(self) -> list["Replica"]:
+        return [replica for replica in self.replicas if not replica.error]
+
+    @property
+    def errors(self) -> list[str]:
+        return [replica.error for replica in self.replicas if replica.error]
+
+    @property
+    def running(self) -> int:
+        return sum(len(replica.jobs) for replica in self.replicas)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.queue)
+
+    @property
+    def places(self) -> int:
+        """Rows that may be running and waiting together."""
+        return self.size + sum(replica.engine.max_rows for replica in self.alive)
+
+
+class Replica(threading.Thread):
+    """An engine and its thread. Of several replicas the one with the fewest rows takes the next from the queue."""
+
+    def __init__(self, served: Served, engine: Engine):
+        super().__init__(daemon=True, name=f"engine of {served.name}")
+        self.served, self.engine = served, engine
+        self.jobs: dict[int, Job] = {}  # by the engine's number of the row
+        self.cancelled: list[Job] = []
+        self.error = ""
+
+    def run(self) -> None:
+        if self.engine.runtime.device.type == "cuda":
+            torch.cuda.set_device(self.engine.runtime.device)
+        try:
+            while self._exchange():
+                step = self.engine.step()
+                out = [(self.jobs[new.row], new) for new in step]
+                with self.served.changed:
+                    for new in step:
+                        if new.finish:
+                            del self.jobs[new.row]
+                self._post(out)
+        except Exception as error:
+            traceback.print_exception(error)
+            self._fail(error)
+
+    def _exchange(self) -> bool:
+        """Wait for something to do; drop the rows that were cancelled, take new ones. False: time to end."""
+        served = self.served
+        with served.changed:
+            served.changed.wait_for(lambda: served.stopping or self.jobs or (served.queue and self._is_next))
+            if served.stopping:
+                self._post([(job, Draining()) for job in (*self.jobs.values(), *served.queue)])
+                self.jobs.clear()
+                served.queue.clear()
+                return False
+            gone = {id(job) for job in self.cancelled}
+            self.cancelled.clear()
+            for number in [number for number, job in self.jobs.items() if id(job) in gone]:
+                self.engine.cancel(number)
+                del self.jobs[number]
+            while served.queue and len(self.jobs) < self.engine.max_rows and self._is_next:
+                job = served.queue.popleft()
+                job.replica = self
+                try:
+                    self.jobs[self.engine.add(job.request)] = job
+                except Exception as error:  # it is in neither list by now
+                    self._post([(job, Broken(described(error)))])
+                    raise
+                served.changed.notify_all()
+        return True
+
+    @property
+    def _is_next(self) -> bool:
+        return len(self.jobs) == min(len(replica.jobs) for replica in self.served.alive)
+
+    def _post(self, out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+        if out:
+            self.served.post(hand_over, out)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell everybody whose row this engine had, and those in the queue too if no other engine is left."""
+        served = self.served
+        with served.changed:
+            self.error = described(error)
+            jobs = list(self.jobs.values())
+            self.jobs.clear()
+            if not served.alive:
+                jobs += served.queue
+                served.queue.clear()
+            served.changed.notify_all()
+        self._post([(job, Broken(self.error)) for job in jobs])
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def hand_over(out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+    for job, item in out:
+        job.hand_over(item)

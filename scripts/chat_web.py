@@ -1,0 +1,64 @@
+"""Serve a model: python -m scripts.chat_web [--model NAME[,NAME...]] [--port 8000]. A chat page in the browser, OpenAI's API under /v1."""
+
+import sys
+
+from nanolab.config import ServeConfig, UserError, main, parse
+
+
+def run(cfg: ServeConfig) -> int:
+    from nanolab import runtime
+    from nanolab.inference.sampling import check_settings
+    from nanolab.serving.api import create_app
+    from nanolab.serving.gate import LOOPBACK, find_key
+    from nanolab.serving.server import Server, bind
+
+    check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
+    for name in ("max_rows", "replicas", "max_tokens"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
+    listening = bind(cfg.host, cfg.port)  # before the models are loaded, which takes longer
+    models = {served.name: served for served in load(cfg, runtime.start(cfg.device_type))}
+    app = create_app(models, cfg)
+    if cfg.host not in LOOPBACK and not find_key(cfg):
+        print(f"note: whoever reaches {cfg.host} can use this server; a key keeps others out: {cfg.api_key_env}=SECRET in the environment", file=sys.stderr)
+
+    def ready() -> None:
+        host, port = listening.getsockname()[:2]
+        place = f"[{host}]" if ":" in host else host
+        print(f"nanolab serves {', '.join(models)} at http://{place}:{port} (page), /v1 (OpenAI API)", flush=True)
+
+    Server(app, models.values(), cfg.drain_seconds, ready).run([listening])
+    return 0
+
+
+def load(cfg: ServeConfig, rt) -> list:
+    """The models that --model names, each with its replicas. On a CPU replicas share the weights and the cores."""
+    from dataclasses import replace
+
+    import torch
+
+    from nanolab.inference.engine import Engine
+    from nanolab.serving.worker import Served
+    from nanolab.training.run import find_model, load_model
+
+    cuda = rt.device.type == "cuda"
+    if cuda and cfg.replicas > torch.cuda.device_count():
+        raise UserError(f"--replicas {cfg.replicas}, but there are {torch.cuda.device_count()} devices; expected at most one replica each")
+    if not cuda:
+        torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
+    served = []
+    for ref in cfg.model.split(","):
+        found = find_model(ref.strip())
+        name = ref.strip() if "@" in ref else found.name
+        engines = []
+        for i in range(cfg.replicas):
+            place = replace(rt, device=torch.device("cuda", i)) if cuda else rt
+            if cuda or not engines:
+                model, tokenizer, meta = load_model(found, place)
+            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20))
+        served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
+    return served
+
+
+if __name__ == "__main__":
+    main(lambda: run(parse(ServeConfig)))

@@ -1,0 +1,197 @@
+"""The server under people who leave, crowd, read slowly or pull its plug. Everything is real: sockets, threads, engines, signals."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from nanolab.config import ServeConfig, UserError
+from nanolab.data.chat import read_conversations
+from nanolab.serving.api import create_app
+from nanolab.serving.server import bind
+
+ROOT = Path(__file__).parents[2]
+HI = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
+LONG = {"model": "endless", "prompt": "x", "max_tokens": 4000}
+
+
+@contextmanager
+def generating(live, n: int):
+    """While inside, `n` replies of the endless model are being generated for one client. Yields the lines of its stream."""
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=LONG | {"stream": True, "n": n}, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        live.until("nanolab_running", "endless", n)
+        yield lines
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place_within_a_token(live, stream):
+    before = live.gauge("nanolab_cancellations_total", "endless")
+    if stream:
+        with generating(live, 2):
+            pass
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{live.url}/v1/completions", json=LONG | {"n": 2}, timeout=0.3)
+    assert live.until("nanolab_running", "endless", 0) < 0.5
+    assert live.gauge("nanolab_cancellations_total", "endless") == before + 1
+    assert live.models["endless"].replicas[0].engine.idle
+
+
+def test_health_answers_during_generation(live):
+    with generating(live, 4):
+        times = []
+        for _ in range(10):
+            start = time.monotonic()
+            body = live.http.get("/health").json()
+            times.append(time.monotonic() - start)
+            assert body["status"] == "ok" and body["models"]["endless"]["running"] == 4
+    assert sorted(times)[5] < 0.2, times
+
+
+def test_beyond_the_queue_everybody_is_refused_at_once(live):
+    """Four rows run and four wait; n counts."""
+    refused = live.http.get("/metrics").text.count('status="429"')
+    with ThreadPoolExecutor(2) as pool:
+        with generating(live, 4):
+            waiting = [pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2, "n": 3}, timeout=60)]
+            live.until("nanolab_queue_depth", "endless", 3)
+            start = time.monotonic()
+            answer = live.http.post("/v1/completions", json=LONG | {"n": 2})  # one place is left, and it takes two
+            assert time.monotonic() - start < 0.3
+            assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (429, "1", "queue_full")
+            with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client, pytest.raises(openai.RateLimitError):
+                client.completions.create(**LONG, n=2)
+            assert live.http.post("/v1/chat/completions", json=HI).status_code == 200  # the other model has a queue of its own
+            waiting.append(pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2}, timeout=60))
+            live.until("nanolab_queue_depth", "endless", 4)
+        assert [f.result().status_code for f in waiting] == [200, 200]
+    assert not refused and 'nanolab_requests_total{model="endless",route="/v1/completions",status="429"} 2\n' in live.http.get("/metrics").text
+
+
+def test_a_client_that_leaves_the_queue_is_forgotten(live):
+    with generating(live, 4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{live.url}/v1/completions", json=LONG, timeout=0.2)
+        live.until("nanolab_queue_depth", "endless", 0)
+        assert live.gauge("nanolab_running", "endless") == 4
+
+
+def test_a_slow_reader_blocks_nobody_and_loses_nothing(live):
+    """It reads nothing until its reply is finished, which is more than all buffers between it and the server hold."""
+    body = json.dumps({"model": "endless", "messages": HI["messages"], "max_tokens": 900, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.settimeout(20)
+        s.connect(("127.0.0.1", httpx.URL(live.url).port))
+        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n")
+        s.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        live.until("nanolab_running", "endless", 1)
+        assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
+        live.until("nanolab_running", "endless", 0, seconds=20)
+        got = b"".join(iter(lambda: s.recv(65536), b""))
+    assert got.count(b'"content":"\\u0000"') == 900 and b"data: [DONE]\n\n" in got
+
+
+def test_two_replicas_share_the_work(start_server):
+    live = start_server(model="endless", replicas=2, max_rows=4, queue=0)
+    first, second = live.models["endless"].replicas
+    with generating(live, 6):
+        assert len(first.jobs) == len(second.jobs) == 3
+        assert live.http.post("/v1/completions", json=LONG | {"n": 3}).status_code == 429  # 8 places in all
+        text = live.http.post("/v1/completions", json=LONG | {"n": 2, "max_tokens": 3}).json()["choices"]
+        assert [choice["text"] for choice in text] == ["\0\0\0"] * 2
+    live.until("nanolab_running", "endless", 0)
+
+    first.engine.model = None  # pull one plug: its next step fails
+    failed = {live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code for _ in range(2)}
+    assert 500 in failed
+    health = live.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (200, "degraded") and "NoneType" in health.json()["models"]["endless"]["errors"][0]
+    assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
+
+    with ThreadPoolExecutor(1) as pool, generating(live, 3) as lines:
+        plain = pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG, timeout=20)
+        live.until("nanolab_running", "endless", 4)
+        second.engine.model = None
+        assert last_error(lines) == ("server_error", "engine_failed")
+        assert plain.result().status_code == 500
+    health = live.http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
+    error = live.http.post("/v1/completions", json=LONG)
+    assert (error.status_code, error.json()["error"]["type"], error.json()["error"]["code"]) == (500, "server_error", "engine_failed")
+
+
+def test_conversations_are_kept_only_where_asked(start_server, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    live = start_server(model="parrot", log_conversations=str(path))
+    question = {"messages": [{"role": "user", "content": "12*34?"}]}
+    live.http.post("/v1/chat/completions", json=question | {"stream": True})
+    live.http.post("/v1/chat/completions", json=question | {"n": 2})
+    talks = read_conversations(path)
+    assert len(talks) == 3 and [part["text"] for part in talks[0][1]["content"]] == ["12*34", "408", "It is 408."]
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "scripts.chat_web", "--device-type", "cpu", *flags]
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(runs, monkeypatch):
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
+    with subprocess.Popen(command("--model", "endless", "--port", "0"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if line.startswith("nanolab serves"))
+        assert line.startswith("nanolab serves endless at http://127.0.0.1:") and line.endswith(" (page), /v1 (OpenAI API)\n")
+        url = line.split()[4]
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 1500}, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            refused = httpx.post(f"{url}/v1/completions", json=LONG)
+            assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (503, "1", "draining")
+            assert httpx.get(f"{url}/health").json()["status"] == "draining"
+            got = [line for line in lines if line]
+        assert got[-1] == "data: [DONE]" and len(got) > 1400
+        assert process.wait(10) == 0
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")  # and no line per request
+
+
+def last_error(lines) -> tuple[str, str]:
+    """Type and code of the error that a stream ends with."""
+    error = json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
+    return error["type"], error["code"]
+
+
+def test_draining_has_a_limit(start_server):
+    live = start_server(model="endless", drain_seconds=0.1)
+    with generating(live, 1) as lines:
+        live.server.handle_exit(signal.SIGTERM, None)
+        start = time.monotonic()
+        assert last_error(lines) == ("server_error", "draining")
+        assert time.monotonic() - start < 1
+
+
+def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
+    done = subprocess.run(command("--model", "parot", "--port", "0"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no model 'parot'" in done.stderr and "endless, parrot" in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use.*try --port"):
+        bind("127.0.0.1", taken.getsockname()[1])
+    for host, port in (("192.0.2.1", 0), ("no.such.host.invalid", 0), ("127.0.0.1", -1)):
+        with pytest.raises(UserError, match="expected an address"):
+            bind(host, port)
+    for page in (tmp_path / "none.html", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            create_app({}, ServeConfig(), page)
+    with pytest.raises(UserError, match="unknown"):
+        create_app({}, ServeConfig(tool="abacus"))
