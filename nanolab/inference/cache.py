@@ -1,7 +1,8 @@
 """KVCache: what a model keeps of the tokens it has read, so that each new token costs one token's work.
 
-Rows are independent texts, each at its own length. Dims: B rows, T new tokens, S slots in use, G heads, D channels. Slot j
-of a row holds position j. What is kept is the layer's business: keys and values, or in MLA a rotary key and a latent.
+Rows are independent texts, each at its own length. Dims: B rows, T new tokens, S keys, G heads, D channels. What is kept is
+the layer's business: keys and values, or in MLA a rotary key and a latent. Position p of a row lies in slot p mod R, where R
+is one more than the layer's window: a ring that holds what the next token may see. Without a window R is `limit`.
 """
 
 import torch
@@ -9,12 +10,26 @@ from torch import Tensor
 
 from nanolab.config import GPTConfig, UserError
 from nanolab.model.accounting import cached_shapes
+from nanolab.model.attention import windows
 
 FIRST_CAPACITY = 64  # slots of a cache that was given no size
+NOWHERE = 1 << 40  # the position of a slot that holds nothing: no query sees it
+
+
+def ring_sizes(c: GPTConfig, limit: int) -> list[int]:
+    """R of each layer."""
+    return [min(w + 1, limit) if w < c.sequence_len else limit for w in windows(c)]
+
+
+def ring_positions(newest_B: Tensor, slots: int, ring: int) -> Tensor:
+    """(B, slots): the position that each slot holds in rows whose last position is `newest`, NOWHERE for none."""
+    newest = newest_B[:, None]
+    held = newest - (newest - torch.arange(slots, device=newest_B.device)) % ring
+    return held.masked_fill(held < 0, NOWHERE)
 
 
 class KVCache:
-    """Two zero-filled tensors (rows, capacity, G, D) per layer that double when they are full, up to `limit` tokens.
+    """Two zero-filled tensors (rows, slots, G, D) per layer that double when they are full, up to the ring or `limit` tokens.
 
     limit: default the model's sequence length; a token past it raises UserError. Unused slots are zero, never
     uninitialised: attention weighs them with 0, and 0 * NaN would be NaN. Rows are dense, 0 to B - 1; there may be room for more.
@@ -23,37 +38,71 @@ class KVCache:
     def __init__(self, config: GPTConfig, rows: int = 1, *, capacity: int = 0, limit: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
         self.config, self.dtype = config, dtype
         self.limit = limit or config.sequence_len
+        self.rings = ring_sizes(config, self.limit)
         self.capacity = min(capacity or FIRST_CAPACITY, self.limit)
         self.lengths = [0] * rows  # the same as pos, on the host: reading pos would wait for the device
         self.pos = torch.zeros(rows, dtype=torch.int64, device=device)
         self.left: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model left for the next pass
-        self.k, self.v = ([torch.zeros(rows, self.capacity, *shape, dtype=dtype, device=device) for shape in shapes] for shapes in zip(*cached_shapes(config)))
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by ring: rows and slots of the pass's new tokens
+        shapes = zip(cached_shapes(config), self.rings)
+        self.k, self.v = zip(*([torch.zeros(rows, min(self.capacity, ring), *shape, dtype=dtype, device=device) for shape in pair] for pair, ring in shapes))
+        self.k, self.v = list(self.k), list(self.v)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v, *self.left.values()))
 
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new tokens of every row behind its last one; returns this layer's keys and values (B, S, G, D).
+        """Store T new tokens of every row behind its last one; returns the keys and values (B, S, G, D) that their queries may see.
 
-        S is the longest row's length with the new tokens; a shorter row's slots past its own end are not to be attended.
+        `positions` says where these are: in slot order while nothing is overwritten, and for one new token; else what the ring
+        held, and then the new ones.
         """
-        B, T = k_BTGD.shape[:2]
-        S = max(self.lengths) + T
-        self.reserve(S)
-        k, v = self.k[layer][:B], self.v[layer][:B]
-        if min(self.lengths) == S - T:  # rows of one length: a plain copy
-            k[:, S - T : S], v[:, S - T : S] = k_BTGD, v_BTGD
-        else:
-            rows = torch.arange(B, device=k.device)[:, None]
-            slots = self.pos[:, None] + torch.arange(T, device=k.device)
-            k[rows, slots], v[rows, slots] = k_BTGD, v_BTGD
-        return k[:, :S], v[:, :S]
+        (B, T), ring, longest = k_BTGD.shape[:2], self.rings[layer], max(self.lengths)
+        self.reserve(longest + T)
+        k, v = self.k[layer], self.v[layer]
+        if B < k.size(0):
+            k, v = k[:B], v[:B]
+        if longest + T <= ring or T == 1:
+            self._store(ring, (k, v), (k_BTGD, v_BTGD))
+            S = min(longest + T, ring)
+            return k[:, :S], v[:, :S]
+        held = min(longest, ring)
+        both = torch.cat((k[:, :held], k_BTGD), dim=1), torch.cat((v[:, :held], v_BTGD), dim=1)
+        self._store(ring, (k, v), (k_BTGD, v_BTGD))
+        return both
+
+    def positions(self, layer: int, T: int) -> tuple[Tensor, bool]:
+        """(B or 1, S) positions of the keys that `append` has just returned for T new tokens, and whether every slot of them
+        is in use in every row, where T is 1."""
+        ring, longest = self.rings[layer], max(self.lengths)
+        level = min(self.lengths) == longest
+        if longest + T <= ring:
+            return torch.arange(longest + T, device=self.pos.device)[None], level
+        pos = self.pos[:1] if level else self.pos
+        if T == 1:
+            return ring_positions(pos, ring, ring), level
+        new = pos[:, None] + torch.arange(T, device=pos.device)
+        return torch.cat((ring_positions(pos - 1, min(longest, ring), ring), new), dim=1), False
+
+    def _store(self, ring: int, to: tuple[Tensor, Tensor], new_BTGD: tuple[Tensor, Tensor]) -> None:
+        T = new_BTGD[0].size(1)
+        at, skip = self.lengths[0] % ring, max(0, T - ring)
+        if at + T <= ring and min(self.lengths) == max(self.lengths):  # rows of one length: a plain copy
+            for old, new in zip(to, new_BTGD):
+                old[:, at : at + T] = new
+            return
+        if ring not in self._places:
+            rows, steps = (torch.arange(n, m, device=self.pos.device) for n, m in ((0, len(self.lengths)), (skip, T)))
+            self._places[ring] = rows[:, None], (self.pos[:, None] + steps) % ring
+        for old, new in zip(to, new_BTGD):
+            old[self._places[ring]] = new[:, skip:]
 
     def advance(self, T: int) -> None:
         """Count T tokens as stored; the model calls this once, after its last layer."""
         self.lengths = [n + T for n in self.lengths]
         self.pos += T
+        self._places = {}
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens. Raises UserError past the limit, before anything is written."""
@@ -66,8 +115,10 @@ class KVCache:
     def _resize(self, rows: int) -> None:
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_zeros(rows, self.capacity, *old.shape[2:])
-                tensors[layer][: len(old), : old.size(1)] = old
+                slots = min(self.capacity, self.rings[layer])
+                if (rows, slots) != old.shape[:2]:
+                    tensors[layer] = old.new_zeros(rows, slots, *old.shape[2:])
+                    tensors[layer][: len(old), : old.size(1)] = old
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order; the others' memory is freed."""
@@ -85,8 +136,8 @@ class KVCache:
         self.reserve(S)
         to, of = torch.tensor(rows, device=self.pos.device), torch.tensor(source_rows, device=self.pos.device)
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
-            for layer in range(len(mine)):
-                mine[layer][to, :S] = theirs[layer][of, :S]
+            for layer, ring in enumerate(self.rings):
+                mine[layer][to, : min(S, ring)] = theirs[layer][of, :S]
         self.pos[to] = source.pos[of]
         for name, value in source.left.items():
             if name not in self.left:
@@ -110,9 +161,8 @@ class KVCache:
         last = len(self.lengths) - 1
         if row != last:
             S = self.lengths[last]
-            for tensors in (self.k, self.v):
-                for x in tensors:
-                    x[row, :S] = x[last, :S]
+            for x in (*self.k, *self.v):
+                x[row, :S] = x[last, :S]
             for x in (self.pos, *self.left.values()):
                 x[row] = x[last]
             self.lengths[row] = self.lengths[last]

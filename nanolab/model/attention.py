@@ -5,7 +5,7 @@ Dims: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from nanolab.config import GPTConfig
 from nanolab.model.blocks import LayerNorm, Linear, Pass, norm
 from nanolab.model.kernels import cached
 from nanolab.model.positions import POSITIONS, ROTATIONS, Angles
-from nanolab.model.rules import Rules
+from nanolab.model.rules import Keys, Rules, seen
 
 WHOLE_ROW = 1 << 40  # the window of a layer without one, also on rows longer than those trained on
 VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
@@ -44,6 +44,15 @@ class Reading:
     first_BT: Tensor | None = None  # first position of the token's document, with a document mask
     starts_BT: Tensor | None = None  # whether the token begins a document, with a document mask
     cache: object | None = None  # inference.cache.KVCache
+    by_window: dict[int, Keys] = field(default_factory=dict)  # made once for all layers with the same window
+
+    def keys(self, layer: int, rules: Rules) -> Keys:
+        """Of the keys that `append` has returned for this layer."""
+        if rules.window not in self.by_window:
+            k_pos, all_stored = self.cache.positions(layer, self.pos_BT.size(1))
+            all_seen = all_stored and self.pos_BT.size(1) == 1 and k_pos.size(1) <= rules.window + 1 and rules.first_BT is None
+            self.by_window[rules.window] = Keys(self.pos_BT, k_pos, seen(rules, self.pos_BT, k_pos), all_seen)
+        return self.by_window[rules.window]
 
     def append(self, layer: int, a_BTGD: Tensor, b_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer caches of the new tokens -> the same of all tokens so far."""
@@ -240,7 +249,7 @@ class Core(nn.Module):
 
     def __init__(self, c: GPTConfig, layer: int, width: int):
         super().__init__()
-        self.normaliser = NORMALISERS[c.normaliser](c)
+        self.layer, self.normaliser = layer, NORMALISERS[c.normaliser](c)
         self.window = windows(c)[layer] if windows(c)[layer] < c.sequence_len else WHOLE_ROW
         self.scale, self.softcap, self.dropout = 1 / math.sqrt(width), c.score_softcap, c.attn_dropout
 
@@ -259,7 +268,7 @@ class Core(nn.Module):
         rules = self.rules(reading.slopes, reading.first_BT, dropout)
         if k_BSGD.size(1) == q_BTHD.size(1):  # nothing was cached before: plain causal attention
             return kernel(q_BTHD, k_BSGD, v_BSGD, rules)
-        return cached(q_BTHD, k_BSGD, v_BSGD, reading.pos_BT, rules)
+        return cached(q_BTHD, k_BSGD, v_BSGD, rules, reading.keys(self.layer, rules))
 
 
 class CausalSelfAttention(nn.Module):

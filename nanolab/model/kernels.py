@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from nanolab.config import UserError, nearest
 from nanolab.model import flash3, flex
 from nanolab.model.banded import banded
-from nanolab.model.rules import FLAGS, NEEDS, Rules, heads_first, lacking, seen, sink_per_head, visible
+from nanolab.model.rules import FLAGS, NEEDS, Keys, Rules, heads_first, lacking, seen, sink_per_head, visible
 
 __all__ = ["KERNELS", "NEEDS", "Kernel", "Rules", "cached", "choose_kernel", "definition", "eager", "sdpa", "visible"]
 
@@ -22,9 +22,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def definition(
-    q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, q_pos_BT: torch.Tensor, k_pos_S: torch.Tensor
-) -> torch.Tensor:
-    """(B, T, H, E): the formula of `Rules`, for queries at q_pos (B or 1, T) over keys at k_pos (S,).
+    q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor,
+    mask_BTS: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """(B, T, H, E): the formula of `Rules`, for queries at q_pos (B or 1, T) over keys at k_pos (B or 1, S) or (S,).
+
+    mask: what `seen` gives for these, where it is known.
 
     Products are in the dtype of q, the softmax in fp32 (of fp64, in fp64). Its exponentials are taken from the largest of the
     scores and ln n, so that neither very negative scores nor a row that sees no key is a problem where there is a sink; the
@@ -37,8 +40,9 @@ def definition(
     if rules.softcap:
         s = rules.softcap * torch.tanh(s / rules.softcap)
     if rules.slopes is not None:
-        s = s - rules.slopes[:, None, None] * (q_pos_BT[:, None, :, None] - k_pos_S)
-    p = _weights(s.masked_fill(~seen(rules, q_pos_BT, k_pos_S)[:, None], -math.inf), rules)
+        s = s - rules.slopes[:, None, None] * (q_pos_BT[:, :, None] - torch.atleast_2d(k_pos_BS)[:, None])[:, None]
+    mask = seen(rules, q_pos_BT, k_pos_BS) if mask_BTS is None else mask_BTS
+    p = _weights(s.masked_fill(~mask[:, None], -math.inf), rules)
     if rules.dropout:
         p = F.dropout(p, rules.dropout)
     return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
@@ -61,13 +65,12 @@ def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rule
     return definition(q_BTHD.to(wide), k_BTGD.to(wide), v_BTGE.to(wide), rules, pos[None], pos).to(q_BTHD.dtype)
 
 
-def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, q_pos_BT: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """(B, T, H, E): T new queries over a cache whose slot j of every row holds position j. Slots after a query are not seen."""
-    keys = torch.arange(k_BSGD.size(1), device=q_BTHD.device)
-    if rules.needs(len(keys)) - {"window", "documents"}:
-        return definition(q_BTHD, k_BSGD, v_BSGE, rules, q_pos_BT, keys)
+def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, keys: Keys) -> torch.Tensor:
+    """(B, T, H, E): T new queries over what a cache holds."""
+    if rules.needs(1 << 40) - {"window", "documents"}:
+        return definition(q_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGE))
-    mask = seen(rules, q_pos_BT, keys)[:, None]
+    mask = None if keys.all_seen else keys.mask_BTS[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 

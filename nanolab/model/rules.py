@@ -52,10 +52,21 @@ def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tens
     return (distance >= 0) & (distance <= window)
 
 
-def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_S: torch.Tensor) -> torch.Tensor:
-    """Boolean (B or 1, T, S): causal, inside the window, inside the document."""
-    mask = visible(q_pos_BT, k_pos_S.expand(len(q_pos_BT), -1), rules.window)
-    return mask if rules.first_BT is None else mask & (k_pos_S >= rules.first_BT[..., None])
+def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor) -> torch.Tensor:
+    """Boolean (B or 1, T, S): causal, inside the window, inside the document. k_pos: (S,) where it is the same for all rows."""
+    k_pos_BS = k_pos_BS.expand(len(q_pos_BT), -1)
+    mask = visible(q_pos_BT, k_pos_BS, rules.window)
+    return mask if rules.first_BT is None else mask & (k_pos_BS[:, None] >= rules.first_BT[..., None])
+
+
+@dataclass
+class Keys:
+    """Where the keys of a cache are, and which of them new queries see."""
+
+    q_pos_BT: torch.Tensor
+    k_pos_BS: torch.Tensor  # (B or 1, S); where nothing is stored yet, beyond every query
+    mask_BTS: torch.Tensor  # `seen` of these
+    all_seen: bool = False  # the mask is known to be true everywhere
 
 
 def sink_per_head(log_sink: torch.Tensor | float, n_head: int, device: torch.device) -> torch.Tensor:

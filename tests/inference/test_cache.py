@@ -136,3 +136,43 @@ def test_ragged_rows_past_the_limit_are_an_error_too():
     cache.put([1], full, [0])
     with pytest.raises(UserError, match="token 11"):
         cache.append(0, *random_kv(2, 1))
+
+
+RING = GPTConfig(sequence_len=64, vocab_size=50, n_layer=3, n_head=2, n_embd=32, window_pattern="SSL", window_size=6)
+
+
+def test_a_windowed_layer_keeps_its_window_and_one():
+    cache = KVCache(RING, 2)
+    cache.reserve(64)
+    assert [t.shape[1] for t in cache.k] == [t.shape[1] for t in cache.v] == [7, 7, 64]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_rings_hold_the_last_positions_of_every_row_whatever_the_chunks(seed):
+    """The stored vector of position p is p + 1000 row: what `append` returns is where `positions` says, and all that may be seen is there."""
+    rng = torch.Generator().manual_seed(seed)
+    cache, lengths = KVCache(RING, 3, capacity=4), [0, 0, 0]
+    for row in range(3):  # rows of different lengths
+        alone, n = KVCache(RING, 1, capacity=1), int(torch.randint(0, 20, (1,), generator=rng))
+        for part in torch.arange(n).split(5):
+            stored = (part + 1000.0 * row)[None, :, None, None].expand(1, -1, 2, 16)
+            for layer in range(3):
+                alone.append(layer, stored, stored)
+            alone.advance(len(part))
+        cache.put([row], alone, [0])
+        lengths[row] = n
+    for T in (1, 4, 1, 1, 9, 1, 2):
+        new = torch.tensor(lengths)[:, None] + torch.arange(T)
+        stored = (new + 1000.0 * torch.arange(3)[:, None])[:, :, None, None].expand(-1, -1, 2, 16)
+        for layer, window in enumerate((6, 6, 64)):
+            k, v = cache.append(layer, stored, stored)
+            positions, _ = cache.positions(layer, T)
+            positions = positions.expand(3, -1)
+            assert k.shape == v.shape == (3, positions.size(1), 2, 16) and torch.equal(k, v)
+            for row in range(3):
+                for q in new[row].tolist():
+                    seen = (positions[row] <= q) & (positions[row] >= q - window)
+                    assert sorted(k[row, seen, 0, 0].tolist()) == [p + 1000 * row for p in range(max(0, q - window), q + 1)]
+        cache.advance(T)
+        lengths = [n + T for n in lengths]

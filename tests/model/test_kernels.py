@@ -9,7 +9,7 @@ import torch
 from nanolab.config import UserError
 from nanolab.model import banded as banded_module
 from nanolab.model.kernels import KERNELS, cached, choose_kernel, definition, eager, sdpa
-from nanolab.model.rules import FLAGS, NEEDS, Rules
+from nanolab.model.rules import FLAGS, NEEDS, Keys, Rules, seen
 
 SHAPES = {"heads 2": (2, 2, 2, 8, 8), "shared 4 to 2": (2, 4, 2, 6, 6), "one shared": (1, 3, 1, 4, 4), "small values": (2, 4, 2, 8, 6)}  # B, H, G, D, E
 LEARNED = "learned"  # stands for a log_sink with a gradient, one for each head
@@ -307,6 +307,12 @@ def test_flex_and_the_cuda_primitives_are_traced_without_a_break():
     torch._dynamo.reset()
 
 
+def over_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Slot j of every row holds position j."""
+    slots = torch.arange(k.size(1))[None]
+    return cached(q, k, v, rules, Keys(q_pos, slots, seen(rules, q_pos, slots)))
+
+
 CACHED = [case for case in RULES if RULES[case].get("dropout") is None]
 
 
@@ -325,7 +331,7 @@ def test_new_queries_over_a_cache_of_uneven_rows(case, shape):
         q_pos = torch.tensor([[p + t for t in range(T)] for p in pos])
         new = torch.stack([q[b, p : p + T] for b, p in enumerate(pos)])
         first = None if rules.first_BT is None else rules.first_BT.gather(1, q_pos)
-        y = cached(new, keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
+        y = over_cache(new, keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
         for b, p in enumerate(pos):
             torch.testing.assert_close(y[b].double(), want[b, p : p + T], atol=1e-5, rtol=0)
 
@@ -341,7 +347,7 @@ def test_chunks_over_a_cache_equal_the_square(case):
         keys, values = (torch.cat((x[:, :end], garbage), 1) for x in (k, v))
         first = None if rules.first_BT is None else rules.first_BT[:, begin:end]
         q_pos = torch.arange(begin, end).expand(2, -1)
-        y = cached(q[:, begin:end], keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
+        y = over_cache(q[:, begin:end], keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
         torch.testing.assert_close(y, want[:, begin:end])
 
 
