@@ -13,6 +13,10 @@ for argument in "$@"; do
     if [ "$argument" = --all ]; then arguments+=(-m "not gpu"); else arguments+=("$argument"); fi
 done
 
+if ! command -v chromium chromium-browser google-chrome >/dev/null; then
+    echo "test.sh: there is no Chromium here, so the tests of the browser page (tests/browser) are skipped; on Debian: apt-get install chromium"
+fi
+
 # One compute thread each, and threads that sleep while they wait: the tests are small and start many processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
 exec "${NANOLAB_PYTHON:-.venv/bin/python}" -m pytest ${arguments[@]+"${arguments[@]}"}

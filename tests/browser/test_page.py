@@ -1,0 +1,520 @@
+"""The chat page in a real browser on the real server: what a visitor does, and what a hostile model tries."""
+
+import json
+import re
+import time
+
+import pytest
+
+from nanolab.data.chat import read_conversations
+
+
+def messages(visit) -> list[str]:
+    return visit.find(".message .text, .message .parts").all_inner_texts()
+
+
+# ---- One chat ----
+
+
+def test_a_tiny_model_answers_and_its_tool_call_is_a_step_that_unfolds(visit):
+    v = visit()
+    v.find("#model").select_option("parrot")
+    v.find("#temperature").fill("0")
+    v.ask("12*34?")
+    step = v.find(".assistant details")
+    assert step.locator("summary").inner_text() == "calculator: 12*34 → 408"
+    assert v.find(".assistant .prose").inner_text() == "It is 408."
+    assert not step.locator("pre").first.is_visible()
+    step.locator("summary").click()
+    assert step.locator("pre").all_inner_texts() == ["12*34", "408"]
+    assert re.match(r"\d+ of 128", v.find("#context").inner_text())
+    assert float(v.find("#rate").inner_text().split()[0]) > 0 and float(v.find("#first").inner_text().split()[0]) > 0
+
+
+def test_a_reply_grows_and_stops_where_it_is(visit, site):
+    v, ada = visit(), site.engines["ada"]
+    cancelled = ada.cancelled
+    v.send("count")
+    v.find("#send:text-is('Stop')").wait_for()
+    v.find(".assistant .prose:has-text('word9')").wait_for()
+    v.find("#input").fill("typed meanwhile")
+    v.find("#send").click()
+    v.wait()
+    text = v.find(".assistant .prose").inner_text()
+    assert "word9" in text and "word199" not in text and "stopped" in v.find(".assistant .meta").inner_text()
+    deadline = time.time() + 2
+    while ada.cancelled == cancelled and time.time() < deadline:
+        time.sleep(0.01)
+    assert ada.cancelled == cancelled + 1  # the server has noticed
+    assert v.find(".assistant .prose").inner_text() == text and v.find("#input").input_value() == "typed meanwhile"
+    v.page.reload()
+    assert v.find(".assistant .prose").inner_text() == text
+    assert v.find("#input").input_value() == "typed meanwhile"
+
+
+def test_a_step_stays_unfolded_and_a_reload_keeps_what_came(visit, site, script, monkeypatch):
+    monkeypatch.setitem(script, "work", "<<1+1>>" + script["count"])
+    v = visit()
+    monkeypatch.setattr(site.engines["ada"], "burst", 6)
+    v.send("work")
+    v.find("summary").click()
+    v.find(".assistant .prose:has-text('word9')").wait_for()
+    v.page.keyboard.press("Escape")
+    v.wait()
+    assert v.find(".step pre").first.is_visible()
+    v.find("button:text-is('Regenerate')").click()
+    v.find(".assistant .prose:has-text('word9')").wait_for()
+    v.page.reload()
+    assert "word9" in messages(v)[1] and "stopped" in v.find(".meta").inner_text()
+
+
+@pytest.mark.slow
+def test_the_view_follows_only_from_the_end(visit):
+    v = visit(height=500)
+    v.send("count")
+    v.find(".assistant .prose:has-text('word60')").wait_for()
+    gap = "const box = document.querySelector('.messages'); box.scrollHeight - box.scrollTop - box.clientHeight"
+    assert v.page.evaluate(gap) < 48
+    v.page.evaluate("document.querySelector('.messages').scrollTop = 0")
+    v.find(".assistant .prose:has-text('word120')").wait_for()
+    assert v.page.evaluate("document.querySelector('.messages').scrollTop") == 0
+    v.page.keyboard.press("Escape")
+
+
+def test_a_reply_is_generated_again_with_another_seed(visit):
+    v = visit()
+    v.ask("hello")
+    v.find("button:text-is('Regenerate')").click()
+    v.wait()
+    assert messages(v) == ["hello", "ada heard: hello"]
+    first, second = v.bodies()
+    assert first["messages"] == second["messages"] == [{"role": "user", "content": "hello"}] and first["seed"] != second["seed"]
+
+
+def test_a_message_is_edited_and_the_chat_goes_on_from_there(visit):
+    v = visit()
+    for text in ("one", "two", "three"):
+        v.ask(text)
+    v.find(".user").nth(1).hover()
+    v.find(".user").nth(1).locator("button:text-is('Edit')").click()
+    field = v.find("[aria-label='Edit message']")
+    assert field.input_value() == "two"
+    field.press("Escape")
+    assert len(messages(v)) == 6
+    v.find(".user").nth(1).locator("button:text-is('Edit')").click()
+    field.fill("four")
+    field.press("Enter")
+    v.find(".assistant .parts:has-text('four')").wait_for()
+    v.wait()
+    assert messages(v) == ["one", "ada heard: one", "four", "ada heard: four"]
+    assert [m["content"] for m in v.bodies()[-1]["messages"]] == ["one", "ada heard: one", "four"]
+
+
+def test_enter_sends_shift_enter_breaks_and_the_box_grows(visit):
+    v = visit()
+    box = v.find("#input")
+    box.fill("a")
+    low = box.bounding_box()["height"]
+    box.press("Shift+Enter")
+    box.type("b")
+    assert box.input_value() == "a\nb" and box.bounding_box()["height"] > low
+    box.press("Enter")
+    v.wait()
+    assert messages(v)[0] == "a\nb" and box.input_value() == "" and box.bounding_box()["height"] == low
+
+
+def test_settings_go_with_the_request_and_can_be_reset(visit):
+    v = visit()
+    v.ask("default")
+    for name, value in {"temperature": "0.3", "top_p": "0.9", "top_k": "7", "max_tokens": "5", "repetition_penalty": "1.2", "seed": "11", "system": "Be brief."}.items():
+        v.find(f"#{name}").fill(value)
+    v.ask("chosen")
+    v.page.reload()
+    v.ask("kept")
+    v.find("#reset").click()
+    v.ask("again")
+    default, chosen, kept, again = v.bodies()
+    names = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty")
+    assert [default[name] for name in names] == [again[name] for name in names] == [0.8, 1, 50, 2000, 1]
+    for body in (chosen, kept):
+        assert [body[name] for name in names] == [0.3, 0.9, 7, 5, 1.2] and body["seed"] == 11
+        assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert again["messages"][0]["role"] == "user" and "cut at max tokens" in "".join(v.find(".meta").all_inner_texts())
+
+
+def test_a_base_model_is_marked_and_continues_text(visit, site):
+    v = visit()
+    assert "root · base · 4000 tokens" in v.find("#model option").all_inner_texts()
+    v.find("#model").select_option("root")
+    assert "continues" in v.find("#kind").inner_text() and "The capital of France is" in v.find("#welcome").inner_text()
+    v.ask("Once")
+    v.ask("upon")
+    assert [body["prompt"] for body in v.bodies()] == ["Once", f"Once {messages(v)[1]} upon"]
+
+
+def test_chats_are_kept_renamed_deleted_and_brought_back(visit):
+    v = visit()
+    v.ask("first chat")
+    v.page.keyboard.press("Control+Shift+O")
+    v.ask("second chat")
+    titles = v.find("#list .open")
+    assert titles.all_inner_texts() == ["second chat", "first chat"]
+    v.page.reload()
+    assert messages(v) == ["second chat", "ada heard: second chat"]
+    titles.nth(1).click()
+    assert messages(v)[0] == "first chat"
+    v.find("[aria-label='Rename first chat']").click()
+    v.find("[aria-label='Title']").fill("other name")
+    v.find("[aria-label='Title']").press("Enter")
+    assert titles.all_inner_texts() == ["second chat", "other name"]
+    titles.nth(0).hover()
+    v.find("[aria-label='Delete second chat']").click()
+    assert titles.all_inner_texts() == ["other name"]
+    v.find("button:text-is('Undo')").click()
+    assert len(titles.all()) == 2 and messages(v)[0] == "second chat"
+
+
+@pytest.mark.slow
+def test_two_tabs_do_not_overwrite_each_others_chats(visit):
+    v = visit()
+    v.ask("tab one")
+    other = v.context.new_page()
+    other.goto(v.page.url)
+    other.locator("#input").fill("tab two")
+    other.locator("#input").press("Enter")
+    v.find("#list .open:text-is('tab two')").wait_for()
+    v.ask("tab one again")
+    other.reload()
+    other.locator("#list .open:text-is('tab one')").wait_for()
+    assert len(other.locator("#list .open").all()) == 2
+
+
+def test_an_export_is_what_training_reads_and_can_be_imported(visit, tmp_path):
+    v = visit()
+    v.find("#system").fill("Be exact.")
+    v.ask("sum")
+    with v.page.expect_download() as download:
+        v.find("#export").click()
+    download.value.save_as(tmp_path / "chat.jsonl")
+    parts = [
+        {"type": "text", "text": "I will calculate. "}, {"type": "python", "text": "37+58"}, {"type": "python_output", "text": "95"},
+        {"type": "text", "text": "The sum is **95**."},
+    ]  # fmt: skip
+    chat = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "sum"}, {"role": "assistant", "content": parts}]
+    assert read_conversations(tmp_path / "chat.jsonl") == [chat]
+    shown = messages(v)
+    other = visit()
+    other.find("#file").set_input_files(tmp_path / "chat.jsonl")
+    other.find("#list .open:text-is('sum')").wait_for()
+    assert messages(other) == shown and other.find("#system").input_value() == "Be exact."
+    (tmp_path / "bad.jsonl").write_text('[{"role": "user", "content": "a"}]\n[{"role": "assistant", "content": "b"}]\n')
+    other.find("#file").set_input_files(tmp_path / "bad.jsonl")
+    other.find("#notice:has-text('line 2')").wait_for()
+    assert len(other.find("#list .open").all()) == 1
+
+
+@pytest.mark.slow
+def test_full_storage_is_told(visit):
+    v = visit()
+    v.page.evaluate("for (let size = 2 ** 22; size >= 1; size /= 2) try { localStorage.setItem(`filler${size}`, 'x'.repeat(size)); } catch {}")
+    v.ask("hello")
+    assert "storage is full" in v.find("#notice").inner_text() and messages(v)[1] == "ada heard: hello"
+
+
+@pytest.mark.slow
+def test_copy(visit):
+    v = visit(permissions=["clipboard-read", "clipboard-write"])
+    v.ask("a **b**")
+    v.find(".assistant button:text-is('Copy')").click()
+    v.find(".assistant button:text-is('Copied')").wait_for()
+    assert v.page.evaluate("navigator.clipboard.readText()") == "ada heard: a **b**"
+
+
+# ---- What the server refuses ----
+
+REFUSALS = {
+    "busy": (429, {"message": "the queue is full"}, "busy"),
+    "broken": (500, {"message": "generation has failed"}, "failed"),
+    "refused": (400, {"message": "top_k is -1"}, "top_k is -1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_an_error_is_told_in_words_and_nothing_typed_is_lost(visit, name):
+    status, error, words = REFUSALS[name]
+    v = visit()
+    v.ask("before")
+    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, json={"error": error}, headers={"Retry-After": "3"}))
+    v.send("my question")
+    v.find(f"#notice:has-text('{words}')").wait_for()
+    assert v.find("#input").input_value() == "my question" and len(messages(v)) == 2
+    v.page.unroute("**/v1/chat/completions")
+    v.find("#notice button:text-is('Try again')").click()
+    v.find(".assistant .parts:has-text('my question')").wait_for()
+    assert v.find("#notice").inner_text() == "" and v.find("#input").input_value() == ""
+    assert v.troubles and all(str(status) in trouble for trouble in v.troubles)
+    v.troubles.clear()
+
+
+def test_a_server_that_is_gone(visit):
+    v = visit()
+    v.ask("before")
+    v.page.route("**/v1/*/*", lambda route: route.abort())
+    v.find("button:text-is('Regenerate')").click()
+    v.find("#notice:has-text('does not answer')").wait_for()
+    assert messages(v) == ["before", "ada heard: before"]
+    v.troubles.clear()
+
+
+def test_a_reply_that_breaks_off_keeps_what_came(visit):
+    v = visit()
+    body = 'data: {"choices": [{"delta": {"content": "the beginn"}}]}\n\n'
+    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    v.send("hello")
+    v.find("#notice:has-text('broke off')").wait_for()
+    assert messages(v) == ["hello", "the beginn"] and "broken off" in v.find(".meta").inner_text()
+
+
+def test_more_than_the_model_reads(visit):
+    v = visit()
+    v.find("#model").select_option("parrot")
+    v.send("far too long for it " * 20)
+    v.find("#notice:has-text('no longer fits')").wait_for()
+    assert v.find("#input").input_value().startswith("far too long")
+    v.troubles.clear()
+
+
+def test_a_server_with_a_key(visit, locked_site):
+    v = visit(url=locked_site.url)
+    field = v.find("[aria-label='API key']")
+    field.fill("wrong")
+    field.press("Enter")
+    v.find("#notice:has-text('does not take')").wait_for()
+    field.fill("open sesame")
+    field.press("Enter")
+    v.find("#welcome h1:text-is('ada')").wait_for()
+    assert v.ask("hello") == "ada heard: hello"
+    v.page.reload()
+    assert v.ask("again") == "ada heard: again"
+    assert "sesame" not in v.page.evaluate("JSON.stringify(localStorage)")
+    v.troubles.clear()
+
+
+# ---- Two models side by side ----
+
+
+def test_compare_asks_both_with_one_seed(visit):
+    v = visit("/compare")
+    v.ask("sum")
+    assert v.find(".thread h2").all_inner_texts() == ["ada", "bert"]
+    assert v.find(".step summary").all_inner_texts() == ["calculator: 37+58 → 95"] * 2
+    left, right = (v.find(".assistant").nth(i).bounding_box() for i in range(2))
+    assert left["x"] + left["width"] <= right["x"] and abs(left["y"] - right["y"]) < 2
+    v.find("#same").uncheck()
+    v.find("#sides label:has-text('Right')").click()
+    v.find("#model").select_option("ada")
+    v.find("#temperature").fill("0")
+    v.ask("hello")
+    one, two, three, four = v.bodies()
+    assert {one["model"], two["model"]} == {"ada", "bert"} and one["seed"] == two["seed"]
+    assert three["model"] == four["model"] == "ada" and three["seed"] != four["seed"] and {three["temperature"], four["temperature"]} == {0.8, 0}
+    shown = messages(v)
+    v.page.reload()
+    assert messages(v) == shown and len(shown) == 8
+    v.find("#clear").click()
+    assert v.find("#welcome").is_visible()
+
+
+def test_compare_stops_both(visit):
+    v = visit("/compare")
+    v.send("count")
+    for i in range(2):
+        v.find(".thread").nth(i).locator(".prose:has-text('word9')").wait_for()
+    v.page.keyboard.press("Escape")
+    v.wait()
+    texts = v.find(".assistant .prose").all_inner_texts()
+    assert len(texts) == 2 and not any("word199" in text for text in texts)
+
+
+@pytest.mark.slow
+def test_compare_when_one_side_fails(visit):
+    v = visit("/compare")
+    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={}) if '"bert"' in route.request.post_data else route.continue_())
+    v.send("hello")
+    v.find("#notice:has-text('busy')").wait_for()
+    assert messages(v) == ["hello", "ada heard: hello", "hello"]
+    v.page.unroute("**/v1/chat/completions")
+    v.find("#notice button:text-is('Try again')").click()
+    v.find(".assistant .parts:has-text('bert heard: hello')").wait_for()
+    v.troubles.clear()
+
+
+# ---- A hostile model ----
+
+CANARY = "window.canary=1"
+HOSTILE = [
+    f"<script>{CANARY}</script>", f"<img src=x onerror={CANARY}>", f"<svg onload={CANARY}><svg/onload={CANARY}>", f"<iframe srcdoc='<script>parent.{CANARY}</script>'></iframe>",
+    f"[click](javascript:{CANARY})", f"[click](JaVaScRiPt:{CANARY}) [b](java\tscript:{CANARY}) [c](&#106;avascript:{CANARY})", f"[d](data:text/html,<script>{CANARY}</script>)",
+    f"![x](x\" onerror=\"{CANARY}) ![y](https://example.org/x.png\"onerror=\"{CANARY})", f"[q](https://example.org/\"onmouseover=\"{CANARY}) [r](https://example.org 'a\" onclick=\"{CANARY}')",
+    f"```html\n</code></pre><script>{CANARY}</script><img src=x onerror={CANARY}>\n```", f"```\"><script>{CANARY}</script>\ncode\n```", f"`</code><script>{CANARY}</script>`",
+    f"| a |\n|---|\n| <img src=x onerror={CANARY}> |", f"# <script>{CANARY}</script>", f"> <style>*{{display:none}}</style><base href=//evil.example><meta http-equiv=refresh content=0;url=/>",
+    "![pixel](https://evil.example/pixel.png) ![p](//evil.example/p.png) <link rel=stylesheet href=https://evil.example/a.css>", f"<a href='javascript:{CANARY}'>x</a><form action=//evil.example><input name=key>",
+    "```js\nnever closed " + "<script>" * 20, "x" * 9000, "<b>" * 500, "\u202edetrever\u202c \u200bzero\u200dwidth\u2060 \ufeff\x00\x07\x1b[31m", "`\u202ecode`", "</script></style></textarea></title>" + f"<script>{CANARY}</script>",
+    f"<<');{CANARY}//>>", f"<<\"<img src=x onerror={CANARY}>\".count(\"r\")>>", "{{constructor.constructor('" + CANARY + "')()}} ${" + CANARY + "}", "- " * 200 + "x", "[" * 500 + "](", "__proto__ constructor **__proto__**",
+]  # fmt: skip
+BAD = """() => {
+  const found = [...document.querySelectorAll(".message *")].filter((e) => !["DIV", "P", "SPAN", "CODE", "PRE", "BUTTON", "A", "BDI", "SMALL", "STRONG", "EM", "DEL", "UL", "OL", "LI", "HR",
+    "BLOCKQUOTE", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "H3", "H4", "H5", "H6", "DETAILS", "SUMMARY", "DL", "DT", "DD"].includes(e.tagName)
+    || [...e.attributes].some((a) => a.name.startsWith("on") || a.name === "style" || a.name === "src") || (e.tagName === "A" && !["http:", "https:", "mailto:"].includes(e.protocol)));
+  return [window.canary, document.documentElement.scrollWidth > innerWidth, found.map((e) => e.outerHTML.slice(0, 200))];
+}"""
+
+
+def test_nothing_that_a_model_writes_runs_loads_or_breaks_the_page(visit, site, script, monkeypatch):
+    replies = {f"hostile {i}": text for i, text in enumerate(HOSTILE)}
+    for asked, text in replies.items():
+        monkeypatch.setitem(script, asked, text)
+    monkeypatch.setattr(site.engines["ada"], "pause", 0)
+    v = visit()
+    v.find("#max_tokens").fill("100000")
+    for asked, text in replies.items():
+        v.ask(asked)
+        canary, too_wide, elements = v.page.evaluate(BAD)
+        assert not canary and not too_wide and not elements, text
+        v.find("#new").click()
+    assert {re.sub(r"^(http://[^/]+).*", r"\1", request.url) for request in v.requests} == {site.url}
+    v.page.reload()
+    for title in v.find("#list .open").all()[::4]:  # and from the storage
+        title.click()
+        assert v.page.evaluate(BAD) == [None, False, []]
+    text = "".join(message["parts"][0]["text"] for message in v.page.evaluate("Object.values(chats).map((chat) => chat.messages[1])") if message["parts"][0]["type"] == "text")
+    assert all(reply in text for reply in HOSTILE if "<<" not in reply)  # nothing was swallowed on the way
+
+
+@pytest.mark.slow
+def test_what_a_visitor_types_is_text_too(visit):
+    v = visit()
+    v.ask(f"<img src=x onerror={CANARY}><script>{CANARY}</script>")
+    v.find("#system").fill(f"</textarea><script>{CANARY}</script>")
+    v.page.reload()
+    assert v.page.evaluate(BAD) == [None, False, []] and "<img" in v.find("#list .open").inner_text()
+
+
+# ---- Everybody can use it ----
+
+CONTRAST = """() => {
+  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => { for (; e; e = e.parentElement) { const colour = parse(getComputedStyle(e).backgroundColor); if (colour[3] > 0) return colour; } };
+  const out = {};
+  for (const e of document.querySelectorAll("body *")) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.placeholder;
+    if (!own || !e.checkVisibility({ opacityProperty: true })) continue;
+    const style = e.placeholder && !e.value ? getComputedStyle(e, "::placeholder") : getComputedStyle(e);
+    const [a, b] = [light(parse(style.color)), light(behind(e))].sort((x, y) => y - x);
+    out[`${e.tagName} ${e.className} ${(e.placeholder || e.textContent).slice(0, 20)}`] = (a + 0.05) / (b + 0.05);
+  }
+  return out;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_contrast(visit, scheme):
+    v = visit(color_scheme=scheme)
+    found = v.page.evaluate(CONTRAST)
+    v.ask("# t\n[a](https://example.org) `b`\n> c\n\n```js\nd\n```\n| e |\n|---|\n| f |")
+    v.ask("sum")
+    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={}))
+    v.send("x")
+    v.find("#notice button").first.wait_for()
+    v.troubles.clear()
+    found |= v.page.evaluate(CONTRAST)
+    assert len(found) > 50 and {name: round(ratio, 2) for name, ratio in found.items() if ratio < 4.5} == {}
+    dark = v.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"
+    assert dark == (scheme == "dark")
+
+
+@pytest.mark.slow
+def test_the_theme_is_switched_and_kept(visit):
+    v = visit(color_scheme="light")
+    colours = []
+    for _ in range(3):
+        colours.append(v.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        v.find("#theme").click()
+        v.page.reload()
+    assert colours[0] == colours[1] != colours[2]  # auto, light, dark
+
+
+@pytest.mark.parametrize("path", ["/", "/compare"])
+def test_a_phone_has_everything_and_no_sideways_scrolling(visit, path):
+    v = visit(path, 360, 740, has_touch=True)
+    narrow = "document.documentElement.scrollWidth <= 360 && [...document.querySelectorAll('main *, header *')].every((e) => !e.checkVisibility() || e.closest('pre, .table, summary, .head, .unseen') || e.getBoundingClientRect().right <= 361)"
+    assert v.page.evaluate(narrow)
+    v.ask("x" * 200 + " https://example.org/" + "y" * 200 + "\n\n```\n" + "z" * 200 + "\n```\n\n|" + "a|" * 60 + "\n|" + "-|" * 60)
+    v.ask("sum")
+    assert v.page.evaluate(narrow)
+    if path == "/compare":
+        first, second = (v.find(".thread").nth(i).bounding_box() for i in range(2))
+        assert first["y"] + first["height"] <= second["y"] and first["x"] == second["x"]
+    assert not v.find("#panel").is_visible()
+    v.find("#panel-toggle").click()
+    v.find("#temperature").fill("0.5")
+    v.page.keyboard.press("Escape")
+    assert not v.find("#panel").is_visible()
+    v.ask("hello")
+    assert v.bodies()[-1]["temperature"] in (0.5, 0.8)
+
+
+def test_without_a_mouse(visit):
+    v = visit()
+    v.find("#welcome li button:enabled").first.wait_for()
+    focused = "(() => { const e = document.activeElement; return [e.ariaLabel || e.labels?.[0]?.textContent || e.textContent.trim() || e.title, getComputedStyle(e).outlineStyle !== 'none' || e.id === 'input', e.id || e.tagName]; })()"
+    skip = v.find("a:text-is('Skip to the message box')")
+    skip.focus()
+    assert skip.bounding_box()["width"] > 50
+    seen = []
+    for _ in range(40):
+        v.page.keyboard.press("Tab")
+        name, ring, where = v.page.evaluate(focused)
+        if where == "BODY":
+            break
+        assert name and ring, where
+        seen.append(where)
+    order = ["chats-toggle", "to-chat", "to-compare", "theme", "panel-toggle", "new", "export", "input", "send", "model", "system", "temperature", "seed", "reset"]
+    assert [where for where in seen if where in order] == order
+    v.find("#input").focus()
+    v.page.keyboard.type("count")
+    v.page.keyboard.press("Enter")
+    v.find(".prose:has-text('word5')").wait_for()
+    v.page.keyboard.press("Escape")
+    v.wait()
+    v.page.keyboard.press("Control+Shift+O")
+    assert messages(v) == [] and v.page.evaluate("document.activeElement.id") == "input"
+    v.page.keyboard.type("sum")
+    v.page.keyboard.press("Enter")
+    v.find("button:text-is('Regenerate')").wait_for()
+    v.find("summary").focus()
+    v.page.keyboard.press("Enter")
+    assert v.find(".step pre").first.is_visible()
+
+
+def test_a_screen_reader_finds_its_way(visit):
+    v = visit()
+    v.page.evaluate("window.said = []; new MutationObserver(() => said.push(document.querySelector('#announce').textContent)).observe(document.querySelector('#announce'), {childList: true})")
+    v.ask("sum")
+    for role in ("banner", "main", "complementary"):
+        assert v.page.get_by_role(role).count() == 1
+    assert {nav.get_attribute("aria-label") for nav in v.page.get_by_role("navigation").all()} == {"Views", "Chats"}
+    assert v.page.evaluate("window.said") == ["Reply of ada: I will calculate. The sum is **95**."]  # once, when it is whole
+    unnamed = "[...document.querySelectorAll('button, input, select, textarea, a')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"
+    assert v.page.evaluate(unnamed) == []
+    assert v.find("#notice").get_attribute("role") == "alert" and v.find("html").get_attribute("lang") == "en"
+
+
+def test_nothing_is_asked_of_another_machine(visit, site):
+    v = visit()
+    v.ask("hello")
+    assert all(request.url.startswith(site.url) for request in v.requests)
+    policy = v.requests[0].response().headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert json.loads(v.requests[-1].post_data)["stream"] is True
