@@ -40,6 +40,7 @@ class Sum(NamedTuple):
 
 class Arithmetic(Task):
     kind = "generative"
+    version = 2
     splits = ("train", "test", "phrasings", "problems")
 
     def open(self) -> Sequence[Example]:

@@ -10,6 +10,17 @@ VERB_PHRASES = (
         "Tell me.", "Give me.", "Show me.", "Solve:.", "Figure out.", "Do the sum:.",
         "Can you calculate?", "Can you tell me?", "Could you work out?", "Could you compute?", "Would you find?",
         "I need.", "I want to know.", "I would like to have.", "I am looking for.", "Let us work out.", "My question is:.",
+        "What number is?", "What would be?", "What makes?", "How many is?", "What is the value of?", "What is the result of?", "What is the answer to?",
+        "What comes out of?", "Which result has?", "What must I write for?",
+        "Say.", "Name.", "Write down.", "Answer:.", "Quick:.", "Now.", "Try.", "Please find.", "Please solve:.", "Please tell me.", "Please give me.",
+        "Please do.", "Do.", "Type.", "State.", "Report.", "Return.", "Check.", "Take.", "One more:.", "Next:.",
+        "Let me know.", "Let me see.", "Let us find.", "Let us compute.", "Let's calculate.", "Let's see:.",
+        "I must know.", "I would like to know.", "I have to compute.", "I am asking for.", "I am trying to find.", "I do not know.", "I forgot.",
+        "I cannot work out.", "I was asked for.", "We need.", "We want.", "We are looking for.", "My teacher asks for.", "My homework is:.",
+        "The task is:.", "The exercise says:.", "Here is a sum:.", "There is one thing that I need:.",
+        "Can you find?", "Can you do?", "Can you work out?", "Can you solve?", "Can you give me?", "Could you calculate?", "Could you tell me?",
+        "Could you find?", "Would you compute?", "Would you tell me?", "Will you work out?", "Will you give me?", "May I know?", "May I ask for?",
+        "Are you able to compute?", "Is it hard to compute?", "Would you mind computing?",
     ],
     ["What do you get for?", "Do you happen to know?", "Evaluate.", "Help me with.", "Can somebody tell me?", "I wonder about."],
 )  # fmt: skip
@@ -23,7 +34,7 @@ EXPRESSIONS = {
 ENDINGS = (
     [
         "", " please", ", please", " for me", " now", " right now", ", if you can", " exactly", ", thank you", " quickly", " as a number",
-        " for my homework", " when you have time",
+        " for my homework", " when you have time", " then", ", my friend", " for us", " again", " if possible", " at once", " precisely", " this time",
     ],
     [" today", " in numbers", " with the calculator"],
 )  # fmt: skip

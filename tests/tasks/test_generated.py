@@ -58,8 +58,8 @@ def said(text: str) -> dict:
 
 
 PINNED = {
-    ("arithmetic", "train"): "8556a6520552", ("arithmetic", "test"): "47662056391d",
-    ("arithmetic", "phrasings"): "32d8760a8af8", ("arithmetic", "problems"): "ba0ab27436b4",
+    ("arithmetic", "train"): "42b25c22468c", ("arithmetic", "test"): "45adaad85691",
+    ("arithmetic", "phrasings"): "61f568811c1b", ("arithmetic", "problems"): "41d11ff92c2c",
     ("identity", "train"): "077d16c3f2a1", ("identity", "test"): "163a851816a8", ("identity", "name"): "280b86efded2",
     ("spelling", "train"): "2e817c44c92a", ("spelling", "seen"): "cea0648117c5", ("spelling", "test"): "ded94774d2e3",
     ("spellingbee", "train"): "bc2769959ddb", ("spellingbee", "seen"): "1d85c8c551cd", ("spellingbee", "test"): "234264c61f8d",
@@ -122,7 +122,7 @@ def test_held_out_phrasings_are_unseen():
     before, after = frames("train", 4000)
     new_before, new_after = frames("phrasings", 1000)
     assert not new_before & before and not new_after & after
-    assert len(before) == 30 and len(after) == 13 and len(new_before) == 6 and len(new_after) == 3
+    assert len(before) == 102 and len(after) == 21 and len(new_before) == 6 and len(new_after) == 3
     assert frames("test", 500)[0] <= before
     assert all(len(set(xs)) == 6 for xs in EXPRESSIONS.values())
 
