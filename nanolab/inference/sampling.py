@@ -93,10 +93,10 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
         part = scores if len(groups) == 1 else scores[members]
         new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])  # argmax: the first of several maxima
         ids = new if len(groups) == 1 else ids.index_copy(0, torch.tensor(members, device=ids.device), new)
-    norm = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, ids[:, None])[:, 0] - norm
+    scaled = logits.log_softmax(-1)
+    logprobs = scaled.gather(-1, ids[:, None])[:, 0]
     tokens, values = torch.stack((ids.double(), logprobs.double())).tolist()  # both in one reading of the device
-    top = likeliest(logits, norm, rows) if any(row.logprobs > 0 for row in rows) else [()] * len(rows)
+    top = likeliest(scaled, rows) if any(row.logprobs > 0 for row in rows) else [()] * len(rows)
     return [Chosen(int(token), value, best) for token, value, best in zip(tokens, values, top)]
 
 
@@ -107,9 +107,8 @@ def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[Draws]) -> T
     return invert_cdf(truncate(scores / temperature, top_k, top_p if nucleus else 1.0).softmax(-1), uniforms[:, 0])
 
 
-def likeliest(logits: Tensor, norm: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, float], ...]]:
-    values, ids = logits.topk(min(max(row.logprobs for row in rows), logits.size(-1)))
-    values = values - norm[:, None]
+def likeliest(logprobs: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, float], ...]]:
+    values, ids = logprobs.topk(min(max(row.logprobs for row in rows), logprobs.size(-1)))
     return [tuple(zip(i[: max(0, row.logprobs)], v)) for row, i, v in zip(rows, ids.tolist(), values.tolist())]
 
 

@@ -86,14 +86,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 EPS = torch.finfo(torch.float32).eps
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """(mean(x^2) + eps)^-1/2 over the last dimension, which stays as one."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
+    return length.square_().div_(x.size(-1)).add_(EPS).rsqrt_().to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x r with r = (mean(x^2) + eps)^-1/2, and dx = r (dy - y mean(y dy)). On CPUs torch composes it of a dozen passes
     with fp32 copies; these are two forward and three backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-        r = length.square_().div_(x.size(-1)).add_(EPS).rsqrt_().to(x.dtype)
+        r = inverse_rms(x)
         y = x * r
         ctx.save_for_backward(y, r)
         return y
@@ -106,7 +111,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without gain. arXiv 1910.07467."""
-    return F.rms_norm(x, (x.size(-1),), eps=EPS) if x.is_cuda else _RMSNorm.apply(x)
+    if x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),), eps=EPS)
+    return _RMSNorm.apply(x) if torch.is_grad_enabled() else x * inverse_rms(x)  # the same without a Function's cost, which a decoded token feels
 
 
 class Norm(nn.Module):
@@ -194,7 +201,9 @@ class Relu(MLP):
 class Relu2(MLP):
     """W2 max(0, W1 x)^2. Primer, So et al., arXiv 2109.08668."""
 
-    activation = staticmethod(_ReluSquared.apply)
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return _ReluSquared.apply(x) if torch.is_grad_enabled() else x.clamp_min(0).square_()
 
 
 class Gelu(MLP):

@@ -67,7 +67,7 @@ def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rule
 
 def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, keys: Keys) -> torch.Tensor:
     """(B, T, H, E): T new queries over what a cache holds."""
-    if rules.needs(1 << 40) - {"window", "documents"}:
+    if rules.log_sink is not None or rules.slopes is not None or rules.softcap:
         return definition(q_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGE))
     mask = None if keys.all_seen else keys.mask_BTS[:, None]

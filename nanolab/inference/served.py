@@ -1,0 +1,159 @@
+"""A model made ready to generate: weights cast once, products of one input joined, tables instead of formulas.
+
+Training keeps fp32 masters and casts them at each use; what is served does not change any more, so the same values are cast
+once. What the default model does per layer in a dozen small operators is done in fewer, with the same results: for one decoded
+token it is their number that costs. Dims as in model/attention.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolab.config import GPTConfig, UserError
+from nanolab.model.attention import CausalSelfAttention, NoQKNorm, Reading, RMSQKNorm, unturned
+from nanolab.model.blocks import LayerNorm, Linear, ResidualScalars, RMSNorm, SwiGLU
+from nanolab.model.gpt import GPT
+from nanolab.model.positions import Angles, half
+
+
+def served(model: GPT, *, int8: bool = False) -> GPT:
+    """`model` itself, changed for good: it generates what it did before, faster and in less memory, and cannot be trained.
+
+    Matrices, tables and biases are in its compute dtype; what is computed with in fp32 stays fp32. int8: matrices are kept as
+    8-bit integers with a scale per output, which changes results a little. Raises UserError where torchao is not installed.
+    """
+    dtype, device = model.compute_dtype, model.wte.weight.device
+    model.requires_grad_(False).eval()
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding, RMSNorm, LayerNorm)) or module is model.lm_head:
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(dtype)
+    with torch.no_grad():
+        for block in model.h:
+            if joinable(block.attn):
+                block.attn = JoinedAttention(block.attn)
+            if isinstance(block.mlp, SwiGLU):
+                block.mlp = JoinedSwiGLU(block.mlp)
+        model.positions = TabledPositions(model, all(isinstance(block.attn, JoinedAttention) for block in model.h))
+        if isinstance(model.lambdas, ResidualScalars):
+            model.lambdas = FixedScalars(model.lambdas)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is Linear:
+                setattr(parent, name, plain(child))
+    if int8:
+        quantize(model)
+    return model
+
+
+WIDE = ("c_qkv", "c_q", "c_k", "c_v", "c_dq", "c_uq", "c_dkv", "c_proj", "c_fc", "c_gate_fc", "lm_head")  # not gates, nor what MLA absorbs
+
+
+def quantize(model: GPT) -> None:
+    """int8 weights for every matrix of the blocks and of the head, by torchao."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise UserError("int8 weights need torchao, which is not installed; expected it beside torch; try pip install torchao, or serve without --int8") from None
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] in WIDE)
+
+
+def plain(linear: Linear) -> nn.Linear:
+    """torch's own, which casts nothing."""
+    out = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    out.weight, out.bias = linear.weight, linear.bias
+    return out
+
+
+def joined(*parts: Linear) -> Linear:
+    """One product for several of the same input; its outputs are theirs, one after the other."""
+    out = Linear(parts[0].in_features, sum(part.out_features for part in parts))
+    out.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    if parts[0].bias is not None:
+        out.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    return out
+
+
+def joinable(attn: nn.Module) -> bool:
+    """Whether queries and keys are treated alike, so that one operator can do both."""
+    return isinstance(attn, CausalSelfAttention) and type(attn.qk_norm) in (NoQKNorm, RMSQKNorm) and attn.turn in (unturned, half)
+
+
+class JoinedAttention(nn.Module):
+    """CausalSelfAttention with one product for q, k and v, and one norm and one rotation for all heads of q and k."""
+
+    def __init__(self, attn: CausalSelfAttention):
+        super().__init__()
+        (H, D), (G, _) = attn.shape, attn.kv_shape
+        self.layer, self.heads, self.shape, self.gain = attn.layer, (H, G), (H + 2 * G, D), attn.gain
+        self.c_qkv = joined(attn.c_q, attn.c_k, attn.c_v)
+        self.value_mix, self.core, self.gate, self.c_proj = attn.value_mix, attn.core, attn.gate, attn.c_proj
+        self.qk_norm, self.turns = attn.qk_norm, attn.turn is half
+
+    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading, kernel) -> Tensor:
+        B, T, _ = x_BTC.shape
+        H, G = self.heads
+        qk, v = self.c_qkv(x_BTC).view(B, T, *self.shape).split((H + G, G), dim=2)
+        v = self.value_mix(v, x_BTC, ve)
+        qk, _ = self.qk_norm(qk, qk[:, :, :0])
+        if self.turns:
+            qk = turned(qk, reading.angles)
+        q, k = qk.split((H, G), dim=2)
+        k, v = reading.append(self.layer, k, v)
+        y = self.gate(self.core(q * self.gain, k, v, reading, kernel), x_BTC)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+def turned(x_BTHD: Tensor, angles: Angles) -> Tensor:
+    """positions.half by tables: (a, b) -> (a, b) (cos, cos) + (b, a) (sin, -sin) on the channels that turn."""
+    cos, sin = angles
+    n = cos.size(-1)
+    if n == x_BTHD.size(-1):
+        return x_BTHD * cos + x_BTHD.roll(n // 2, -1) * sin
+    x, rest = x_BTHD[..., :n], x_BTHD[..., n:]
+    return torch.cat((x * cos + x.roll(n // 2, -1) * sin, rest), dim=-1)
+
+
+class JoinedSwiGLU(nn.Module):
+    """SwiGLU with one product for the gate and what it gates."""
+
+    def __init__(self, mlp: SwiGLU):
+        super().__init__()
+        self.c_gate_fc, self.c_proj = joined(mlp.c_gate, mlp.c_fc), mlp.c_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = self.c_gate_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * x)
+
+
+class TabledPositions(nn.Module):
+    """Positions whose angles are looked up. doubled: as `turned` wants them, else as the entries of ROTATIONS do."""
+
+    def __init__(self, model: GPT, doubled: bool):
+        super().__init__()
+        self.positions, self.table = model.positions, None
+        angles = self.positions.angles(torch.arange(model.config.sequence_len, device=model.wte.weight.device)[None], model.compute_dtype)
+        if angles:
+            cos, sin = (x[0, :, 0] for x in angles)
+            self.table = torch.cat((cos, cos, sin, -sin) if doubled else (cos, sin), dim=-1)
+
+    def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
+        return self.positions.add(e_BTC, pos_BT)
+
+    def slopes(self, c: GPTConfig, device: torch.device) -> Tensor | None:
+        return self.positions.slopes(c, device)
+
+    def angles(self, pos_BT: Tensor, dtype: torch.dtype) -> Angles | None:
+        """cos and sin, each (B, T, 1, channels)."""
+        return None if self.table is None else F.embedding(pos_BT, self.table)[:, :, None].chunk(2, dim=-1)
+
+
+class FixedScalars(nn.Module):
+    """ResidualScalars taken apart once."""
+
+    def __init__(self, scalars: ResidualScalars):
+        super().__init__()
+        self.resid, self.x0 = scalars.resid.detach().unbind(), scalars.x0.detach().unbind()
+
+    def forward(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
+        return self.resid[layer] * x + self.x0[layer] * x0

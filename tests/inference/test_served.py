@@ -1,0 +1,73 @@
+"""A served model against the model it was made of."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from nanolab.config import GPTConfig, UserError
+from nanolab.inference.cache import KVCache
+from nanolab.inference.served import served
+from nanolab.model.gpt import GPT
+
+SMALL = dict(sequence_len=64, vocab_size=61, n_layer=3, n_head=4, n_embd=64, bos=60, window_size=7)
+VARIANTS = {
+    "default": GPTConfig(**SMALL),
+    "gqa-swiglu-gate": GPTConfig(**SMALL, attention="gqa:2", mlp="swiglu", gate="head", rope_fraction=0.5, norm_gain=True, bias="qkv,out,mlp,norm,head"),
+    "rnope-documents": GPTConfig(**SMALL, positions="rnope", document_mask=True, tied_head=True, normaliser="sink"),
+    "mla": GPTConfig(**SMALL, attention="mla", value_embeds=False),
+    "interleaved-l2": GPTConfig(**SMALL, rope_layout="interleaved", qk_norm="l2", norm="layernorm", norm_gain=True),
+    "gpt2": GPTConfig(**SMALL, positions="learned", qk_norm="none", value_embeds=False, smear=False, residual_scalars=False, tied_head=True, softcap=0.0, mlp="gelu"),
+}  # fmt: skip
+
+
+def build(config: GPTConfig, dtype: torch.dtype, scale: float = 0.2) -> GPT:
+    torch.manual_seed(3)
+    model = GPT(config, compute_dtype=dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, scale)
+    return model
+
+
+@torch.no_grad()
+def logits(model: GPT) -> torch.Tensor:
+    """Of 20 tokens in three chunks and four steps."""
+    ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
+    ids[:, 9] = 60
+    cache = KVCache(model.config, 2, dtype=model.compute_dtype)
+    return torch.cat([model(chunk, cache=cache) for chunk in ids.split([9, 3, 4, 1, 1, 1, 1], dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_logits_are_those_of_casting_at_each_use_to_the_bit(name, dtype):
+    model = build(VARIANTS[name], dtype)
+    before, fast = logits(model), served(copy.deepcopy(model))
+    assert torch.equal(logits(fast), before)
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+def test_matrices_are_cast_and_what_is_computed_in_fp32_is_not():
+    fast = served(build(VARIANTS["default"], torch.bfloat16))
+    assert {p.dtype for p in fast.h.parameters()} == {fast.wte.weight.dtype, fast.lm_head.weight.dtype} == {torch.bfloat16}
+    assert fast.smear.scale.dtype == fast.backout.scale.dtype == torch.float32
+    held = lambda m: sum(p.nbytes for p in m.parameters())  # noqa: E731
+    assert held(fast) < 0.51 * held(build(VARIANTS["default"], torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["default", "mla"])
+def test_int8_halves_the_matrices_and_stays_close(name):
+    pytest.importorskip("torchao")
+    exact, small = served(build(VARIANTS[name], torch.bfloat16, 0.05)), served(build(VARIANTS[name], torch.bfloat16, 0.05), int8=True)
+    a, b = logits(exact), logits(small)
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(a, b, atol=0.05 * a.abs().max().item(), rtol=0)
+    assert (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.8
+
+
+def test_without_torchao_int8_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        served(build(VARIANTS["default"], torch.float32), int8=True)
