@@ -17,12 +17,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from nanolab.config import ServeConfig, UserError
 from nanolab.data.chat import parts_of, render_prompt
 from nanolab.inference import engine
 from nanolab.inference.tools import find_tool
-from nanolab.serving.exchange import Exchange
+from nanolab.serving.exchange import LEFT, Exchange
 from nanolab.serving.gate import Gate, failed, page_headers, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ApiError, Ask, read_chat, read_completion
@@ -39,6 +40,11 @@ class Api:
     def __init__(self, models: dict[str, Served], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
+        if cfg.log_conversations:
+            try:
+                open(cfg.log_conversations, "a").close()
+            except OSError as error:
+                raise UserError(f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); expected a file or a new name in a folder") from None
 
     async def generate(self, request: Request, read: Callable[[Any], Ask]) -> Response:
         """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
@@ -55,6 +61,8 @@ class Api:
             refused = refusal(error)
             self.metrics.requests.add(1, name, request.url.path, str(refused.status))
             raise refused from None
+        except ClientDisconnect:  # in the middle of its body
+            return Response(status_code=LEFT)
         return await exchange.respond()
 
     def find(self, name: str | None) -> Served:
@@ -92,7 +100,7 @@ class Api:
         """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it."""
         if self.cfg.log_conversations and answer.ask.chat:
             with open(self.cfg.log_conversations, "a", encoding="utf-8") as file:
-                for said in answer.replies:
+                for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
                     messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
                     file.write(json.dumps({"messages": messages, "model": answer.model}) + "\n")
 

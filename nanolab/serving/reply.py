@@ -111,6 +111,7 @@ class Reply:
         """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is Python."""
         name = "calculator" if "calculator" in self.ask.tools and ("python" not in self.ask.tools or not calculator(code).startswith("error: ")) else "python"
         arguments = json.dumps({self.ask.tools[name]: code}, ensure_ascii=False)
+        self.parts.append({"type": "python", "text": code})
         self.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}})
         return [Piece("tool_call", code)]
 
@@ -171,7 +172,7 @@ class Answer:
         message: dict[str, Any] = {"role": "assistant", "content": reply.text}
         if reply.calls:
             message |= {"content": reply.text or None, "tool_calls": reply.calls}
-        if any(part["type"] != "text" for part in reply.parts):
+        elif any(part["type"] != "text" for part in reply.parts):
             message["parts"] = reply.parts
         return message
 

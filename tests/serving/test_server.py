@@ -1,6 +1,10 @@
 """The server under people who leave, crowd, read slowly or pull its plug. Everything is real: sockets, threads, engines, signals."""
 
+import asyncio
+import importlib.util
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +24,9 @@ from nanolab.serving.api import create_app
 from nanolab.serving.server import bind
 
 ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("nanolab_dev_flood", ROOT / "dev" / "bench" / "flood.py")
+flood = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flood)
 HI = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
 LONG = {"model": "endless", "prompt": "x", "max_tokens": 4000}
 
@@ -114,8 +121,8 @@ def test_two_replicas_share_the_work(start_server):
     live.until("nanolab_running", "endless", 0)
 
     first.engine.model = None  # pull one plug: its next step fails
-    failed = {live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code for _ in range(2)}
-    assert 500 in failed
+    failed = live.http.post("/v1/completions", json=LONG | {"max_tokens": 3, "n": 2})  # a row for each replica
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_failed")
     health = live.http.get("/health")
     assert (health.status_code, health.json()["status"]) == (200, "degraded") and "NoneType" in health.json()["models"]["endless"]["errors"][0]
     assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
@@ -142,28 +149,61 @@ def test_conversations_are_kept_only_where_asked(start_server, tmp_path):
     assert len(talks) == 3 and [part["text"] for part in talks[0][1]["content"]] == ["12*34", "408", "It is 408."]
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_body(live, capfd):
+    with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as s:
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert live.http.get("/health").status_code == 200
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
 def command(*flags: str) -> list[str]:
     return [sys.executable, "-m", "scripts.chat_web", "--device-type", "cpu", *flags]
 
 
-def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(runs, monkeypatch):
-    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
-    with subprocess.Popen(command("--model", "endless", "--port", "0"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = next(line for line in process.stdout if line.startswith("nanolab serves"))
-        assert line.startswith("nanolab serves endless at http://127.0.0.1:") and line.endswith(" (page), /v1 (OpenAI API)\n")
-        url = line.split()[4]
-        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 1500}, timeout=30) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-            refused = httpx.post(f"{url}/v1/completions", json=LONG)
-            assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (503, "1", "draining")
-            assert httpx.get(f"{url}/health").json()["status"] == "draining"
-            got = [line for line in lines if line]
-        assert got[-1] == "data: [DONE]" and len(got) > 1400
-        assert process.wait(10) == 0
-        assert (process.stdout.read(), process.stderr.read()) == ("", "")  # and no line per request
+@pytest.fixture(scope="module")
+def process(runs):
+    """(process of scripts.chat_web with the endless model, its port): eight rows, eight places."""
+    flags = command("--model", "endless", "--port", "0", "--queue", "8", "--max-rows", "8", "--prefix-mb", "8")
+    env = os.environ | {"NANOLAB_BASE_DIR": str(runs)}
+    with subprocess.Popen(flags, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        line = next(line for line in started.stdout if line.startswith("nanolab serves"))
+        match = re.fullmatch(r"nanolab serves endless at http://127\.0\.0\.1:([0-9]+) \(page\), /v1 \(OpenAI API\)\n", line)
+        yield started, int(match[1])
+        started.kill()
+
+
+def test_a_flood_of_clients_that_leave(process):
+    """A small one; the one that counts is dev/bench/flood.py itself."""
+    started, port = process
+    result = asyncio.run(flood.crowd(port, started, 200, 120))
+    assert sum(result["flood"]["outcomes"].values()) == 200 and set(result["flood"]["outcomes"]) <= {"left", "429", "200"}
+    assert result["memory"]["outcomes"] == {"200": 108, "left": 12}
+    assert [promise for promise, kept in flood.PROMISES.items() if not kept(result | {"end": {"whole": True, "exit_code": 0}})] == []
+
+
+@pytest.mark.slow  # half a minute
+def test_the_flood(tmp_path):
+    done = subprocess.run([sys.executable, "dev/bench/flood.py"], cwd=ROOT, capture_output=True, text=True)
+    result = json.loads(done.stdout)
+    assert (done.returncode, result["broken"], done.stderr) == (0, [], "")
+
+
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(process):
+    started, port = process
+    url = f"http://127.0.0.1:{port}"
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 1500}, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        started.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        refused = httpx.post(f"{url}/v1/completions", json=LONG)
+        assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (503, "1", "draining")
+        assert httpx.get(f"{url}/health").json()["status"] == "draining"
+        got = [line for line in lines if line]
+    assert got[-1] == "data: [DONE]" and len(got) > 1400
+    assert started.wait(10) == 0
+    assert (started.stdout.read(), started.stderr.read()) == ("", "")  # and no line per request
 
 
 def last_error(lines) -> tuple[str, str]:
@@ -181,9 +221,9 @@ def test_draining_has_a_limit(start_server):
         assert time.monotonic() - start < 1
 
 
-def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
-    done = subprocess.run(command("--model", "parot", "--port", "0"), cwd=ROOT, capture_output=True, text=True)
+def test_mistakes_on_the_command_line(runs, tmp_path):
+    env = os.environ | {"NANOLAB_BASE_DIR": str(runs)}
+    done = subprocess.run(command("--model", "parot", "--port", "0"), cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "no model 'parot'" in done.stderr and "endless, parrot" in done.stderr
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use.*try --port"):
         bind("127.0.0.1", taken.getsockname()[1])
@@ -195,3 +235,5 @@ def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):
             create_app({}, ServeConfig(), page)
     with pytest.raises(UserError, match="unknown"):
         create_app({}, ServeConfig(tool="abacus"))
+    with pytest.raises(UserError, match="cannot be written"):
+        create_app({}, ServeConfig(log_conversations=str(tmp_path / "none" / "talks.jsonl")))
