@@ -3,6 +3,7 @@
 #
 #   bash runs/setup.sh         what training, evaluation and chat need
 #   bash runs/setup.sh test    the test tools as well
+#   bash runs/setup.sh tasks   what reads question sets from the hub as well
 #
 # PYTHON=python3.12                 the Python that .venv is made from; default: python3, else the newest python3.x
 # NANOLAB_PYTHON=/opt/x/bin/python  use this Python as it is and install nothing (conda, a container, a cluster)
@@ -14,8 +15,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-}
-case $extra in '' | test) ;; *)
-    echo "setup.sh: $extra is not a set of packages; expected nothing or: test" >&2
+case $extra in '' | test | tasks) ;; *)
+    echo "setup.sh: $extra is not a set of packages; expected nothing, test or tasks" >&2
     exit 2
     ;;
 esac
@@ -29,8 +30,8 @@ want=$( (pwd && cat pyproject.toml runs/constraints-cpu.txt runs/setup.sh) | cks
 stamp=.venv/nanolab-setup
 if [ -x .venv/bin/python ] && [ -f "$stamp" ]; then
     read -r have have_extra <"$stamp" || true
-    if [ "$have" = "$want" ] && { [ -z "$extra" ] || [ "$have_extra" = "$extra" ]; }; then exit 0; fi
-    if [ "$have_extra" = test ]; then extra=test; fi
+    case ",$have_extra,," in *,"$extra",*) extra=$have_extra ;; *) extra=${have_extra:+$have_extra,}$extra ;; esac
+    if [ "$have" = "$want" ] && [ "$have_extra" = "$extra" ]; then exit 0; fi
 fi
 
 suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
@@ -63,7 +64,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; 
 else
     echo "setup: installing $(grep ^torch runs/constraints-cpu.txt) (no NVIDIA GPU seen)"
     pip install --constraint runs/constraints-cpu.txt torch
-    echo "setup: installing nanolab${extra:+ and its $extra tools}"
+    echo "setup: installing nanolab${extra:+ with what $extra needs}"
     pip install --constraint runs/constraints-cpu.txt -e ".${extra:+[$extra]}"
 fi
 echo "$want $extra" >"$stamp"

@@ -5,8 +5,9 @@
 #   bash runs/speedrun.sh --dry-run    every stage's command and plan; needs no GPU, no data and no tokenizer
 #
 # Hardware  8 x H100 with 80 GB, 64 GB of disk for text and checkpoints
-# Time      about 2 hours of training by the plan that --dry-run prints, and half an hour around it
-# Cost      eight such GPUs rent for about 24 dollars an hour: about 60 dollars
+# Time      about 2 hours of pretraining by the plan that --dry-run prints; fine-tuning, reinforcement learning and
+#           evaluation have not been timed
+# Cost      eight such GPUs rent for about 24 dollars an hour: about 50 dollars for pretraining
 # Expect    The reference harness (karpathy/nanochat, leaderboard of its README, run 6, commit a825e63, 2026-03-14: depth
 #           24, ratio 8, fp8, same corpus) reports 1.65 h of training, CORE 0.2626 (GPT-2: 0.2565), validation 0.718
 #           bits per byte. nanolab has not made this run yet, trains in bf16 and so takes longer, and has no CORE yet.
@@ -35,7 +36,7 @@ run() { # a command, printed; executed unless this is a dry run
 }
 
 stage "set-up"
-bash runs/setup.sh
+bash runs/setup.sh tasks
 python=${NANOLAB_PYTHON:-.venv/bin/python}
 ranks="$python -m torch.distributed.run --standalone --nproc_per_node 8" # then -- , or torchrun takes --run for its own
 export OMP_NUM_THREADS=1
@@ -76,7 +77,20 @@ fi
 
 stage "evaluation"
 run $ranks -m scripts.base_eval -- --model speedrun --device-batch-size 16
-run $python -m scripts.report --model speedrun
+
+stage "fine-tuning on conversations, questions with options, sums and spelling"
+run $ranks -m scripts.chat_sft -- --model speedrun --run speedrun-sft --resume --device-batch-size 16
+run $ranks -m scripts.chat_eval -- --model speedrun-sft
+
+stage "reinforcement learning on school mathematics"
+run $ranks -m scripts.chat_rl -- --model speedrun-sft --run speedrun-rl --resume --task gsm8k
+run $ranks -m scripts.chat_eval -- --model speedrun-rl
+for model in speedrun-sft speedrun-rl; do
+    run $ranks -m scripts.base_eval -- --model $model --device-batch-size 16 --modes bpb --no-train-text
+done
+
+stage "the card of the run"
+run $python -m scripts.report --model speedrun-rl --price-per-hour 3
 
 stage "talk to it"
-echo "$python -m scripts.chat_cli --model speedrun"
+echo "$python -m scripts.chat_cli --model speedrun-rl"

@@ -64,9 +64,11 @@ def test_setup_does_only_what_is_missing(setup, in_checkout):
     assert setup() == (0, "", [])
     assert installs(setup("test", PATH=no_gpu_path())[2])[-1].endswith("-e .[test]")
     assert setup("test") == setup() == (0, "", [])
+    assert installs(setup("tasks", PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks]")
+    assert setup("tasks") == setup("test") == setup() == (0, "", [])
     with open(in_checkout.path / "pyproject.toml", "a") as file:
         file.write("# another dependency\n")
-    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test]")  # the test tools stay
+    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks]")  # what was asked for before stays
 
 
 def test_setup_makes_a_broken_environment_anew(setup, in_checkout):
@@ -87,7 +89,7 @@ exec {sys.executable} -c "import sys; sys.version_info = (3, 8, 1); $2"
     code, output, _ = setup(PYTHON=str(bare))
     assert code == 1 and "apt-get install python3-venv" in output
     code, output, _ = setup("tests")
-    assert code == 2 and "expected nothing or: test" in output
+    assert code == 2 and "expected nothing, test or tasks" in output
     assert not (in_checkout.path / ".venv" / "nanolab-setup").exists()
 
 
@@ -124,8 +126,8 @@ def test_speedrun_dry_run_plans_every_stage_and_touches_nothing(in_checkout):
     done = in_checkout("bash runs/speedrun.sh --dry-run")
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^\$ .*-m scripts\.(\w+)", done.stdout, re.M)
-    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "report"]
-    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 2  # torchrun has flags that --run could mean
+    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "base_eval", "base_eval", "report"]
+    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 8  # torchrun has flags that --run could mean
     # The reference's depth-24 run: 2^20 tokens a step on 8 ranks of 16 rows of 2048, and 8 tokens per scaling parameter.
     assert "8 x H100, bfloat16" in done.stdout
     assert "1,048,576 tokens = 16 rows x 2048 x 8 ranks x 4 accumulation" in done.stdout
@@ -153,27 +155,30 @@ def test_quickstart_names_the_sizes_that_it_knows(in_checkout):
 def test_quickstart_at_toy_size_and_again(in_checkout):
     first = in_checkout("bash runs/quickstart.sh")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    run = in_checkout.base / "runs" / "quickstart-toy"
+    runs = [in_checkout.base / "runs" / f"quickstart-toy{suffix}" for suffix in ("", "-sft", "-rl")]
     report = (in_checkout.path / "report.md").read_text()
-    assert report == (run / "report.md").read_text()
+    assert report == (runs[-1] / "report.md").read_text()
     assert report in first.stdout
 
-    # The report's numbers are those of the run's records.
-    measured, result = json.loads((run / "eval_base.json").read_text()), json.loads((run / "result.json").read_text())
-    assert f"| **quickstart-toy** | {measured['val']['bpb']:.4f} |" in report
+    # The card's numbers are those of the runs' records.
+    text, chat = ([json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json"))
+    row = re.search(r"^\| bits per byte .*", report, re.M)[0]
+    assert [float(x) for x in re.findall(r"\| (\d\.\d{4})", row)] == [round(one["val"]["bpb"], 4) for one in text]
     for name in ("gzip -9", "bz2 -9", "xz -9e"):
-        assert f"| {name} | {measured['compressors'][name]:.4f} |" in report
-    assert f"({result['tokens']:,} tokens)" in report
+        assert f"| {name} | {text[-1]['compressors'][name]:.4f} |" in report
+    assert all(set(one["tasks"]) == set(chat[0]["tasks"]) and len(one["tasks"]) == 9 for one in chat)
     assert len(re.findall(r"^```bash$", report, re.M)) == 3
 
-    # The reply: what chat_cli writes between its prompt and the report.
-    reply = first.stdout.split("> This function returns\n")[1].split("# Report of the run")[0]
-    assert reply.strip()
+    # The replies that chat_cli writes after each of the three stages.
+    def replies(shown):
+        return re.findall(r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S)
 
-    weights = sorted((run / "checkpoints").rglob("model.safetensors"))
+    assert [question for question, _ in replies(first.stdout)] == ["This function returns", "What is 37 + 58?", "Who are you?"]
+
+    weights = sorted((in_checkout.base / "runs").rglob("model.safetensors"))
     before = [path.stat().st_mtime_ns for path in weights]
     second = in_checkout("bash runs/quickstart.sh")
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert "there already" in second.stdout and "finished already" in second.stdout
     assert [path.stat().st_mtime_ns for path in weights] == before
-    assert second.stdout.split("> This function returns\n")[1].startswith(reply)  # the same seed, the same words
+    assert replies(second.stdout) == replies(first.stdout)  # the same seed, the same words
