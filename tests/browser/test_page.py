@@ -68,6 +68,17 @@ def test_a_step_stays_unfolded_and_a_reload_keeps_what_came(visit, site, script,
     assert "word9" in messages(v)[1] and "stopped" in v.find(".meta").inner_text()
 
 
+def test_another_chat_is_opened_while_a_reply_comes(visit):
+    v = visit()
+    v.send("count")
+    v.find(".assistant .prose:has-text('word9')").wait_for()
+    v.page.keyboard.press("Control+Shift+O")
+    assert messages(v) == []
+    assert v.ask("hello") == "ada heard: hello"
+    v.find("#list .open:text-is('count')").click()
+    assert "word9" in messages(v)[1] and "word199" not in messages(v)[1] and len(messages(v)) == 2
+
+
 @pytest.mark.slow
 def test_the_view_follows_only_from_the_end(visit):
     v = visit(height=500)
@@ -463,6 +474,22 @@ def test_a_phone_has_everything_and_no_sideways_scrolling(visit, path):
     assert not v.find("#panel").is_visible()
     v.ask("hello")
     assert v.bodies()[-1]["temperature"] in (0.5, 0.8)
+
+
+@pytest.mark.slow
+def test_between_phone_and_desktop_the_settings_lie_over_the_chat(visit):
+    v = visit(width=950)
+    assert v.find("#chats").is_visible() and not v.find("#panel").is_visible()
+    v.find("#panel-toggle").click()
+    inert = "document.querySelector('#main').inert"
+    assert v.find("#panel").is_visible() and v.page.evaluate(inert)
+    v.find("#chats-toggle").click()
+    assert not v.find("#chats").is_visible() and v.page.evaluate(inert)
+    v.page.keyboard.press("Escape")
+    assert not v.find("#panel").is_visible() and not v.page.evaluate(inert)
+    v.page.set_viewport_size({"width": 1280, "height": 800})
+    v.find("#chats").wait_for()
+    assert v.find("#panel").is_visible()
 
 
 def test_without_a_mouse(visit):
