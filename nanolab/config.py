@@ -430,6 +430,7 @@ class ServeConfig:
     # how much at once
     max_rows: int = 32  # replies that a replica generates at once
     queue: int = 64  # replies that wait for a place; beyond them requests are refused with 429
+    int8: bool = False  # weights in 8 bits, which changes results a little; needs torchao
     replicas: int = 1  # engines of each model: on CUDA one per device, on a CPU that many threads
     prefix_mb: int = 256  # memory of each replica for beginnings of conversations that need not be read again; 0: none
     drain_seconds: float = 30.0  # after SIGTERM or Ctrl-C, running replies may take that long

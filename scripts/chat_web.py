@@ -38,6 +38,7 @@ def load(cfg: ServeConfig, rt) -> list:
     import torch
 
     from nanolab.inference.engine import Engine
+    from nanolab.inference.served import served as ready_to_generate
     from nanolab.serving.worker import Served
     from nanolab.training.run import find_model, load_model
 
@@ -55,6 +56,7 @@ def load(cfg: ServeConfig, rt) -> list:
             place = replace(rt, device=torch.device("cuda", i)) if cuda else rt
             if cuda or not engines:
                 model, tokenizer, meta = load_model(found, place)
+                model = ready_to_generate(model, int8=cfg.int8)
             engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20))
         served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
     return served

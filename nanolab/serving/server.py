@@ -22,7 +22,7 @@ def bind(host: str, port: int) -> socket.socket:
         return listening
     except (OSError, OverflowError) as error:
         wanted = "expected an address of this machine, and a port that is free and may be used"
-        raise UserError(f"cannot listen on --host {host} --port {port} ({error}); {wanted}; try --port {port % 60000 + 1}") from None
+        raise UserError(f"cannot listen on --host {host} --port {port} ({error}); {wanted}; try --port {port + 1 if 1024 <= port < 65535 else 8000}") from None
 
 
 class Server(uvicorn.Server):

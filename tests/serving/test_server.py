@@ -139,6 +139,13 @@ def test_two_replicas_share_the_work(start_server):
     assert (error.status_code, error.json()["error"]["type"], error.json()["error"]["code"]) == (500, "server_error", "engine_failed")
 
 
+@pytest.mark.slow  # importing torchao takes seconds
+def test_weights_in_8_bits(start_server):
+    live = start_server(model="parrot", int8=True)
+    assert type(live.models["parrot"].replicas[0].engine.model.lm_head.weight).__name__ == "Int8Tensor"
+    assert live.http.post("/v1/chat/completions", json=HI).json()["choices"][0]["message"]["content"] == "é 🙂 hello"
+
+
 def test_conversations_are_kept_only_where_asked(start_server, tmp_path):
     path = tmp_path / "talks.jsonl"
     live = start_server(model="parrot", log_conversations=str(path))
