@@ -128,6 +128,13 @@ def end(port: int, process: subprocess.Popen) -> dict:
     return {"whole": answer.read().endswith(b"data: [DONE]\n\n"), "exit_code": process.wait(30)}
 
 
+def machine() -> dict:
+    from nanolab import runtime
+    from nanolab.training.environment import environment
+
+    return environment(runtime.start("cpu", "float32"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="NAME of a run; default: a tiny one made for this")
@@ -148,7 +155,7 @@ def main() -> None:
             finally:
                 process.kill()
     broken = [promise for promise, kept in PROMISES.items() if not kept(result)]
-    print(json.dumps(result | {"broken": broken}))
+    print(json.dumps(result | {"broken": broken, "env": machine()}))
     raise SystemExit(bool(broken))
 
 

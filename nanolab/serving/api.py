@@ -53,6 +53,8 @@ class Api:
             ask = read(await read_json(request))
             served = self.find(ask.model)
             name = served.name
+            if served.alive and ask.n > served.places:
+                raise ApiError(400, f"n is {ask.n}; expected at most {served.places}, which is all that this server takes at once", "n", "invalid_value")
             served.admit(ask.n)
             prompt = await asyncio.to_thread(prompt_ids, ask, served)
             answer = Answer(ask, name, len(prompt), served.tokenizer)

@@ -7,6 +7,7 @@ import re
 import socket
 
 import httpx
+import openai
 import pytest
 
 from nanolab.serving.api import MAX_BODY
@@ -217,12 +218,14 @@ def test_the_page_and_what_it_may_do(live, path):
 
 
 def test_a_key_and_an_origin(start_server, monkeypatch):
-    monkeypatch.setenv("SOME_KEY", "sésame")
+    monkeypatch.setenv("SOME_KEY", "sesame-42")
     live = start_server(model="parrot", api_key_env="SOME_KEY", cors="http://ours.example")
-    for given in ("", "Bearer x", "Bearer sésam", "Basic sésame", "Bearer sésamee"):
-        for answer in (live.http.get("/v1/models", headers={"authorization": given.encode()}), live.http.post(CHAT, json=chat(), headers={"authorization": given.encode()})):
+    for given in (b"", b"Bearer x", b"Bearer sesame-4", b"Basic sesame-42", b"Bearer sesame-422", "Bearer sésame-42".encode()):
+        for answer in (live.http.get("/v1/models", headers={"authorization": given}), live.http.post(CHAT, json=chat(), headers={"authorization": given})):
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-    key = {"authorization": "Bearer sésame".encode(), "origin": "http://ours.example"}
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    key = {"authorization": "Bearer sesame-42", "origin": "http://ours.example"}
     answer = live.http.post(CHAT, json={"messages": HI}, headers=key)  # one model: it need not be named
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://ours.example"
     for path in ("/", "/health", "/metrics"):
