@@ -104,13 +104,14 @@ class KVCache:
         self.pos += T
         self._places = {}
 
-    def reserve(self, length: int) -> None:
-        """Make room for rows of `length` tokens. Raises UserError past the limit, before anything is written."""
+    def reserve(self, length: int, rows: int = 0) -> None:
+        """Make room for rows of `length` tokens, and for `rows` of them. Raises UserError past the limit, before anything is written."""
         if length > self.limit:
             raise UserError(f"token {length} does not fit a cache of {self.limit} tokens; expected prompt and reply within it; shorten one of them, e.g. --max-tokens")
-        if length > self.capacity:
-            self.capacity = min(max(length, 2 * self.capacity), self.limit)
-            self._resize(self.k[0].size(0))
+        if length > self.capacity or rows > self.k[0].size(0):
+            if length > self.capacity:
+                self.capacity = min(max(length, 2 * self.capacity), self.limit)
+            self._resize(max(rows, self.k[0].size(0)))
 
     def _resize(self, rows: int) -> None:
         for tensors in (self.k, self.v):

@@ -14,6 +14,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefill import Prefill
 from nanolab.inference.prefix import Prefixes
+from nanolab.inference.recorded import Recorder
 from nanolab.inference.request import Request, Row, Sampled
 from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
@@ -28,15 +29,20 @@ class Engine:
     """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at once.
 
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
-    never wait longer. prefix_bytes: room for snapshots of what was read (see prefix.py); only for weights that do not change.
+    never wait longer. prefix_bytes: room for snapshots of what was read (see prefix.py); graphs: record decode steps and replay
+    them (see recorded.py), by default on GPUs. Both are for weights that do not change, and `generate` uses neither of its own.
     Not to be used from several threads at once.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 2048, prefix_bytes: int = 0):
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 2048, prefix_bytes: int = 0,
+        graphs: bool | None = None,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
         self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
+        self.recorder = Recorder(model) if (runtime.device.type == "cuda" if graphs is None else graphs) else None
         self.rows: list[Row] = []  # running; row i of the cache is rows[i]
         self.cache = self._new_cache(0, 0)
         self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
@@ -92,7 +98,8 @@ class Engine:
             for row in self.rows:
                 row.answer()
             ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.runtime.device)
-            logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1])
+            plain = self.recorder is None
+            logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1] if plain else self.recorder.step(self.cache, ids))
         room = self.max_rows - len(self.rows) - len(self.prefill)
         self.prefill.take([self.queue.popleft() for _ in range(min(room, len(self.queue)))], self.prefill_tokens)
         for row, cache, place, last in self.prefill.step(self.prefill_tokens):
@@ -113,7 +120,7 @@ class Engine:
         return [row.force() if row.waiting else row.take(next(chosen)) for row in self.rows]
 
     def _join(self, row: Row, cache: KVCache, place: int) -> None:
-        if not self.rows:
+        if not self.rows and self.recorder is None:  # a recording is of the cache where it lies
             self.cache = self._new_cache(0, min(row.end, len(row.tokens) + HEADROOM))
         self.cache.add(cache, place)
         self.rows.append(row)
@@ -154,7 +161,7 @@ class Engine:
         ]  # fmt: skip
         for row, request in enumerate(requests):
             request.check(self.limit, row)
-        own = Engine(self.model, self.tokenizer, self.runtime, max_rows=max(1, len(prompts)), prefill_tokens=self.prefill_tokens)
+        own = Engine(self.model, self.tokenizer, self.runtime, max_rows=max(1, len(prompts)), prefill_tokens=self.prefill_tokens, graphs=False)
         own.prefixes = own.prefill.prefixes = self.prefixes
         for request, generator in zip(requests, row_generators(seed, len(prompts))):
             own._queue(request, generator)

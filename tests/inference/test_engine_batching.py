@@ -51,7 +51,7 @@ def default() -> GPT:
 
 @torch.no_grad()
 def check_greedy(model: GPT, prompt: tuple[int, ...], reply: list[int], tie: float = TIE) -> None:
-    logits = model(torch.tensor([[*prompt, *reply]]))[0, len(prompt) - 1 : -1]
+    logits = model(torch.tensor([[*prompt, *reply]], device=model.wte.weight.device))[0, len(prompt) - 1 : -1].cpu()
     behind = logits.amax(-1) - logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
     assert (behind <= tie).all(), f"{behind} behind the best"
 
@@ -76,10 +76,13 @@ def drain(engine: Engine, replies: dict[int, list[int]]) -> dict[int, str]:
     return ends
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed):
+@pytest.mark.parametrize("seed, graphs", [(0, False), (1, False), *(pytest.param(n, n % 2 == 0, marks=pytest.mark.slow) for n in range(2, 10))])
+def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, graphs):
     rng = random.Random(seed)
-    engine = Engine(model, None, RUNTIME, max_rows=rng.randint(1, 5), prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]))
+    rows = 2 if graphs else rng.randint(1, 5)  # few rows are few buckets, each of which takes a while to record
+    engine = Engine(model, None, RUNTIME, max_rows=rows, prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]), graphs=graphs)
+    if graphs:
+        engine.recorder.after = 10
     prompts, replies, cancelled, live, cached, most = {}, {}, set(), [], 0, 0
     for _ in range(60):
         if rng.random() < 0.3:
@@ -103,6 +106,7 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed):
     ends = drain(engine, replies)
     assert set(ends) | set(replies) | cancelled == set(prompts) and len(replies) > 5 and most == min(engine.max_rows, most)
     assert engine.prefixes is None or cached > 0
+    assert engine.recorder is None or engine.recorder.steps
     for number, reply in replies.items():
         check_greedy(model, prompts[number], reply)
 
@@ -270,3 +274,49 @@ def test_bad_requests_are_refused_at_once(default, change, message):
     with pytest.raises(UserError, match=message):
         engine.add(Request(**{"prompt": (1,), "stop_ids": (), **change}))
     assert engine.idle
+
+
+def replayed(model: GPT, device: str) -> None:
+    """Rows that come and go through recorded steps, against the same without a record and against the oracle."""
+    runtime, rng, replies = Runtime(torch.device(device), model.compute_dtype), random.Random(5), []
+    prompts = [ids(rng, n) for n in (3, 20, 9, 1)]
+    for graphs in (False, True):
+        engine, out = Engine(model, None, runtime, max_rows=2, graphs=graphs), {}
+        if graphs:
+            engine.recorder.after = 1
+        for prompt in prompts:
+            engine.add(greedy(prompt, 30))
+            for _ in range(4):
+                for new in engine.step():
+                    out.setdefault(new.row, []).append(new.token)
+        drain(engine, out)
+        replies.append(out)
+    assert replies[0] == replies[1] and len(engine.recorder.steps) >= 2
+    for i, prompt in enumerate(prompts):
+        check_greedy(model, tuple(prompt), replies[1][i])
+
+
+def test_recorded_steps_give_the_same_text(default):
+    replayed(default, "cpu")
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_steps_of_fixed_shape_are_the_models_own_without_being_recorded(name):
+    """What a GPU captures: rows padded to a bucket, positions in tensors alone."""
+    model = build(VARIANTS[name])
+    replies = []
+    for graphs in (False, True):
+        engine, out = Engine(model, None, RUNTIME, graphs=graphs), {}
+        if graphs:
+            engine.recorder.after, engine.recorder.padded = 10**9, True
+        for n in (3, 20, 9):
+            engine.add(greedy(range(n), 12 + n))
+        drain(engine, out)
+        replies.append(out)
+    assert replies[0] == replies[1] and len(engine.recorder.uses) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_cuda_graphs_give_the_same_text(name):
+    replayed(build(VARIANTS[name]).to("cuda"), "cuda")
