@@ -164,7 +164,7 @@ class Visit:
 
     def __init__(self, browser: Any, url: str, width: int, height: int, **options: Any):
         self.context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        self.context.set_default_timeout(5000)
+        self.context.set_default_timeout(20000)
         self.page = self.context.new_page()
         self.troubles: list[str] = []  # errors on the console, uncaught ones, violations of the policy
         self.requests: list[Any] = []
@@ -176,6 +176,7 @@ class Visit:
         self.find = self.page.locator
 
     def send(self, text: str) -> None:
+        self.find("#model option").first.wait_for(state="attached")
         self.find("#input").fill(text)
         self.find("#input").press("Enter")
 

@@ -269,11 +269,17 @@ def test_an_error_is_told_in_words_and_nothing_typed_is_lost(visit, name):
 
 def test_a_server_that_is_gone(visit):
     v = visit()
+    v.find("#model option").first.wait_for(state="attached")
+    v.page.evaluate("models = []")  # as before the list has come
     v.ask("before")
     v.page.route("**/v1/*/*", lambda route: route.abort())
     v.find("button:text-is('Regenerate')").click()
     v.find("#notice:has-text('does not answer')").wait_for()
     assert messages(v) == ["before", "ada heard: before"]
+    v.find("#notice button:text-is('Dismiss')").click()
+    v.send("my question")
+    v.find("#notice:has-text('does not answer')").wait_for()
+    assert v.find("#input").input_value() == "my question" and len(messages(v)) == 2
     v.troubles.clear()
 
 
@@ -527,6 +533,7 @@ def test_without_a_mouse(visit):
 
 def test_a_screen_reader_finds_its_way(visit):
     v = visit()
+    v.find("#model option").first.wait_for(state="attached")
     v.page.evaluate("window.said = []; new MutationObserver(() => said.push(document.querySelector('#announce').textContent)).observe(document.querySelector('#announce'), {childList: true})")
     v.ask("sum")
     for role in ("banner", "main", "complementary"):
