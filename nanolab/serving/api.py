@@ -44,7 +44,8 @@ class Api:
             try:
                 open(cfg.log_conversations, "a").close()
             except OSError as error:
-                raise UserError(f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); expected a file or a new name in a folder") from None
+                wanted = "expected a file, or a new name in a folder that is there"
+                raise UserError(f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); {wanted}") from None
 
     async def generate(self, request: Request, read: Callable[[Any], Ask]) -> Response:
         """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
@@ -203,8 +204,10 @@ def prompt_ids(ask: Ask, served: Served) -> list[int]:
     texts = [part["text"] for message in ask.prompt for part in parts_of(message["content"])] if ask.chat else [ask.prompt]
     least = sum(map(len, texts)) // (served.longest if ask.chat or isinstance(ask.prompt, str) else 1)  # tokens, for what is not worth tokenizing
     ids: list[int] = []
-    if least < served.limit:
-        ids = render_prompt(tokenizer, ask.prompt) if ask.chat else list(ask.prompt) if isinstance(ask.prompt, list) else [tokenizer.bos, *tokenizer.encode(ask.prompt)]
+    if least < served.limit and isinstance(ask.prompt, str):
+        ids = [tokenizer.bos, *tokenizer.encode(ask.prompt)]
+    elif least < served.limit:
+        ids = render_prompt(tokenizer, ask.prompt) if ask.chat else ask.prompt
     if not 0 < len(ids) < served.limit:
         seen = f"{len(ids)} tokens" if ids else f"at least {least} tokens"
         raise ApiError(400, f"{param} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")

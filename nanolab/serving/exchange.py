@@ -17,7 +17,7 @@ from nanolab.serving.worker import Draining, Served
 
 LEFT = 499  # nginx's status for a client that has closed the connection, which never gets it
 
-Step = list[tuple[int, list[Piece]]]  # (choice, what became certain of it)
+Step = list[tuple[int, list[Piece], bool]]  # (choice, what became certain of it, whether that is its end)
 
 
 class Gone(Exception):
@@ -30,7 +30,9 @@ class Exchange:
     Whatever is left of the rows is cancelled when the response has been sent or the client is gone.
     """
 
-    def __init__(self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float, log: Callable[[Answer], None]):
+    def __init__(
+        self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float, log: Callable[[Answer], None]
+    ):
         self.served, self.answer, self.metrics = served, answer, metrics
         self.request, self.arrived, self.log, self.status = request, arrived, log, 200
         self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()  # holds the rows' max_tokens at most
@@ -64,8 +66,12 @@ class Exchange:
             if self.arrived:
                 self.metrics.first_token.observe(time.perf_counter() - self.arrived, self.served.name)
                 self.arrived = 0.0
-            yield [(i, self.answer.replies[i].push(item)) for i, item in new]
+            yield [self._take(i, item) for i, item in new]
         self.log(self.answer)
+
+    def _take(self, i: int, new: engine.Sampled) -> tuple[int, list[Piece], bool]:
+        reply, going = self.answer.replies[i], not self.answer.replies[i].finish
+        return i, reply.push(new), going and bool(reply.finish)
 
     async def _events(self, first: Step, steps: AsyncIterator[Step]) -> AsyncIterator[bytes]:
         """Server-sent events: who speaks, the text as it comes, how it ended, what it took, [DONE]. A failure is the last event."""
@@ -82,12 +88,9 @@ class Exchange:
             return
 
     def _chunks(self, step: Step) -> bytes:
-        """The events of a step; the last of a choice, which says how it ended, comes with its last token."""
         out = []
-        for at, (i, pieces) in enumerate(step):
-            out += [self.answer.chunk(i, piece) for piece in pieces]
-            if self.answer.replies[i].finish and not any(i == later for later, _ in step[at + 1 :]):
-                out.append(self.answer.last(i))
+        for i, pieces, ends in step:
+            out += [self.answer.chunk(i, piece) for piece in pieces] + [self.answer.last(i)] * ends
         return b"".join(map(event, out))
 
     async def _watch(self) -> None:
@@ -97,11 +100,12 @@ class Exchange:
             self.status = LEFT
             self.metrics.cancellations.add(1, self.served.name)
             self.inbox.put_nowait((0, Gone()))
-        used = self.answer.tokens()
         self.metrics.requests.add(1, self.served.name, self.request.url.path, str(self.status))
-        for kind in ("prompt", "completion"):
-            self.metrics.tokens.add(used[f"{kind}_tokens"], self.served.name, kind)
-        self.metrics.tokens.add(used["prompt_tokens_details"]["cached_tokens"], self.served.name, "cached")
+        if not self.arrived:  # it has had a token
+            used = self.answer.tokens()
+            cached = used["prompt_tokens_details"]["cached_tokens"]
+            for kind, n in (("prompt", used["prompt_tokens"]), ("completion", used["completion_tokens"]), ("cached", cached)):
+                self.metrics.tokens.add(n, self.served.name, kind)
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -40,7 +40,8 @@ class Gate:
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self.hosts and host_name(headers.get("host", "")) not in self.hosts:
-            return ApiError(403, f"Host is not this machine; expected one of {', '.join(self.hosts)}; to serve others, start it with --host 0.0.0.0", code="bad_host")
+            wanted = f"expected one of {', '.join(self.hosts)}; to serve others, start it with --host 0.0.0.0"
+            return ApiError(403, f"Host is not this machine; {wanted}", code="bad_host")
         given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as the bytes came
         if self.key and path.startswith("/v1/") and not hmac.compare_digest(given, self.key):
             return ApiError(401, "the key is missing or wrong; expected the server's own as Authorization: Bearer KEY", code="invalid_api_key")

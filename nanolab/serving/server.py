@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, models: Collection[Served], drain_seconds: float, ready: Callable[[], None]):
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=65, timeout_graceful_shutdown=1))
         self.models, self.drain_seconds, self.ready = models, drain_seconds, ready
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:

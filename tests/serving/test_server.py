@@ -22,6 +22,7 @@ from nanolab.config import ServeConfig, UserError
 from nanolab.data.chat import read_conversations
 from nanolab.serving.api import create_app
 from nanolab.serving.server import bind
+from scripts import chat_web
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("nanolab_dev_flood", ROOT / "dev" / "bench" / "flood.py")
@@ -230,10 +231,12 @@ def test_draining_has_a_limit(start_server):
         assert time.monotonic() - start < 1
 
 
-def test_mistakes_on_the_command_line(runs, tmp_path):
-    env = os.environ | {"NANOLAB_BASE_DIR": str(runs)}
-    done = subprocess.run(command("--model", "parot", "--port", "0"), cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "no model 'parot'" in done.stderr and "endless, parrot" in done.stderr
+def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
+    with pytest.raises(UserError, match="no model 'parot'.*endless, parrot"):
+        chat_web.run(ServeConfig(model="parot", port=0, device_type="cpu"))
+    with pytest.raises(UserError, match="--max-rows is 0"):
+        chat_web.run(ServeConfig(model="parrot", port=0, max_rows=0))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use.*try --port"):
         bind("127.0.0.1", taken.getsockname()[1])
     for host, port in (("192.0.2.1", 0), ("no.such.host.invalid", 0), ("127.0.0.1", -1)):

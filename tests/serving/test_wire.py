@@ -140,6 +140,16 @@ def test_a_bad_field_is_refused_by_name(live, body, param, words):
     assert (error["param"], error["type"]) == (param, "invalid_request_error") and words in error["message"]
 
 
+@pytest.mark.parametrize("field", [
+    {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"seed": 0}, {"top_p": 0}, {"top_k": 2**31 - 1}, {"temperature": 2}, {"temperature": 1e-300}, {"repetition_penalty": 10},
+    {"max_tokens": 2**31 - 1}, {"stop": ["a" * 256] * 16}, {"stop": []}, {"n": 8.0}, {"top_logprobs": 20, "logprobs": True}, {"tools": []}, {"stream_options": {}},
+    {"n": None, "seed": None, "stop": None, "temperature": None, "tools": None, "logprobs": None, "metadata": {"a": "b"}, "store": True},
+], ids=str)  # fmt: skip
+def test_a_field_at_its_limit_is_taken(live, field):
+    answer = live.http.post(CHAT, json=chat(temperature=1) | field)
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(("field", "words"), [
     ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"messages": HI}, "messages"), ({"prompt": ["a", "b"]}, "list of token ids"), ({"prompt": ""}, "not empty"),
     ({"prompt": []}, "not empty"), ({"prompt": [5, 275]}, "ids below 275"), ({"prompt": [1] * 4096}, "reads at most 4095"), ({"logprobs": True}, "whole number"),
