@@ -27,6 +27,7 @@ class Topic(NamedTuple):
 
 class Smalltalk(Task):
     kind = "generative"
+    version = 2
     argument_is = "FILE.toml?"
 
     def open(self) -> Sequence[Example]:
