@@ -97,6 +97,25 @@ def test_a_client_that_leaves_the_queue_is_forgotten(live):
         assert live.gauge("nanolab_running", "endless") == 4
 
 
+def test_everybody_gets_their_own_answer(live):
+    """Eight at once in one batch and its queue: two questions, streams and plain, with and without logprobs."""
+    answers = {"hi": "é 🙂 hello", "12*34?": "It is 408."}
+
+    def ask(i: int) -> None:
+        question = list(answers)[i // 2 % 2]
+        body = {"model": "parrot", "messages": [{"role": "user", "content": question}], "stream": i % 2 == 0, "logprobs": i % 5 == 0}
+        answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=20)
+        if not body["stream"]:
+            said = answer.json()["choices"][0]["message"]["content"]
+        else:
+            chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+            said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        assert said == answers[question]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(48)))
+
+
 def test_a_slow_reader_blocks_nobody_and_loses_nothing(live):
     """It reads nothing until its reply is finished, which is more than all buffers between it and the server hold."""
     body = json.dumps({"model": "endless", "messages": HI["messages"], "max_tokens": 900, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
