@@ -56,7 +56,7 @@ class KVCache:
         """Store T new tokens of every row behind its last one; returns the keys and values (B, S, G, D) that their queries may see.
 
         `positions` says where these are: in slot order while nothing is overwritten, and for one new token; else what the ring
-        held, and then the new ones.
+        held, and then the new ones. For one new token they are as stored, for several in the dtype of those.
         """
         (B, T), ring, longest = k_BTGD.shape[:2], self.rings[layer], max(self.lengths)
         self.reserve(longest + T)
@@ -66,9 +66,9 @@ class KVCache:
         if longest + T <= ring or T == 1:
             self._store(ring, (k, v), (k_BTGD, v_BTGD))
             S = min(longest + T, ring)
-            return k[:, :S], v[:, :S]
+            return (k[:, :S], v[:, :S]) if T == 1 else (k[:, :S].to(k_BTGD.dtype), v[:, :S].to(v_BTGD.dtype))
         held = min(longest, ring)
-        both = torch.cat((k[:, :held], k_BTGD), dim=1), torch.cat((v[:, :held], v_BTGD), dim=1)
+        both = torch.cat((k[:, :held].to(k_BTGD.dtype), k_BTGD), dim=1), torch.cat((v[:, :held].to(v_BTGD.dtype), v_BTGD), dim=1)
         self._store(ring, (k, v), (k_BTGD, v_BTGD))
         return both
 
@@ -96,7 +96,7 @@ class KVCache:
             rows, steps = (torch.arange(n, m, device=self.pos.device) for n, m in ((0, len(self.lengths)), (skip, T)))
             self._places[ring] = rows[:, None], (self.pos[:, None] + steps) % ring
         for old, new in zip(to, new_BTGD):
-            old[self._places[ring]] = new[:, skip:]
+            old[self._places[ring]] = new[:, skip:].to(old.dtype)
 
     def advance(self, T: int) -> None:
         """Count T tokens as stored; the model calls this once, after its last layer."""

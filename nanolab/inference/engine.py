@@ -50,7 +50,8 @@ class Engine:
         self.numbers = 0
 
     def _new_cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, rows, capacity=capacity, dtype=self.model.compute_dtype, device=self.runtime.device)
+        dtype = torch.float32 if self.runtime.device.type == "cpu" else self.model.compute_dtype  # one query in bf16 takes a CPU ten times as long
+        return KVCache(self.model.config, rows, capacity=capacity, dtype=dtype, device=self.runtime.device)
 
     @property
     def running(self) -> int:

@@ -30,7 +30,7 @@ class FixedCache:
     def append(self, layer: int, k_N1GD: Tensor, v_N1GD: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.k[layer], self.v[layer]
         place = torch.arange(len(k), device=k.device), self.pos % self.rings[layer]
-        k.index_put_(place, k_N1GD[:, 0]), v.index_put_(place, v_N1GD[:, 0])
+        k.index_put_(place, k_N1GD[:, 0].to(k.dtype)), v.index_put_(place, v_N1GD[:, 0].to(v.dtype))
         return k, v
 
     def positions(self, layer: int, T: int) -> tuple[Tensor, bool]:

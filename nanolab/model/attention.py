@@ -266,7 +266,7 @@ class Core(nn.Module):
     def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, reading: Reading, kernel) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         rules = self.rules(reading.slopes, reading.first_BT, dropout)
-        if k_BSGD.size(1) == q_BTHD.size(1):  # nothing was cached before: plain causal attention
+        if reading.cache is None or k_BSGD.size(1) == q_BTHD.size(1) > 1:  # nothing was cached before: plain causal attention
             return kernel(q_BTHD, k_BSGD, v_BSGD, rules)
         return cached(q_BTHD, k_BSGD, v_BSGD, rules, reading.keys(self.layer, rules))
 

@@ -66,12 +66,14 @@ def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rule
 
 
 def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, keys: Keys) -> torch.Tensor:
-    """(B, T, H, E): T new queries over what a cache holds."""
+    """(B, T, H, E): T new queries over what a cache holds, which may be wider than they are: products are in its dtype."""
+    wide_BTHD = q_BTHD.to(k_BSGD.dtype)
     if rules.log_sink is not None or rules.slopes is not None or rules.softcap:
-        return definition(q_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGE))
+        return definition(wide_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS).to(q_BTHD.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (wide_BTHD, k_BSGD, v_BSGE))
     mask = None if keys.all_seen else keys.mask_BTS[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
+    return y.transpose(1, 2).to(q_BTHD.dtype)
 
 
 def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:

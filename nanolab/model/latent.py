@@ -118,8 +118,9 @@ class LatentAttention(nn.Module):
 
     def naive(self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel) -> Tensor:
         """Keys and values of every head, made from the latents."""
-        k_content = self.c_uk(latent[:, :, 0]).unflatten(-1, self.shape)
-        v = self.c_uv(latent[:, :, 0]).unflatten(-1, self.shape)
+        latent, k_rotary = latent[:, :, 0].to(q_content.dtype), k_rotary.to(q_content.dtype)
+        k_content = self.c_uk(latent).unflatten(-1, self.shape)
+        v = self.c_uv(latent).unflatten(-1, self.shape)
         k = torch.cat((k_content, k_rotary.expand(-1, -1, self.shape[0], -1)), dim=-1)
         return self.core(torch.cat((q_content, q_rotary), dim=-1), k, v, reading, kernel)
 
