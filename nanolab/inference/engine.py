@@ -29,17 +29,18 @@ class Engine:
     """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at once.
 
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
-    never wait longer. prefix_bytes: room for snapshots of what was read (see prefix.py); graphs: record decode steps and replay
+    never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py); graphs: record decode steps and replay
     them (see recorded.py), by default on GPUs. Both are for weights that do not change, and `generate` uses neither of its own.
     Not to be used from several threads at once.
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 2048, prefix_bytes: int = 0,
+        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 0, prefix_bytes: int = 0,
         graphs: bool | None = None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.max_rows = max_rows
+        self.prefill_tokens = prefill_tokens or (256 if runtime.device.type == "cpu" else 2048)
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
         self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
         self.recorder = Recorder(model) if (runtime.device.type == "cuda" if graphs is None else graphs) else None

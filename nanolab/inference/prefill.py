@@ -1,6 +1,5 @@
 """Reading prompts: in chunks, equal prompts once, prompts of one length together, from a snapshot where there is one."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,7 +24,7 @@ class Prefill:
 
     def __init__(self, model: Callable, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: Prefixes | None):
         self.model, self.new_cache, self.device, self.prefixes = model, new_cache, device, prefixes
-        self.parts: deque[Part] = deque()
+        self.parts: list[Part] = []  # the oldest first
 
     def __len__(self) -> int:
         return sum(len(rows) for part in self.parts for rows in part.rows)
@@ -52,19 +51,23 @@ class Prefill:
                 self.parts.append(Part(some, [reading[prompt] for prompt in some], self.new_cache(len(some), length)))
 
     def step(self, tokens: int) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
-        """Read up to `tokens` tokens, the oldest prompts first; for each row whose prompt is through: the row, its cache and
-        place therein, and the logits (V,) behind the prompt."""
-        while self.parts:
-            part = self.parts[0]
-            T = min(part.length - part.read, tokens // len(part.prompts))
+        """Read up to `tokens` tokens; for each row whose prompt is through: the row, its cache and place therein, and the logits
+        (V,) behind the prompt. Half of the tokens are the oldest prompt's, so that it arrives; the rest goes to the shortest, so
+        that a long prompt does not hold up those behind it.
+        """
+        if not self.parts:
+            return
+        oldest, *others = self.parts
+        shares = [(oldest, tokens // 2), *((part, tokens) for part in sorted(others, key=lambda part: part.length - part.read))] if others else []
+        for part, most in (*shares, (oldest, tokens)):
+            T = min(part.length - part.read, min(most, tokens) // len(part.prompts))
             if T:
                 ids = torch.tensor([prompt[part.read : part.read + T] for prompt in part.prompts], device=self.device)
                 part.logits = self.model(ids, cache=part.cache, last_only=True)[:, -1]
                 part.read, tokens = part.read + T, tokens - T * len(part.prompts)
-            if part.read < part.length:
-                return
-            self.parts.popleft()
-            yield from self._through(part)
+            if part.read == part.length and part in self.parts:
+                self.parts.remove(part)
+                yield from self._through(part)
 
     def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         for i, (prompt, rows) in enumerate(zip(part.prompts, part.rows)):

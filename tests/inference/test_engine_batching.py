@@ -195,6 +195,17 @@ def test_a_step_reads_no_more_prompt_tokens_than_allowed(default):
     assert max(per_step) == 16 and sum(per_step) == 94 and per_step[:5].count(16) >= 4  # not more, and not idle either
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_long_one_for_many_short_ones(default):
+    engine = Engine(default, None, RUNTIME, prefill_tokens=10)
+    long = engine.add(greedy(range(50), 1))
+    engine.step()  # 10 of its 50 are read
+    finished = []
+    for i in range(12):
+        engine.add(greedy([i] * 5, 1))
+        finished.append([new.row for new in engine.step()])
+    assert finished[:4] == [[1], [2], [3], [4]] and long in sum(finished[:9], [])
+
+
 def test_a_cancelled_row_does_not_disturb_the_one_that_waits_for_the_same_prompt(default):
     engine = Engine(default, None, RUNTIME, prefill_tokens=4)
     rows = [engine.add(greedy(range(10), 4)) for _ in range(3)]
