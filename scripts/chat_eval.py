@@ -113,7 +113,7 @@ def shown(task, reply, tool: str) -> dict:
 
 
 def score(tasks: dict[str, dict]) -> dict | None:
-    """ChatCORE over these records, with the members that it lacks; None where no member is among them."""
+    """ChatCORE over these records, with the members that it lacks; None where fewer than two are among them."""
     from nanolab.evals.chatcore import MEMBERS, chatcore_score
 
     by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test"}

@@ -32,10 +32,10 @@ def centred(accuracy: float, baseline: float) -> float:
 def chatcore_score(found: Sequence[tuple[str, float, float, Interval]]) -> Score | None:
     """The score of (task name, baseline, accuracy, its interval) of each task; those that are not members do not count.
 
-    None where no member is among them.
+    None where fewer than two members are among them.
     """
     rows = [(centred(accuracy, b), centred(low, b), centred(high, b)) for name, b, accuracy, (low, high) in found if name in MEMBERS]
-    if not rows:
+    if len(rows) < 2:
         return None
     k, value = len(rows), math.fsum(row[0] for row in rows) / len(rows)
     down, up = (math.sqrt(math.fsum((row[0] - row[side]) ** 2 for row in rows)) / k for side in (1, 2))
@@ -82,7 +82,7 @@ def chatcore(
 ) -> dict[str, float]:
     """{"chatcore/TASK": accuracy, ..., "chatcore/LABEL": score}: greedy replies, for a look while training. On every rank.
 
-    LABEL says how many members are among the tasks; without any there is no score. limit_*: problems of each task of that
+    LABEL says how many members are among the tasks; with fewer than two there is no score. limit_*: problems of each task of that
     kind, -1 for all. Other tasks than members are measured beside it.
     """
     limits = {"categorical": limit_categorical, "generative": limit_generative}

@@ -36,7 +36,7 @@ def test_a_mean_over_all_members_and_only_that_is_called_chatcore():
     assert chatcore_score(rows)[:2] == ("ChatCORE", 0.5)
     assert chatcore_score([*rows, ("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))])[:2] == ("ChatCORE", 0.5)  # not a member
     assert chatcore_score(rows[1:]).label == "ChatCORE-5 of 6"
-    assert chatcore_score([("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))]) is None
+    assert chatcore_score([("arithmetic", 0.0, 1.0, Interval(0.9, 1.0)), rows[0]]) is None  # one member is no mean
 
 
 def test_members_are_tasks_that_can_be_graded():
