@@ -29,8 +29,9 @@ class Engine:
     """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at once.
 
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
-    never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py); graphs: record decode steps and replay
-    them (see recorded.py), by default on GPUs. Both are for weights that do not change, and `generate` uses neither of its own.
+    never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py). graphs: record decode
+    steps and replay them (see recorded.py), by default on GPUs. Both are for weights that do not change: `generate`, which
+    training and evaluation use, never replays, and meets snapshots only where prefix_bytes says so.
     Not to be used from several threads at once.
     """
 
