@@ -406,6 +406,7 @@ class ChatConfig:
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     prompt: str = ""  # -p TEXT: one reply, then leave
+    system: str = ""  # what a chat model is told before the conversation
     chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
     raw: bool = False  # continue the text as it stands; default for base models
     tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing

@@ -1,26 +1,34 @@
 """Talk to a model in the terminal: python -m scripts.chat_cli [--model NAME] [-p "one prompt"].
 
 Replies go to stdout as they grow, everything else to stderr. A chat model answers and remembers the conversation, its calls
-of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. Ctrl-C stops a reply, Ctrl-D leaves.
+of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. /help lists the commands; Ctrl-C stops
+a reply, Ctrl-D leaves.
 """
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
 
 from nanolab.config import ChatConfig, UserError, main, parse
 
 # A terminal obeys control characters, and a young model writes any byte: all but tab and line end are shown as U+FFFD.
 CONTROL = {i: 0xFFFD for i in (*range(32), 127, *range(128, 160)) if chr(i) not in "\t\n"}
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-BASE = "this is a base model: it continues your text instead of answering it. Ctrl-C stops a reply, Ctrl-D leaves."
-CHAT = "the model remembers the conversation as far as it can read. Ctrl-C stops a reply, Ctrl-D leaves."
+BASE = "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
+CHAT = "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
+SNAPSHOTS = 1 << 30  # bytes for what was read; 20 layers of width 1280 in fp32 at 2048 tokens take 0.4 GB, and two are at hand
+BLOCK = '"""'
 
 
 def run(cfg: ChatConfig) -> int:
     from nanolab import runtime
-    from nanolab.inference.engine import Engine
+    from nanolab.inference.commands import Talk, tell
+    from nanolab.inference.dialogue import Dialogue
+    from nanolab.inference.engine import Engine, Request
     from nanolab.inference.sampling import check_settings
+    from nanolab.inference.served import served
     from nanolab.inference.tools import find_tool
     from nanolab.training.run import load_model
 
@@ -33,107 +41,78 @@ def run(cfg: ChatConfig) -> int:
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     with contextlib.redirect_stdout(sys.stderr):  # which model it is; stdout is for the reply
         model, tokenizer, meta = load_model(cfg.model, rt)
-    engine = Engine(model, tokenizer, rt)
     answers = cfg.chat or not cfg.raw and meta.get("kind", "base") != "base"
-    turns = Conversation(engine, cfg, tool) if answers else Continuation(engine, cfg)
+    if cfg.system and not answers:
+        raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
+    dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS), answers=answers, system=cfg.system)
+    request = Request((), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None)
+    marks = call_marks(tokenizer, tool) if answers else {}
+    talk = Talk(dialogue, request, lambda steps: stream(steps, tokenizer, marks))
     if cfg.prompt:
-        turns.reply(cfg.prompt, cfg.seed)
+        talk.answer(cfg.prompt)
     else:
         tell(CHAT if answers else BASE)
-        talk(turns, cfg)
+        listen(talk)
     return 0
 
 
-def talk(turns, cfg: ChatConfig) -> None:
-    """Read a line, reply to it, until the input ends. Each turn has a seed of its own."""
+def listen(talk) -> None:
+    """Read a text or a command, do what it says, until the input ends."""
+    from nanolab.inference.commands import tell
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history for input()
-    turn = 0
-    while True:
+    while not talk.over:
         try:
-            text = input("> " if sys.stdin.isatty() else "")
+            line = typed(input) if sys.stdin.isatty() else input()
         except (EOFError, KeyboardInterrupt):
             tell("")
             return
-        if not text.strip():
-            continue
         try:
-            if turns.reply(text, cfg.seed + turn) == "length":
-                tell(f"(cut: --max-tokens {cfg.max_tokens}, and the model reads {turns.engine.limit} in all)")
+            talk.say(line)
         except KeyboardInterrupt:
             tell("\n(stopped)")
-        except UserError as error:  # a line that is too long for this model: the next may fit
+        except UserError as error:  # a slip, or a line that is too long for this model: the next may be better
             tell(f"error: {error}")
-        turn += 1
 
 
-class Continuation:
-    """A base model: each text stands alone and is continued."""
+def typed(ask: Callable[[str], str]) -> str:
+    """A line; with those after it, where it ends with a backslash; or, after a line of three double quotes, all up to the next such.
 
-    def __init__(self, engine, cfg: ChatConfig):
-        self.engine, self.cfg = engine, cfg
-
-    def reply(self, text: str, seed: int) -> str:
-        """Stream the continuation of `text` to stdout, with a line end after it; returns how it ended."""
-        return stream(generate(self.engine, self.cfg, prompt_ids(self.engine.tokenizer, text), seed), self.engine.tokenizer, {}, [])
-
-
-class Conversation:
-    """A chat model: it reads as many of the turns so far as fit it, the newest ones."""
-
-    def __init__(self, engine, cfg: ChatConfig, tool):
-        self.engine, self.cfg, self.tool = engine, cfg, tool
-        self.messages: list[dict] = []
-
-    def reply(self, text: str, seed: int) -> str:
-        """Stream the answer to `text` to stdout, with a line end after it; returns how it ended.
-
-        Both become part of the conversation, an answer that was stopped as far as it went. A text that does not fit leaves
-        the conversation as it was.
-        """
-        from nanolab.data.chat import parse_reply
-
-        prompt, kept = self.fitting([*self.messages, {"role": "user", "content": text}])
-        steps = generate(self.engine, self.cfg, prompt, seed, self.tool)
-        if left_out := len(self.messages) + 1 - len(kept):
-            n = left_out // 2
-            tell(f"(the oldest {'turn is' if n == 1 else f'{n} turns are'} forgotten: the model reads {self.engine.limit} tokens in all)")
-            self.messages = kept[:-1]
-        ids: list[int] = []
-        try:
-            return stream(steps, self.engine.tokenizer, call_marks(self.engine.tokenizer, self.tool), ids)
-        finally:
-            if ids:
-                self.messages = [*kept, {"role": "assistant", "content": parse_reply(self.engine.tokenizer, ids)}]
-
-    def fitting(self, messages: list[dict]) -> tuple[list[int], list[dict]]:
-        """The prompt of the newest messages that leave room for a reply, and these messages; the last one is always there."""
-        from nanolab.data.chat import render_prompt
-
-        room = self.engine.limit - min(self.cfg.max_tokens, self.engine.limit // 2)
-        while len(prompt := render_prompt(self.engine.tokenizer, messages)) > room and len(messages) > 1:
-            messages = messages[2:]
-        return prompt, messages
+    A block is a text even if it begins with a slash. Ctrl-C gives up what is not finished.
+    """
+    line = ask("> ")
+    try:
+        if line.strip() == BLOCK:
+            text = "\n".join(iter(lambda: bare(ask(". ")), BLOCK))
+            return "/" * text.startswith("/") + text
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + ask(". ")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return ""
+    return line
 
 
-def generate(engine, cfg: ChatConfig, prompt: list[int], seed: int, tool=None):
-    return engine.generate(
-        [prompt], max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=seed, tools=tool
-    )
+def bare(line: str) -> str:
+    return BLOCK if line.strip() == BLOCK else line
 
 
-def stream(steps, tokenizer, marks: dict[int, str], ids: list[int]) -> str:
-    """Show a reply as it grows, with a line end after it; returns how it ended. ids: gets its tokens."""
+def stream(steps: Iterator, tokenizer, marks: dict[int, str]) -> str:
+    """Show a reply as it grows, with a line end after it; returns how it ended. Ctrl-C stops it, and is raised then."""
     from nanolab.inference.text import TextStream
 
     text = TextStream(tokenizer)
     try:
-        for (new,) in steps:
-            ids.append(new.token)
-            if new.token in marks:
-                show(text.flush())
-                write(marks[new.token])
-            show(text.push(new.token))
+        with contextlib.closing(steps), interrupts() as stopped:
+            for step in steps:
+                for new in step:
+                    if new.token in marks:
+                        show(text.flush())
+                        write(marks[new.token])
+                    show(text.push(new.token))
+                if stopped:
+                    raise KeyboardInterrupt
         if new.finish == "stop":  # a text that was cut short may end inside a character, which is cut with it
             show(text.flush())
     finally:
@@ -143,16 +122,22 @@ def stream(steps, tokenizer, marks: dict[int, str], ids: list[int]) -> str:
     return new.finish
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[list]:
+    """A list in which each Ctrl-C is noted: raised in the midst of a step it would leave half-written snapshots behind."""
+    noted: list = []
+    before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def call_marks(tokenizer, tool) -> dict[int, str]:
     """What is shown for the special tokens around a call and its output: [call = output], dimmed on a terminal."""
     dim, plain = (DIM, PLAIN) if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else ("", "")
     shown = {"python_start": dim + "[", "python_end": "" if tool else "]" + plain, "output_start": " = ", "output_end": "]" + plain}
     return {tokenizer.special(f"<|{name}|>"): text for name, text in shown.items()}
-
-
-def prompt_ids(tokenizer, text: str) -> list[int]:
-    """What a base model reads: the text as the beginning of a document."""
-    return [tokenizer.bos, *tokenizer.encode(text)]
 
 
 def show(piece: str) -> None:
@@ -163,10 +148,6 @@ def show(piece: str) -> None:
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

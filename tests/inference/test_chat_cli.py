@@ -1,10 +1,12 @@
 """The terminal talk as a person sees it: a process with a prompt, a pipe, or a terminal, against a naive greedy loop."""
 
+import codecs
 import io
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -14,15 +16,16 @@ import pytest
 import torch
 
 from nanolab.config import ChatConfig, GPTConfig, UserError, to_json
-from nanolab.data.chat import render, render_prompt
+from nanolab.data.chat import read_conversations, render, render_prompt
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Engine
+from nanolab.inference.commands import COMMANDS
+from nanolab.inference.dialogue import Dialogue, as_written
+from nanolab.inference.engine import Engine, Request
 from nanolab.inference.tools import calculator
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
-from scripts import chat_cli
-from scripts.chat_cli import Conversation, prompt_ids, run, show
+from scripts.chat_cli import BLOCK, call_marks, run, show, stream, typed
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -148,46 +151,204 @@ def test_the_oldest_turns_are_forgotten_with_a_word_when_they_no_longer_fit(chat
     assert notes.index("1 to 79") < notes.index(FORGETS)
 
 
-def test_an_answer_that_was_stopped_stays_as_far_as_it_went(chat, monkeypatch, capsys):
+def test_an_answer_that_was_stopped_stays_as_far_as_it_went(chat, capsys):
+    """Ctrl-C comes in the midst of a step, in which the model runs: the step is finished, and what it has read can be used."""
     _, model, tokenizer = chat
-    talk = Conversation(Engine(model, tokenizer, RUNTIME), ChatConfig(temperature=0.0, max_tokens=30), calculator)
-    steps = chat_cli.generate
+    talk = Dialogue(Engine(model, tokenizer, RUNTIME, prefix_bytes=1 << 24))
+    request = Request((), 30, temperature=0.0, tools=calculator)
 
-    def stopped_after(n):
-        def some(*args):
-            for i, step in enumerate(steps(*args)):
-                if i == n:
-                    raise KeyboardInterrupt
-                yield step
+    def stopped_in_pass(n: int) -> None:
+        passes = iter(range(1, n))  # the first reads the prompt
+        ctrl_c = model.register_forward_hook(lambda *_: None if next(passes, None) else signal.raise_signal(signal.SIGINT))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                stream(talk.reply("hi", request), tokenizer, call_marks(tokenizer, calculator))
+        finally:
+            ctrl_c.remove()
 
-        monkeypatch.setattr(chat_cli, "generate", some)
-
-    stopped_after(0)
-    with pytest.raises(KeyboardInterrupt):
-        talk.reply("hi", 0)
-    assert talk.messages == []
-    stopped_after(len(tokenizer.encode("é 🙂")))
-    with pytest.raises(KeyboardInterrupt):
-        talk.reply("hi", 0)
-    assert talk.messages == [HELLO[0], {"role": "assistant", "content": [{"type": "text", "text": "é 🙂"}]}]
-    monkeypatch.setattr(chat_cli, "generate", steps)
-    talk.reply("12*34?", 0)
+    said = {"role": "assistant", "content": "é 🙂"}
+    stopped_in_pass(n := len(tokenizer.encode(said["content"])))
+    assert talk.messages == [HELLO[0], said] and talk.engine.idle
+    asked = render_prompt(tokenizer, [HELLO[0], said, HELLO[0]])
+    (first, *_), *_ = talk.reply("hi", request)
+    assert first.cached == len(render_prompt(tokenizer, HELLO[:1])) + n - 1
+    assert [i for turn in talk.turns for i in turn.ids][: len(asked) - 1] == asked[1:]
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
 
-@pytest.mark.parametrize("kind, shown", [("xterm", "\x1b[2m[12*34 = 408]\x1b[0mIt is 408."), ("dumb", "[12*34 = 408]It is 408.")])
-def test_calls_are_dim_on_a_terminal_that_can(chat, kind, shown):
+def test_each_token_of_a_conversation_is_read_once(chat, inside, monkeypatch):
+    """Over two turns, one with a tool, the model reads as many tokens as the whole conversation has but its last."""
+    read, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, ids, *args, **named: read.append(ids.numel()) or forward(self, ids, *args, **named))
+    out, _ = inside(chat, "12*34?\nhi\n", max_tokens=26)
+    assert out == "[12*34 = 408]It is 408.\né 🙂 hello\n"
+    assert sum(read) == len(render(chat[2], PRODUCT + HELLO).ids) - 1
+
+
+def test_a_reply_stays_as_the_model_wrote_it_where_it_is_a_turn(chat):
+    tokenizer = chat[2]
+    special = lambda name: tokenizer.special(f"<|{name}|>")  # noqa: E731
+    begin, end = [special("assistant_start")], [special("assistant_end")]
+    spelled = [i for c in "plain words" for i in tokenizer.encode(c)]
+    assert spelled != tokenizer.encode("plain words")
+    assert as_written(tokenizer, spelled + end) == as_written(tokenizer, spelled) == begin + spelled + end
+    whole = render(tokenizer, PRODUCT[1:]).ids[1:]
+    assert as_written(tokenizer, whole[1:]) == whole
+    cut = [special("python_start"), *tokenizer.encode("12*")]
+    assert as_written(tokenizer, cut) == begin + cut + [special("python_end")] + end
+    for odd in ([*spelled, tokenizer.bos], [*spelled, special("user_start")]):
+        assert as_written(tokenizer, odd) == begin + tokenizer.encode("plain words") + end
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[list[int]]:
+    """The prompts that the engine gets."""
+    prompts, add = [], Engine.add
+    monkeypatch.setattr(Engine, "add", lambda self, request: prompts.append(list(request.prompt)) or add(self, request))
+    return prompts
+
+
+def test_commands_change_what_the_model_is_asked(chat, inside, asked):
+    lines = ["hi", "/system be kind", "hi", "/undo", "hi", "hi", "/again", "/new", "hi", "/system", "//hi", "/quit", "hi"]
+    out, notes = inside(chat, "\n".join(lines), max_tokens=20)
+    inside(chat, prompt="hi", system="be kind")
+    hi, told = HELLO[:1], [SYSTEM, HELLO[0]]
+    slash = [{"role": "user", "content": "/hi"}]
+    assert out.startswith("é 🙂 hello\n" * 3)
+    expected = [hi, told, told, [SYSTEM, *HELLO, *hi], [SYSTEM, *HELLO, *hi], told, slash, told]
+    assert asked == [render_prompt(chat[2], messages) for messages in expected]
+    for note in ("(a new conversation, with this system prompt)", "(taken back: 'hi')", "with the same system", "without a system"):
+        assert notes.count(note) == 1
+
+
+def test_an_answer_again_takes_the_place_of_the_last(chat, inside, asked, tmp_path):
+    out, _ = inside(chat, f"hi\n/again\n12*34?\n/save {tmp_path}/talk.jsonl\n", max_tokens=26)
+    assert out == "é 🙂 hello\n" * 2 + "[12*34 = 408]It is 408.\n"
+    assert asked == [render_prompt(chat[2], messages) for messages in (HELLO[:1], HELLO[:1], HELLO + PRODUCT[:1])]
+    assert read_conversations(tmp_path / "talk.jsonl") == [HELLO + PRODUCT]
+
+
+def test_a_saved_conversation_is_read_by_training_and_gone_on_with(chat, inside, asked, tmp_path):
+    file = tmp_path / "talks.jsonl"
+    file.write_text(json.dumps(HELLO))  # without a line end, as people write
+    _, notes = inside(chat, f"/system be kind\n/load {file}\n12*34?\n/save {file}\n", max_tokens=26)
+    assert "(2 messages read" in notes and "(4 messages added" in notes
+    assert read_conversations(file) == [HELLO, HELLO + PRODUCT]
+    file.write_text(file.read_text() + "\n" + json.dumps([SYSTEM, *PRODUCT, HELLO[0]]))
+    _, notes = inside(chat, f"/load {file}\n/save {tmp_path}/two.jsonl\nhi\n", max_tokens=9)
+    assert read_conversations(tmp_path / "two.jsonl") == [[SYSTEM, *PRODUCT]] and "the last of 3 conversations" in notes
+    assert asked == [render_prompt(chat[2], messages) for messages in (HELLO + PRODUCT[:1], [SYSTEM, *PRODUCT, HELLO[0]])]
+
+
+def test_the_whole_conversation_is_saved_and_the_system_prompt_never_forgotten(chat, inside, asked, tmp_path):
+    _, notes = inside(chat, "hi\n" * 4 + f"/save {tmp_path}/talk.jsonl", system="be kind", max_tokens=20)
+    (saved,) = read_conversations(tmp_path / "talk.jsonl")
+    assert saved[0] == SYSTEM and len(saved) == 9 and FORGETS in notes
+    fitting = next(prompt for n in range(1, 8, 2) if len(prompt := render_prompt(chat[2], [SYSTEM, *saved[n:8]])) <= 60)
+    assert asked[3] == fitting != render_prompt(chat[2], saved[:8])
+
+
+def test_settings_hold_from_the_next_reply_on(world, inside):
+    """Two replies after /seed 7 have the seeds 7 and 8; a temperature of 0 is greedy whatever the seed."""
+    _, model, tokenizer = world
+    lines = ["/seed 7", "/temperature 1.5", "/top-k 9", "/top-p 0.9", "/max-tokens 12", "hi", "/again", "/temperature 0", "hi", "/seed", "/max-tokens"]
+    out, notes = inside(world, "\n".join(lines))
+    engine, prompt = Engine(model, tokenizer, RUNTIME), [tokenizer.bos, *tokenizer.encode("hi")]
+    drawn = [engine.complete([prompt], max_tokens=12, temperature=1.5, top_k=9, top_p=0.9, seed=seed)[0] for seed in (7, 8)]
+    assert drawn[0] != drawn[1] and drawn[0] != engine.complete([prompt], max_tokens=12, temperature=1.5, seed=7)[0]
+    assert out == "".join(cut_text(tokenizer, ids) + "\n" for ids in drawn) + naive_reply(world, "hi", 12) + "\n"
+    assert "(seed is 10)" in notes and "(max-tokens is 12)" in notes and "cut: /max-tokens is 12" in notes
+
+
+SLIPS = {
+    "/temprature 1": "/temprature is not a command; did you mean /temperature?",
+    "/etc/hosts": "typed with two: //etc/hosts",
+    "/": "/help lists them",
+    "/temperature hot": "/temperature with 'hot'; expected a number from 0; try /temperature 0.8",
+    "/temperature -1": "temperature is -1.0; expected 0 (greedy) or more; try /temperature 0.8",
+    "/top-k 1.5": "expected a whole number from 0; try /top-k 50",
+    "/top-p 2": "try /top-p 0.9",
+    "/max-tokens 0": "expected at least 1; try /max-tokens 256",
+    "/seed -1": "expected a whole number from 0; try /seed 42",
+    f"/seed {1 << 63}": "try /seed 42",
+    "/undo 3": "/undo with '3'; expected nothing behind it; type /undo",
+    "/undo": "nothing was answered yet",
+    "/again": "type a text first",
+    "/save": "/save with nothing behind it; expected a file; try /save chat.jsonl",
+    "/save chat.jsonl": "nothing was answered yet",
+    "/load nowhere.jsonl": "nowhere.jsonl is not a file",
+}
+
+
+def test_a_slip_is_one_line_and_the_talk_goes_on(chat, world, inside, tmp_path):
+    out, notes = inside(chat, "\n".join([*SLIPS, "hi", f"/save {tmp_path}/talk.json", f"/save {tmp_path}/none/talk.jsonl"]), max_tokens=9)
+    errors = [line for line in notes.splitlines() if line.startswith("error: ")]
+    assert out == naive_answer(chat, HELLO[:1], 9) and len(errors) == len(SLIPS) + 2
+    for (line, expected), error in zip(SLIPS.items(), errors):
+        assert expected in error, line
+    assert "expected .jsonl" in errors[-2] and "No such file or directory" in errors[-1] and not list(tmp_path.iterdir())
+    out, notes = inside(world, "/save x.jsonl\n/help\n/system be kind\n")
+    assert out == "" and notes.count("start with --chat") == 2 and "  /again" in notes and "  /save" not in notes
+    with pytest.raises(UserError, match="--system, but this model continues texts.*--chat"):
+        inside(world, system="be kind")
+
+
+def test_help_names_every_command(chat, inside):
+    _, notes = inside(chat, "/help\n")
+    assert [line.split()[0] for line in notes.splitlines() if line.startswith("  /") and line[3] != "/"] == [f"/{name}" for name in COMMANDS]
+    assert "/help" in notes.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "lines, text",
+    [
+        (["hi"], "hi"),
+        (["hi \\", "", "you"], "hi \n"),
+        (["a\\", "b\\", "c", "d"], "a\nb\nc"),
+        (["/system a\\", "b"], "/system a\nb"),
+        ([BLOCK, "a\\", "", " b", f" {BLOCK} ", "c"], "a\\\n\n b"),
+        ([BLOCK, "/new", BLOCK], "//new"),
+        ([BLOCK, BLOCK, "c"], ""),
+        (["a\\", KeyboardInterrupt], ""),
+        ([BLOCK, "a", KeyboardInterrupt], ""),
+        ([BLOCK, "a", EOFError], EOFError),
+        ([KeyboardInterrupt], KeyboardInterrupt),
+    ],
+)
+def test_a_text_of_several_lines(lines, text):
+    def ask(prompt: str) -> str:
+        line = next(left)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    left = iter(lines)
+    if isinstance(text, str):
+        assert typed(ask) == text
+    else:
+        with pytest.raises(text):
+            typed(ask)
+
+
+def test_calls_are_dim_on_a_terminal_that_can(chat, monkeypatch):
     terminal, inside = pty.openpty()
     how = command(chat, "-p", "12*34?")
-    how["env"]["TERM"] = kind
+    how["env"]["TERM"] = "xterm"
     talk = subprocess.Popen(**how, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
     os.close(inside)
     try:
-        assert shown in read_until(terminal, "It is 408.")
+        assert "\x1b[2m[12*34 = 408]\x1b[0mIt is 408." in read_until(terminal, "It is 408.")
         assert talk.wait(timeout=30) == 0
     finally:
         talk.kill()
         os.close(terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for kind, first in ("xterm", "\x1b[2m["), ("dumb", "["):
+        monkeypatch.setenv("TERM", kind)
+        assert call_marks(chat[2], calculator)[chat[2].special("<|python_start|>")] == first
 
 
 @torch.no_grad()
@@ -199,7 +360,12 @@ def naive_reply(world, text: str, n: int) -> str:
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
         if ids[-1] in (tokenizer.bos, tokenizer.special("<|assistant_end|>")):
             break
-    return tokenizer.decode_bytes([i for i in ids[start:] if i < tokenizer.bos]).decode("utf-8", "ignore")
+    return cut_text(tokenizer, ids[start:])
+
+
+def cut_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of a reply that was cut: without the beginning of a character at its end."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(tokenizer.decode_bytes([i for i in ids if i < tokenizer.bos]))
 
 
 def command(world, *flags: str) -> dict:
@@ -214,24 +380,17 @@ def test_one_prompt_gives_the_reply_alone_on_stdout(world):
     assert b"parrot@150" in done.stderr
 
 
-def test_a_base_model_reads_the_text_as_the_start_of_a_document(world):
-    _, _, tokenizer = world
-    assert prompt_ids(tokenizer, "漢<|bos|>") == [tokenizer.bos, *tokenizer.encode("漢<|bos|>")]
-
-
-def test_lines_from_a_pipe_are_answered_in_turn_until_it_ends(world):
-    lines = "漢字\n\n" + "long " * 300 + "\nnaïve\n"
-    done = subprocess.run(**command(world, "--max-tokens", "7"), input=lines.encode(), capture_output=True, check=True)
+def test_lines_from_a_pipe_are_answered_in_turn_until_it_ends(world, inside):
+    """One line is one turn, whatever it ends with."""
+    out, notes = inside(world, "漢字\n\n" + "long " * 300 + "\nnaïve\\\n" + BLOCK, max_tokens=7)
     # Seven tokens end inside a character: it is cut with the rest. The overlong line is refused, and the talk goes on.
-    assert done.stdout.decode() == "".join(naive_reply(world, line, 7) + "\n" for line in ("漢字", "naïve"))
-    notes = done.stderr.decode()
-    assert "base model" in notes and "this model reads 1 to 1023" in notes and "Traceback" not in notes
+    assert out == "".join(naive_reply(world, line, 7) + "\n" for line in ("漢字", "naïve\\", BLOCK))
+    assert "base model" in notes and "this model reads 1 to 1023" in notes
 
 
-def test_an_overlong_prompt_is_an_error_with_exit_code_1(world):
-    done = subprocess.run(**command(world, "-p", "long " * 300), capture_output=True)
-    assert (done.returncode, done.stdout) == (1, b"") and b"this model reads 1 to 1023" in done.stderr
-    assert b"Traceback" not in done.stderr
+def test_an_overlong_prompt_is_an_error(world, inside):
+    with pytest.raises(UserError, match="this model reads 1 to 1023"):
+        inside(world, prompt="long " * 300)
 
 
 def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
@@ -243,7 +402,7 @@ def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
     try:
         seen = read_until(terminal, "> ")
         for _ in range(2):
-            os.write(terminal, "漢字\n".encode())
+            os.write(terminal, f"{BLOCK}\n漢字\n{BLOCK}\n".encode())
             read_until(terminal, "かな 🙂 naïve café")  # the reply is under way, and a second long
             os.write(terminal, b"\x03")
             seen += read_until(terminal, "(stopped)\r\n> ")
@@ -268,7 +427,6 @@ def own_terminal() -> None:
     """In the child: make the terminal on stdin its controlling one, so that Ctrl-C reaches it as a signal, and heed it:
     whatever a shell starts in the background ignores SIGINT and hands that on."""
     import fcntl
-    import signal
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
