@@ -456,9 +456,9 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(ModelFlags, DataConfig):
-    """Measure speed: of a training step, of the data path, or of the tokenizer."""
+    """Measure speed: of a training step, of the data path, of the tokenizer, or of generation."""
 
-    what: str = "train"  # train | data | tokenizer; the first argument
+    what: str = "train"  # train | data | tokenizer | infer; the first argument
     json: bool = False  # last line of output is one JSON document
     repeats: int = 5  # measurements; the median is reported
     seed: int = 42
@@ -478,6 +478,13 @@ class BenchConfig(ModelFlags, DataConfig):
     # data and tokenizer: real documents of --data or --data-dir
     tokenizer: str = ""  # folder or file; default: one is trained on the documents that are read
     megabytes: float = 8.0  # text to read
+    # infer: replies as the server makes them, greedy and without stops
+    model: str = ""  # NAME[@STEP|best]; default: random weights in the shape that the flags above say
+    prompt_tokens: int = 128
+    decode_tokens: int = 64  # of a reply
+    batch_sizes: str = "1,8,32,128"  # rows at once
+    clients: int = 16  # requests that come one by one and run at once, their lengths from 0.5 to 1.5 times those above
+    int8: bool = False  # weights in 8 bits; needs torchao
 
 
 def chosen(c: Architecture) -> list[str]:

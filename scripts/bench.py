@@ -1,10 +1,10 @@
-"""Measure speed: python -m scripts.bench train|data|tokenizer --json (the last line of stdout is then one JSON document)."""
+"""Measure speed: python -m scripts.bench train|data|tokenizer|infer --json (the last line of stdout is then one JSON document)."""
 
 import sys
 
 from nanolab.config import BenchConfig, UserError, main, parse, to_json
 
-WHAT = ("train", "data", "tokenizer")
+WHAT = ("train", "data", "tokenizer", "infer")
 
 
 def run(cfg: BenchConfig) -> int:
@@ -15,12 +15,13 @@ def run(cfg: BenchConfig) -> int:
     import json
 
     from nanolab import runtime
-    from nanolab.lab import bench
+    from nanolab.lab import bench, bench_infer
     from nanolab.training.environment import environment
 
+    measure = bench_infer.infer if cfg.what == "infer" else getattr(bench, cfg.what)
     rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads)
     try:
-        document = {"bench": cfg.what, **getattr(bench, cfg.what)(cfg, rt), "config": to_json(cfg), "env": environment(rt)}
+        document = {"bench": cfg.what, **measure(cfg, rt), "config": to_json(cfg), "env": environment(rt)}
         if "kernel" in document:
             runtime.print0(f"{cfg.what:9s} attention kernel         {document['kernel']}")
         for name, result in document["results"].items():

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests marked gpu, then the training benchmark in bf16 at depth 4 and 12.
+# Everything that needs a GPU, in one go: the tests marked gpu, then the benchmarks of training and of generation in
+# bf16 at depth 4 and 12.
 #
 #   bash dev/bench/gpu.sh              results go to dev/results/bench/
 #   OUT=/somewhere bash dev/bench/gpu.sh
 #
 # Hardware  one NVIDIA GPU with bf16 (compute capability 8.0 or newer) and 40 GB; with less: GPU_BATCH=8 bash dev/bench/gpu.sh
 # Time      a few minutes, most of it compilation
-# Expect    gpu-tests.xml, and train-d4-gpu.json and train-d12-gpu.json as scripts.bench prints them
+# Expect    gpu-tests.xml, and train-d4-gpu.json, infer-d4-gpu.json, train-d12-gpu.json, infer-d12-gpu.json as scripts.bench prints them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${OUT:-dev/results/bench}
@@ -23,15 +24,20 @@ failed=0
 # pytest ends with 5 where no test is marked gpu.
 $python -m pytest -m gpu --junitxml="$out/gpu-tests.xml" || { [ $? = 5 ] || failed=1; }
 
-for depth in 4 12; do
-    if NANOLAB_DTYPE=bfloat16 $python -m scripts.bench train --json --device-type cuda --depth $depth --max-seq-len 2048 \
-        --vocab-size 32768 --device-batch-size "${GPU_BATCH:-32}" --steps 10 --repeats 5 --warmup 10 >"$out/.bench"; then
+bench() { # what is measured, depth, its flags
+    if NANOLAB_DTYPE=bfloat16 $python -m scripts.bench "$1" --json --device-type cuda --depth "$2" --max-seq-len 2048 --vocab-size 32768 \
+        --repeats 5 "${@:3}" >"$out/.bench"; then
         sed '$d' "$out/.bench"
-        tail -n 1 "$out/.bench" >"$out/train-d$depth-gpu.json"
+        tail -n 1 "$out/.bench" >"$out/$1-d$2-gpu.json"
     else
         failed=1
     fi
+    rm -f "$out/.bench"
+}
+
+for depth in 4 12; do
+    bench train $depth --device-batch-size "${GPU_BATCH:-32}" --steps 10 --warmup 10
+    bench infer $depth --prompt-tokens 512 --decode-tokens 256
 done
-rm -f "$out/.bench"
 echo "gpu.sh: results in $out"
 exit $failed
