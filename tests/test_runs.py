@@ -100,13 +100,17 @@ def no_gpu_path() -> str:
     return f"{folder}:/usr/bin:/bin"
 
 
+EVERYTHING = f"-m pytest -m not gpu -n {os.sysconf('SC_NPROCESSORS_ONLN')} --dist loadfile"
+
+
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("runs/test.sh", "-m pytest"),
+        ("runs/test.sh", EVERYTHING.replace(" -m not gpu", "")),
         ("runs/test.sh --all -k 'a b'", "-m pytest -m not gpu -k a b"),
         ("runs/test.sh tests/data --lf", "-m pytest tests/data --lf"),
-        (".ci/run", "-m pytest -m not gpu"),
+        ("runs/test.sh --all", EVERYTHING),
+        (".ci/run", EVERYTHING),
     ],
 )
 def test_test_sh_hands_its_arguments_and_exit_code_on(in_checkout, tmp_path, command, arguments):
