@@ -17,9 +17,11 @@ nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanola
 nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py nanolab/model/gpt.py
 nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
 nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
-nanolab/inference/engine.py nanolab/inference/cache.py nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/sandbox.py
-nanolab/evals/bpb.py nanolab/evals/generative.py
-scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py
+nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py nanolab/inference/request.py nanolab/inference/prefill.py
+nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py nanolab/inference/recorded.py nanolab/inference/sandbox.py
+nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
+nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py nanolab/serving/api.py
+scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py scripts/chat_web.py
 """.split()
 
 
