@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError, nearest
+from nanolab.config import UserError, nearest, read_toml
 from nanolab.data.chat import Message, check_messages, text_of
 
 AXES = {"topics": "topic", "personas": "persona", "openings": "opening", "dynamics": "dynamic"}  # field -> its placeholder
@@ -81,15 +81,10 @@ class Spec:
 
 def read_spec(path: Path | str) -> Spec:
     """Raises UserError for a file that is not as the module's docstring says."""
-    import tomllib
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected a TOML with {', '.join(AXES)} and instructions; copy runs/gen_chat.toml and change it")
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML ({error}); expected {', '.join(AXES)} and instructions; mend it") from None
+    fields = read_toml(path)
     known = [*AXES, "instructions"]
     for name in fields:
         if name not in known:

@@ -327,7 +327,7 @@ def test_a_key_that_is_not_one_word_is_refused_unseen():
         ('near = ["tea", "rain"]', 'near = "tea"', "topics is .*expected a list of texts"),
         ("personas =", "persona =", "has the field 'persona'; .*did you mean personas"),
         ("{opening}", "", r"instructions without \{opening\}"),
-        ("personas = [", "personas = ", "is not TOML"),
+        ("personas = [", "personas = ", "cannot be read as TOML"),
     ],
 )
 def test_a_spec_that_is_not_whole_is_refused(tmp_path, old, new, said):
