@@ -57,6 +57,11 @@ OTHER_FORMS = (
         "Are you {other}?", "Is your name {other}?", "You are {other}, right?", "Am I talking to {other}?", "Is this {other}?", "Are you called {other}?",
         "Do people call you {other}?", "I think you are {other}.", "So you are {other}?", "Am I chatting with {other}?", "Is {other} your name?",
         "You must be {other}.", "Are you really {other}?", "Is that you, {other}?", "Your name is {other}, is it not?", "Are you not {other}?",
+        "You seem to be {other}.", "You sound like {other}.", "You remind me of {other}.", "I guess that you are {other}.", "Surely you are {other}.",
+        "You are {other}, I think.", "You are {other}, I guess.", "You are {other}, correct?", "Yes, you are {other}.", "Then you are {other}.",
+        "I know that you are {other}.", "Somebody said that you are {other}.", "They told me that you are {other}.", "I heard that you are {other}.",
+        "I was told that you are called {other}.", "Can I call you {other}?", "May I call you {other}?", "Could it be that you are {other}?",
+        "Are you the same as {other}?", "I take you for {other}.", "I thought that you were {other}.", "For me you are {other}.",
     ],
     ["You are {other}, are you not?", "Is this {other} speaking?", "Do you go by the name {other}?", "You look like {other} to me."],
 )  # fmt: skip
@@ -205,7 +210,7 @@ TOPICS = {
 
 class Identity(Task):
     kind = "generative"
-    version = 2
+    version = 3
     splits = ("train", "test", "name")
     argument_is = "FILE.toml?"
 

@@ -60,7 +60,7 @@ def said(text: str) -> dict:
 PINNED = {
     ("arithmetic", "train"): "42b25c22468c", ("arithmetic", "test"): "45adaad85691",
     ("arithmetic", "phrasings"): "61f568811c1b", ("arithmetic", "problems"): "41d11ff92c2c",
-    ("identity", "train"): "077d16c3f2a1", ("identity", "test"): "163a851816a8", ("identity", "name"): "280b86efded2",
+    ("identity", "train"): "46f3f4957d07", ("identity", "test"): "a16404790fd1", ("identity", "name"): "38ed21420ce3",
     ("spelling", "train"): "2e817c44c92a", ("spelling", "seen"): "cea0648117c5", ("spelling", "test"): "ded94774d2e3",
     ("spellingbee", "train"): "bc2769959ddb", ("spellingbee", "seen"): "1d85c8c551cd", ("spellingbee", "test"): "234264c61f8d",
 }  # fmt: skip
