@@ -19,9 +19,9 @@ default)
     model=(--depth 4 --aspect-ratio 32 --head-dim 64 --max-seq-len 256)
     batch=(--device-batch-size 8 --total-batch-size 2048)
     pretraining=(--num-iterations 2000 --lr-scale 1 --warmup-steps 20 --eval-every 500 --eval-tokens 65536 --log-every 50)
-    finetuning=(--num-iterations 2500 --eval-every 500 --eval-tokens 32768 --log-every 50)
+    finetuning=(--num-iterations 2900 --eval-every 500 --eval-tokens 32768 --log-every 50)
     reinforcement=(--num-iterations 40 --examples-per-step 16 --num-samples 8 --eval-every 20 --eval-examples 100)
-    examples=(arithmetic@26000 spelling=1000@14000 spellingbee=1000@10000 identity@28000 smalltalk@28000 documentation@4000)
+    examples=(arithmetic@34000 spelling=1000@14000 spellingbee=1000@12000 identity@26000 smalltalk@28000 documentation@3000)
     problems=200 text=524288
     ;;
 toy)
