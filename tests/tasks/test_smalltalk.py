@@ -38,7 +38,7 @@ def test_prompts_are_unseen_and_many_have_numbers():
 
 def test_training_has_numbers_and_no_braces():
     train = asked("train", 3000)
-    assert 0.35 < sum(bool(re.search(r"\d", q)) for q in train) / len(train) < 0.55
+    assert 0.5 < sum(bool(re.search(r"\d", q)) for q in train) / len(train) < 0.7
     assert not [q for q in train if re.search(r"[{}#]", q)] and len({q.lower() for q in train}) > 1200
     ages = {int(found[1]) for q in train if (found := re.fullmatch(r"(?i)i am (\d+) years old\.?", q))}
     assert len(ages) > 5 and 2 <= min(ages) and max(ages) <= 90
@@ -58,7 +58,7 @@ def test_topics_are_plain_and_leave_the_name_to_identity():
 
 
 def test_examples_are_pinned_whatever_the_limit():
-    for split, pinned in (("train", "07625b6e047c"), ("test", "abbb0ac26ea8")):
+    for split, pinned in (("train", "cf8a73a006d2"), ("test", "d48d1ea5da9b")):
         few, many = tasks.build("smalltalk", split, limit=5), tasks.build("smalltalk", split)
         assert [few.example(i) for i in range(5)] == [many.example(i) for i in range(5)]
         got = hashlib.sha256(json.dumps([many.example(i).messages for i in range(100)]).encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def test_records_of_a_fresh_run(base_dir):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     assert env["commit"] is None or (commit and env["commit"].startswith(commit))
     expected = {"torch": torch.__version__, "python": sys.version.split()[0], "dtype": "float32", "device": "cpu", "threads": 1, "world_size": 1}
-    assert {k: env[k] for k in expected} == expected and env["kind"] == "base" and "pytest" in env["command"]
+    assert {k: env[k] for k in expected} == expected and env["kind"] == "base" and shlex.split(env["command"]) == sys.orig_argv
     assert not run.finished
 
 
