@@ -45,15 +45,14 @@ class Engine:
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
         self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
         self.recorder = Recorder(model) if (runtime.device.type == "cuda" if graphs is None else graphs) else None
+        dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype  # one query in bf16 takes a CPU ten times as long
+        # not a method: with a cycle through it, an engine's cache would stay until the garbage is collected, which training does rarely
+        self._new_cache = lambda rows, capacity: KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=runtime.device)
         self.rows: list[Row] = []  # running; row i of the cache is rows[i]
         self.cache = self._new_cache(0, 0)
         self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
         self.queue: deque[Row] = deque()
         self.numbers = 0
-
-    def _new_cache(self, rows: int, capacity: int) -> KVCache:
-        dtype = torch.float32 if self.runtime.device.type == "cpu" else self.model.compute_dtype  # one query in bf16 takes a CPU ten times as long
-        return KVCache(self.model.config, rows, capacity=capacity, dtype=dtype, device=self.runtime.device)
 
     @property
     def running(self) -> int:
