@@ -6,7 +6,11 @@
 #   NANOLAB_SEED=43 bash runs/quickstart.sh        another seed (default 42); give it a NANOLAB_BASE_DIR of its own
 #
 # Hardware  2 CPU cores, 3 GB of memory, 3 GB of disk; Python 3.10 or newer; a package registry for the installation
-# Expect    EXPECT
+# Expect    sums and differences through the calculator 99 to 100 %, in unseen phrasings 92 to 100 %, as unseen word problems 77 to 100 %; its
+#           name in 91 to 95 % of unseen phrasings; words it was shown spelled 98 to 99 %, others 11 to 12 %; a needless call of the
+#           calculator in 0 to 2 of 100 prompts; 1.56 to 1.58 bits per byte on held-out text beside 1.84 of xz -9e
+#           (seeds 42, 43 and 44; dev/results/quickstart/table.md). 10 min 18 s from a fresh clone, installation included, on 2 quiet
+#           cores of an AMD EPYC that computes bf16, one run with 2,500 steps of fine-tuning; the 400 more take about half a minute
 #
 # A second run reuses what is there. Everything is written under NANOLAB_BASE_DIR (default ~/.cache/nanolab).
 set -euo pipefail
