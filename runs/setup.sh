@@ -4,6 +4,7 @@
 #   bash runs/setup.sh         what training, evaluation and chat need
 #   bash runs/setup.sh test    the test tools as well
 #   bash runs/setup.sh tasks   what reads question sets from the hub as well
+#   bash runs/setup.sh hf      transformers: to evaluate and import models of other makers; so too lm_eval, plots (pyproject.toml)
 #
 # PYTHON=python3.12                 the Python that .venv is made from; default: python3, else the newest python3.x
 # NANOLAB_PYTHON=/opt/x/bin/python  use this Python as it is and install nothing (conda, a container, a cluster)
@@ -15,8 +16,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-}
-case $extra in '' | test | tasks) ;; *)
-    echo "setup.sh: $extra is not a set of packages; expected nothing, test or tasks" >&2
+case $extra in '' | test | tasks | hf | lm_eval | plots) ;; *)
+    echo "setup.sh: $extra is not a set of packages; expected nothing, test, tasks, hf, lm_eval or plots" >&2
     exit 2
     ;;
 esac
