@@ -89,7 +89,7 @@ exec {sys.executable} -c "import sys; sys.version_info = (3, 8, 1); $2"
     code, output, _ = setup(PYTHON=str(bare))
     assert code == 1 and "apt-get install python3-venv" in output
     code, output, _ = setup("tests")
-    assert code == 2 and "expected nothing, test or tasks" in output
+    assert code == 2 and "expected nothing, test, tasks, hf, lm_eval or plots" in output
     assert not (in_checkout.path / ".venv" / "nanolab-setup").exists()
 
 
