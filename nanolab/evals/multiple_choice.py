@@ -12,10 +12,9 @@ from torch import Tensor
 
 from nanolab.config import UserError
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.likelihood import logits_at, padded
 from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine
-from nanolab.model.blocks import wide
-from nanolab.model.cross_entropy import softcapped
 from nanolab.model.gpt import GPT
 from nanolab.runtime import progress
 
@@ -44,13 +43,7 @@ def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: 
 
 def last_logits(model: GPT, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Logits (B, V) after the last token of each prompt."""
-    last = [len(ids) - 1 for ids in prompts]
-    padded = np.zeros((len(prompts), max(last) + 1), dtype=np.int64)
-    for row, ids in zip(padded, prompts):
-        row[: len(ids)] = ids
-    hidden = model.hidden(torch.from_numpy(padded).to(device))
-    logits = model.lm_head(hidden[torch.arange(len(last), device=device), torch.tensor(last, device=device)])[:, : model.config.vocab_size]
-    return softcapped(logits.to(wide(logits.dtype)), model.config.softcap)
+    return torch.cat(list(logits_at(model, padded(prompts), np.arange(len(prompts)), np.array([len(ids) - 1 for ids in prompts]), device)))
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Iterable[str], task: str) -> list[int]:

@@ -97,10 +97,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if last_only:
             x = x[:, -1:]
-        V, cap, head = self.config.vocab_size, self.config.softcap, self.lm_head
         if targets is None:
-            logits = head(x)[..., :V]
-            return softcapped(logits.to(wide(logits.dtype)), cap)
+            return self.logits(x)
+        V, cap, head = self.config.vocab_size, self.config.softcap, self.lm_head
         rows, y = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if reduction == "none" and not torch.is_grad_enabled():
             return blocked_nats(rows, head, y, cap, V).view(targets.shape)
@@ -114,6 +113,11 @@ class GPT(nn.Module):
         else:
             total = blocked_nats(rows, head, y, cap, V).sum()
         return total / (y >= 0).sum() if reduction == "mean" else total
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` gives, or some of its rows, (..., C) -> (..., V), at least fp32."""
+        logits = self.lm_head(x)[..., : self.config.vocab_size]
+        return softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
 
     def hidden(self, idx: Tensor, cache=None) -> Tensor:
         """idx (B, T) -> the normed vectors (B, T, C) that the head reads."""

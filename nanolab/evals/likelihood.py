@@ -1,0 +1,206 @@
+"""Log-likelihoods of texts' tails: how well a model expects what is there, token by token, whatever task asks.
+
+What texts of one group begin with in common is read once, into a KV cache whose row is then copied to each of them; texts of
+like lengths are read together, up to so many tokens; the head sees only the places that count. Texts that share little are
+read whole, padded on the right: attention is causal, so that nothing behind a place reaches it. Dims: N prefixes, R rows, L tokens
+of a prefix, T of a row, K places that count, C width, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolab.config import UserError
+from nanolab.inference.cache import KVCache
+from nanolab.model.gpt import GPT
+from nanolab.runtime import Runtime, progress
+
+LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
+WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
+
+
+class Text(NamedTuple):
+    """A text in tokens, of which those from `start` on are scored; 1 <= start < len(ids)."""
+
+    ids: Sequence[int]
+    start: int
+
+
+class Score(NamedTuple):
+    nats: float  # -log p of the scored tokens, their sum
+    n_tokens: int  # that were scored
+    greedy: bool  # each of them is the likeliest one; of equals the lowest id is
+    cut: int  # tokens dropped on the left, since the text is longer than the model reads
+
+
+class Reads(NamedTuple):
+    """One pass of a model: rows, padded on the right, each behind its prefix where there are prefixes."""
+
+    prefixes: np.ndarray | None  # (N, L) int64
+    of: list[int]  # R: the prefix of each row
+    ids: np.ndarray  # (R, T) int64
+    rows: np.ndarray  # (K,): places that count, row by row: after which tokens of `ids` the next one's probability is asked
+    columns: np.ndarray  # (K,)
+
+
+class Reader(Protocol):
+    """What scores texts."""
+
+    limit: int  # tokens of a text
+    tokens: int  # of one pass, where nobody says how many
+    shares: bool  # whether `logits` reads prefixes
+
+    def logits(self, reads: Reads) -> Iterator[Tensor]: ...  # (n, V), at least fp32, for the next n places, until all K are done
+
+
+class GPTReader:
+    """A model of nanolab, in eval mode, as it is: `served` makes one faster that is not trained any more."""
+
+    shares = True
+
+    def __init__(self, model: GPT, runtime: Runtime):
+        self.model, self.device, self.limit = model, runtime.device, model.config.sequence_len
+        self.tokens = 1024 if runtime.device.type == "cpu" else 32768
+
+    def logits(self, reads: Reads) -> Iterator[Tensor]:
+        cache = None
+        if reads.prefixes is not None:
+            (N, L), T = reads.prefixes.shape, reads.ids.shape[1]
+            cache = KVCache(self.model.config, N, capacity=L + T, dtype=self.model.compute_dtype, device=self.device)
+            self.model.hidden(torch.from_numpy(reads.prefixes).to(self.device), cache)
+            cache.select(reads.of)
+        yield from logits_at(self.model, reads.ids, reads.rows, reads.columns, self.device, cache)
+
+
+def logits_at(model: GPT, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, device: torch.device, cache: KVCache | None = None) -> Iterator[Tensor]:
+    """Logits (n, V) after the tokens `columns` (K,) of `rows` (K,) of ids (R, T), n places at a time."""
+    hidden = model.hidden(torch.from_numpy(ids).to(device), cache)
+    hidden = hidden[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
+    yield from map(model.logits, hidden.split(max(1, LOGITS // model.config.vocab_size)))
+
+
+def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """(R, T) int64: a row for each text, zeros behind it."""
+    out = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+    for row, ids in zip(out, texts):
+        row[: len(ids)] = ids
+    return out
+
+
+class Row(NamedTuple):
+    """Tokens to read, and the texts that are scored by reading them: a text without its last token, and those that it begins with."""
+
+    ids: Sequence[int]
+    texts: list[int]  # numbers among all texts
+    first: int  # the first place that counts: one before the lowest start
+
+
+class Item(NamedTuple):
+    """Rows that begin with the same `shared` tokens, and have no place that counts among them."""
+
+    rows: list[Row]
+    shared: int
+
+
+@torch.no_grad()
+def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "") -> list[list[Score]]:
+    """The score of every text, in the order of `groups`, whatever is read with what.
+
+    groups: texts that may begin alike, such as the choices of one item. A text longer than `reader.limit` loses its first
+    tokens. tokens: of one pass, padding included, where an item has no more than that; 0: as the reader says. Results depend on
+    it by rounding only. label: of the progress bar. Raises UserError for a text without a scored token, or of which none would be
+    left before the scored ones.
+    """
+    texts = [[shortened(text, reader.limit) for text in group] for group in groups]
+    flat, numbers = [text for group in texts for text in group], iter(range(sum(map(len, texts))))
+    items = [item for group in texts for item in arranged(group, [next(numbers) for _ in group], reader.shares)]
+    nats, greedy = np.zeros(len(flat)), np.ones(len(flat), dtype=bool)
+    for batch in progress(list(batches(items, tokens or reader.tokens)), label):
+        measure(reader, batch, flat, nats, greedy)
+    done = iter(zip(nats.tolist(), greedy.tolist()))
+
+    def result(text: Text, whole: Text) -> Score:
+        lost, likeliest = next(done)
+        return Score(lost, len(text.ids) - text.start, likeliest, len(whole.ids) - len(text.ids))
+
+    return [[result(*pair) for pair in zip(*both)] for both in zip(texts, groups)]
+
+
+def shortened(text: Text, limit: int) -> Text:
+    """The text's last `limit` tokens."""
+    cut = max(0, len(text.ids) - limit)
+    if not cut < text.start < len(text.ids):
+        raise UserError(
+            f"a text of {len(text.ids)} tokens, scored from token {text.start} on, for a model that reads {limit}; expected at least one scored token, and "
+            "one before it among those that are read; shorten the text, or use a model with a longer --max-seq-len"
+        )
+    return Text(list(text.ids[cut:]), text.start - cut)
+
+
+def arranged(group: Sequence[Text], numbers: Sequence[int], shares: bool) -> list[Item]:
+    """One item of a group that is worth sharing its prefix, else one for each of its rows."""
+    rows: list[Row] = []
+    for number, text in sorted(zip(numbers, group), key=lambda pair: -len(pair[1].ids)):
+        ids = text.ids[:-1]
+        for i, row in enumerate(rows):
+            if row.ids[: len(ids)] == ids:
+                rows[i] = Row(row.ids, [*row.texts, number], min(row.first, text.start - 1))
+                break
+        else:
+            rows.append(Row(ids, [number], text.start - 1))
+    shared = min(common(row.ids for row in rows), *(row.first for row in rows)) if shares and len(rows) > 1 else 0
+    return [Item(rows, shared)] if (len(rows) - 1) * shared >= WORTH else [Item([row], 0) for row in rows]
+
+
+def common(texts: Iterable[Sequence[int]]) -> int:
+    """How many tokens all texts begin with: as many as the first and the last in lexical order."""
+    texts = sorted(texts)
+    pairs = zip(texts[0], texts[-1])
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(texts[0]), len(texts[-1])))
+
+
+def batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
+    """Items to read in one pass, the longest first: of each batch all prefixes are cut to the shortest one's length."""
+    batch: list[Item] = []
+    for item in sorted(items, key=lambda item: (item.shared, max(len(row.ids) for row in item.rows)), reverse=True):
+        if batch and (size([*batch, item]) > tokens or bool(item.shared) != bool(batch[0].shared)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def size(batch: Sequence[Item]) -> int:
+    """Tokens to read, padding included."""
+    shared = batch[-1].shared
+    rows = [len(row.ids) for item in batch for row in item.rows]
+    return len(batch) * shared + len(rows) * (max(rows) - shared)
+
+
+def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: np.ndarray, greedy: np.ndarray) -> None:
+    """Read a batch and enter what it says of its texts."""
+    shared = batch[-1].shared
+    prefixes = np.array([item.rows[0].ids[:shared] for item in batch], dtype=np.int64) if shared else None
+    rows = [row for item in batch for row in item.rows]
+    places = [(r, column - shared) for r, row in enumerate(rows) for column in range(row.first, len(row.ids))]
+    reads = Reads(prefixes, [i for i, item in enumerate(batch) for _ in item.rows], padded([row.ids[shared:] for row in rows]), *np.array(places).T)
+
+    asked, base = [], 0  # (place, target, number of the text)
+    for row in rows:
+        for number in row.texts:
+            ids, start = texts[number]
+            asked += zip(range(base + start - 1 - row.first, base + len(ids) - 1 - row.first), ids[start:], [number] * len(ids))
+        base += len(row.ids) - row.first
+    place, target, number = np.array(sorted(asked)).T
+    done = 0
+    for logits in reader.logits(reads):
+        mine = slice(*np.searchsorted(place, (done, done + len(logits))))
+        at, wanted = (torch.from_numpy(x[mine]).to(logits.device) for x in (place - done, target))
+        lost = logits.logsumexp(-1)[at] - logits[at, wanted]
+        np.add.at(nats, number[mine], lost.double().cpu().numpy())
+        np.logical_and.at(greedy, number[mine], (logits.argmax(-1)[at] == wanted).cpu().numpy())
+        done += len(logits)
