@@ -1,0 +1,194 @@
+"""In-context items: prompts letter by letter, where answers begin, decisions against sums over a table."""
+
+import importlib.util
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanolab.config import UserError
+from nanolab.evals.bundle import TaskSpec, open_bundle, read_items
+from nanolab.evals.icl import KINDS, Item, encode, is_greedy, judged, lowest_mean, rendered, shots
+from nanolab.evals.likelihood import Score
+from nanolab.runtime import Runtime
+
+spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
+tiny = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+def items(kind: str, rows: list[dict]) -> list[Item]:
+    return [KINDS[kind].item(row) for row in rows]
+
+
+def test_a_choice_is_asked_after_solved_ones():
+    rows = [{"query": " Q0 ", "choices": ["a", "b"], "gold": 1}, {"query": "Q1", "choices": ["c", "d"], "gold": 0}, {"query": "Q2", "choices": ["e", "f", 7], "gold": 2}]
+    assert shots(0, 3, 2) == [2, 1] and shots(1, 3, 1) == [2]
+    assert rendered("multiple_choice", items("multiple_choice", rows), 0, 2, "\nAnswer: ") == [
+        "Q2\nAnswer: 7\n\nQ1\nAnswer: c\n\n Q0 \nAnswer: a",
+        "Q2\nAnswer: 7\n\nQ1\nAnswer: c\n\n Q0 \nAnswer: b",
+    ]
+
+
+def test_a_schema_tells_one_end_after_each_beginning():
+    rows = [{"context_options": ["She", "He"], "continuation": "left.", "gold": 1}, {"context_options": ["A", "B"], "continuation": "c", "gold": 0}]
+    assert rendered("schema", items("schema", rows), 0, 1, " ") == ["A c\n\nShe left.", "A c\n\nHe left."]
+
+
+def test_a_language_item_is_trimmed_before_its_answer_and_stripped_without_it():
+    rows = [{"context": " one \n", "continuation": "two "}, {"context": "\tthree", "continuation": " four"}]
+    assert rendered("language_modeling", items("language_modeling", rows), 0, 1, " ") == ["three  four\n\none two ", "three  four\n\none"]
+    assert rendered("language_modeling", items("language_modeling", rows), 1, 0, "\nA: ") == ["three\nA:  four", "three\nA:"]
+
+
+@pytest.mark.parametrize(("i", "n", "k"), [(0, 2, 1), (3, 9, 8), (8, 9, 3), (500, 1319, 10)])
+def test_the_solved_ones_are_drawn_as_the_reference_draws_them(i, n, k):
+    assert shots(i, n, k) == random.Random(1234 + i).sample([j for j in range(n) if j != i], k)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)])
+@pytest.mark.parametrize("delimiter", [" ", "\nAnswer: "])
+def test_tokens_are_those_of_the_whole_text_and_the_answers_alone_are_scored(tokenizer, kind, rows, delimiter):
+    all_items = items(kind, rows)
+    groups = list(encode(kind, all_items, range(len(rows)), 2, delimiter, tokenizer))
+    for i, group in enumerate(groups):
+        texts = rendered(kind, all_items, i, 2, delimiter)
+        assert (group.index, group.gold) == (i, rows[i].get("gold", 0))
+        assert [list(t.ids) for t in group.texts()] == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts[: len(group.tails)]]
+        scored = [tokenizer.decode(t.ids[t.start :]) for t in group.texts()]
+        if kind == "multiple_choice":  # up to where the choices differ, and not a token less
+            before = {tuple(t.ids[: t.start]) for t in group.texts()}
+            assert len(before) == 1 and len({t.ids[t.start] for t in group.texts()}) > 1
+            assert all(text.endswith(s) for text, s in zip(texts, scored))
+        elif kind == "schema":
+            assert len(set(scored)) == 1 and scored[0].endswith("was too small.")
+            assert len({t.ids[t.start - 1] for t in group.texts()}) > 1
+        else:
+            assert scored == [f"{' ' if delimiter[-1] == ' ' else ''}{rows[i]['continuation']}"]
+
+
+def test_a_choice_that_begins_the_others_is_scored_at_its_last_token(tokenizer):
+    (group,) = encode("multiple_choice", [Item(("Is it?",), ("no", "no cup"))], [0], 0, " ", tokenizer)
+    short, long = group.texts()
+    assert short.start == long.start == len(short.ids) - 1
+
+
+def test_a_token_over_the_seam_is_scored(tokenizer):
+    """With no blank between them, what ends the question and what begins the answer may be one token."""
+    (group,) = encode("language_modeling", [Item(("the c",), ("up was",))], [0], 0, "", tokenizer)
+    (text,) = group.texts()
+    assert tokenizer.decode(text.ids[1 : text.start]) == "the" and tokenizer.decode(text.ids[text.start :]) == " cup was"
+
+
+def scores(*values: tuple[float, int, bool]) -> list[Score]:
+    return [Score(nats, n, greedy, 0) for nats, n, greedy in values]
+
+
+def test_decisions():
+    assert lowest_mean(scores((6.0, 3, False), (3.0, 1, True), (2.1, 1, True)), 0), "the mean decides, not the sum"
+    assert lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 0) and not lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 1), "the first of equals"
+    assert is_greedy(scores((9.0, 1, True)), 0) and not is_greedy(scores((0.1, 1, False)), 0)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)])
+def test_every_kind_decides_as_sums_over_a_table_do(tokenizer, kind, rows):
+    table = tiny.Table(tokenizer.vocab_size)
+    if kind == "language_modeling":  # so that some are right
+        rows = [{"context": "after all the cup", "continuation": answer} for answer in ("and the", "was", "and no", "and")]
+        ids = tokenizer.encode("cup and the")
+        table.table[ids[:-1], ids[1:]] += 99
+    groups = list(encode(kind, items(kind, rows), range(len(rows)), 1, " ", tokenizer))
+    found = judged(table, groups[::-1], CPU, lambda s, group: KINDS[kind].right(s, group.gold))
+    want = []
+    for group in groups:
+        if kind == "language_modeling":
+            want.append(table.greedy(*group.texts()[0]))
+        else:
+            means = [table.nats(ids, start) / (len(ids) - start) for ids, start in group.texts()]
+            want.append(means.index(min(means)) == group.gold)
+    assert found == want and len(set(want)) == 2
+
+
+def test_a_text_that_cannot_be_scored_is_named(tokenizer):
+    table = tiny.Table(tokenizer.vocab_size)
+    table.limit = 4
+    groups = list(encode("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
+    with pytest.raises(UserError, match="for a model that reads 4; expected at least one scored token, and one before it"):
+        judged(table, groups, CPU, lambda s, group: s)
+
+
+ROWS = {
+    "multiple_choice": {"query": "q", "choices": ["a", "b"], "gold": 0},
+    "schema": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+    "language_modeling": {"context": "a", "continuation": "b"},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "text"),
+    [
+        ("multiple_choice", {"query": None}, "query is missing; expected text"),
+        ("multiple_choice", {"query": ["x"]}, r"query is \['x'\]; expected text"),
+        ("multiple_choice", {"choices": ["a"]}, r"choices is \['a'\]; expected a list of at least 2 texts"),
+        ("multiple_choice", {"choices": "ab"}, "choices is 'ab'; expected a list of at least 2 texts"),
+        ("multiple_choice", {"gold": 2}, "gold is 2; expected the number of the true one of 2 choices, from 0 to 1"),
+        ("multiple_choice", {"gold": -1}, "gold is -1; expected the number"),
+        ("multiple_choice", {"gold": "A"}, "gold is 'A'; expected the number"),
+        ("multiple_choice", {"choices": ["a", "a"]}, "all 2 choices are the same; expected texts that differ"),
+        ("schema", {"context_options": [["a"], "b"]}, "context_options is .*; expected a list of at least 2 texts"),
+        ("schema", {"gold": None}, "gold is missing"),
+        ("schema", {"continuation": None}, "continuation is missing"),
+        ("language_modeling", {"continuation": " \n"}, "continuation is empty; expected text to predict"),
+    ],
+)
+def test_a_row_that_is_no_item_is_named(kind, change, text):
+    KINDS[kind].item(ROWS[kind])
+    with pytest.raises(UserError, match=text):
+        KINDS[kind].item(ROWS[kind] | change)
+
+
+@pytest.mark.skipif(not os.environ.get("NANOLAB_REFERENCE"), reason="NANOLAB_REFERENCE names no checkout of karpathy/nanochat")
+@pytest.mark.parametrize("where", ["tiny", "real"])
+def test_texts_tokens_and_starts_are_those_of_the_reference(tokenizer, tmp_path, where):
+    """On the bundle of NANOLAB_EVAL_BUNDLE where there is one."""
+    path = Path(os.environ["NANOLAB_REFERENCE"]) / "nanochat" / "core_eval.py"
+    loader = importlib.util.spec_from_file_location("reference_core_eval", path)
+    reference = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(reference)
+    folder = os.environ.get("NANOLAB_EVAL_BUNDLE") if where == "real" else tiny.write(tmp_path)
+    if not folder:
+        pytest.skip("NANOLAB_EVAL_BUNDLE names no evaluation bundle")
+
+    class Callable:
+        def get_bos_token_id(self):
+            return tokenizer.bos
+
+        def __call__(self, texts, prepend):
+            return [[prepend, *tokenizer.encode(text)] for text in texts]
+
+    def compare(task: TaskSpec) -> None:
+        short = {"multiple_choice": "mc", "schema": "schema", "language_modeling": "lm"}[task.kind]
+        data = [json.loads(line) for line in task.path.read_text().splitlines()]
+        random.Random(1337).shuffle(data)
+        ours = read_items(task, 30 if where == "real" else -1)
+        data = data[: len(ours)]
+        for group in encode(task.kind, ours, range(0, len(ours), 3), task.shots, task.delimiter, tokenizer):
+            i = group.index
+            few = [data[j] for j in random.Random(1234 + i).sample([j for j in range(len(data)) if j != i], task.shots)]
+            texts = getattr(reference, f"render_prompts_{short}")(data[i], task.delimiter, few)
+            ids, starts, _ = getattr(reference, f"batch_sequences_{short}")(Callable(), texts)
+            assert [(list(t.ids), t.start) for t in group.texts()] == list(zip(ids, starts))
+
+    for task in open_bundle(folder).tasks.values():
+        compare(task)
