@@ -1,0 +1,184 @@
+"""The model as transformers knows models: a config, a cache and a class for AutoModelForCausalLM.
+
+Exported together with what it imports of nanolab, in one file (one_file.py); nothing of nanolab imports it. Dims: B rows,
+T tokens, V vocabulary. A row is a text; where rows differ in length they are padded, and attention_mask is 0 there.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nanolab.config import GPTConfig
+from nanolab.inference.cache import KVCache
+from nanolab.model.gpt import GPT
+
+
+class NanolabConfig(PretrainedConfig):
+    """`gpt` holds every field of GPTConfig, whose comments explain them; the other sizes repeat it under usual names."""
+
+    model_type = "nanolab"
+
+    def __init__(self, gpt: dict[str, Any] | None = None, **kwargs):
+        c = GPTConfig(**(gpt or {}))
+        super().__init__(**kwargs | {"tie_word_embeddings": False})  # a tied head reads the table itself: there is nothing to tie
+        self.gpt = asdict(c)
+        self.vocab_size, self.max_position_embeddings = c.vocab_size, c.sequence_len
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads = c.n_embd, c.n_layer, c.n_head, c.n_kv_head
+
+
+class GenerationCache(KVCache):
+    """What `generate` asks of a cache. Rows lie without their padding, each at its own length; `columns` counts padding too."""
+
+    is_compileable = is_croppable = False
+    columns = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx.tolist())
+
+
+class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
+    """nanolab's GPT with the interface of transformers. Weights are computed with in the dtype they are loaded in."""
+
+    config_class = NanolabConfig
+    base_model_prefix = "gpt"
+    _is_stateful = True  # what the cache has read cannot be taken back, which assisted generation would need
+    _keep_in_fp32_modules_strict = ["lambdas", "backout", "smear", "normaliser", "qk_norm"]  # learned scalars: their steps are finer than bf16
+
+    def __init__(self, config: NanolabConfig):
+        super().__init__(config)
+        self.gpt = GPT(GPTConfig(**config.gpt))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Of a model that is made from a config. Weights that were loaded stay."""
+        if module is self.gpt and not getattr(module.wte.weight, "_is_hf_initialized", False):
+            module.init_weights(torch.initial_seed())
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.gpt.wte
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.gpt.lm_head
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        raise NotImplementedError(
+            f"resize_token_embeddings: the tables of this model have {self.config.vocab_size} tokens and keep them; use the tokens that are there, "
+            f"for instance the special ones, or train a model with a larger vocabulary in nanolab"
+        )
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, past_key_values: GenerationCache | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+        """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens.
+
+        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return past_key_values,
+        which the next call continues; without it no cache is made. attention_mask: 0 at padding, before or behind each row's text.
+        """
+        for name, value in (("inputs_embeds", inputs_embeds is not None), ("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if value:
+                raise ValueError(f"{name} is not offered by this model; expected input_ids, and no {name}; leave it out")
+        if input_ids is None:
+            raise ValueError("input_ids is missing; expected token ids of shape (rows, tokens); pass tokenizer(text, return_tensors='pt').input_ids")
+        if (dtype := self.gpt.wte.weight.dtype) != self.gpt.compute_dtype:
+            self.gpt.compute_dtype, self.gpt._kernels = dtype, {}
+        cache = past_key_values
+        if use_cache and cache is None:
+            wide = dtype if input_ids.device.type != "cpu" or dtype == torch.float64 else torch.float32  # one query in bf16 takes a CPU ten times as long
+            cache = self._new_cache(len(input_ids), wide, input_ids.device)
+        if cache is None:
+            logits = self._read(input_ids, attention_mask, logits_to_keep)
+        else:
+            logits = self._continue(input_ids, attention_mask, cache, logits_to_keep)
+        loss = None
+        if labels is not None:
+            if logits.size(1) != labels.size(1):
+                raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return out.to_tuple() if return_dict is False else out
+
+    def _new_cache(self, rows: int, dtype: torch.dtype, device: torch.device) -> GenerationCache:
+        return GenerationCache(self.gpt.config, rows, dtype=dtype, device=device)
+
+    def _read(self, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        """Logits of whole rows. Padding behind a text changes nothing in it; padding before it is moved behind it, and back."""
+        before, _ = padding(mask, ids)
+        if before is None or not before.any():
+            return self.gpt(ids, last_only=keep == 1)[:, -keep:]
+        T = ids.size(1)
+        place = (torch.arange(T, device=ids.device) + before[:, None]) % T
+        logits = self.gpt(ids.gather(1, place))
+        back = (torch.arange(T, device=ids.device) - before[:, None]) % T
+        return logits.gather(1, back[..., None].expand_as(logits))[:, -keep:]
+
+    def _continue(self, ids: Tensor, mask: Tensor | None, cache: GenerationCache, keep: int) -> Tensor:
+        """Logits of tokens that the cache's rows go on with. New rows are read without their padding, those of one length together."""
+        B, T = ids.shape
+        before, lengths = padding(mask, ids) if cache.columns == 0 else (None, None)
+        longest = T if lengths is None else max(lengths)
+        if (end := max(cache.lengths) + longest) > cache.limit:
+            raise ValueError(f"a text of {end} tokens; this model reads {cache.limit} at most; shorten it, or generate fewer tokens with max_new_tokens")
+        cache.columns += T
+        if before is None or not before.any() and longest == T:
+            return self.gpt(ids, cache=cache, last_only=keep == 1)[:, -keep:]
+        if mask[:, -1].min() == 0:
+            raise ValueError("attention_mask ends in 0: a text cannot go on behind its padding; expected padding on the left; set tokenizer.padding_side = 'left'")
+        logits = None
+        for length in sorted(set(lengths)):
+            rows = [row for row in range(B) if lengths[row] == length]
+            part = self._new_cache(len(rows), cache.dtype, ids.device)
+            new = self.gpt(ids[rows, T - length :], cache=part, last_only=keep == 1)
+            cache.put(rows, part, list(range(len(rows))))
+            if logits is None:
+                logits = new.new_zeros(B, 1 if keep == 1 else T, new.size(-1))
+            logits[rows, -new.size(1) :] = new
+        return logits[:, -keep:]
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: GenerationCache | None = None, attention_mask: Tensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int = 0, **kwargs,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The tokens that the cache has not read, or all where there is none."""
+        if past_key_values is not None and past_key_values.columns < input_ids.size(1):
+            input_ids = input_ids[:, past_key_values.columns :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+
+    def _prepare_generated_length(self, generation_config, **facts):
+        """Texts stop where the model's rows end, as in nanolab; a prompt that fills a row is refused."""
+        limit, length = self.config.max_position_embeddings, facts["input_ids_length"]
+        if length >= limit:
+            raise ValueError(f"a prompt of {length} tokens; this model reads {limit}, prompt and reply together; shorten the prompt")
+        generation_config = super()._prepare_generated_length(generation_config=generation_config, **facts)
+        generation_config.max_length = min(generation_config.max_length, limit)
+        return generation_config
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: the cache is this model's own, and made by `forward`."""
+        return False
+
+
+def padding(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, list[int] | None]:
+    """(padding before each row's text (B,), length of each text), or nothing without a mask. Raises ValueError for a mask with holes."""
+    if mask is None:
+        return None, None
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}; expected that of input_ids, {tuple(ids.shape)}, with 0 at padding")
+    mask = mask.to(ids.device) != 0
+    before, length = mask.int().argmax(1), mask.sum(1)
+    column = torch.arange(mask.size(1), device=ids.device)
+    whole = (column >= before[:, None]) & (column < (before + length)[:, None])
+    if not torch.equal(mask, whole) or not length.all():
+        row = int(((mask != whole).any(1) | (length == 0)).int().argmax())
+        raise ValueError(f"attention_mask of row {row} is not one piece of 1s; expected a text with padding before or behind it; cut what is masked out of it")
+    return before, length.tolist()
