@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanolab.config import UserError
+from nanolab.evals import likelihood
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference.served import served
 from nanolab.model.gpt import GPT
@@ -25,7 +26,8 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 V, LIMIT = 61, 64
 CONFIG = replace(axes.BASE, sequence_len=LIMIT)
 # Of each axis, the values that a cache, a window, padding or the head can meet; norms, gains and inits cannot tell.
-KINDS = {name: replace(c, sequence_len=LIMIT) for name, c in axes.singles().items() if not any(word in name for word in ("dropout", "norm=", "norm_gain", "init", "mlp=", "qk_"))}  # fmt: skip
+ALIKE = ("dropout", "norm=", "norm_gain", "init", "mlp=", "qk_")
+KINDS = {name: replace(c, sequence_len=LIMIT) for name, c in axes.singles().items() if not any(word in name for word in ALIKE)}
 
 
 def build(config=CONFIG, dtype=torch.float64, seed: int = 0) -> GPT:
@@ -109,6 +111,11 @@ def test_any_packing_finds_the_same(tokens):
     model = build()
     whole = check(model, GROUPS, tokens=tokens)
     assert whole[3:6] == [[pytest.approx(nats, abs=1e-9) for nats in group] for group in check(model, GROUPS[3:6], tokens=tokens)]
+
+
+def test_the_head_reads_places_a_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(likelihood, "LOGITS", 5 * V)
+    check(build(), GROUPS)
 
 
 def test_results_are_in_the_order_of_the_groups():
