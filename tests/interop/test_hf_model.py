@@ -192,7 +192,7 @@ def own(folder: Path) -> None:
 def test_the_folders_own_code_runs_only_when_asked_for(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     own(copy)
-    with pytest.raises(UserError, match="modeling_own.py, and add --trust-code"):
+    with pytest.raises(UserError, match="modeling_own.py, then add --trust-code"):
         load(copy, CPU)
     reader, _ = load(copy, CPU, trust_code=True)
     assert not reader.picks and reader.limit == 40
