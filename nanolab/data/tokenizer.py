@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+BEGINNINGS = ("<|bos|>", "<|endoftext|>")  # what a document starts with: the one that the vocabulary had first, since GPT-2's weights know theirs
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 # tiktoken's regex engine dies on a run of a million blanks; runs longer than this are encoded in parts.
 MAX_BLANKS = 500_000
@@ -55,7 +56,7 @@ class Tokenizer:
             self._bytes[i] = token
         self.vocab_size = end
         self.specials: dict[str, int] = specials
-        self.bos: int = specials["<|bos|>"]
+        self.bos: int = min(specials[name] for name in BEGINNINGS if name in specials)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -181,11 +181,11 @@ def test_gpt2_files_keep_their_ids(gpt2_style, tmp_path):
     gpt2 = Tokenizer.load(gpt2_style)
     vocab = json.loads((gpt2_style / "vocab.json").read_text())
     assert gpt2.vocab_size == len(vocab) + 9
-    assert gpt2.special("<|endoftext|>") == vocab["<|endoftext|>"] and gpt2.bos == len(vocab)
+    assert gpt2.special("<|endoftext|>") == vocab["<|endoftext|>"] == gpt2.bos and gpt2.special("<|bos|>") == len(vocab)
     assert gpt2.encode("<|endoftext|>") != [vocab["<|endoftext|>"]]
     assert gpt2.decode_bytes([vocab["Ġthe"]]) == b" the"
     saved = Tokenizer.load(gpt2.save(tmp_path))
-    assert saved.hash == gpt2.hash and saved.encode(TEXTS[1]) == gpt2.encode(TEXTS[1])
+    assert saved.hash == gpt2.hash and saved.encode(TEXTS[1]) == gpt2.encode(TEXTS[1]) and saved.bos == gpt2.bos
     hf = hugging_face(tmp_path / "tokenizer.json")
     assert hf.encode(TEXTS[1]).ids == gpt2.encode(TEXTS[1])
 
