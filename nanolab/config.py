@@ -487,6 +487,14 @@ class BenchConfig(ModelFlags, DataConfig):
     int8: bool = False  # weights in 8 bits; needs torchao
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a GPT-2 of a transformers folder a finished base run, which every command takes."""
+
+    folder: str = ""  # with config.json, model.safetensors and the tokenizer's files; the first argument
+    run: str = ""  # run directory under <base>/runs/; default: the folder's name
+
+
 def chosen(c: Architecture) -> list[str]:
     """The architecture flags that are not at their defaults, as "name value"."""
     return [f"{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(Architecture) if getattr(c, f.name) != f.default]

@@ -4,12 +4,17 @@ transformers keeps the four matrices of a block as Conv1D, (inputs, outputs), wh
 transposed is a fact of their names: attn.c_proj is square, so its shape says nothing. Query, key and value are one tensor there.
 """
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanolab.config import Architecture, GPTConfig, UserError
@@ -127,6 +132,42 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
         tensor = F.pad(tensor, (0, 0, 0, padding)) if padding and _is_table(theirs) else tensor
         state |= {name: part.contiguous() for name, part in zip(ours, tensor.chunk(len(ours)))}
     return state
+
+
+def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """(config, our weights in fp32) of a folder that save_pretrained wrote. Raises UserError for what is missing, damaged or not GPT-2."""
+    index = folder / "model.safetensors.index.json"  # of large models, which are saved in parts
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no config.json in {folder}; expected a folder that transformers' save_pretrained wrote; check the path")
+    c = config_from_hf(_json(folder / "config.json"))
+    names = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        how = f"""python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')" """
+        others = f"; {pickled.name} is a pickle, which runs what it holds, and is not read; if you trust it: {how.strip()}" if pickled else "; copy or download it"
+        raise UserError(f"no {missing[0]} in {folder}; expected the weights{others}")
+    try:
+        tensors = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+    except SafetensorError as error:
+        raise UserError(f"{folder / names[0]} is damaged ({error}); expected the weights; copy or download it again") from None
+    return c, {name: tensor.float() for name, tensor in from_hf(tensors, c).items()}
+
+
+def with_rows(state: Mapping[str, Tensor], c: GPTConfig, known: int, vocab_size: int) -> tuple[dict[str, Tensor], GPTConfig]:
+    """The model with `vocab_size` tokens: the first `known` are its own, the others begin as the mean of these."""
+    tables = ("wte.weight",) if c.tied_head else ("wte.weight", "lm_head.weight")
+
+    def resized(rows: Tensor) -> Tensor:
+        return torch.cat((rows[:known], rows[:known].double().mean(0).to(rows.dtype).expand(vocab_size - known, -1)))
+
+    return {name: resized(tensor) if name in tables else tensor for name, tensor in state.items()}, replace(c, vocab_size=vocab_size)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); expected what save_pretrained wrote; copy or download it again") from None
 
 
 def _names(c: GPTConfig) -> list[tuple[tuple[str, ...], str, bool]]:

@@ -1,0 +1,176 @@
+"""scripts.import_hf: the run is the model that transformers reads from the folder, and the other commands take it; mistakes are named."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from nanolab.config import BaseEvalConfig, ChatConfig, ImportConfig, InspectConfig, SFTConfig, UserError, from_preset
+from nanolab.data.tokenizer import SPECIAL_TOKENS
+from nanolab.interop import gpt2
+from nanolab.runtime import Runtime
+from nanolab.training.models import find_model, load_model, read_json
+from nanolab.training.schedule import gpt_config
+from scripts import base_eval, chat_cli, chat_sft, import_hf
+
+spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_gpt2", Path(__file__).with_name("tiny_gpt2.py"))
+tiny_gpt2 = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_gpt2)
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+TEXT = "the dog isn't naïve <|endoftext|> <|user_start|>"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return tiny_gpt2.make(tmp_path_factory.mktemp("published") / "tiny")
+
+
+@pytest.fixture
+def folder(published, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(published, tmp_path / "tiny")
+
+
+def imported(folder: Path, name: str = ""):
+    import_hf.run(ImportConfig(str(folder), name))
+    return load_model(name or folder.name, CPU)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"old_tokenizer": True, "tie_word_embeddings": False, "n_embd": 48, "n_head": 4, "n_layer": 3}])
+def test_the_run_is_the_model_of_the_folder(settings, tmp_path, capsys):
+    folder = tiny_gpt2.make(tmp_path / "tiny", **settings)
+    theirs, tok = transformers.GPT2LMHeadModel.from_pretrained(folder), transformers.GPT2Tokenizer.from_pretrained(folder)
+    model, tokenizer, meta = imported(folder)
+    V = len(tok)
+    assert tokenizer.vocab_size == model.config.vocab_size == V + 9 and [tokenizer.special(name) for name in SPECIAL_TOKENS] == list(range(V, V + 9))
+    assert tokenizer.bos == model.config.bos == tok.eos_token_id and tokenizer.decode([tokenizer.bos]) == "<|endoftext|>"
+    plain = "the dog isn't naïve, it's 345"
+    assert tokenizer.encode(plain) == tok.encode(plain)
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(TEXT)]])
+    got, want = model(ids), theirs(ids).logits
+    torch.testing.assert_close(got[..., :V], want, atol=1e-4, rtol=0)
+    mean = theirs.transformer.wte.weight.double().mean(0).float()
+    assert all(torch.equal(row, mean) for row in model.wte.weight[V:]) and torch.equal(model.wte.weight[:V], theirs.transformer.wte.weight)
+    torch.testing.assert_close(got[..., V:].mean(-1), want.mean(-1), atol=1e-4, rtol=0)  # logits are linear in the head's rows
+    out, saved = gpt2.to_hf(model.state_dict(), model.config), load_file(folder / "model.safetensors")
+    assert out.keys() == saved.keys() and all(torch.equal(out[name][:V] if name.endswith(("wte.weight", "lm_head.weight")) else out[name], saved[name]) for name in saved)
+    assert (meta["kind"], meta["tokens"], read_json(find_model("tiny").run_dir / "result.json")["kind"]) == ("base", 0, "base")
+    assert f"{V + 9} tokens: {V} of its own, 9 chat tokens added" in capsys.readouterr().out
+
+
+def test_the_other_commands_take_it(published, tmp_path, capsys, monkeypatch):
+    """Evaluated, fine-tuned, and it replies: the words of the import are the commands that work."""
+    monkeypatch.setenv("NANOLAB_DTYPE", "float32")
+    import_hf.run(ImportConfig(str(published), "g"))
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"the cat sat on mat {i}, " * 9)
+    base_eval.run(BaseEvalConfig(model="g", data_dir=str(tmp_path / "text"), modes="bpb,sample", split_tokens=512, device_type="cpu"))
+    assert read_json(find_model("g").run_dir / "eval_base.json")["val"]["bpb"] > 0
+    chats = [[{"role": "user", "content": f"the dog {i}"}, {"role": "assistant", "content": "sat on it"}] for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    tuning = dict(model="g", run="g-sft", tasks=f"jsonl={tmp_path / 'chats.jsonl'}", num_iterations=2, device_batch_size=4, total_batch_size=512, eval_every=-1, device_type="cpu")
+    with pytest.raises(UserError, match="--no-load-optimizer"):
+        chat_sft.run(SFTConfig(**tuning | {"run": "none"}))
+    chat_sft.run(SFTConfig(**tuning, load_optimizer=False, init_lr_frac=0.05))
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    capsys.readouterr()
+    chat_cli.run(ChatConfig(prompt="the dog", max_tokens=5, device_type="cpu"))
+    said = capsys.readouterr()
+    assert "model g-sft@2" in said.err and said.out.endswith("\n")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_published_sizes_are_presets(name):
+    preset = from_preset(InspectConfig, name)
+    c = gpt_config(preset, preset.vocab_size)
+    flags = import_hf.flags_of(c)
+    assert (flags.preset, gpt_config(flags, c.vocab_size), flags.total_batch_size) == (name, c, 524288)
+
+
+@pytest.mark.parametrize("layers,width,heads,row", [(5, 48, 4, 40), (7, 96, 3, 64)])
+def test_other_sizes_are_gpt2_with_flags(layers, width, heads, row):
+    preset = from_preset(InspectConfig, "gpt2")
+    c = dataclasses.replace(gpt_config(preset, 300), n_layer=layers, n_embd=width, n_head=heads, sequence_len=row)
+    flags = import_hf.flags_of(c)
+    assert flags.preset == "gpt2" and gpt_config(flags, 300) == c
+
+
+def test_parts_halves_and_padding(folder, capsys):
+    """Weights in parts are joined, in fp16 widened; rows that no token has are left out."""
+    want = imported(folder, "whole")[0].state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wte.weight"] = torch.cat((tensors["transformer.wte.weight"], torch.ones(19, 32)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 19}))
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name].half() for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    got = imported(folder, "parts")[0].state_dict()
+    assert "19 rows without a token left out" in capsys.readouterr().out
+    for name in want:
+        rows = len(want[name]) - 9 if name == "wte.weight" else None
+        assert got[name].shape == want[name].shape and torch.equal(got[name][:rows], want[name][:rows].half().float()), name
+
+
+def changed(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        (lambda f: changed(f / "config.json", model_type="llama"), "is of a 'llama' model; expected 'gpt2'"),
+        (lambda f: changed(f / "config.json", n_layer=3), r"the weights lack transformer\.h\.2\..* and 11 more"),
+        (lambda f: changed(f / "config.json", vocab_size=300), r"wte\.weight has the shape .*; expected \(300, 32\)"),
+        (lambda f: changed(f / "config.json", activation_function="relu"), "activation_function 'relu'"),
+        (lambda f: (f / "config.json").unlink(), "no config.json in"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in .*copy or download it"),
+        (pickled, r"pytorch_model\.bin is a pickle.*if you trust it: python -c .*save_pretrained"),
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors is damaged"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
+        (lambda f: (f / "tokenizer.json").write_text((f.parent / "other" / "tokenizer.json").read_text()), r"has 257 tokens, but the weights have \d+ rows"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named_and_leaves_nothing(damage, says, folder, base_dir):
+    (folder.parent / "other").mkdir()
+    bytes_only = transformers.GPT2Tokenizer.from_pretrained(folder).backend_tokenizer.to_str()
+    model = json.loads(bytes_only)
+    letters = sorted(model["model"]["vocab"], key=model["model"]["vocab"].get)
+    letters = [token for token in letters if len(token) == 1]
+    model["model"] |= {"vocab": {token: i for i, token in enumerate(letters)}, "merges": []}
+    model["added_tokens"] = [token | {"id": 256} for token in model["added_tokens"]]
+    (folder.parent / "other" / "tokenizer.json").write_text(json.dumps(model))
+    damage(folder)
+    with pytest.raises(UserError, match=says):
+        import_hf.run(ImportConfig(str(folder), "r"))
+    assert not (base_dir / "runs" / "r").exists()
+
+
+def test_names_that_cannot_be_are_named(folder):
+    for cfg, says in [(ImportConfig(), "no folder ''"), (ImportConfig(str(folder / "none")), "no folder .*none"), (ImportConfig(str(folder), "a@b"), "a@b")]:
+        with pytest.raises(UserError, match=says):
+            import_hf.run(cfg)
+    import_hf.run(ImportConfig(str(folder)))
+    with pytest.raises(UserError, match="run 'tiny' exists already"):
+        import_hf.run(ImportConfig(str(folder)))
