@@ -256,6 +256,17 @@ class BaseEvalConfig(DataConfig):
 
 
 @dataclass(frozen=True)
+class ContaminationConfig(DataConfig):
+    """Find the items of an evaluation set that share a run of words with the training text."""
+
+    eval_set: str = ""  # a .jsonl file of items, or the folder of an evaluation bundle (core.yaml and extra.yaml)
+    ngram: int = 13  # words in a run
+    out: str = ""  # folder of contamination.json and contaminated.jsonl; default: contamination/NAME in the base directory
+    threads: int = 0  # CPU threads; 0: all
+    json: bool = False  # last line of output is one JSON document
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Fine-tune a model on conversations, so that it answers."""
 
