@@ -4,6 +4,13 @@
 
 Cross entropy per token is lower for a model with shorter tokens; per byte of text, models with any tokenizer compare
 with one another and with compressors. Dims: N rows, T tokens, V vocabulary.
+
+A ratio of two sums over rows has a standard error (Cochran, Sampling Techniques, 3rd ed. 1977, section 6.4, of a large population):
+
+    error(sum x / sum b)^2 = n / (n - 1) * sum (x - R b)^2 / (sum b)^2        x nats and b bytes of a row, R the ratio, n rows that count
+
+so the interval says how far other text of this kind, as much of it, would lie. It takes rows as independent, which those cut from
+one book or site are not: for such text it is too narrow.
 """
 
 import math
@@ -13,17 +20,24 @@ import numpy as np
 import torch
 
 from nanolab.config import UserError
+from nanolab.evals.score import Z95, Interval
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
 
 class BPB(NamedTuple):
-    """bpb, and the three sums it is made of (tokens are those that were counted)."""
+    """bpb, the three sums it is made of (tokens are those that were counted), and its standard error, None of a single row."""
 
     bpb: float
     nats: float
     n_bytes: int
     n_tokens: int
+    error: float | None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The normal approximation's 95 % interval."""
+        return None if self.error is None else Interval(self.bpb - Z95 * self.error, self.bpb + Z95 * self.error)
 
 
 @torch.no_grad()
@@ -41,16 +55,25 @@ def bits_per_byte(
     counted = targets >= 0
     counted[counted] = token_bytes[targets[counted]] > 0
     targets = np.where(counted, targets, -1)
-    # One tensor for the one collective; float64 where the backend and device have it (mps has neither ranks nor float64).
-    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device if runtime.device.type == "cuda" else "cpu")
-    sums[1] = float(token_bytes[targets[counted]].sum(dtype=np.int64))
-    sums[2] = float(counted.sum())
+    # float64, which mps has not: its sums are made on the CPU
+    device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")
+    n_bytes = torch.from_numpy(np.where(counted, token_bytes[targets], 0).sum(1, dtype=np.float64)).to(device)  # of each row, as are
+    nats = torch.zeros_like(n_bytes)
     for first in range(0, len(inputs), batch_size):
         if not counted[first : first + batch_size].any():
             continue
         x, y = (torch.from_numpy(half[first : first + batch_size]).to(runtime.device) for half in (inputs, targets))
-        sums[0] += model(x, y, reduction="none").to(sums.device).double().sum()
-    nats, n_bytes, n_tokens = runtime.all_reduce_(sums).tolist()
+        nats[first : first + batch_size] = model(x, y, reduction="none").to(device).double().sum(1)
+    n_tokens = torch.tensor(float(counted.sum()), dtype=torch.float64, device=device)
+    sums = torch.stack([nats.sum(), n_bytes.sum(), n_tokens, (n_bytes > 0).sum(), (nats**2).sum(), (nats * n_bytes).sum(), (n_bytes**2).sum()])
+    return _of_sums(*runtime.all_reduce_(sums).tolist())
+
+
+def _of_sums(nats: float, n_bytes: float, n_tokens: float, n: float, nats2: float, product: float, n_bytes2: float) -> BPB:
+    """The score from sums over rows; n: rows that count."""
     if not n_bytes:
         raise UserError("no byte to count in the evaluation rows; expected text after the first token of a document; try more --split-tokens or other --val-data")
-    return BPB(nats / (math.log(2) * n_bytes), nats, int(n_bytes), int(n_tokens))
+    ratio = nats / n_bytes
+    squares = max(0.0, nats2 - 2 * ratio * product + ratio**2 * n_bytes2)  # 0 up to rounding where all rows are alike
+    error = math.sqrt(n / (n - 1) * squares) / n_bytes / math.log(2) if n > 1 else None
+    return BPB(ratio / math.log(2), nats, int(n_bytes), int(n_tokens), error)

@@ -36,16 +36,21 @@ def make_rows(n: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids[:, :-1].astype(np.int32), targets.astype(np.int32), lengths
 
 
-def by_definition(model: GPT, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[float, float, int, int]:
-    nats, n_bytes, n_tokens = 0.0, 0, 0
+def by_definition(model: GPT, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[float, float, int, int, float]:
+    rows, n_tokens = [], 0  # nats and bytes of each
     for row, wanted in zip(inputs, targets):
+        nats, n_bytes = 0.0, 0
         with torch.no_grad():
             logits = model(torch.from_numpy(row).long()[None])[0].double().numpy()
         for t, y in enumerate(wanted):
             if y >= 0 and lengths[y] > 0:
                 nats -= logits[t, y] - np.log(np.exp(logits[t]).sum())
                 n_bytes, n_tokens = n_bytes + int(lengths[y]), n_tokens + 1
-    return nats / (math.log(2) * n_bytes), nats, n_bytes, n_tokens
+        rows += [(nats, n_bytes)] if n_bytes else []
+    nats, n_bytes, n = *map(sum, zip(*rows)), len(rows)
+    residuals = [x - nats / n_bytes * b for x, b in rows]
+    error = math.sqrt(n / (n - 1) * sum(r * r for r in residuals)) / n_bytes
+    return nats / (math.log(2) * n_bytes), nats, n_bytes, n_tokens, error / math.log(2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
@@ -54,7 +59,7 @@ def test_it_is_the_definition_at_any_batch_size(batch_size):
     expected = by_definition(model, inputs, targets, lengths)
     got = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, batch_size)
     assert got == pytest.approx(expected, rel=1e-6)
-    assert (got.n_bytes, got.n_tokens) == expected[2:]
+    assert (got.n_bytes, got.n_tokens) == expected[2:4]
 
 
 def test_a_uniform_model_needs_log2_v_bits_per_token():
@@ -76,6 +81,27 @@ def test_special_and_ignored_targets_count_neither_as_nats_nor_as_bytes():
     assert got == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_interval_is_that_of_drawing_rows_again():
+    """Against the bootstrap of rows (Efron 1979), on rows of very different lengths."""
+    model, (inputs, targets, lengths), rng = make_model(), make_rows(150), np.random.default_rng(1)
+    for row, end in zip(targets, rng.integers(1, 17, len(targets))):
+        row[end:] = -1
+    got = bits_per_byte(model, (inputs, targets), lengths, RUNTIME)
+    each = [bits_per_byte(model, (inputs[i : i + 1], targets[i : i + 1]), lengths, RUNTIME) for i in np.flatnonzero((lengths[targets] * (targets >= 0)).any(1))]
+    nats, n_bytes = np.array([(row.nats, row.n_bytes) for row in each]).T
+    draws = rng.integers(0, len(each), (4000, len(each)))
+    ratios = nats[draws].sum(1) / n_bytes[draws].sum(1) / math.log(2)
+    assert got.error == pytest.approx(ratios.std(), rel=0.05)
+    assert got.interval == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.25 * got.error)
+    assert each[0].error is None and each[0].interval is None  # one row says nothing of others
+
+
+def test_rows_that_are_alike_leave_no_doubt():
+    model, (inputs, targets, lengths) = make_model(), make_rows()
+    got = bits_per_byte(model, [np.repeat(half[:1], 5, axis=0) for half in (inputs, targets)], lengths, RUNTIME, 2)
+    assert got.error == pytest.approx(0, abs=1e-7 * got.bpb)
+
+
 def test_the_callers_rows_are_left_alone():
     model, (inputs, targets, lengths) = make_model(), make_rows()
     before = targets.copy()
@@ -95,7 +121,7 @@ def test_two_ranks_give_the_figure_of_one(run_ranks):
     alone = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 2)
     for got in run_ranks(measure, 2):
         assert got == pytest.approx(tuple(alone), rel=1e-6)
-        assert got[2:] == alone[2:]
+        assert got[2:4] == alone[2:4]
 
 
 def measure(runtime: Runtime) -> tuple:
