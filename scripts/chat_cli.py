@@ -44,7 +44,7 @@ def run(cfg: ChatConfig) -> int:
     answers = cfg.chat or not cfg.raw and meta.get("kind", "base") != "base"
     if cfg.system and not answers:
         raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
-    dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS), answers=answers, system=cfg.system)
+    dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True), answers=answers, system=cfg.system)
     request = Request((), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None)
     marks = call_marks(tokenizer, tool) if answers else {}
     talk = Talk(dialogue, request, lambda steps: stream(steps, tokenizer, marks))

@@ -57,7 +57,7 @@ def load(cfg: ServeConfig, rt) -> list:
             if cuda or not engines:
                 model, tokenizer, meta = load_model(found, place)
                 model = ready_to_generate(model, int8=cfg.int8)
-            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20))
+            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20, graphs=True))
         served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
     return served
 

@@ -30,21 +30,20 @@ class Engine:
 
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
     never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py). graphs: record decode
-    steps and replay them (see recorded.py), by default on GPUs. Both are for weights that do not change: `generate`, which
-    training and evaluation use, never replays, and meets snapshots only where prefix_bytes says so.
+    steps and replay them (see recorded.py). Both are for weights that do not change (served.py); `generate` never replays.
     Not to be used from several threads at once.
     """
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 0, prefix_bytes: int = 0,
-        graphs: bool | None = None,
+        graphs: bool = False,
     ):  # fmt: skip
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens or (256 if runtime.device.type == "cpu" else 2048)
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
         self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
-        self.recorder = Recorder(model) if (runtime.device.type == "cuda" if graphs is None else graphs) else None
+        self.recorder = Recorder(model, runtime.device) if graphs and runtime.device.type != "mps" else None
         dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype  # one query in bf16 takes a CPU ten times as long
         # not a method: with a cycle through it, an engine's cache would stay until the garbage is collected, which training does rarely
         self._new_cache = lambda rows, capacity: KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=runtime.device)
@@ -122,7 +121,7 @@ class Engine:
         return [row.force() if row.waiting else row.take(next(chosen)) for row in self.rows]
 
     def _join(self, row: Row, cache: KVCache, place: int) -> None:
-        if not self.rows and self.recorder is None:  # a recording is of the cache where it lies
+        if not self.rows and not (self.recorder and self.recorder.in_place):
             self.cache = self._new_cache(0, min(row.end, len(row.tokens) + HEADROOM))
         self.cache.add(cache, place)
         self.rows.append(row)

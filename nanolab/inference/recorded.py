@@ -1,12 +1,14 @@
 """Whole decode steps, recorded once and replayed: a CUDA graph on GPUs, a list of operators that needs no Python on CPUs.
 
 A step of the model on a small batch is bound by the cost of starting its hundreds of operators. Its shapes repeat, so they are
-fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a bucket comes up for
-the `after`-th time. A recording reads the weights where they lie; so it belongs to a model whose weights stay there and, being
+fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a bucket has come up
+`after` times. On CPUs only batches of few rows are: in larger ones the work itself counts, and slots that hold nothing are work. A recording reads the weights where they lie; so it belongs to a model whose weights stay there and, being
 cast, do not change (served.py). `Engine.generate`, which training uses too, records nothing.
 Dims: N rows of a bucket, n of them in use, S slots.
 """
 
+import math
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -17,7 +19,9 @@ from nanolab.inference.cache import KVCache, ring_positions
 from nanolab.model.gpt import GPT
 
 LEAST_SLOTS = 64  # of a bucket
-AFTER = 24  # steps that a bucket is run plainly first: most recordings pay only where many more will come
+AFTER = 24  # steps that a bucket is run plainly first: a recording (30 ms on a CPU) pays only where many more will come
+ROWS_ON_CPU = 4
+RECORDING = threading.Lock()  # the tracer is one for all replicas
 Step = Callable[..., tuple[Tensor, ...]]  # (ids (N, 1), pos (N,), what was left, keys, values) -> logits (N, V), what is left
 
 
@@ -54,11 +58,9 @@ def fixed_step(model: GPT, rings: list[int], names: list[str]) -> Step:
 
 def record_cpu(step: Step, inputs: list[Tensor]) -> Step:
     """The operators of one call, replayed by TorchScript's interpreter; for any inputs of these shapes and strides."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with warnings.catch_warnings(), torch.no_grad():
+    with RECORDING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is in maintenance; a tracer's warnings are about shapes, which are fixed here
-        return torch.jit.trace(make_fx(step)(*inputs), tuple(inputs), check_trace=False)
+        return torch.jit.trace(step, tuple(inputs), check_trace=False)
 
 
 def record_cuda(step: Step, inputs: list[Tensor]) -> Step:
@@ -87,9 +89,13 @@ def record_cuda(step: Step, inputs: list[Tensor]) -> Step:
 class Recorder:
     """Decode steps over one engine's cache. after: uses of a bucket before it is recorded."""
 
-    def __init__(self, model: GPT, after: int = AFTER):
+    def __init__(self, model: GPT, device: torch.device, after: int = AFTER):
         self.model, self.after = model, after
-        self.cuda = self.padded = model.wte.weight.is_cuda  # padded: to a power of two; kernels on CPUs would feel the rows that are not there
+        cuda = device.type == "cuda"
+        self.record = record_cuda if cuda else record_cpu
+        self.most_rows = math.inf if cuda else ROWS_ON_CPU
+        self.in_place = cuda  # a recording is of the cache where it lies
+        self.padded = cuda  # to a power of two; kernels on CPUs would feel the rows that are not there
         self.uses: dict[tuple, int] = {}
         self.steps: dict[tuple, Step] = {}
         self.memory: Tensor | None = None  # the cache's first tensor: another one means that it has moved
@@ -98,15 +104,17 @@ class Recorder:
     def step(self, cache: KVCache, ids: Tensor) -> Tensor:
         """Logits (n, V) behind ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
         n, longest = len(ids), max(cache.lengths) + 1
+        if n > self.most_rows:
+            return self.model(ids, cache=cache, last_only=True)[:, -1]
         rows = 1 << (n - 1).bit_length() if self.padded else n
         slots = max(LEAST_SLOTS, 1 << (longest - 1).bit_length())
         cache.reserve(min(slots, cache.limit), rows)
         if cache.k[0] is not self.memory:
             self.memory, self.views = cache.k[0], {}
-            if self.cuda:
+            if self.in_place:
                 self.steps, self.uses = {}, {}
         names = sorted(cache.left)
-        key = rows, slots, cache.capacity  # which gives the strides, too
+        key = rows, slots, cache.capacity if self.in_place else 0
         if key not in self.views:
             self.views[key] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
         small = [ids, cache.pos, *(cache.left[name] for name in names)]
@@ -115,7 +123,7 @@ class Recorder:
         inputs = [*small, *self.views[key]]
         self.uses[key] = self.uses.get(key, 0) + 1
         if self.uses[key] > self.after and key not in self.steps:
-            self.steps[key] = (record_cuda if self.cuda else record_cpu)(fixed_step(self.model, cache.rings, names), inputs)
+            self.steps[key] = self.record(fixed_step(self.model, cache.rings, names), inputs)
         logits, *left = (self.steps.get(key) or fixed_step(self.model, cache.rings, names))(*inputs)
         cache.left = {name: x[:n].clone() if self.padded else x for name, x in zip(names, left)}
         cache.advance(1)

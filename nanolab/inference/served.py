@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nanolab.config import GPTConfig, UserError
 from nanolab.model.attention import CausalSelfAttention, NoQKNorm, Reading, RMSQKNorm, unturned
-from nanolab.model.blocks import LayerNorm, Linear, ResidualScalars, RMSNorm, SwiGLU
+from nanolab.model.blocks import LayerNorm, Linear, Pass, ResidualScalars, RMSNorm, SwiGLU, norm
 from nanolab.model.gpt import GPT
 from nanolab.model.positions import Angles, half
 
@@ -43,6 +43,10 @@ def served(model: GPT, *, int8: bool = False) -> GPT:
                 setattr(parent, name, plain(child))
     if int8:
         quantize(model)
+    elif device.type == "cpu" and dtype == torch.float32:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # by input, where a product with one row takes half the time and others no more
+                module.weight.data = module.weight.data.t().contiguous().t()
     return model
 
 
@@ -80,27 +84,27 @@ def joinable(attn: nn.Module) -> bool:
 
 
 class JoinedAttention(nn.Module):
-    """CausalSelfAttention with one product for q, k and v, and one norm and one rotation for all heads of q and k."""
+    """CausalSelfAttention with one product for q, k and v, and one norm and one rotation for all heads of q and k, whose gain is
+    in the scores' scale."""
 
     def __init__(self, attn: CausalSelfAttention):
         super().__init__()
         (H, D), (G, _) = attn.shape, attn.kv_shape
-        self.layer, self.heads, self.shape, self.gain = attn.layer, (H, G), (H + 2 * G, D), attn.gain
+        self.layer, self.heads, self.shape = attn.layer, (H, G), (H + 2 * G, D)
         self.c_qkv = joined(attn.c_q, attn.c_k, attn.c_v)
         self.value_mix, self.core, self.gate, self.c_proj = attn.value_mix, attn.core, attn.gate, attn.c_proj
-        self.qk_norm, self.turns = attn.qk_norm, attn.turn is half
+        self.core.scale *= attn.gain
+        self.norm = norm if type(attn.qk_norm) is RMSQKNorm else Pass()
+        self.turn = turned if attn.turn is half else unturned
 
     def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading, kernel) -> Tensor:
         B, T, _ = x_BTC.shape
         H, G = self.heads
         qk, v = self.c_qkv(x_BTC).view(B, T, *self.shape).split((H + G, G), dim=2)
         v = self.value_mix(v, x_BTC, ve)
-        qk, _ = self.qk_norm(qk, qk[:, :, :0])
-        if self.turns:
-            qk = turned(qk, reading.angles)
-        q, k = qk.split((H, G), dim=2)
+        q, k = self.turn(self.norm(qk), reading.angles).split((H, G), dim=2)
         k, v = reading.append(self.layer, k, v)
-        y = self.gate(self.core(q * self.gain, k, v, reading, kernel), x_BTC)
+        y = self.gate(self.core(q, k, v, reading, kernel), x_BTC)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -149,11 +153,11 @@ class TabledPositions(nn.Module):
 
 
 class FixedScalars(nn.Module):
-    """ResidualScalars taken apart once."""
+    """ResidualScalars taken apart once, and one sum of products for each layer."""
 
     def __init__(self, scalars: ResidualScalars):
         super().__init__()
-        self.resid, self.x0 = scalars.resid.detach().unbind(), scalars.x0.detach().unbind()
+        self.resid, self.x0 = scalars.resid.detach().unbind(), scalars.x0.tolist()
 
     def forward(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
-        return self.resid[layer] * x + self.x0[layer] * x0
+        return torch.add(self.resid[layer] * x, x0, alpha=self.x0[layer])

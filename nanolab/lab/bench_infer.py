@@ -102,7 +102,7 @@ def the_model(cfg: BenchConfig, runtime: Runtime) -> tuple[GPT, Tokenizer]:
 
 def new_engine(model: GPT, tokenizer: Tokenizer, runtime: Runtime, rows: int) -> Engine:
     """As scripts.chat_web makes it."""
-    return Engine(model, tokenizer, runtime, max_rows=rows, prefix_bytes=ServeConfig.prefix_mb << 20)
+    return Engine(model, tokenizer, runtime, max_rows=rows, prefix_bytes=ServeConfig.prefix_mb << 20, graphs=True)
 
 
 class Prompts:

@@ -72,7 +72,7 @@ def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rul
         return definition(wide_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS).to(q_BTHD.dtype)
     q, k, v = (x.transpose(1, 2) for x in (wide_BTHD, k_BSGD, v_BSGE))
     mask = None if keys.all_seen else keys.mask_BTS[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=bool(q.size(1) != k.size(1)))
     return y.transpose(1, 2).to(q_BTHD.dtype)
 
 

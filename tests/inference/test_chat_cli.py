@@ -179,6 +179,7 @@ def test_an_answer_that_was_stopped_stays_as_far_as_it_went(chat, capsys):
 def test_each_token_of_a_conversation_is_read_once(chat, inside, monkeypatch):
     """Over two turns, one with a tool, the model reads as many tokens as the whole conversation has but its last."""
     read, forward = [], GPT.forward
+    monkeypatch.setattr("nanolab.inference.recorded.ROWS_ON_CPU", 0)  # a recorded step calls no model
     monkeypatch.setattr(GPT, "forward", lambda self, ids, *args, **named: read.append(ids.numel()) or forward(self, ids, *args, **named))
     out, _ = inside(chat, "12*34?\nhi\n", max_tokens=26)
     assert out == "[12*34 = 408]It is 408.\né 🙂 hello\n"

@@ -142,7 +142,7 @@ def test_two_replicas_share_the_work(start_server):
         assert [choice["text"] for choice in text] == ["\0\0\0"] * 2
     live.until("nanolab_running", "endless", 0)
 
-    first.engine.model = None  # pull one plug: its next step fails
+    first.engine.prefill = None  # pull one plug: its next step fails
     failed = live.http.post("/v1/completions", json=LONG | {"max_tokens": 400, "n": 2})  # long enough for each replica to take one
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_failed")
     health = live.http.get("/health")
@@ -152,7 +152,7 @@ def test_two_replicas_share_the_work(start_server):
     with ThreadPoolExecutor(1) as pool, generating(live, 3) as lines:
         plain = pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG, timeout=20)
         live.until("nanolab_running", "endless", 4)
-        second.engine.model = None
+        second.engine.prefill = None
         assert last_error(lines) == ("server_error", "engine_failed")
         assert plain.result().status_code == 500
     health = live.http.get("/health")
