@@ -499,6 +499,17 @@ class BenchConfig(ModelFlags, DataConfig):
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as a folder that transformers loads."""
+
+    model: str = ""  # NAME[@STEP|best]; default: the newest finished run
+    out: str = ""  # folder to write
+    dtype: str = "fp32"  # fp32 | bf16: of the weights; bf16 rounds them
+    push: str = ""  # USER/NAME: upload the folder to the hub; needs a token
+    overwrite: bool = False  # replace an exported model in --out
+
+
+@dataclass(frozen=True)
 class ImportConfig:
     """Make a GPT-2 of a transformers folder a finished base run, which every command takes."""
 

@@ -18,6 +18,9 @@ from nanolab.inference.cache import KVCache
 from nanolab.model.gpt import GPT
 
 
+SCALARS = {"lambdas", "backout", "smear", "normaliser", "qk_norm"}  # modules that compute with fp32 parameters in any dtype: these move in steps finer than bf16's
+
+
 class NanolabConfig(PretrainedConfig):
     """`gpt` holds every field of GPTConfig, whose comments explain them; the other sizes repeat it under usual names."""
 
@@ -50,17 +53,18 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanolabConfig
     base_model_prefix = "gpt"
     _is_stateful = True  # what the cache has read cannot be taken back, which assisted generation would need
-    _keep_in_fp32_modules_strict = ["lambdas", "backout", "smear", "normaliser", "qk_norm"]  # learned scalars: their steps are finer than bf16
 
     def __init__(self, config: NanolabConfig):
         super().__init__(config)
         self.gpt = GPT(GPTConfig(**config.gpt))
+        parts = {part for name, _ in self.gpt.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = sorted(parts & SCALARS)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of a model that is made from a config. Weights that were loaded stay."""
-        if module is self.gpt and not getattr(module.wte.weight, "_is_hf_initialized", False):
-            module.init_weights(torch.initial_seed())
+        """Of a model that is made from a config: all at once, when its first module comes up. Weights that were loaded stay."""
+        if module is self.gpt.wte and not getattr(module.weight, "_is_hf_initialized", False):
+            self.gpt.init_weights(torch.initial_seed())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.gpt.wte

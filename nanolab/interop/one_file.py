@@ -11,6 +11,8 @@ import collections.abc
 import importlib.util
 import re
 import symtable
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +72,10 @@ class Module:
         return omitted
 
 
-def stitch(start: str, head: str = "", overrides: dict[str, str] | None = None) -> str:
+def stitch(start: str, head: str = "", texts: Mapping[str, str] = {}) -> str:
     """The source of module `start` and of everything of ours that it needs. head: the file's docstring.
 
-    overrides: module -> text in the place of its file. Raises ValueError where one file cannot mean what the modules do.
+    texts: of modules that have no file. Raises ValueError where one file cannot mean what the modules do.
     """
     modules: dict[str, Module] = {}
     kept: dict[str, set[int]] = {}  # module -> places of the parts that are read, the modules in the order of their imports
@@ -81,14 +83,14 @@ def stitch(start: str, head: str = "", overrides: dict[str, str] | None = None) 
 
     def module(name: str) -> Module:
         if name not in modules:
-            modules[name] = Module(name, (overrides or {}).get(name) or Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
+            modules[name] = Module(name, texts[name] if name in texts else Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
         return modules[name]
 
     def take(name: str, place: int) -> None:
         if place in (chosen := kept.setdefault(name, set())):
             return
         chosen.add(place)
-        for read in module(name).parts[place].reads:
+        for read in sorted(module(name).parts[place].reads):
             find(name, read)
 
     def find(name: str, read: str) -> None:
@@ -149,8 +151,6 @@ def _said(other: tuple[str, str]) -> str:
 
 def _imports(others: dict[str, tuple[str, str]]) -> list[str]:
     """Python's own, torch's, the rest: each block in alphabetical order."""
-    import sys
-
     blocks: list[list[str]] = [[], [], []]
     for module in sorted({module or what for module, what in others.values()}):
         names = sorted({what for source, what in others.values() if source == module})
@@ -166,7 +166,7 @@ def _imports(others: dict[str, tuple[str, str]]) -> list[str]:
 def _section(module: Module, places: list[int]) -> str:
     """The parts of a module, under what its docstring says of it and of the letters of its shapes."""
     first, *paragraphs = module.doc.split("\n\n")
-    said = [f"{module.name.replace('.', '/')}.py: {first.splitlines()[0]}", *(line for p in paragraphs if "Dims" in p for line in p.splitlines())]
+    said = [f"{module.name.replace('.', '/')}.py: {first.partition(chr(10))[0]}".rstrip(": "), *(line for p in paragraphs if "Dims" in p for line in p.splitlines())]
     text, after_block = "\n".join(f"# {line}" for line in said), True
     for place in places:
         part = module.parts[place].text

@@ -1,6 +1,9 @@
 """The exported modelling file: one file that is nanolab's model for every variant, under the interface of transformers."""
 
+import ast
 import importlib.util
+import math
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import torch
 
 from nanolab.config import to_json
 from nanolab.interop import one_file
+from nanolab.interop.export import castable
+from nanolab.model.gpt import GPT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
 import axes  # noqa: E402
@@ -39,9 +44,19 @@ def greedy_by_hand(native, idx, n):
     return idx
 
 
-@pytest.fixture(params=axes.singles())
+# Whole models: the default one with its windows and value embeddings, and what singles do not put together.
+WHOLE = {
+    "default": dict(value_embeds=True),
+    "mla": dict(attention="mla", positions="rnope", normaliser="sink", document_mask=True, bias="qkv,out,mlp,norm,head", tied_head=True),
+    "alibi": dict(attention="gqa:2", positions="alibi", normaliser="softmax1", score_softcap=2.0, qk_norm="l2", norm_gain=True),
+    "learned": dict(positions="learned", qk_norm="layernorm", normaliser="softmax_n", gate="head", mlp="swiglu", norm="layernorm", attention="mqa"),
+}
+CONFIGS = axes.singles() | {name: axes.config(changes) for name, changes in WHOLE.items()}
+
+
+@pytest.fixture(params=CONFIGS)
 def config(request):
-    return axes.singles()[request.param]
+    return CONFIGS[request.param]
 
 
 def left_padded(rows):
@@ -55,7 +70,7 @@ PLAIN = dict(do_sample=False, eos_token_id=None, pad_token_id=1)
 
 
 @torch.no_grad()
-def test_every_variant_is_the_native_model(file, config):
+def is_the_native_model(file, config):
     """Logits to the bit; greedy text of a batch of unequal prompts as of each alone, without a cache, from the native model."""
     native = contracts.build(config)
     model, idx = exported(file, native), contracts.tokens(config)
@@ -65,3 +80,218 @@ def test_every_variant_is_the_native_model(file, config):
     got = model.generate(ids, attention_mask=mask, max_new_tokens=4, **PLAIN)
     for row, prompt in zip(got, (idx[:1, :9], idx[1:, :14])):
         assert torch.equal(row[-prompt.size(1) - 4 :], greedy_by_hand(native, prompt, 4)[0])
+
+
+def test_every_variant_is_the_native_model(file, config):
+    is_the_native_model(file, config)
+
+
+@pytest.mark.slow
+def test_every_pair_of_variants_is_the_native_model(file):
+    from covering import covering_rows
+
+    for row in covering_rows({axis: list(values) for axis, values in axes.axes().items()}, axes.allowed)[0]:
+        is_the_native_model(file, axes.config(axes.settings(row)))
+
+
+def test_what_is_kept_in_fp32_is_what_the_model_computes_with_in_fp32(file, config):
+    """And nothing else of any size: other parameters are cast to the compute dtype at each use."""
+    model = GPT(config)
+    parts = {name: set(name.split(".")) & file.SCALARS for name, _ in model.named_parameters()}
+    cast = castable(model)
+    assert all(parts[name] for name in parts if name not in cast)
+    assert all(model.get_parameter(name).numel() < 100 for name in parts if parts[name])
+
+
+# The rest is about the interface: on the default architecture.
+
+
+@pytest.fixture(scope="module")
+def native():
+    return contracts.build(CONFIGS["default"])
+
+
+@pytest.fixture(scope="module")
+def model(file, native):
+    return exported(file, native)
+
+
+@pytest.fixture(scope="module")
+def idx(native):
+    return contracts.tokens(native.config, B=3)
+
+
+def test_the_file_needs_torch_and_transformers_alone(file):
+    tree = ast.parse(Path(file.__file__).read_text())
+    found = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert list(file.KERNELS) == ["eager", "sdpa", "banded"] and file.PREFERENCE["cuda"] == ("sdpa", "banded", "eager")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [dict(), dict(use_cache=False), dict(num_beams=1, repetition_penalty=1.0, output_scores=True)], ids=str)
+def test_greedy_text(model, native, idx, how):
+    prompt = idx[:, :20]
+    got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, **PLAIN | how)
+    assert torch.equal(got, greedy_by_hand(native, prompt, 8))
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_model(model, native, idx):
+    """The same random numbers choose the same tokens from the native model's probabilities."""
+    want = prompt = idx[:, :10]
+    torch.manual_seed(7)
+    got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=True, temperature=0.7, top_k=0, eos_token_id=None, pad_token_id=1)
+    torch.manual_seed(7)
+    for _ in range(6):
+        want = torch.cat([want, torch.multinomial((native(want)[:, -1] / 0.7).softmax(-1), 1)], dim=1)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_beam_search_reorders_the_cache(model, idx):
+    """Of unequal prompts: the same beams as without a cache, which has nothing to reorder, and not the greedy text."""
+    ids, mask = left_padded([idx[0, :6], idx[1, :12], idx[2, :12]])
+    beams, plain = (model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=4, use_cache=use_cache, **PLAIN) for use_cache in (True, False))
+    assert torch.equal(beams, plain)
+    assert not torch.equal(beams, model.generate(ids, attention_mask=mask, max_new_tokens=8, **PLAIN))
+
+
+@torch.no_grad()
+def test_a_text_stops_where_the_rows_end(model, native, idx):
+    """As in the Engine; a longer one of the batch stops the others."""
+    ids, mask = left_padded([idx[0, :5], idx[1, :20]])
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=400, **PLAIN)
+    assert got.shape == (2, native.config.sequence_len)
+    assert torch.equal(got[1], greedy_by_hand(native, idx[1:2, :20], 12)[0])
+    with pytest.raises(ValueError, match="a prompt of 32 tokens; this model reads 32, prompt and reply together; shorten the prompt"):
+        model.generate(torch.ones(1, 32, dtype=torch.int64), max_new_tokens=1)
+    out = model(idx, use_cache=True)
+    with pytest.raises(ValueError, match="a text of 33 tokens; this model reads 32 at most; shorten it, or generate fewer tokens with max_new_tokens"):
+        model(idx[:, :9], past_key_values=out.past_key_values, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_second_turn_goes_on_from_the_cache(model, native, idx):
+    first = model.generate(idx[:, :8], attention_mask=torch.ones(3, 8), max_new_tokens=4, return_dict_in_generate=True, **PLAIN)
+    both = torch.cat([first.sequences, idx[:, 12:18]], dim=1)
+    again = model.generate(both, attention_mask=torch.ones_like(both), past_key_values=first.past_key_values, max_new_tokens=4, **PLAIN)
+    assert torch.equal(again, greedy_by_hand(native, both, 4))
+
+
+@torch.no_grad()
+def test_padding_on_either_side_changes_no_logit(model, native, idx):
+    texts = [idx[0, :7], idx[1, :24], idx[2, :15]]
+    ids, mask = left_padded(texts)
+    left = model(ids, attention_mask=mask).logits
+    flipped, mask_right = (torch.stack([row.roll(len(text) - 24) for row, text in zip(x, texts)]) for x in (ids, mask))
+    right = model(flipped, attention_mask=mask_right).logits
+    cached = model(ids, attention_mask=mask, use_cache=True).logits
+    for row, text in enumerate(texts):
+        want = native(text[None])[0]
+        for got in (left[row, -len(text) :], right[row, : len(text)], cached[row, -len(text) :]):
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_loss_and_last_logits(model, native, idx):
+    labels = idx.clone()
+    labels[:, :5] = -100
+    targets = idx[:, 1:].clone()
+    targets[:, :4] = -1
+    out = model(idx, labels=labels)
+    torch.testing.assert_close(out.loss, native(idx[:, :-1], targets), atol=1e-6, rtol=0)
+    assert out.past_key_values is None and torch.equal(model(idx, labels=labels, return_dict=False)[1], out.logits)
+    for keep in (1, 3):
+        torch.testing.assert_close(model(idx, logits_to_keep=keep).logits, out.logits[:, -keep:], atol=2e-5, rtol=0)
+
+
+def test_gradients_are_the_native_models(model, native, idx):
+    native(idx[:, :-1], idx[:, 1:]).backward()
+    model(idx, labels=idx).loss.backward()
+    for (name, p), q in zip(native.named_parameters(), model.gpt.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        p.grad = q.grad = None
+
+
+@torch.no_grad()
+def test_saved_and_loaded(file, model, native, idx, tmp_path):
+    """To the bit; and in bf16 as the native model computes in bf16, with its learned scalars in fp32."""
+    model.save_pretrained(tmp_path)
+    assert torch.equal(file.NanolabForCausalLM.from_pretrained(tmp_path)(idx).logits, native(idx))
+    half = file.NanolabForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    same = contracts.build(native.config, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.gpt.lambdas.resid.dtype == torch.float32
+    assert torch.equal(half(idx).logits, same(idx))
+    text = half.generate(idx[:, :9], attention_mask=torch.ones(3, 9), max_new_tokens=4, **PLAIN)
+    assert text.shape == (3, 13)
+
+
+def test_a_new_model_of_a_config_is_initialised(file, native, idx):
+    loss = file.NanolabForCausalLM(file.NanolabConfig(gpt=to_json(native.config)))(idx, labels=idx.roll(1)).loss
+    assert abs(loss.item() - math.log(native.config.vocab_size)) < 0.3
+
+
+HOLE = torch.tensor([[1, 1, 0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m, ids: m(ids, attention_mask=HOLE), "attention_mask of row 0 is not one piece of 1s; expected a text with padding before or behind it"),
+        (lambda m, ids: m(ids, attention_mask=0 * HOLE), "attention_mask of row 0 is not one piece"),
+        (lambda m, ids: m(ids, attention_mask=HOLE[:, :3]), r"has the shape \(1, 3\); expected that of input_ids, \(1, 6\)"),
+        (lambda m, ids: m.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=2, pad_token_id=1), "ends in 0: a text cannot go on behind its padding"),
+        (lambda m, ids: m(inputs_embeds=torch.zeros(1, 6, 32)), "inputs_embeds is not offered"),
+        (lambda m, ids: m(ids, output_hidden_states=True), "output_hidden_states is not offered"),
+        (lambda m, ids: m(), "input_ids is missing"),
+        (lambda m, ids: m(ids, labels=ids, logits_to_keep=2), "labels of 6 tokens for logits of 2"),
+        (lambda m, ids: m.generate(ids, assistant_model=m, max_new_tokens=2), "not supported with stateful models"),
+    ],
+)
+def test_what_it_cannot_do_is_said(model, idx, call, text):
+    with pytest.raises(ValueError, match=text):
+        call(model, idx[:1, :6])
+
+
+def test_resizing_is_refused(model):
+    with pytest.raises(NotImplementedError, match="resize_token_embeddings: the tables of this model have 61 tokens and keep them"):
+        model.resize_token_embeddings(70)
+
+
+A = "from nanolab.b import f\n\n\ndef main(x):\n    return f(x)\n"
+
+
+def test_only_what_is_read_is_stitched():
+    """Text as it stands, with its comments; what nobody reads stays behind, and so do tables' lines of omitted modules."""
+    b = (
+        "\"\"\"Doubling.\"\"\"\nimport math\nimport os\nfrom typing import Callable\nfrom nanolab.model import flex\n"
+        "# why two\nTWO = 2  # a pair\nUNREAD = os.name\n"
+        "TABLE = {\n    'a': TWO,\n    'b': flex.run,\n    'c': math.pi,\n    'd': flex.run,\n}\nORDER = {'x': ('b', 'a', 'd', 'c', 'd'), 'y': ['b']}\n"
+        "def f(x: Callable) -> int:\n    math = 3  # its own\n    return TABLE['a'] * x + len(ORDER['x']) * 0\n"
+    )
+    text = one_file.stitch("nanolab.a", "head", {"nanolab.a": A, "nanolab.b": b})
+    assert text.startswith('"""head"""\n\nimport math\nfrom collections.abc import Callable\n')
+    assert "# nanolab/b.py: Doubling.\n" in text and "# why two\nTWO = 2  # a pair" in text and "UNREAD" not in text and "flex" not in text
+    space = {}
+    exec(text, space)
+    assert space["main"](21) == 42 and space["TABLE"] == {"a": 2, "c": math.pi} and space["ORDER"] == {"x": ("a", "c"), "y": []}
+
+
+@pytest.mark.parametrize(
+    ("b", "text"),
+    [
+        ("def f(x):\n    return main(x)\ndef main(x): pass\n", "main is defined in nanolab.b and in nanolab.a"),
+        ("from math import sin as main\ndef f(x):\n    return main(x)\n", "main is defined in nanolab.a and is elsewhere from math import sin as main"),
+        ("def len(x): pass\ndef f(x):\n    return len(x)\n", "len, defined in nanolab.b, is a name of Python's own"),
+        ("from nanolab.c import g as h\ndef f(x):\n    return h(x)\n", "imports g under the name h"),
+        ("import nanolab.c\ndef f(x):\n    return nanolab.c.g(x)\n", "imports nanolab.c as a whole"),
+        ("def f(x):\n    from nanolab.c import g\n    return g(x)\n", "an import of nanolab within f"),
+        ("from nanolab.model import flash3\ndef f(x):\n    return flash3.run(x)\n", "reads flash3, which one file does not have"),
+        ("from nanolab.c import g\nfrom math import pi\ndef f(x):\n    return g(pi)\n", "pi is from cmath import pi and, in nanolab.b, from math import pi"),
+    ],
+)
+def test_what_would_mean_something_else_is_refused(b, text):
+    c = "from cmath import pi\ndef g(x):\n    return pi\n"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        one_file.stitch("nanolab.a", texts={"nanolab.a": A, "nanolab.b": b, "nanolab.c": c})

@@ -1,0 +1,272 @@
+"""A run exported: what is in the folder, that transformers reads it as nanolab does, and what is said when it cannot be written."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import nanolab
+from nanolab.config import ExportConfig, GPTConfig, UserError, from_json
+from nanolab.data.chat import render_prompt
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.model_card import model_card
+from nanolab.interop import export
+from nanolab.model.gpt import GPT
+from nanolab.presets import GPT2
+from nanolab.training import checkpoint
+from nanolab.training.models import find_model
+from nanolab.training.run import Run
+from scripts import export_hf
+
+TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
+SQUARE = GPTConfig(**{name: value for name, value in GPT2.items() if name in GPTConfig.__dataclass_fields__} | dict(
+    sequence_len=32, vocab_size=285, pad_vocab_to=64, n_layer=2, n_head=2, n_embd=16,
+))  # fmt: skip
+DEFAULT = GPTConfig(sequence_len=32, vocab_size=285, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 285)
+
+
+def build(config, seed=0):
+    model, g = GPT(config).eval(), torch.Generator().manual_seed(seed)
+    model.init_weights(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    return model
+
+
+def written(folder, config, tokenizer, kind="base", dtype=torch.float32):
+    """(the folder without a card, the model)."""
+    model = build(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    export.write(folder, model, tokenizer, kind, dtype)
+    return folder, model
+
+
+def make_run(name, tokenizer, config=DEFAULT, kind="base", origin=None, tokens=51_200, **settings):
+    """A finished run with one checkpoint, as the training scripts leave it."""
+    from nanolab.runtime import Runtime
+
+    flags = {"base": {"data": "", "data_dir": "/home/me/books"}, "sft": {"stages": "", "tasks": "jsonl=/home/me/talk.jsonl:2,gsm8k:1"}, "rl": {"task": "gsm8k"}}[kind]
+    rt = Runtime(torch.device("cpu"), torch.float32)
+    run = Run.start(name, flags | {"seed": 1}, rt, kind=kind, env=settings)
+    run.pin_tokenizer(lambda: tokenizer)
+    meta = {
+        "run": name, "kind": kind, **run.facts, "model_config": dataclasses.asdict(config), "config": run.config, "plan": {"flops_per_token": 1000},
+        "env": run.env | {"commit": "c0ffee"}, "loop": {"total_training_time": 12.5}, "tokens": tokens, **({"origin": {"name": origin}} if origin else {}),
+    }  # fmt: skip
+    checkpoint.save(run.checkpoints, 7, weights=build(config).state_dict(), optimizer=None, meta=meta, runtime=rt)
+    run.finish({"run": name, "kind": kind, "step": 7})
+    return find_model(name)
+
+
+def ids(config, B=2):
+    return torch.randint(config.vocab_size, (B, config.sequence_len), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [dict(), dict(tied_head=False)], ids=str)
+def test_gpt2_is_transformers_own(tokenizer, tmp_path, changes):
+    """In fp64, where nothing but a wrong matrix makes a difference. Every attn.c_proj is square: only its name says that it is transposed."""
+    folder, ours = written(tmp_path, dataclasses.replace(SQUARE, **changes), tokenizer)
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    assert type(theirs) is transformers.GPT2LMHeadModel and not any(found.values())
+    assert theirs.transformer.h[0].attn.c_proj.weight.shape == (16, 16) and theirs.get_input_embeddings().weight.shape == (285, 16)  # 320 rows here
+    ours = ours.double()
+    ours.compute_dtype = torch.float64
+    want, got = ours(ids(SQUARE)), theirs(ids(SQUARE)).logits
+    assert want.std() > 0.3 and got.shape == want.shape
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
+    greedy = theirs.generate(ids(SQUARE)[:, :8], attention_mask=torch.ones(2, 8), max_new_tokens=8, eos_token_id=None)
+    by_hand = ids(SQUARE)[:, :8]
+    for _ in range(8):
+        by_hand = torch.cat([by_hand, ours(by_hand)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy, by_hand)
+    assert not (folder / export.CODE).exists()
+
+
+@pytest.mark.parametrize("flag", [dict(softcap=15.0), dict(normaliser="softmax1"), dict(positions="rope"), dict(bias=""), dict(mlp="gelu"), dict(document_mask=True, bos=0)], ids=str)
+def test_one_flag_off_gpt2_brings_its_code(flag):
+    with torch.device("meta"):
+        assert export.brings_code(GPT(dataclasses.replace(SQUARE, **flag))) and not export.brings_code(GPT(SQUARE))
+
+
+HARD = [TEXT, export.HARD_TEXT, "", " ", "\n\n\n", "1234567", "\u0000\ufffd\u200b", "a\u0301e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467", "<|user_start|>hi<|user_end|>", "x" * 5000]
+
+
+@pytest.mark.parametrize("config", [DEFAULT, SQUARE], ids=["own code", "gpt2"])
+def test_token_ids_are_ours(tokenizer, tmp_path, config):
+    """Also of names of special tokens, where they are asked for as text; and nothing is added."""
+    folder, _ = written(tmp_path, config, tokenizer)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder) if config is DEFAULT else transformers.AutoTokenizer.from_pretrained(folder)
+    for text in HARD:
+        assert theirs(text, split_special_tokens=True).input_ids == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.bos_token_id == tokenizer.bos and theirs.model_max_length == 32 and len(theirs) == tokenizer.vocab_size
+    assert theirs("<|bos|>a").input_ids[0] == tokenizer.bos
+
+
+TALK = [{"role": "user", "content": "What is 3 times 4?"}]
+TALKS = [
+    TALK,
+    [{"role": "system", "content": "Be brief."}, *TALK, {"role": "assistant", "content": "12."}, {"role": "user", "content": "  and\n4 times 4? "}],
+    [*TALK, {"role": "assistant", "content": [{"type": "python", "text": "3*4"}, {"type": "python_output", "text": "12"}, {"type": "text", "text": "12"}]}, *TALK],
+]
+
+
+def test_chat_prompts_are_ours(tokenizer, tmp_path):
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(written(tmp_path, DEFAULT, tokenizer, "sft")[0])
+    for talk in TALKS:
+        assert theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"] == render_prompt(tokenizer, talk)
+
+
+@pytest.mark.parametrize(("kind", "ends", "pad"), [("base", ["<|bos|>", "<|assistant_end|>"], "<|output_end|>"), ("sft", ["<|assistant_end|>", "<|bos|>"], "<|bos|>"), ("rl", ["<|assistant_end|>", "<|bos|>"], "<|bos|>")])
+def test_what_ends_a_text(tokenizer, tmp_path, kind, ends, pad):
+    """And padding is no end, which trainers would leave out of the loss. A base model has no chat template."""
+    folder, _ = written(tmp_path, DEFAULT, tokenizer, kind)
+    generation, theirs = transformers.GenerationConfig.from_pretrained(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert generation.eos_token_id == [tokenizer.special(name) for name in ends]
+    assert (theirs.eos_token, theirs.pad_token, theirs.pad_token_id) == (ends[0], pad, generation.pad_token_id)
+    assert theirs.pad_token != theirs.eos_token and (theirs.chat_template is None) == (kind == "base")
+    assert theirs(["a b c", "a"], padding=True).attention_mask[1][0] == 0
+
+
+def test_config_holds_every_field(tokenizer, tmp_path):
+    folder, model = written(tmp_path, DEFAULT, tokenizer, dtype=torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    assert from_json(GPTConfig, config["gpt"]) == DEFAULT and config["dtype"] == "bfloat16"
+    state = export.load_file(folder / "model.safetensors")
+    assert state["gpt.h.0.attn.c_q.weight"].dtype == torch.bfloat16 and state["gpt.lambdas.resid"].dtype == torch.float32
+    assert all(torch.equal(state[f"gpt.{name}"].float(), p) for name, p in model.state_dict().items())  # the model has been rounded, too
+
+
+def test_licence_is_the_projects():
+    text = (Path(nanolab.__file__).parents[1] / "LICENSE").read_text()
+    assert all(line in text for line in export.LICENCE.split(", "))
+    assert export.LICENCE in export.modelling_file()
+
+
+def test_a_run_becomes_a_folder(tokenizer, tmp_path, capsys):
+    """The whole command; its own check reads the folder in a process that cannot import nanolab."""
+    make_run("books", tokenizer)
+    out = tmp_path / "deep" / "out"
+    assert export_hf.run(ExportConfig(model="books", out=str(out))) == 0
+    said = capsys.readouterr().out
+    assert "NanolabForCausalLM, with its code" in said and "logits differ by 0 at most" in said and "token ids are equal" in said
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "generation_config.json", "model.safetensors", export.CODE, "tokenizer.json", "tokenizer_config.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"] and (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    with pytest.raises(UserError, match="out exists already; expected a new folder; try another --out, or --overwrite"):
+        export_hf.run(ExportConfig(model="books", out=str(out)))
+
+
+def test_overwriting(tokenizer, tmp_path, monkeypatch):
+    """Replaces an export and nothing else. Without transformers the folder is written unchecked, and that is said."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found, out = make_run("books", tokenizer), tmp_path / "out"
+    export.export(found, out, model_card)
+    (out / "old").touch()
+    done = export.export(found, out, model_card, overwrite=True)
+    assert done.difference is None and not (out / "old").exists() and [path.name for path in tmp_path.iterdir() if path.name != "base"] == ["out"]
+    (tmp_path / "letters").mkdir()
+    with pytest.raises(UserError, match="letters holds no exported model .* --overwrite replaces only those"):
+        export.export(found, tmp_path / "letters", model_card, overwrite=True)
+
+
+def test_mistakes_are_said(tokenizer, tmp_path):
+    found = make_run("books", tokenizer)
+    with pytest.raises(UserError, match="--dtype int4 is unknown; expected one of fp32, bf16"):
+        export.export(found, tmp_path / "out", model_card, "int4")
+    with pytest.raises(UserError, match="--out is missing"):
+        export_hf.run(ExportConfig(model="books"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/out cannot be written: .*; try another --out"):
+        export.export(found, tmp_path / "file" / "out", model_card)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_the_model_is_refused(tokenizer, tmp_path):
+    folder, model = written(tmp_path / "a", SQUARE, tokenizer)
+    assert export.check(folder, model, tokenizer) < 1e-5
+    model.wte.weight.data[:200] *= 1.01
+    with pytest.raises(UserError, match="the logits of the folder differ by up to .* from the model's; expected at most 0.0001"):
+        export.check(folder, model, tokenizer)
+    with pytest.raises(UserError, match="transformers reads text as other ids than nanolab"):
+        export.check(folder, model, Tokenizer.train([TEXT.upper()], 285))
+    (folder / "model.safetensors").write_bytes(b"1234567890")
+    with pytest.raises(UserError, match="transformers cannot read the folder that was written: .*nothing was kept"):
+        export.check(folder, model, tokenizer)
+
+
+def test_pushing_needs_a_name_and_a_token(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="--push mine is not a repository; expected USER/NAME; try --push USER/mine"):
+        export.check_push("mine")
+    with pytest.raises(UserError, match="--push needs a token .* type hf auth login, or set HF_TOKEN"):
+        export.check_push("me/mine")
+
+
+def test_a_refused_upload_loses_nothing(tokenizer, tmp_path, monkeypatch):
+    """Nobody listens on that port."""
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    folder, _ = written(tmp_path / "out", DEFAULT, tokenizer)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match="me/mine could not be uploaded: .*; the folder .*out is whole; type hf upload me/mine .*out"):
+        export.push(folder, "me/mine")
+    assert sorted(folder.iterdir()) == before
+
+
+def card(found, tokenizer, dtype="fp32"):
+    return model_card(found, DEFAULT, tokenizer, dtype, export.CODE, export.LICENCE)
+
+
+CHAT = {
+    "step": 7, "settings": {"temperature": 0.0, "max_tokens": 48, "tool": "calculator"}, "chatcore": None,
+    "tasks": {"gsm8k:test": {
+        "split": "test", "version": 1, "baseline": 0.0, "n": 200, "accuracy": 0.125, "interval": [0.086, 0.178], "called": 0.5, "outcomes": {},
+        "examples": [{"question": "How\nmany?", "reply": "12", "correct": True, "reference": "12"}],
+    }},
+}  # fmt: skip
+
+
+def test_the_card_says_what_is_on_record(tokenizer):
+    base = make_run("books", tokenizer)
+    (base.run_dir / "eval_base.json").write_text(json.dumps({"step": 7, "data": "/home/me/books", "val": {"bpb": 1.23456, "bytes": 4_000_000}, "samples": [{"prompt": "A", "text": "B"}]}))
+    text = card(base, tokenizer)
+    for line in (
+        "- base: pretrained on `books`", "| base | books@7 | 51,200 | 5.12e+07 | 12 s |", "`c0ffee`", "| bits per byte (4.0 MB) | - | 1.2346 | - |", '- "A" -> "B"',
+        f"{sum(p.numel() for p in GPT(DEFAULT).parameters()):,} parameters", "fp32, as trained", "put `tokenizer.bos_token` before a text", "trust_remote_code=True",
+    ):  # fmt: skip
+        assert line in text
+    assert "/home" not in text and "chat" not in text.partition("## What it cannot do")[0]
+    talk = make_run("talk", tokenizer, kind="sft", origin="books@7")
+    assert "No evaluation of talk@7 is on record." in card(talk, tokenizer)
+    (talk.run_dir / "eval_chat.json").write_text(json.dumps(CHAT))
+    text = card(talk, tokenizer, "bf16")
+    for line in (
+        "- base: pretrained on `books`", "- sft: fine-tuned on conversations of `jsonl=talk.jsonl:2, gsm8k:1`", "| gsm8k test (n = 200) | 0.0 % | 12.5 % | 8.6 % to 17.8 % |",
+        "temperature 0.0, max tokens 48, tool calculator", "> How / many?", "rounded to bf16", "apply_chat_template", "It may call a calculator",
+    ):  # fmt: skip
+        assert line in text
+    (talk.run_dir / "eval_chat.json").write_text(json.dumps(CHAT | {"step": 6}))
+    assert "No evaluation of talk@7 is on record." in card(talk, tokenizer)
+
+
+def test_the_card_of_what_is_not_on_record(tokenizer):
+    """A run whose origin is gone; a stage of reinforcement learning, whose FLOPs nobody counts; a model from elsewhere."""
+    lost = card(make_run("lost", tokenizer, kind="sft", origin="gone@3"), tokenizer)
+    assert "It started from gone@3, whose records, or those of what that started from, are not there any more." in lost and "- sft: " in lost
+    better = make_run("better", tokenizer, kind="rl", origin="lost2@7")
+    make_run("lost2", tokenizer)
+    assert "| rl | better@7 | not known | not known | 12 s |" in card(better, tokenizer)
+    other = card(make_run("other", tokenizer, imported="/home/me/gpt2", tokens=0), tokenizer)
+    assert "- base: imported from a folder of transformers, `gpt2`; how that was trained is not on record" in other and "/home" not in other
