@@ -1,0 +1,261 @@
+"""The adapter against the harness's own model `hf` on the same weights, and against our own evaluations on the same items."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nanolab.config import ImportConfig, UserError
+from nanolab.data.chat import CHAT_TEMPLATE, render_prompt
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals import icl
+from nanolab.evals.likelihood import GPTReader, score
+from nanolab.interop import gpt2
+from nanolab.runtime import Runtime
+from nanolab.training.models import load_model, runs_dir
+from scripts import import_hf
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from nanolab.interop.lm_eval import Nanolab  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_gpt2", Path(__file__).with_name("tiny_gpt2.py"))
+tiny_gpt2 = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_gpt2)
+
+T = 64  # tokens that the model reads
+WORDS = "the cat sat on mat and dog it's naïve café return 12 345 say they'll".split()
+
+
+def words(n: int, seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=n))
+
+
+def asked(kind: str, *arguments) -> list[Instance]:
+    return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a run: an imported GPT-2 of random weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLAB_BASE_DIR", str(tmp_path_factory.mktemp("base")))
+        import_hf.run(ImportConfig(str(tiny_gpt2.make(tmp_path_factory.mktemp("published") / "tiny")), "tiny"))
+        return runs_dir() / "tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> Path:
+    """The same weights and tokenizer for transformers, written by hand."""
+    out = tmp_path_factory.mktemp("exported")
+    model, tokenizer, _ = load(run)
+    (out / "config.json").write_text(json.dumps(gpt2.config_to_hf(model.config)))
+    save_file(gpt2.to_hf(model.state_dict(), model.config), out / "model.safetensors", {"format": "pt"})
+    tokenizer.save(out)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE.replace("<|bos|>", "<|endoftext|>")}
+    (out / "tokenizer_config.json").write_text(json.dumps(names))
+    return out
+
+
+def load(run: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLAB_BASE_DIR", str(run.parents[1]))
+        return load_model(run.name, Runtime(torch.device("cpu"), torch.float32))
+
+
+def ours(run: Path, **arguments) -> Nanolab:
+    return get_model("nanolab").create_from_arg_obj({"path": str(run), "dtype": "float32"} | arguments, {"device": "cpu", "batch_size": 1})
+
+
+def theirs(folder: Path, **arguments) -> HFLM:
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, **arguments)
+
+
+@pytest.fixture(scope="module")
+def pairs(run, folder):
+    """(adapter, harness's own), with a token at the beginning of texts and without."""
+    return {bos: (ours(run, add_bos_token=bos), theirs(folder, add_bos_token=bos)) for bos in (True, False)}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_likelihoods_and_greedy_flags_are_the_harness_own(pairs, bos):
+    lm, hf = pairs[bos]
+    begun = lm.generate_until(asked("generate_until", *[(words(5, s), {"until": [], "max_gen_toks": 1}) for s in range(20)]))  # the likeliest tokens
+    requests = asked(
+        "loglikelihood",
+        *[(words(12, 9), f" {choice}") for choice in WORDS],  # the choices of one item
+        *[(words(3 * n, n), " " + words(4, n + 1)) for n in range(1, 8)],
+        ("", "the cat"), ("the cat ", "sat"), ("the cat\n\n", "  sat"), ("a", "\u00e9"), (words(20, 1), "é on the mat"),
+        (words(120, 3), " " + words(5, 4)), (words(120, 5), " " + words(30, 4)),  # longer than the model reads
+        *[(words(5, s), text) for s, text in enumerate(begun) if text.strip()],
+    )  # fmt: skip
+    got, want = lm.loglikelihood(requests, disable_tqdm=True), hf.loglikelihood(requests, disable_tqdm=True)
+    torch.testing.assert_close(torch.tensor([nats for nats, _ in got]), torch.tensor([nats for nats, _ in want]), atol=1e-4, rtol=1e-6)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
+    assert {greedy for _, greedy in got} == {True, False} and lm.cut_texts == 2
+
+
+def test_rolling_likelihoods_are_the_harness_own(pairs):
+    """A text is read in as many rows as it takes, each token counted once; it begins with one token of the beginning, not two."""
+    lm, (_, hf) = pairs[True][0], pairs[False]
+    requests = asked("loglikelihood_rolling", *[(words(n, n),) for n in (1, 10, 40, 200)])
+    got, want = lm.loglikelihood_rolling(requests, disable_tqdm=True), hf.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert len(lm.tokenizer.encode(words(200, 200))) > 2 * T
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), atol=1e-3, rtol=1e-6)
+    assert lm.loglikelihood_rolling(asked("loglikelihood_rolling", ("",)), disable_tqdm=True) == [0]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_generated_texts_are_the_harness_own(pairs, bos):
+    lm, hf = pairs[bos]
+    free = lm.generate_until(asked("generate_until", *[(words(n, n), {"until": [], "max_gen_toks": 24}) for n in (2, 5, 9)]))
+    stops = [text[len(text) // 2 :][:2] for text in free]  # which occur in what the model writes
+    requests = asked(
+        "generate_until",
+        *[(words(n, n), {"until": stops, "max_gen_toks": 24}) for n in (2, 5, 9)], *[(words(n, n), {"until": ["no such"], "max_gen_toks": 24, "do_sample": False}) for n in (2, 7, 11)],
+        (words(120, 3), {"until": stops[:1], "max_gen_toks": 10, "temperature": 0.0}),
+    )  # fmt: skip
+    before = lm.cut_texts
+    got = lm.generate_until(requests)
+    assert got == hf.generate_until(requests, disable_tqdm=True)
+    assert all(len(short) < len(long) for short, long in zip(got[:3], free)) and lm.cut_texts == before + 1
+
+
+def test_sampling_is_seeded_and_settings_count(pairs):
+    lm = pairs[True][0]
+    hot = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    twice = asked("generate_until", (words(4, 1), hot), (words(4, 1), hot))
+    first, again = lm.generate_until(twice), lm.generate_until(twice)
+    assert first == again and first[0] != first[1]
+    cold = asked("generate_until", (words(4, 1), hot | {"top_k": 1}), (words(4, 1), hot | {"do_sample": False}))
+    assert len(set(lm.generate_until(cold))) == 1
+
+
+def test_our_own_evaluations_score_the_same_items_the_same(run, pairs):
+    items = [icl.Item((words(6, s),), ("the cat", "dog and mat", "12"), s % 3) for s in range(8)]
+    model, tokenizer, _ = load(run)
+    groups = list(icl.encode("multiple_choice", items, range(8), 0, " ", tokenizer))
+    mine = score(GPTReader(model, Runtime(torch.device("cpu"), torch.float32)), [group.texts() for group in groups])
+    requests = asked("loglikelihood", *[(item.contexts[0], f" {answer}") for item in items for answer in item.answers])
+    got = pairs[True][0].loglikelihood(requests, disable_tqdm=True)
+    torch.testing.assert_close(torch.tensor([-nats for nats, _ in got]), torch.tensor([one.nats for group in mine for one in group]), atol=1e-4, rtol=1e-6)
+
+
+HISTORY = [{"role": "system", "content": "say it"}, {"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat"}, {"role": "user", "content": " and <b> the dog\n"}]
+
+
+def test_conversations_are_what_the_model_was_trained_on(pairs):
+    lm, hf = pairs[True]
+    text = lm.apply_chat_template(HISTORY)
+    assert lm.tok_encode(text) == render_prompt(lm.tokenizer, HISTORY) == hf.tok_encode(text)
+    assert text == hf.apply_chat_template(HISTORY) and lm.chat_template(True) == hf.chat_template(True) and lm.chat_template(False) is None
+    begun = [*HISTORY, {"role": "assistant", "content": "it"}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == text + "it" == hf.apply_chat_template(begun, add_generation_prompt=False)
+    assert lm.tokenizer.special("<|user_start|>") not in lm.tok_encode("the <|user_start|> cat"), "a text is text"
+    asks = asked("loglikelihood", (text, " sat"), (text, "sat"))
+    torch.testing.assert_close(torch.tensor(lm.loglikelihood(asks, True)), torch.tensor(hf.loglikelihood(asks, True)), atol=1e-4, rtol=1e-6)
+    assert lm.tokenizer_name == f"nanolab-{Tokenizer(lm.tokenizer._bpe).hash[:16]}"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder of tasks of the harness over a file of our own: choices, text to write, text to predict."""
+    out = tmp_path_factory.mktemp("tasks")
+    rows = [{"q": words(4, s), "choices": ["the cat", "dog", "12 345"], "gold": s % 3, "answer": "cat"} for s in range(6)]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {out / 'rows.jsonl'}\n  cache_dir: {out / 'cache'}\ntest_split: test\nfewshot_split: test\nnum_fewshot: 1\n"
+    ask = 'doc_to_text: "{{q}}"\n'
+    metric = "metric_list:\n  - metric: {}\n    aggregation: mean\n    higher_is_better: true\n"
+    (out / "choose.yaml").write_text(f"task: toy_choose\noutput_type: multiple_choice\n{data}{ask}doc_to_target: gold\ndoc_to_choice: choices\n{metric.format('acc')}")
+    written = 'output_type: generate_until\ndoc_to_target: "{{answer}}"\ngeneration_kwargs:\n  until: ["\\n\\n"]\n  max_gen_toks: 8\n'
+    (out / "write.yaml").write_text(f"task: toy_write\n{written}{data}{ask}{metric.format('exact_match')}")
+    return out
+
+
+def evaluated(tasks: Path, lm, **settings) -> dict:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(lm, tasks=["toy_choose", "toy_write"], task_manager=manager, bootstrap_iters=0, **settings)
+
+
+def answers(results: dict) -> list:
+    return [[sample["filtered_resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])] for samples in results["samples"].values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "say it"}])
+def test_tasks_of_the_harness_give_what_its_own_model_gives(tasks, pairs, settings, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    mine, other = (evaluated(tasks, lm, **settings) for lm in pairs[True])
+    for (name, a), (_, b) in zip(mine["results"].items(), other["results"].items()):
+        assert a.keys() == b.keys() and [value for key, value in a.items() if key.startswith(("acc", "exact"))] == [value for key, value in b.items() if key.startswith(("acc", "exact"))], name
+    (chosen, wrote), (their_chosen, their_wrote) = answers(mine), answers(other)
+    assert wrote == their_wrote and [[greedy for _, greedy in item] for item in chosen] == [[greedy for _, greedy in item] for item in their_chosen]
+    nats = [torch.tensor([[float(nats) for nats, _ in item] for item in found]) for found in (chosen, their_chosen)]
+    torch.testing.assert_close(*nats, atol=1e-4, rtol=1e-6)
+    assert mine["config"]["nanolab_model"] == "tiny@0" and mine["config"]["model_dtype"] == "float32" and mine["config"]["cut_texts"] >= 0
+
+
+@pytest.mark.slow
+def test_the_command_line(tasks, run):
+    """By the run's name, as a person types it; results are written by the harness."""
+    command = f"-m scripts.lm_eval --model nanolab --model_args path=tiny --tasks toy_choose,toy_write --include_path {tasks} --output_path {tasks / 'out'} --device cpu"
+    env = os.environ | {"NANOLAB_BASE_DIR": str(run.parents[1]), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command.split()], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    assert done.returncode == 0 and "|toy_choose|" in done.stdout.replace(" ", ""), done.stderr[-2000:]
+    (written,) = (tasks / "out").rglob("results_*.json")
+    assert json.loads(written.read_text())["config"]["nanolab_model"] == "tiny@0"
+    bad = subprocess.run([sys.executable, *command.replace("path=tiny", "path=tinny").split()], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
+    assert bad.returncode == 1 and bad.stderr.rstrip().splitlines()[-1].startswith("error: no model 'tinny' in")
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    [
+        ("pth=x", "has 'pth'; expected some of path.*did you mean path?"),
+        ("path=x,batch_size=4", "has 'batch_size'"),
+        ("", "has no path"),
+        ("path=x,max_rows=many", "max_rows=many; expected int"),
+        ("path=x", "no model 'x' in .*there are: none"),
+        ("path=/tmp", "/tmp is no run: it has no folder checkpoints"),
+        ("path=12", "no model '12'"),
+    ],
+)
+def test_mistakes_in_model_args_are_named(arguments, says):
+    with pytest.raises(UserError, match=says):
+        get_model("nanolab").create_from_arg_string(arguments, {"batch_size": 1, "device": None})
+
+
+@pytest.mark.parametrize("settings,says", [({"num_beams": 4}, "num_beams=4"), ({"min_p": 0.1}, "min_p=0.1; expected some of do_sample"), ({"max_gen_toks": T}, f"replies of {T} tokens from a model that reads {T}")])
+def test_settings_that_cannot_be_are_named(pairs, settings, says):
+    with pytest.raises(UserError, match=says):
+        pairs[True][0].generate_until(asked("generate_until", ("the cat", {"until": []} | settings)))
+
+
+def test_ranks_and_damage_are_named(run, monkeypatch, tmp_path):
+    (tmp_path / "r" / "checkpoints" / "step_000000").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        Nanolab(str(tmp_path / "r"), device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="on several ranks; expected one process"):
+        Nanolab(str(run), device="cpu")
+
+
+def test_a_missing_harness_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    path = Path(import_hf.__file__).parents[1] / "nanolab" / "interop" / "lm_eval.py"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("nanolab_lm_eval_again", path))
+    with pytest.raises(UserError, match=r"pip install 'nanolab\[lm_eval\]'"):
+        spec.loader.exec_module(module)
