@@ -217,6 +217,9 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     # cadences in steps; -1 is off
     eval_every: int = 250  # validation bits per byte
     eval_tokens: int = -1  # validation tokens at most; -1: 80 x 524288 on a GPU, 524288 on a CPU
+    core_metric_every: int = -1  # CORE, then and at the end
+    core_metric_max_per_task: int = 500  # items of each of its tasks at most, drawn by a fixed seed; -1: all
+    eval_bundle: str = ""  # folder of its tasks; default: eval_bundle in the base directory, downloaded if it is not there
     sample_every: int = 2000
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
@@ -242,14 +245,25 @@ class InspectConfig(ModelFlags):
 
 @dataclass(frozen=True)
 class BaseEvalConfig(DataConfig):
-    """Evaluate a base model: bits per byte and samples."""
+    """Evaluate a base model: bits per byte, samples, and with --modes core,hellaswag,lambada in-context tasks."""
 
     data: str = ""  # default: the run's own data
-    model: str = ""  # NAME[@STEP|best]; default: the newest finished run
-    modes: str = "bpb,sample"
+    model: str = ""  # NAME[@STEP|best]; default: the newest finished run; with --all-checkpoints also several, NAME,NAME
+    hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
+    trust_code: bool = False  # run Python code that the folder of --hf brings
+    modes: str = "bpb,sample"  # any of bpb,sample,core,hellaswag,lambada
+    all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
+    out: str = ""  # folder of the results; default: the run's directory, or eval/NAME in the base directory with --hf
+    # bpb
     split_tokens: int = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
     device_batch_size: int = 32
+    # core, hellaswag, lambada
+    eval_bundle: str = ""  # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
+    max_per_task: int = -1  # items of each task at most, drawn by a fixed seed; -1: all
+    extra: bool = False  # core: beside it the tasks of the bundle's extra.yaml, which do not count
+    hellaswag: str = ""  # HellaSwag as its authors publish it (jsonl with ctx, endings, label); default: the bundle's
+    hellaswag_bos: bool = True  # texts of HellaSwag begin as in training; reproductions of GPT-2 go without
     device_type: str = ""
     seed: int = 42
     json: bool = False  # last line of output is one JSON document

@@ -1,98 +1,189 @@
-"""Evaluate a base model: python -m scripts.base_eval [--model NAME] [--modes bpb,sample] [--split-tokens N].
+"""Evaluate a base model: python -m scripts.base_eval [--model NAME | --hf FOLDER] [--modes bpb,sample,core,hellaswag,lambada].
 
-bpb: bits per byte on training and validation text (--no-train-text: on the latter alone), beside compressors on the same
-validation text. sample: what it writes. Results go to eval_base.json in the run directory.
+bpb: bits per byte on training and validation text (--no-train-text: on the latter alone), by source where there are several, beside
+compressors on the same validation text. sample: what it writes. core: 22 in-context tasks of the evaluation bundle (--eval-bundle);
+hellaswag, lambada: these two by themselves. --max-per-task N takes N items of each task. Results go to eval_base.json and eval_base.csv
+in the run directory. --all-checkpoints evaluates every checkpoint once and draws the curves. Exit code 1: something could not be had.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from nanolab.config import BaseEvalConfig, DataConfig, UserError, main, parse
+from nanolab.config import BaseEvalConfig, DataConfig, UserError, main, nearest, parse
 
 SPLIT_TOKENS = {"cuda": 40 * 524288}  # tokens of each split, by device; elsewhere:
 SPLIT_TOKENS_ELSEWHERE = 524288
-MODES = ("bpb", "sample")
+MODES = ("bpb", "sample", "core", "hellaswag", "lambada")
+HF_ROW = 2048  # tokens of a row of text at most, for a model from elsewhere
+
+
+class Subject(NamedTuple):
+    """What is evaluated."""
+
+    about: dict[str, Any]  # what a record says of it
+    folder: Path  # of its results
+    model: Any  # model(inputs, targets, reduction="none"): nats
+    tokenizer: Any
+    seq_len: int
+    pretraining: dict[str, Any] | None  # its flags, where they are known
+    reader: Callable[[], Any]  # what scores texts; after it the model cannot be trained, but measured as before
 
 
 def run(cfg: BaseEvalConfig) -> int:
     modes = [mode.strip() for mode in cfg.modes.split(",") if mode.strip()]
     for mode in modes:
         if mode not in MODES:
-            raise UserError(f"mode {mode!r} is unknown; expected one or more of {', '.join(MODES)}; try --modes {','.join(MODES)}")
+            raise UserError(f"mode {mode!r} is unknown; expected one or more of {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}")
+    if cfg.hf and (cfg.model or cfg.all_checkpoints):
+        raise UserError(f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one of them; leave one out")
+    if cfg.max_per_task < 1 and cfg.max_per_task != -1:
+        raise UserError(f"--max-per-task is {cfg.max_per_task}; expected at least 1, or -1 for all; try --max-per-task 200")
     from nanolab import runtime
+    from nanolab.evals.suite import Suite
 
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     try:
-        return evaluate(cfg, modes, rt)
+        suite = Suite(cfg, modes, rt)
+        return evaluate_all(cfg, modes, suite, rt) if cfg.all_checkpoints else evaluate(cfg, modes, suite, rt)
     finally:
         rt.close()
 
 
-def evaluate(cfg: BaseEvalConfig, modes: list[str], rt) -> int:
-    from nanolab.evals.samples import continue_prompts, one_line, unconditioned
-    from nanolab.runtime import print0
-    from nanolab.training.checkpoint import write_text
-    from nanolab.training.run import find_model, load_model
+def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
+    from nanolab.evals.likelihood import GPTReader
+    from nanolab.inference.served import served
+    from nanolab.training.run import load_model
 
-    found = find_model(cfg.model)
-    model, tokenizer, meta = load_model(found, rt)
-    result = {"model": found.name, "step": found.step, "device": rt.device_name, "dtype": rt.dtype_name}
+    model, tokenizer, _ = load_model(found, rt)
+    about = {"model": found.name, "step": found.step, "device": rt.device_name, "dtype": rt.dtype_name}
+    folder = Path(cfg.out).expanduser() if cfg.out else found.run_dir
+    return Subject(about, folder, model, tokenizer, model.config.sequence_len, pretraining(found), lambda: GPTReader(served(model), rt))
+
+
+def pretraining(found) -> dict[str, Any]:
+    """The flags that the model was pretrained with, and the fingerprint of its validation text."""
+    from nanolab.training.checkpoint import load_meta
+    from nanolab.training.models import read_json
+
+    meta = load_meta(found.checkpoint)
+    flags = meta["origin"]["pretraining"] if "origin" in meta else read_json(found.run_dir / "config.json")  # a fine-tuned model's is the first model's
+    return flags | ({"val_fingerprint": meta["val_fingerprint"]} if "val_fingerprint" in meta else {})
+
+
+def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
+    from nanolab.interop.hf_model import load
+    from nanolab.runtime import base_dir
+
+    path = Path(cfg.hf).expanduser().resolve()
+    reader, tokenizer = load(path, rt, cfg.trust_code)
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.glob("*.safetensors"))]
+    about = {"model": path.name, "step": None, "hf": str(path), "files": hashlib.sha256(repr(files).encode()).hexdigest()}
+    folder = Path(cfg.out).expanduser() if cfg.out else base_dir() / "eval" / path.name
+    return Subject(about | {"device": rt.device_name, "dtype": rt.dtype_name}, folder, reader, tokenizer, min(reader.limit, HF_ROW), None, lambda: reader)
+
+
+def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+    from nanolab.runtime import print0
+    from nanolab.training.run import find_model
+
+    subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
+    result, failed = dict(subject.about), {}
     if "bpb" in modes:
-        result |= measure(cfg, found.run_dir, model, tokenizer, meta, rt)
-        for line in table(result):
-            print0(line)
+        result |= measure(cfg, subject, rt)
+        print0(*table(result), sep="\n")
     if "sample" in modes and rt.is_main:
-        greedy = continue_prompts(model, tokenizer, rt)
-        drawn = unconditioned(model, tokenizer, rt, seed=cfg.seed)
-        result["samples"] = [sample._asdict() for sample in greedy]
-        result["unconditioned"] = drawn
-        print0("greedy continuations", *map(one_line, greedy), sep="\n")
-        print0("from nothing, temperature 1", *(f"  {text!r}" for text in drawn), sep="\n")
+        result |= samples(cfg, subject, rt)
+    reader = subject.reader() if suite.modes else None
+    for mode in suite.modes:
+        try:
+            result[mode] = suite(mode, reader, subject.tokenizer)
+            failed |= result[mode].get("failed", {})
+        except UserError as error:
+            failed[mode] = str(error)
+            print0(f"failed: {mode}: {error}")
+    result |= {"failed": failed} if failed else {}
     if rt.is_main:
-        path = found.run_dir / "eval_base.json"
-        write_text(path, json.dumps(merged(path, result), indent=1) + "\n")
-        print0(f"written: {path}")
+        write(subject.folder, result)
         if cfg.json:
             print0(json.dumps(result))
     rt.barrier()
-    return 0
+    return 1 if failed else 0
 
 
-def measure(cfg: BaseEvalConfig, run_dir, model, tokenizer, meta: dict, rt) -> dict:
-    """{"train": {...} (with --train-text), "val": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
-    import numpy as np
+def samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
+    """What the model writes, printed; of a model from elsewhere only greedy continuations."""
+    from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, unconditioned
+    from nanolab.runtime import print0
 
-    from nanolab.data.corpus import open_data
-    from nanolab.data.packing import validation_rows
-    from nanolab.evals.bpb import bits_per_byte
+    model, tokenizer = subject.model, subject.tokenizer
+    if cfg.hf:
+        greedy = [Sample(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16))) for prompt in PROMPTS]
+    else:
+        greedy = continue_prompts(model, tokenizer, rt)
+    drawn = [] if cfg.hf else unconditioned(model, tokenizer, rt, seed=cfg.seed)
+    print0("greedy continuations", *map(one_line, greedy), sep="\n")
+    if drawn:
+        print0("from nothing, temperature 1", *(f"  {text!r}" for text in drawn), sep="\n")
+    return {"samples": [sample._asdict() for sample in greedy], "unconditioned": drawn}
+
+
+def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
+    """{"train": {...} (with --train-text), "val": {...}, "domains": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
     from nanolab.evals.compressors import compressor_bpb
     from nanolab.runtime import print0
-    from nanolab.training.models import read_json
 
-    recorded = meta["origin"]["pretraining"] if "origin" in meta else read_json(run_dir / "config.json")  # a fine-tuned model's is the first model's
-    data = open_data(data_config(cfg, recorded), recorded.get("seed", 0))
-    if meta.get("val_fingerprint", data.val_fingerprint) != data.val_fingerprint:
+    wanted, data = open_text(cfg, subject.pretraining)
+    if (subject.pretraining or {}).get("val_fingerprint", data.val_fingerprint) != data.val_fingerprint:
         print0("note: this is not the validation text that the run was measured on while training")
-    T = model.config.sequence_len
-    limit = cfg.split_tokens if cfg.split_tokens > 0 else SPLIT_TOKENS.get(rt.device.type, SPLIT_TOKENS_ELSEWHERE)
-    lengths = tokenizer.token_bytes()
-    splits = {"train": [(source, max(1, round(weight * limit))) for source, weight in data.train]} if cfg.train_text else {}
-    splits["val"] = [(data.val, limit)]
-    result: dict = {"data": cfg.data_dir or cfg.data or recorded["data_dir"] or recorded["data"]}
-    for split, sources in splits.items():
-        rows = [validation_rows(documents, tokenizer, T, tokens) for documents, tokens in sources]
-        score = bits_per_byte(model, [np.concatenate(halves) for halves in list(zip(*rows))[:2]], lengths, rt, cfg.device_batch_size)
-        result[split] = {"bpb": score.bpb, "nats": score.nats, "bytes": score.n_bytes, "tokens": score.n_tokens}
+    limit, result = split_tokens(cfg, rt), {"data": wanted.data_dir or wanted.data}
+    if cfg.train_text:
+        result["train"] = bpb(cfg, subject, [(source, max(1, round(weight * limit))) for source, weight in data.train], rt)
+    result["val"] = bpb(cfg, subject, [(data.val, limit)], rt)
+    if domains := domains_of(wanted, data):
+        result["domains"] = {name: bpb(cfg, subject, [(documents, limit // len(domains))], rt) for name, documents in domains.items()}
     if rt.is_main:
         result["compressors"] = compressor_bpb([beginning(data.val, result["val"]["bytes"])])
     return result
 
 
-def data_config(cfg: BaseEvalConfig, recorded: dict) -> DataConfig:
-    """What --data or --data-dir asks for, else the run's own data; --val-data replaces the validation text of either."""
-    if cfg.data or cfg.data_dir:
-        return DataConfig(cfg.data or DataConfig.data, cfg.data_dir, cfg.val_data, cfg.num_shards)
-    shards = cfg.num_shards if cfg.num_shards > 0 else recorded["num_shards"]
-    return DataConfig(recorded["data"], recorded["data_dir"], cfg.val_data or recorded["val_data"], shards)
+def open_text(cfg: BaseEvalConfig, pretraining: dict | None):
+    """(what --data or --data-dir asks for, else the run's own data, --val-data replacing the validation text of either; that data)."""
+    from nanolab.data.corpus import open_data
+
+    wanted = DataConfig(cfg.data or DataConfig.data, cfg.data_dir, cfg.val_data, cfg.num_shards)
+    if pretraining and not (cfg.data or cfg.data_dir):
+        shards = cfg.num_shards if cfg.num_shards > 0 else pretraining["num_shards"]
+        wanted = DataConfig(pretraining["data"], pretraining["data_dir"], cfg.val_data or pretraining["val_data"], shards)
+    return wanted, open_data(wanted, (pretraining or {}).get("seed", 0))
+
+
+def split_tokens(cfg: BaseEvalConfig, rt) -> int:
+    return cfg.split_tokens if cfg.split_tokens > 0 else SPLIT_TOKENS.get(rt.device.type, SPLIT_TOKENS_ELSEWHERE)
+
+
+def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt) -> dict:
+    """Of these (documents, tokens of them at most) together."""
+    import numpy as np
+
+    from nanolab.data.packing import validation_rows
+    from nanolab.evals.bpb import bits_per_byte
+
+    rows = [validation_rows(documents, subject.tokenizer, subject.seq_len, tokens) for documents, tokens in sources]
+    halves = [np.concatenate(parts) for parts in list(zip(*rows))[:2]]
+    score = bits_per_byte(subject.model, halves, subject.tokenizer.token_bytes(), rt, cfg.device_batch_size)
+    return {"bpb": score.bpb, "interval": score.interval, "nats": score.nats, "bytes": score.n_bytes, "tokens": score.n_tokens}
+
+
+def domains_of(wanted: DataConfig, data) -> dict:
+    """The validation text of each source, or of each file of --val-data; nothing where there is but one."""
+    from nanolab.data.corpus import Documents
+
+    names = [path.name for path in data.val.paths] if wanted.val_data else [source.name for source, _ in data.train]
+    texts = {name: Documents(name, [path]) for name, path in zip(names, data.val.paths)}
+    return texts if 1 < len(texts) == len(data.val.paths) else {}
 
 
 def beginning(documents, n_bytes: int) -> bytes:
@@ -106,19 +197,76 @@ def beginning(documents, n_bytes: int) -> bytes:
 
 
 def table(result: dict) -> list[str]:
-    """Bits per byte, one line per reader of the text."""
-    lines = [f"bits per byte of {result['model']}@{result['step']} on {result['data']}"]
+    """Bits per byte, one line per reader of the text, then by source."""
+    lines = [f"bits per byte of {result['model']}{'' if result['step'] is None else '@' + str(result['step'])} on {result['data']}"]
     for split, label in (("val", "model, validation"), ("train", "model, training")):
         if split in result:
-            lines += [f"  {label:<20}{result[split]['bpb']:>8.4f}   {result[split]['bytes']:,} bytes, {result[split]['tokens']:,} tokens"]
-    return lines + [f"  {name:<20}{bpb:>8.4f}   the same validation text" for name, bpb in result.get("compressors", {}).items()]
+            row = result[split]
+            lines += [f"  {label:<20}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes, {row['tokens']:,} tokens"]
+    lines += [f"  {name:<20}{value:>8.4f}   the same validation text" for name, value in result.get("compressors", {}).items()]
+    for name, row in result.get("domains", {}).items():
+        lines += [f"  model, {name:<13}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes of its validation text"]
+    return lines
 
 
-def merged(path, result: dict) -> dict:
-    """`result` over what an earlier evaluation of the same step found in other modes."""
+def ends(row: dict) -> str:
+    return "{:.4f} to {:.4f}, ".format(*row["interval"]) if row["interval"] else ""
+
+
+def write(folder: Path, result: dict) -> None:
+    """eval_base.json, over what an earlier evaluation of the same model found in other modes; and CORE as CSV."""
+    from nanolab.evals.core import csv_lines
+    from nanolab.runtime import print0
+    from nanolab.training.checkpoint import write_text
+
+    path = folder / "eval_base.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    same = (earlier.get("model"), earlier.get("step")) == (result["model"], result["step"])
-    return {**earlier, **result} if same else result
+    same = all(earlier.get(key) == result.get(key) for key in ("model", "step", "hf", "files"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**earlier, **result} if same else result, indent=1) + "\n")
+    print0(f"written: {path}")
+    if "core" in result:
+        write_text(folder / "eval_base.csv", "\n".join(csv_lines(result["core"])) + "\n")
+        print0(f"written: {folder / 'eval_base.csv'}")
+
+
+def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+    """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
+    from nanolab.evals.checkpoints import Mode, follow, picture
+    from nanolab.runtime import print0
+    from nanolab.training.run import find_model
+
+    def text_settings(found) -> dict:
+        return {"text": open_text(cfg, pretraining(found))[1].val_fingerprint, "tokens": split_tokens(cfg, rt), "dtype": rt.dtype_name}
+
+    def text_score(subject: Subject) -> dict:
+        return bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
+
+    def of_suite(mode: str, score, ylabel) -> Mode:
+        return Mode(lambda found: suite.settings(mode), lambda subject: suite(mode, subject.reader(), subject.tokenizer), score, ylabel)
+
+    known = {
+        "bpb": Mode(text_settings, text_score, lambda r: (r["bpb"], *(r["interval"] or (None, None))), lambda r: "bits per byte of validation text"),
+        "core": of_suite("core", lambda r: (r["value"], *r["interval"]), lambda r: r["label"]),
+        "hellaswag": of_suite("hellaswag", lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]), lambda r: "HellaSwag, loss per token"),
+        "lambada": of_suite("lambada", lambda r: (r["accuracy"], *r["interval"]), lambda r: "LAMBADA accuracy"),
+    }
+    wanted = {mode: known[mode] for mode in modes if mode in known}
+    if not wanted:
+        raise UserError(f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of {', '.join(known)}; try --modes core")
+    runs = [find_model(name.strip()) for name in cfg.model.split(",")]
+    points, failed = follow(runs, wanted, lambda found: of_run(cfg, found, rt), rt)
+    folder = Path(cfg.out).expanduser() if cfg.out else runs[0].run_dir
+    if rt.is_main:
+        for mode, found in points.items():
+            if found:
+                picture(mode, wanted[mode], found, folder)
+                print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
+        print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
+        if cfg.json:
+            print0(json.dumps({"curves": {mode: [point._asdict() for point in found] for mode, found in points.items()}, "failed": failed}))
+    rt.barrier()
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

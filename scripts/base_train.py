@@ -32,6 +32,8 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.data.packing import PackedBatches, validation_rows
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.evals.bpb import bits_per_byte
+    from nanolab.evals.core import metrics
+    from nanolab.evals.likelihood import GPTReader
     from nanolab.evals.samples import print_samples
     from nanolab.model.fp8 import convert, full_precision
     from nanolab.model.gpt import GPT
@@ -50,6 +52,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
     plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
     data = open_data(cfg, cfg.seed)
+    core = open_core(cfg, tokenizer, rt) if cfg.core_metric_every > 0 else None
     record.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
     for line in describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name):
         print0(line)
@@ -78,6 +81,10 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         with full_precision(model):
             return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
 
+    def run_benchmark() -> dict:
+        with full_precision(model):
+            return metrics(core.evaluate(GPTReader(model, rt), print0))
+
     def draw_samples() -> None:
         with full_precision(model):
             print_samples(model, tokenizer, rt)
@@ -87,14 +94,31 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             record, model, optimizer, batches, plan,
             lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
             Every(
-                log=cfg.log_every, eval=cfg.eval_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
-                grad_norm=cfg.log_grad_norm, evaluate=evaluate, draw_samples=draw_samples,
+                log=cfg.log_every, eval=cfg.eval_every, benchmark=cfg.core_metric_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
+                grad_norm=cfg.log_grad_norm, evaluate=evaluate, run_benchmark=run_benchmark, draw_samples=draw_samples,
             ),
         )  # fmt: skip
     finally:
         batches.close()
         record.close()
     return 0
+
+
+def open_core(cfg: BaseTrainConfig, tokenizer, rt):
+    """The tasks of CORE. What is wrong with them is said here, before the first step."""
+    from nanolab.evals.bundle import CORE, open_bundle
+    from nanolab.evals.core import Core
+    from nanolab.evals.published import ensure
+    from nanolab.runtime import print0
+
+    core = Core(open_bundle(ensure(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
+    k = sum(label in CORE for label in core.items)
+    print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}" + (f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""))
+    for label, why in core.failed.items():
+        print0(f"                without {label}: {why}")
+    if not k:
+        raise UserError(f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another --eval-bundle, or leave out --core-metric-every")
+    return core
 
 
 def run_name(cfg: BaseTrainConfig) -> str:

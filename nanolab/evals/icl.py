@@ -10,16 +10,25 @@ A solved item is context + delimiter + answer and a blank line behind it. The k 
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from nanolab.config import UserError
-from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import Reader, Score, Text, score
 from nanolab.runtime import Runtime
 
 T = TypeVar("T")
+
+
+class Encoder(Protocol):
+    """What is asked of a tokenizer."""
+
+    @property
+    def bos(self) -> int: ...  # what a text begins with
+    def encode_batch(self, texts: Sequence[str], /) -> list[list[int]]: ...
+
+
 SHOT_SEED = 1234
 CHUNK = 1 << 20  # tokens of texts that are lists at once: a list takes ten times the room of an array
 
@@ -154,7 +163,7 @@ def rendered(kind: str, items: Sequence[Item], i: int, k: int, delimiter: str) -
     return texts + ([prompts(items[i]._replace(answers=("",)), solved, delimiter)[0].strip()] if KINDS[kind].continues else [])
 
 
-def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Tokenizer, threads: int = 2) -> Iterator[Group]:
+def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder) -> Iterator[Group]:
     """The groups of items `indices`, each text after the beginning-of-text token.
 
     Texts are encoded whole: what a tokenizer joins across the seams of their parts is joined.
@@ -163,13 +172,17 @@ def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, del
     for first in range(0, len(indices), 256):  # so that the texts need not all be there at once
         part = indices[first : first + 256]
         texts = [rendered(kind, items, i, k, delimiter) for i in part]
-        ids = iter(tokenizer.encode_arrays([text for of_item in texts for text in of_item], threads))
+        ids = iter(tokenizer.encode_batch([text for of_item in texts for text in of_item]))
         for i, of_item in zip(part, texts):
-            encoded = [np.concatenate(([tokenizer.bos], next(ids))).astype(np.int32) for _ in of_item]
+            encoded = [np.array([tokenizer.bos, *next(ids)], dtype=np.int32) for _ in of_item]
             starts = rule.starts(encoded)
-            kept = encoded[: len(starts)]
-            shared = _common(kept) if kept[1:] else len(kept[0])
-            yield Group(i, items[i].gold, kept[0][:shared], [text[shared:] for text in kept], starts)
+            yield group(i, items[i].gold, encoded[: len(starts)], starts)
+
+
+def group(index: int, gold: int, texts: Sequence[np.ndarray], starts: list[int]) -> Group:
+    """The texts with what they have in common held once."""
+    shared = _common(texts) if texts[1:] else len(texts[0])
+    return Group(index, gold, texts[0][:shared].copy(), [text[shared:].copy() for text in texts], starts)
 
 
 def judged(reader: Reader, groups: Sequence[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "") -> list[T]:

@@ -152,6 +152,10 @@ class HFTokenizer:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
 
+    def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """`encode` of each text as int32 arrays. threads: as many as the tokenizer itself chooses."""
+        return [np.array(ids, dtype=np.int32) for ids in self.encode_batch(texts)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 

@@ -37,11 +37,13 @@ class Every:
     log: int = 1
     eval: int = -1
     eval_steps: Collection[int] = ()  # more steps at which to evaluate, whatever the cadence
+    benchmark: int = -1  # not before the first step
     sample: int = -1
     save: int = -1  # the last step is always saved
     keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
     grad_norm: bool = False
     evaluate: Callable[[], dict[str, float]] = dict  # metrics, for example {"val/bpb": 1.2}
+    run_benchmark: Callable[[], dict[str, Any]] = dict  # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
     draw_samples: Callable[[], None] = lambda: None
 
@@ -99,6 +101,9 @@ class Loop:
     def eval_due(self, last: bool) -> bool:
         return self.state.step in self.every.eval_steps or (self.every.eval > 0 and (last or self.due(self.every.eval)))
 
+    def benchmark_due(self, last: bool) -> bool:
+        return self.every.benchmark > 0 and (last or (self.state.step > 0 and self.due(self.every.benchmark)))
+
     @property
     def tokens(self) -> int:
         return self.state.step * self.plan.total_batch_size
@@ -144,13 +149,18 @@ class Loop:
         if self.runtime.is_main and self.saved_step == step:
             checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
 
-    def evaluate(self) -> dict[str, Any]:
-        with undisturbed(self.model, self.runtime.device):
-            metrics = self.every.evaluate()
+    def evaluate(self, last: bool) -> dict[str, Any]:
+        """The metrics of what is due at this step."""
+        every, metrics = self.every, {}
+        for due, measure in ((self.eval_due(last), every.evaluate), (self.benchmark_due(last), every.run_benchmark)):
+            if due:
+                with undisturbed(self.model, self.runtime.device):
+                    metrics |= measure()
         bpb = metrics.get("val/bpb")
         if bpb is not None:
             self.state.min_val_bpb = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
-        print0(f"step {self.state.step:05d} | " + " | ".join(f"{k} {v:.6f}" for k, v in metrics.items()))
+        if metrics:
+            print0(f"step {self.state.step:05d} | " + " | ".join(f"{k} {v:.6f}" for k, v in metrics.items() if isinstance(v, float)))
         return metrics
 
     def train_step(self, progress: float, stop: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -252,7 +262,7 @@ def fit(
                     loop.retain(step)
                     loop.leave(stop)
                 totals = loop.totals()
-                row = loop.evaluate() if loop.eval_due(last) else {}
+                row = loop.evaluate(last)
                 if every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
                     with undisturbed(model, run.runtime.device):
                         every.draw_samples()

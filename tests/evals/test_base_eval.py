@@ -1,11 +1,14 @@
 """base_eval on a model that knows nothing, whose bits per byte can be computed by hand."""
 
 import bz2
+import csv
 import gzip
+import importlib.util
 import json
 import lzma
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,10 @@ from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
 from scripts.base_eval import run
+
+loader = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
+tiny = sys.modules[loader.name] = importlib.util.module_from_spec(loader)
+loader.loader.exec_module(tiny)
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
@@ -38,7 +45,7 @@ def world(base_dir, tmp_path, monkeypatch) -> tuple[Path, Tokenizer, Path]:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     run_dir = base_dir / "runs" / "even"
-    meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash}
+    meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "tokens": 7000}
     checkpoint.save(run_dir / "checkpoints", 7, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
     tokenizer.save(run_dir / "tokenizer")
     (run_dir / "config.json").write_text(json.dumps(to_json(BaseTrainConfig(data_dir=str(text)))))
@@ -146,6 +153,161 @@ def test_the_table_names_every_figure(world, capsys):
 
 
 def test_a_mode_that_does_not_exist_is_refused(world):
-    with pytest.raises(UserError, match="mode 'bbp' is unknown; expected one or more of bpb, sample"):
+    with pytest.raises(UserError, match="mode 'bbp' is unknown; expected one or more of bpb, sample, core, hellaswag, lambada; did you mean --modes bpb"):
         run(config(modes="bbp"))
     assert not (world[0] / "eval_base.json").exists()
+
+
+def test_the_validation_text_of_each_source_is_measured_by_itself(world, tmp_path, capsys):
+    run_dir, tokenizer, _ = world
+    texts = {"a.txt": "something else " * 40, "b.txt": "zzz zzz zzz " * 9}
+    (tmp_path / "val").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "val" / name).write_text(text)
+    run(config(modes="bpb", val_data=str(tmp_path / "val"), train_text=False))
+    out, result = capsys.readouterr().out, json.loads((run_dir / "eval_base.json").read_text())
+    assert set(result["domains"]) == set(texts)
+    for name, text in texts.items():
+        row = result["domains"][name]
+        assert row["bytes"] == len(text) and row["bpb"] == pytest.approx(row["tokens"] * math.log2(tokenizer.vocab_size) / row["bytes"])
+        assert any(f"model, {name}" in line and f"{row['bpb']:.4f}" in line for line in out.splitlines())
+    assert sum(row["bytes"] for row in result["domains"].values()) == result["val"]["bytes"]
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    return tiny.write(tmp_path / "bundle")
+
+
+def test_tasks_of_the_bundle_are_scored_and_written(world, bundle, capsys):
+    """Of a model that finds every token equally likely the first choice has the lowest mean, as all have."""
+    run_dir, tokenizer, _ = world
+    assert run(config(modes="core,lambada,hellaswag", eval_bundle=str(bundle), json=True)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result == json.loads((run_dir / "eval_base.json").read_text())
+    core, swag, words = result["core"], result["hellaswag"], result["lambada"]
+    first = sum(row["gold"] == 0 for row in tiny.CHOICES) / 7
+    assert {k: core["tasks"][k]["accuracy"] for k in ("copa", "hellaswag_zeroshot", "winograd")} == {"copa": first, "hellaswag_zeroshot": first, "winograd": 3 / 5}
+    assert (core["label"], len(core["missing"]), core["failed"]) == ("CORE-4 of 22", 18, {})
+    assert swag["per_token"]["accuracy"] == first and swag["n"] == 7
+    shortest = [min(range(3), key=lambda i: len(tokenizer.encode(" " + row["choices"][i]))) for row in tiny.CHOICES]
+    assert swag["sum"]["accuracy"] == sum(pick == row["gold"] for pick, row in zip(shortest, tiny.CHOICES)) / 7
+    tokens = [len(tokenizer.encode(" " + row["continuation"])) for row in tiny.WORDS]
+    assert words["perplexity"] == pytest.approx(tokenizer.vocab_size ** (sum(tokens) / 6), rel=1e-4)
+    with open(run_dir / "eval_base.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["Task"] for row in rows] == [*core["tasks"], "CORE-4 of 22"] and float(rows[-1]["Centered"]) == pytest.approx(core["value"], abs=1e-6)
+    for text in ("CORE-4 of 22", "missing from the bundle: jeopardy", "HellaSwag, 7 items", "LAMBADA, 6 items"):
+        assert any(text in line for line in lines), text
+    run(config(modes="bpb", split_tokens=200))
+    assert json.loads((run_dir / "eval_base.json").read_text())["core"] == core, "kept beside other modes of the same model"
+
+
+def test_a_broken_task_is_reported_and_the_rest_is_there(world, bundle, capsys):
+    run_dir, *_ = world
+    (bundle / "eval_data" / "b" / "words.jsonl").write_text("{oops\n")
+    assert run(config(modes="core,lambada,hellaswag", eval_bundle=str(bundle))) == 1
+    out, result = capsys.readouterr().out, json.loads((run_dir / "eval_base.json").read_text())
+    assert set(result["failed"]) == {"lambada_openai", "lambada"} and "words.jsonl:1 is not JSON" in result["failed"]["lambada"]
+    assert result["core"]["label"] == "CORE-3 of 22" and result["hellaswag"]["n"] == 7 and "lambada" not in result
+    assert "failed: lambada_openai: " in out and "failed: lambada: " in out
+
+
+def test_hellaswag_in_its_own_form_and_without_a_first_token(world, bundle, tmp_path):
+    run_dir, *_ = world
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_text("".join(json.dumps({"ctx": row["query"], "endings": row["choices"], "label": str(row["gold"])}) + "\n" for row in tiny.CHOICES))
+    run(config(modes="hellaswag", eval_bundle=str(bundle), max_per_task=4))
+    of_bundle = json.loads((run_dir / "eval_base.json").read_text())["hellaswag"]
+    run(config(modes="hellaswag", hellaswag=str(path), max_per_task=4, hellaswag_bos=False))
+    own = json.loads((run_dir / "eval_base.json").read_text())["hellaswag"]
+    assert own | {"settings": 0} == of_bundle | {"settings": 0} and own["settings"]["original"] and not own["settings"]["bos"] and own["n"] == 4
+    with pytest.raises(UserError, match="--hellaswag .*none is not a file; expected jsonl with ctx, endings and label"):
+        run(config(modes="hellaswag", hellaswag=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"hf": "x", "model": "even"}, "--hf x with --model even; expected one of them"),
+        ({"hf": "x", "all_checkpoints": True}, "--hf x with --all-checkpoints; expected one of them"),
+        ({"max_per_task": 0}, "--max-per-task is 0; expected at least 1, or -1 for all"),
+        ({"modes": "core", "eval_bundle": "nowhere"}, "--eval-bundle nowhere is not a folder"),
+        ({"modes": "sample", "all_checkpoints": True}, "--modes sample with --all-checkpoints, but no score among them"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(world, flags, text):
+    with pytest.raises(UserError, match=text):
+        run(config(**flags))
+
+
+def test_every_checkpoint_is_evaluated_once_and_drawn(world, bundle, base_dir, capsys):
+    run_dir, tokenizer, _ = world
+    weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
+    again = {"modes": "core,bpb,sample", "all_checkpoints": True, "eval_bundle": str(bundle), "split_tokens": 200}
+    assert run(config(**again)) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("even@")] == ["even@7: core", "even@7: bpb"]
+
+    weights["lm_head.weight"][5] += 1
+    checkpoint.save(run_dir / "checkpoints", 9, weights=weights, optimizer=None, meta=meta | {"tokens": 9000}, runtime=RUNTIME)
+    other = run_dir.parent / "other"
+    checkpoint.save(other / "checkpoints", 7, weights=weights, optimizer=None, meta=meta, runtime=RUNTIME)
+    tokenizer.save(other / "tokenizer")
+    (other / "config.json").write_text((run_dir / "config.json").read_text())
+    with open(run_dir / "eval_checkpoints.jsonl", "a") as file:
+        file.write('{"torn by a cra')
+    assert run(config(**again, model="even,other", out=str(base_dir / "curves"))) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "@" in line and ":" in line[:16]] == ["even@9: core", "even@9: bpb", "other@7: core", "other@7: bpb"]
+    for mode in ("core", "bpb"):
+        with open(base_dir / "curves" / f"curve_{mode}.csv", newline="") as file:
+            rows = [(row["run"], row["step"], row["tokens"], float(row["low"]) <= float(row["score"]) <= float(row["high"])) for row in csv.DictReader(file)]
+        assert rows == [("even", "7", "7000", True), ("even", "9", "9000", True), ("other", "7", "7000", True)]
+        drawn = (base_dir / "curves" / f"curve_{mode}.svg").read_text()
+        assert "even" in drawn and "other" in drawn and ("CORE-4 of 22" in drawn) == (mode == "core")
+    run(config(**again, model="even,other", out=str(base_dir / "curves")))
+    assert "even@" not in capsys.readouterr().out.replace("model even@", ""), "all is on record"
+    assert len((run_dir / "eval_checkpoints.jsonl").read_text().splitlines()) == 5
+    run(config(**again | {"modes": "core", "max_per_task": 4}))
+    assert "even@7: core" in capsys.readouterr().out, "another evaluation"
+
+
+def test_what_fails_for_a_checkpoint_is_named_and_tried_again(world, bundle, capsys):
+    run_dir, *_ = world
+    path = bundle / "eval_data" / "b" / "words.jsonl"
+    good = path.read_text()
+    path.write_text("{oops\n")
+    (run_dir / "checkpoints" / "step_000006").mkdir()
+    again = config(modes="core", all_checkpoints=True, eval_bundle=str(bundle))
+    assert run(again) == 1
+    out = capsys.readouterr().out
+    assert "failed: even@7: lambada_openai: " in out and "step_000006 is half-written or damaged" in out and "CORE-3 of 22, over training" in out
+    path.write_text(good)
+    assert run(again) == 1 and "even@7: core" in capsys.readouterr().out
+    (run_dir / "checkpoints" / "step_000006").rmdir()
+    assert run(again) == 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle, tmp_path, capsys, base_dir):
+    """The same weights under gpt2's own class: the same bits per byte, the same tasks."""
+    pytest.importorskip("transformers")
+    from nanolab.config import from_preset
+    from nanolab.interop.export import export
+    from nanolab.training.run import find_model
+    from nanolab.training.schedule import gpt_config
+
+    run_dir, tokenizer, text = world
+    model = GPT(gpt_config(from_preset(BaseTrainConfig, "gpt2", depth=1, aspect_ratio=32, head_dim=16, max_seq_len=64), tokenizer.vocab_size, tokenizer.bos))
+    model.init_weights(3)
+    meta = checkpoint.load_meta(run_dir / "checkpoints" / "step_000007") | {"model_config": to_json(model.config), "kind": "base"}
+    checkpoint.save(run_dir / "checkpoints", 7, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
+    export(find_model("even"), tmp_path / "exported", lambda *_: "")
+    flags = {"modes": "bpb,core,hellaswag,lambada,sample", "eval_bundle": str(bundle), "data_dir": str(text), "split_tokens": 400}
+    assert run(config(**flags)) == run(config(**flags, hf=str(tmp_path / "exported"))) == 0
+    ours, theirs = (json.loads((folder / "eval_base.json").read_text()) for folder in (run_dir, base_dir / "eval" / "exported"))
+    assert theirs["val"]["bpb"] == pytest.approx(ours["val"]["bpb"], rel=1e-5) and theirs["val"]["tokens"] == ours["val"]["tokens"]
+    assert {k: v["outcomes"] for k, v in theirs["core"]["tasks"].items()} == {k: v["outcomes"] for k, v in ours["core"]["tasks"].items()}
+    assert theirs["lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4) and theirs["hellaswag"]["sum"] == ours["hellaswag"]["sum"]
+    assert [s["text"] for s in theirs["samples"]] == [s["text"] for s in ours["samples"]] and theirs["unconditioned"] == []
+    assert (base_dir / "eval" / "exported" / "eval_base.csv").exists()

@@ -1,0 +1,169 @@
+"""CORE: one number for a base model, the mean over 22 in-context tasks of accuracy above chance. arXiv 2406.11794.
+
+    CORE = mean over tasks of (accuracy - baseline) / (1 - baseline)        baseline: what guessing reaches
+
+A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with one over others. The interval follows from those
+of the tasks, which are independent: Zou & Donner, Statistics in Medicine 27 (2008), 1693.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanolab.config import UserError
+from nanolab.evals import icl
+from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
+from nanolab.evals.chatcore import centred
+from nanolab.evals.likelihood import Reader, Score
+from nanolab.evals.score import Interval, wilson
+from nanolab.runtime import Runtime
+from nanolab.training.console import clock
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model reached on one task."""
+
+    kind: str
+    shots: int
+    n: int
+    accuracy: float
+    interval: Interval
+    baseline: float
+    centred: float
+    cut: int  # items whose texts lost their first tokens, being longer than the model reads
+    seconds: float
+    outcomes: str  # 1 for each right item and 0 for each wrong one, in the order of the items, which is the same for every model
+
+
+@dataclass(frozen=True)
+class CoreScore:
+    """The same on every rank. `value` is None where not one task of CORE could be evaluated."""
+
+    label: str  # "CORE", or "CORE-k of 22"
+    value: float | None
+    interval: Interval | None
+    tasks: dict[str, TaskScore]
+    missing: list[str]  # tasks of CORE that the bundle does not list
+    failed: dict[str, str]  # label -> why there is no score
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Core:
+    """The tasks of a bundle for one tokenizer: read here, encoded once, at the first of any number of evaluations.
+
+    Rank r of W has items r, r + W, ... of each task. max_per_task: items of each, drawn by a fixed seed; -1: all.
+    """
+
+    def __init__(self, bundle: Bundle, tokenizer: icl.Encoder, runtime: Runtime, max_per_task: int = -1):
+        self.bundle, self.tokenizer, self.runtime = bundle, tokenizer, runtime
+        self.failed, self.items = dict(bundle.broken), {}
+        for task in bundle.tasks.values():
+            try:
+                self.items[task.label] = read_items(task, max_per_task)
+            except UserError as error:
+                self.failed[task.label] = str(error)
+        self._groups: dict[str, list[icl.Group]] = {}
+
+    def groups(self, task: TaskSpec) -> list[icl.Group]:
+        if task.label not in self._groups:
+            items = self.items[task.label]
+            mine = range(self.runtime.rank, len(items), self.runtime.world_size)
+            self._groups[task.label] = list(icl.encode(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer))
+        return self._groups[task.label]
+
+    def evaluate(self, reader: Reader, say: Say = lambda line: None) -> CoreScore:
+        """CORE of one model; called on every rank. say: gets the lines of a table, each when it is known."""
+        scores: dict[str, TaskScore] = {}
+        failed = dict(self.failed)
+        tasks = [self.bundle.tasks[label] for label in self.items]
+        work = [characters(task, self.items[task.label]) for task in tasks]
+        began = time.perf_counter()
+        if tasks:
+            say(header())
+        for i, task in enumerate(tasks):
+            try:
+                scores[task.label] = self.measure(reader, task)
+            except UserError as error:
+                failed[task.label] = str(error)
+                continue
+            spent = time.perf_counter() - began
+            left = spent * sum(work[i + 1 :]) / sum(work[: i + 1])
+            say(row(task.label, scores[task.label]) + (f"{clock(left)} left" if i + 1 < len(tasks) else ""))
+        found = summary(scores, self.bundle.missing, failed)
+        for line in closing(found):
+            say(line)
+        return found
+
+    def measure(self, reader: Reader, task: TaskSpec) -> TaskScore:
+        began, right = time.perf_counter(), icl.KINDS[task.kind].right
+
+        def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, bool]:
+            return right(scores, group.gold), any(score.cut for score in scores)
+
+        found = icl.judged(reader, self.groups(task), self.runtime, judge, task.label)
+        n, accuracy = len(found), sum(ok for ok, _ in found) / len(found)
+        return TaskScore(
+            task.kind, task.shots, n, accuracy, wilson(accuracy, n), task.baseline, centred(accuracy, task.baseline), sum(cut for _, cut in found),
+            time.perf_counter() - began, "".join(str(int(ok)) for ok, _ in found),
+        )  # fmt: skip
+
+
+def characters(task: TaskSpec, items: Sequence[icl.Item]) -> float:
+    """About how many characters a model reads of a task where what an item's texts begin with is read once."""
+    solved = sum(len(item.contexts[0]) + len(item.answers[0]) for item in items)
+    return task.shots * solved + sum(len(text) for item in items for text in (*item.contexts, *item.answers))
+
+
+def summary(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str]) -> CoreScore:
+    """The mean over those scores whose tasks belong to CORE."""
+    rows = [(s.centred, *(centred(end, s.baseline) for end in s.interval)) for label, s in scores.items() if label in CORE]
+    k = len(rows)
+    name = "CORE" if k == len(CORE) else f"CORE-{k} of {len(CORE)}"
+    if not rows:
+        return CoreScore(name, None, None, scores, missing, failed)
+    value = math.fsum(c for c, *_ in rows) / k
+    down, up = (math.sqrt(math.fsum((r[0] - r[end]) ** 2 for r in rows)) / k for end in (1, 2))
+    return CoreScore(name, value, Interval(value - down, value + up), scores, missing, failed)
+
+
+def header() -> str:
+    return f"  {'task':<34}{'shots':>5}{'items':>8}{'accuracy':>10}  {'95 % interval':<18}{'above chance':>12}{'seconds':>9}"
+
+
+def row(label: str, s: TaskScore) -> str:
+    low, high = s.interval
+    note = f"  {s.cut} cut" if s.cut else ""
+    return f"  {label:<34}{s.shots:>5}{s.n:>8,}{s.accuracy:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{s.centred:>12.4f}{s.seconds:>9.1f}{note}"
+
+
+def closing(found: CoreScore) -> list[str]:
+    """The mean, and what it lacks."""
+    lines = []
+    if found.value is not None:
+        low, high = found.interval
+        lines += [f"  {found.label:<57}  {f'{low:.4f} to {high:.4f}':<18}{found.value:>12.4f}"]
+    if cut := sum(s.cut for s in found.tasks.values()):
+        lines += [f"  cut: {cut:,} items are longer than the model reads; of their texts the last tokens count"]
+    if found.missing:
+        lines += [f"  missing from the bundle: {', '.join(found.missing)}"]
+    return lines + [f"  failed: {label}: {why}" for label, why in found.failed.items()]
+
+
+def csv_lines(found: dict[str, Any]) -> list[str]:
+    """Task, Accuracy, Centered of `to_json`'s dict, as karpathy/nanochat's base_eval writes them; the mean is the last line."""
+    lines = [f"{label},{s['accuracy']:.6f},{s['centred']:.6f}" for label, s in found["tasks"].items()]
+    return ["Task,Accuracy,Centered", *lines, *([f"{found['label']},,{found['value']:.6f}"] if found["value"] is not None else [])]
+
+
+def metrics(found: CoreScore) -> dict[str, Any]:
+    """For the log of a training run, by the names that dashboards watch; core_tasks where it is not all of CORE."""
+    k = sum(label in CORE for label in found.tasks)
+    partial = {"core_tasks": k} if k < len(CORE) else {}
+    return {"core_metric": found.value, "centered_results": {label: s.centred for label, s in found.tasks.items() if label in CORE}} | partial

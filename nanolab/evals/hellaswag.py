@@ -1,0 +1,100 @@
+"""HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031) by themselves, as GPT-2's reproductions and lm-evaluation-harness score them.
+
+Of a HellaSwag item the ending with the lowest loss is chosen: of the sum over its tokens (both report it), of the mean over its
+tokens (reproductions of GPT-2), or of the sum divided by its bytes (lm-evaluation-harness, normalised). The texts are those of the data:
+the original file's as they are, which the reproductions read, or the bundle's, cleaned as the harness cleans them. The ending is encoded
+by itself, behind a blank, and all of its tokens count.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanolab.config import UserError
+from nanolab.evals import icl
+from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
+from nanolab.evals.likelihood import Reader, Score
+from nanolab.evals.score import Z95, Interval, wilson
+from nanolab.runtime import Runtime
+
+RULES = ("sum", "per_token", "per_byte")
+
+
+def original_items(path: Path, max_items: int = -1) -> list[icl.Item]:
+    """Items of a file of the dataset's authors: objects with ctx, endings and label. Raises UserError."""
+    items = []
+    for n, row in read_rows(path):
+        label = row.get("label")
+        choice = {"query": row.get("ctx"), "choices": row.get("endings"), "gold": int(label) if str(label).isdecimal() else label}
+        try:
+            items.append(icl.KINDS["multiple_choice"].item(choice))
+        except UserError as error:
+            said = str(error).replace("query", "ctx").replace("choices", "endings").replace("gold", "label")
+            raise UserError(f"{path}:{n}: {said}; expected HellaSwag's own fields ctx, endings and label, which test rows lack; use its validation file") from None
+    return sample(items, max_items, 0, str(path))
+
+
+def hellaswag(reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item], runtime: Runtime, *, bos: bool = True) -> dict[str, Any]:
+    """{"n", rule: {"accuracy", "interval"} for each of RULES, "cut"}. bos: whether texts begin with that token. On every rank."""
+    groups = encode(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
+
+    def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, ...]:
+        losses = [[s.nats / size for s, size in zip(scores, sizes)] for sizes in zip(*((1, s.n_tokens, max(1, len(a.encode()))) for s, a in zip(scores, items[group.index].answers)))]
+        return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
+
+    found = icl.judged(reader, groups, runtime, judge, "hellaswag")
+    n = len(found)
+    right = {rule: sum(outcome[i] for outcome in found) / n for i, rule in enumerate(RULES)}
+    return {"n": n, **{rule: {"accuracy": p, "interval": wilson(p, n)} for rule, p in right.items()}, "cut": sum(outcome[-1] for outcome in found)}
+
+
+def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool) -> list[icl.Group]:
+    first = [tokenizer.bos] if bos else []
+    contexts = tokenizer.encode_batch([items[i].contexts[0] for i in indices])
+    endings = iter(tokenizer.encode_batch([f" {answer}" for i in indices for answer in items[i].answers]))
+    groups = []
+    for i, context in zip(indices, contexts):
+        texts = [np.array([*first, *context, *next(endings)], dtype=np.int32) for _ in items[i].answers]
+        groups.append(icl.group(i, items[i].gold, texts, [len(first) + len(context)] * len(texts)))
+    return groups
+
+
+def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1) -> dict[str, Any]:
+    """{"n", "accuracy", "interval", "perplexity", "perplexity_interval", "cut"}, on every rank.
+
+    accuracy: of items whose last word's tokens are each the likeliest. perplexity: exp of the mean over items of the word's nats, as
+    lm-evaluation-harness has it; its interval by the standard error of that mean.
+    """
+    items = read_items(task, max_items)
+    mine = range(runtime.rank, len(items), runtime.world_size)
+    groups = list(icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer))
+    found = icl.judged(reader, groups, runtime, lambda scores, group: scores[0], task.label)
+    n, nats = len(found), [s.nats for s in found]
+    accuracy, mean = sum(s.greedy for s in found) / n, statistics.fmean(nats)
+    half = Z95 * statistics.stdev(nats) / math.sqrt(n) if n > 1 else None
+    ends = None if half is None else Interval(math.exp(mean - half), math.exp(mean + half))
+    return {
+        "n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "perplexity": math.exp(mean), "perplexity_interval": ends,
+        "cut": sum(s.cut > 0 for s in found),
+    }  # fmt: skip
+
+
+def hellaswag_table(found: dict[str, Any]) -> list[str]:
+    """One line for each way to choose."""
+    says = {"sum": "lowest sum of losses (acc)", "per_token": "lowest loss per token (acc_norm of GPT-2's reproductions)", "per_byte": "lowest loss per byte (acc_norm of lm-evaluation-harness)"}
+    lines = [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25"]
+    for rule, what in says.items():
+        low, high = found[rule]["interval"]
+        lines += [f"  {what:<60}{found[rule]['accuracy']:>8.4f}  {low:.4f} to {high:.4f}"]
+    return lines
+
+
+def lambada_table(found: dict[str, Any]) -> list[str]:
+    lines = [f"LAMBADA, {found['n']:,} items"]
+    for name, ends in (("accuracy", "interval"), ("perplexity", "perplexity_interval")):
+        lines += [f"  {name:<20}{found[name]:>12,.4f}  " + ("{:,.4f} to {:,.4f}".format(*found[ends]) if found[ends] else "of one item")]
+    return lines

@@ -1,0 +1,69 @@
+"""The likelihood tasks of base_eval by name: CORE, HellaSwag, LAMBADA. What they need is opened before a model is loaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanolab.config import BaseEvalConfig, UserError
+from nanolab.data.formats import sha256_file
+from nanolab.evals.bundle import TaskSpec, fingerprint, open_bundle, read_items
+from nanolab.evals.core import Core
+from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table, original_items
+from nanolab.evals.icl import Encoder
+from nanolab.evals.likelihood import Reader
+from nanolab.evals.published import ensure
+from nanolab.runtime import Runtime, print0
+
+
+class Suite:
+    """`suite(mode, reader, tokenizer)` is the result of one of `modes`, JSON-ready, the same on every rank; its table is printed."""
+
+    def __init__(self, cfg: BaseEvalConfig, modes: list[str], runtime: Runtime):
+        """Raises UserError where the bundle or the file that they need is not there."""
+        if "hellaswag" in modes and cfg.hellaswag and not Path(cfg.hellaswag).is_file():
+            raise UserError(f"--hellaswag {cfg.hellaswag} is not a file; expected jsonl with ctx, endings and label; name another, or leave it out for the bundle's")
+        self.cfg, self.runtime, self.modes = cfg, runtime, [mode for mode in modes if mode in MODES]
+        self._core: tuple[Any, Core] | None = None  # of the tokenizer that was last asked for
+        if set(self.modes) - ({"hellaswag"} if cfg.hellaswag else set()):
+            self.bundle = open_bundle(ensure(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",))
+
+    def __call__(self, mode: str, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+        """Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in its `failed`."""
+        return MODES[mode](self, reader, tokenizer) | {"settings": self.settings(mode)}
+
+    def settings(self, mode: str) -> dict[str, Any]:
+        """All that shapes a result, beside the model."""
+        cfg, shared = self.cfg, {"max_per_task": self.cfg.max_per_task, "dtype": self.runtime.dtype_name}
+        if mode == "core":
+            return shared | {"bundle": fingerprint(self.bundle)}
+        if mode == "lambada":
+            return shared | {"data": sha256_file(self.task("lambada_openai").path)}
+        path = Path(cfg.hellaswag) if cfg.hellaswag else self.task("hellaswag_zeroshot").path
+        return shared | {"data": sha256_file(path), "original": bool(cfg.hellaswag), "bos": cfg.hellaswag_bos}
+
+    def task(self, label: str) -> TaskSpec:
+        if label not in self.bundle.tasks:
+            why = self.bundle.broken.get(label, "no list names it")
+            raise UserError(f"task {label} of {self.bundle.folder}: {why}; expected its data; name another --eval-bundle, or leave this mode out")
+        return self.bundle.tasks[label]
+
+    def core(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+        key = getattr(tokenizer, "hash", tokenizer)  # the checkpoints of a run have equal tokenizers, each its own
+        if self._core is None or self._core[0] != key:
+            self._core = key, Core(self.bundle, tokenizer, self.runtime, self.cfg.max_per_task)
+        return self._core[1].evaluate(reader, print0).to_json()
+
+    def hellaswag(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+        path, limit = self.cfg.hellaswag, self.cfg.max_per_task
+        items = original_items(Path(path), limit) if path else read_items(self.task("hellaswag_zeroshot"), limit)
+        found = hellaswag(reader, tokenizer, items, self.runtime, bos=self.cfg.hellaswag_bos)
+        print0(*hellaswag_table(found), sep="\n")
+        return found
+
+    def lambada(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+        found = lambada(reader, tokenizer, self.task("lambada_openai"), self.runtime, self.cfg.max_per_task)
+        print0(*lambada_table(found), sep="\n")
+        return found
+
+
+MODES: dict[str, Callable[[Suite, Reader, Encoder], dict[str, Any]]] = {"core": Suite.core, "hellaswag": Suite.hellaswag, "lambada": Suite.lambada}
