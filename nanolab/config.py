@@ -276,7 +276,6 @@ class ContaminationConfig(DataConfig):
     eval_set: str = ""  # a .jsonl file of items, or the folder of an evaluation bundle (core.yaml and extra.yaml)
     ngram: int = 13  # words in a run
     out: str = ""  # folder of contamination.json and contaminated.jsonl; default: contamination/NAME in the base directory
-    threads: int = 0  # CPU threads; 0: all
     json: bool = False  # last line of output is one JSON document
 
 

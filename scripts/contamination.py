@@ -22,17 +22,16 @@ def run(cfg: ContaminationConfig) -> int:
     search = Search(sets, cfg.ngram)
     data = open_data(cfg)
     found = {f"train {documents.name}" if len(data.train) > 1 else "train": documents for documents, _ in data.train} | {"val": data.val}
-    report = search.report({name: (documents, search.scan(documents, name, cfg.threads)) for name, documents in found.items()})
+    report = search.report({name: (documents, search.scan(documents, name)) for name, documents in found.items()})
     rows = [row for entry in report for row in entry.pop("contaminated")]
     document = {
         "eval_set": str(cfg.eval_set), "ngram": cfg.ngram, "data": cfg.data_dir or cfg.data, "fingerprint": data.fingerprint,
         "val_fingerprint": data.val_fingerprint, "sets": report, "broken": broken,
     }  # fmt: skip
-    print(*table(document), sep="\n")
     output = Path(cfg.out).expanduser() if cfg.out else base_dir() / "contamination" / Path(cfg.eval_set).resolve().stem
     write_atomically(output / "contaminated.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_atomically(output / "contamination.json", json.dumps(document, indent=1) + "\n")
-    print(f"written: {output}")
+    print(*table(document), f"written: {output}", sep="\n")
     if cfg.json:
         print(json.dumps(document))
     return 1 if broken else 0

@@ -13,12 +13,10 @@ How: the runs of the evaluation sets are indexed by 64-bit hashes; documents str
 where a hash is in the index the words themselves are compared. A hash that two runs of the sets share gets a second layer of the index.
 """
 
-import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import numpy as np
 
 from nanolab.config import UserError
 from nanolab.data.corpus import Documents
-from nanolab.data.formats import Block, read_block
+from nanolab.data.formats import read_block
 from nanolab.evals.bundle import open_bundle, read_rows
 from nanolab.evals.score import wilson
 from nanolab.runtime import progress
@@ -306,11 +304,11 @@ class Best(NamedTuple):
     def none(cls, n_items: int) -> "Best":
         return cls(*(np.zeros(n_items, np.int64) for _ in range(4)))
 
-    def take(self, items: np.ndarray, *found: Any) -> None:
+    def take(self, items: np.ndarray, words: np.ndarray, places: np.ndarray, block: int, document: int) -> None:
         """Keep what is longer; of what is given for one item, the last."""
-        better = found[0] > self.words[items]
-        for mine, theirs in zip(self, found):
-            mine[items[better]] = theirs[better] if isinstance(theirs, np.ndarray) else theirs
+        better = words > self.words[items]
+        items = items[better]
+        self.words[items], self.place[items], self.block[items], self.document[items] = words[better], places[better], block, document
 
 
 class Search:
@@ -338,28 +336,16 @@ class Search:
         order = np.lexsort((-first, words))
         return self.item_at(places[first])[order], words[order], places[first][order]
 
-    def read(self, documents: Documents, number: int, block: Block) -> tuple[np.ndarray, Best]:
-        """(items, best of each) in one block of a corpus."""
-        best, before = Best.none(self.n_items), 0
-        for texts in batches([documents.kept(text) or "" for text in read_block(block)]):
-            text, runs_found = self.index.find(split(texts))
-            for d in np.unique(text):
-                best.take(*self.overlaps(self.index.places(runs_found[text == d])), number, before + d)
-            before += len(texts)
-        items = np.flatnonzero(best.words)
-        return items, Best(*(column[items] for column in best))
-
-    def scan(self, documents: Documents, label: str, threads: int = 0) -> Best:
-        """Of each item, its longest overlap with a document. threads: 0 takes one for each processor; the result is the same."""
-        best = Best.none(self.n_items)
-        pool = ThreadPoolExecutor(threads or os.cpu_count())  # numpy leaves Python's lock while it works
-        try:
-            work: Callable[..., tuple[np.ndarray, Best]] = partial(self.read, documents)
-            blocks = documents.blocks
-            for items, found in progress(pool.map(work, range(len(blocks)), blocks), f"reading {label}", len(blocks)):
-                best.take(items, *found)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def scan(self, documents: Documents, label: str) -> Best:
+        """Of each item, its longest overlap with a document. Reads a block at a time, about 30 MB of text a second."""
+        best, blocks = Best.none(self.n_items), documents.blocks
+        for number in progress(range(len(blocks)), f"reading {label}", len(blocks)):
+            before = 0
+            for texts in batches([documents.kept(text) or "" for text in read_block(blocks[number])]):
+                text, runs_found = self.index.find(split(texts))
+                for d in np.unique(text):
+                    best.take(*self.overlaps(self.index.places(runs_found[text == d])), number, before + int(d))
+                before += len(texts)
         return best
 
     def report(self, found: dict[str, tuple[Documents, Best]]) -> list[dict[str, Any]]:

@@ -61,8 +61,8 @@ def corpus(folder: Path, texts: list[str], name: str = "docs") -> Documents:
     return Documents(name, [path])
 
 
-def found(items: list[list[str]], documents: Documents, n: int, threads: int = 1) -> list[tuple[int, int]]:
-    best = Search([EvalSet("set", Path("set.jsonl"), list(range(len(items))), items)], n).scan(documents, "docs", threads)
+def found(items: list[list[str]], documents: Documents, n: int) -> list[tuple[int, int]]:
+    best = Search([EvalSet("set", Path("set.jsonl"), list(range(len(items))), items)], n).scan(documents, "docs")
     before = np.cumsum([0, *(block.n for block in documents.blocks)])
     return [(int(w), int(before[b] + d) if w else 0) for w, b, d in zip(best.words, best.block, best.document)]
 
@@ -100,8 +100,7 @@ def test_the_same_letters_in_other_words_are_not_equal():
     assert contamination.equal(words, at * 0, words, at, 2).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_overlaps_at_the_borders_of_documents_and_blocks(tmp_path, threads):
+def test_overlaps_at_the_borders_of_documents_and_blocks(tmp_path):
     words = SENTENCE.split()
     first, last = " ".join(words[:13]), " ".join(words[-13:])
     documents = [
@@ -110,7 +109,7 @@ def test_overlaps_at_the_borders_of_documents_and_blocks(tmp_path, threads):
         " ".join(words[:12]), f"{SENTENCE.upper()}!", SENTENCE,
     ]  # fmt: skip
     items = [[first], [last], [" ".join(words[:12])], [SENTENCE], [first, last], [" ".join(words[:8]), " ".join(words[8:])], [SENTENCE]]
-    got = found(items, corpus(tmp_path, documents), 13, threads)
+    got = found(items, corpus(tmp_path, documents), 13)
     assert got == [(13, 1), (13, 2), (0, 0), (17, 6), (13, 1), (0, 0), (17, 6)]  # the first document with the longest one
 
 
