@@ -6,11 +6,12 @@ their last part.
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from nanolab.config import GPTConfig, UserError, chosen
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.card import Stage, amount, chain, exchanges, head, measured, of_step, shown, table
+from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, of_step, shown, table
 from nanolab.model.accounting import n_params
 from nanolab.training import checkpoint
 from nanolab.training.environment import git_commit
@@ -128,10 +129,10 @@ def last_parts(mixture: str) -> str:
 def quality(last: Stage) -> list[str]:
     """Figures of the last stage, and a few of its words."""
     lines = ["## How good it is", ""]
-    found = list(measured(last, last.chat and last.chat["settings"]))
+    found = [(row, at) for _, row, at, _ in measured(last, last.chat and last.chat["settings"])] + list(published(of_step(last.run_dir / "eval_base.json", last.step) or {}))
     if not found:
         return [*lines, f"No evaluation of {last.run}@{last.step} is on record.", ""]
-    rows = [[head(row), "-" if row["baseline"] is None else shown(row["baseline"], row["unit"]), shown(at["value"], row["unit"]), interval(row, at)] for _, row, at, _ in found]
+    rows = [[head(row), "-" if row["baseline"] is None else shown(row["baseline"], row["unit"]), shown(at["value"], row["unit"]), interval(row, at)] for row, at in found]
     lines += [*table(["", "by guessing", "this model", "95 % interval"], *rows), ""]
     if last.text:
         lines += [f"Bits per byte: on held-out text of {last_parts(last.text['data'])}; lower is better.", ""]
@@ -142,6 +143,24 @@ def quality(last: Stage) -> list[str]:
     elif samples := (last.text or {}).get("samples"):
         lines += ["It continues text like this, choosing the likeliest token each time:", "", *(f"- {json.dumps(s['prompt'], ensure_ascii=False)} -> {json.dumps(s['text'], ensure_ascii=False)}" for s in samples[:3]), ""]
     return lines
+
+
+def published(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """CORE with its tasks, HellaSwag and LAMBADA of eval_base.json, as `measured` gives others: (the metric's facts, the figure)."""
+
+    def share(name: str, found: dict[str, Any], n: int, baseline: float | None):
+        return {"metric": name, "unit": PERCENT, "n": n, "baseline": baseline}, {"value": found["accuracy"], "interval": found["interval"]}
+
+    if core := record.get("core"):
+        if core["value"] is not None:
+            yield {"metric": core["label"], "unit": "score", "n": None, "baseline": None}, {"value": core["value"], "interval": core["interval"]}
+        for name, task in core["tasks"].items():
+            yield share(f"{name}:{task['shots']}-shot", task, task["n"], task["baseline"])
+    if found := record.get("hellaswag"):
+        for rule in ("sum", "per_token", "per_byte"):
+            yield share(f"hellaswag:by loss {rule.replace('_', ' ')}", found[rule], found["n"], 0.25)
+    if found := record.get("lambada"):
+        yield share("lambada:last word", found, found["n"], None)
 
 
 def interval(row: dict[str, Any], at: dict[str, Any]) -> str:
@@ -158,7 +177,7 @@ def limits(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:
         "Which licence the weights and the data are under is not on record.",
     ]
     if chat:
-        said.insert(2, "It may call a calculator between `<|python_start|>` and `<|python_end|>`. nanolab answers such calls; `generate` does not, so that what follows a call is made up.")
+        said.insert(2, "It may call a calculator between `<|python_start|>` and `<|python_end|>`. nanolab answers such calls; `generate` does not: what follows a call is made up, unless `<|python_end|>` is among its `eos_token_id`.")
     if own_code:
         said.insert(-1, "Its vocabulary cannot be resized, and attention weights and hidden states are not returned. Beam search works; assisted generation does not.")
     return ["## What it cannot do", "", *(f"- {line}" for line in said), ""]

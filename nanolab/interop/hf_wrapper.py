@@ -80,10 +80,10 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, past_key_values: GenerationCache | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int = 0, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
-        """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens.
+        """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
 
         labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return past_key_values,
         which the next call continues; without it no cache is made. attention_mask: 0 at padding, before or behind each row's text.
@@ -99,11 +99,8 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             wide = dtype if input_ids.device.type != "cpu" or dtype == torch.float64 else torch.float32  # one query in bf16 takes a CPU ten times as long
             cache = self._new_cache(len(input_ids), wide, input_ids.device)
-        if cache is None:
-            logits = self._read(input_ids, attention_mask, logits_to_keep)
-        else:
-            logits = self._continue(input_ids, attention_mask, cache, logits_to_keep)
-        loss = None
+        x = self._read(input_ids, attention_mask) if cache is None else self._continue(input_ids, attention_mask, cache)
+        logits, loss = self.gpt.logits(x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]), None
         if labels is not None:
             if logits.size(1) != labels.size(1):
                 raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
@@ -114,39 +111,37 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
     def _new_cache(self, rows: int, dtype: torch.dtype, device: torch.device) -> GenerationCache:
         return GenerationCache(self.gpt.config, rows, dtype=dtype, device=device)
 
-    def _read(self, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        """Logits of whole rows. Padding behind a text changes nothing in it; padding before it is moved behind it, and back."""
+    def _read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """What the head reads of whole rows, (B, T, C). Padding behind a text changes nothing in it; padding before it is moved behind it, and back."""
         before, _ = padding(mask, ids)
         if before is None or not before.any():
-            return self.gpt(ids, last_only=keep == 1)[:, -keep:]
-        T = ids.size(1)
-        place = (torch.arange(T, device=ids.device) + before[:, None]) % T
-        logits = self.gpt(ids.gather(1, place))
-        back = (torch.arange(T, device=ids.device) - before[:, None]) % T
-        return logits.gather(1, back[..., None].expand_as(logits))[:, -keep:]
+            return self.gpt.hidden(ids)
+        column = torch.arange(ids.size(1), device=ids.device)
+        there, back = ((column + shift[:, None]) % ids.size(1) for shift in (before, -before))
+        x = self.gpt.hidden(ids.gather(1, there))
+        return x.gather(1, back[..., None].expand_as(x))
 
-    def _continue(self, ids: Tensor, mask: Tensor | None, cache: GenerationCache, keep: int) -> Tensor:
-        """Logits of tokens that the cache's rows go on with. New rows are read without their padding, those of one length together."""
+    def _continue(self, ids: Tensor, mask: Tensor | None, cache: GenerationCache) -> Tensor:
+        """The same of tokens that the cache's rows go on with. New rows are read without their padding, those of one length together."""
         B, T = ids.shape
         before, lengths = padding(mask, ids) if cache.columns == 0 else (None, None)
         longest = T if lengths is None else max(lengths)
         if (end := max(cache.lengths) + longest) > cache.limit:
             raise ValueError(f"a text of {end} tokens; this model reads {cache.limit} at most; shorten it, or generate fewer tokens with max_new_tokens")
         cache.columns += T
-        if before is None or not before.any() and longest == T:
-            return self.gpt(ids, cache=cache, last_only=keep == 1)[:, -keep:]
+        if before is None or min(lengths) == T:
+            return self.gpt.hidden(ids, cache)
         if mask[:, -1].min() == 0:
             raise ValueError("attention_mask ends in 0: a text cannot go on behind its padding; expected padding on the left; set tokenizer.padding_side = 'left'")
-        logits = None
+        x = None
         for length in sorted(set(lengths)):
             rows = [row for row in range(B) if lengths[row] == length]
             part = self._new_cache(len(rows), cache.dtype, ids.device)
-            new = self.gpt(ids[rows, T - length :], cache=part, last_only=keep == 1)
+            new = self.gpt.hidden(ids[rows, T - length :], part)
             cache.put(rows, part, list(range(len(rows))))
-            if logits is None:
-                logits = new.new_zeros(B, 1 if keep == 1 else T, new.size(-1))
-            logits[rows, -new.size(1) :] = new
-        return logits[:, -keep:]
+            x = new.new_zeros(B, T, new.size(-1)) if x is None else x
+            x[rows, T - length :] = new
+        return x
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: GenerationCache | None = None, attention_mask: Tensor | None = None, use_cache: bool | None = None,

@@ -166,7 +166,7 @@ def _imports(others: dict[str, tuple[str, str]]) -> list[str]:
 def _section(module: Module, places: list[int]) -> str:
     """The parts of a module, under what its docstring says of it and of the letters of its shapes."""
     first, *paragraphs = module.doc.split("\n\n")
-    said = [f"{module.name.replace('.', '/')}.py: {first.partition(chr(10))[0]}".rstrip(": "), *(line for p in paragraphs if "Dims" in p for line in p.splitlines())]
+    said = [f"{module.name.replace('.', '/')}.py: {first.partition(chr(10))[0]}".removesuffix(": ").removesuffix(" Imports no torch."), *(line for p in paragraphs if "Dims" in p for line in p.splitlines())]
     text, after_block = "\n".join(f"# {line}" for line in said), True
     for place in places:
         part = module.parts[place].text

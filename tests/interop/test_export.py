@@ -247,6 +247,17 @@ def test_the_card_says_what_is_on_record(tokenizer):
         f"{sum(p.numel() for p in GPT(DEFAULT).parameters()):,} parameters", "fp32, as trained", "put `tokenizer.bos_token` before a text", "trust_remote_code=True",
     ):  # fmt: skip
         assert line in text
+    task = {"shots": 10, "n": 50, "accuracy": 0.3, "interval": [0.19, 0.44], "baseline": 0.25}
+    rules = {rule: {"accuracy": 0.4, "interval": [0.3, 0.5]} for rule in ("sum", "per_token", "per_byte")}
+    core = {"label": "CORE-1 of 22", "value": 0.0667, "interval": [-0.08, 0.25], "tasks": {"copa": task}}
+    record = {"step": 7, "core": core, "hellaswag": {"n": 90, **rules}, "lambada": {"n": 80, "accuracy": 0.1, "interval": [0.05, 0.2]}}
+    (base.run_dir / "eval_base.json").write_text(json.dumps(json.loads((base.run_dir / "eval_base.json").read_text()) | record))
+    text = card(base, tokenizer)
+    for line in (
+        "| bits per byte", "| CORE-1 of 22 | - | 0.0667 | -0.0800 to 0.2500 |", "| copa 10-shot (n = 50) | 25.0 % | 30.0 % | 19.0 % to 44.0 % |",
+        "| hellaswag by loss per byte (n = 90) | 25.0 % | 40.0 % | 30.0 % to 50.0 % |", "| lambada last word (n = 80) | - | 10.0 % | 5.0 % to 20.0 % |",
+    ):  # fmt: skip
+        assert line in text
     assert "/home" not in text and "chat" not in text.partition("## What it cannot do")[0]
     talk = make_run("talk", tokenizer, kind="sft", origin="books@7")
     assert "No evaluation of talk@7 is on record." in card(talk, tokenizer)
