@@ -4,6 +4,8 @@ import sys
 
 from nanolab.config import ServeConfig, UserError, main, parse
 
+TOOL_THREADS = 4  # programs of `--tool python` that run at once beside each replica
+
 
 def run(cfg: ServeConfig) -> int:
     from nanolab import runtime
@@ -57,7 +59,8 @@ def load(cfg: ServeConfig, rt) -> list:
             if cuda or not engines:
                 model, tokenizer, meta = load_model(found, place)
                 model = ready_to_generate(model, int8=cfg.int8)
-            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20, graphs=True))
+            slow = TOOL_THREADS if cfg.tool == "python" else 0
+            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20, graphs=True, tool_threads=slow))
         served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
     return served
 

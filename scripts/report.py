@@ -140,6 +140,7 @@ def trained(stages: list) -> list[str]:
     epochs = [row["train/epoch"] for row in metrics[0] if row.get("train/epoch") is not None]
     text = base.text and base.text.get("train", base.text["val"])
     amount = f"{sized(meta['tokens'] * text['bytes'] / text['tokens'])} read ({meta['tokens']:,} tokens)" if text else f"{meta['tokens']:,} tokens"
+    imported = "imported" in env
     passes = f", which is {epochs[-1]:.2f} passes over it" if epochs else ""
     commits = dict.fromkeys(stage.meta["env"]["commit"] or "unknown" for stage in stages)
     machines = dict.fromkeys(f"{machine(stage.meta['env'])}, {stage.meta['env']['dtype']}, torch {stage.meta['env']['torch']}" for stage in stages)
@@ -152,14 +153,14 @@ def trained(stages: list) -> list[str]:
             ["architecture", ", ".join(chosen(model)) or "every default"],
             ["recipe", config["recipe"]],
             ["parameters", f"{n_params(model)['total']:,}"],
-            ["text", f"{config['data_dir'] or config['data']}; {amount}{passes}"],
+            ["weights", "imported"] if imported else ["text", f"{config['data_dir'] or config['data']}; {amount}{passes}"],
             *(
                 [
                     ["steps", f"{base.step:,} of {meta['plan']['total_batch_size']:,} tokens"],
                     ["speed", f"{meta['tokens'] / base.seconds:,.0f} tokens/s, {base.seconds:,.0f} s of training in all"],
                 ]
-                if not later
-                else []  # then "Time and cost" holds them
+                if not later and not imported
+                else []  # "Time and cost" holds them where there are later stages
             ),
             *([stage.label, f"{verb} `{of(stage.meta['config'])}`"] for stage in later for verb, of in [DID[stage.kind]]),
             ["machine", "; ".join(machines)],

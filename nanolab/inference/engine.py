@@ -6,6 +6,7 @@ V vocabulary. A row is one request: a prompt and its continuation.
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from nanolab.runtime import Runtime
 
 __all__ = ["Engine", "Request", "Sampled"]
 
+PATIENCE = 0.02  # seconds that a step waits for a tool where no row has anything else to do
 HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it doubles when a reply grows longer
 
 
@@ -31,12 +33,14 @@ class Engine:
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
     never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py). graphs: record decode
     steps and replay them (see recorded.py). Both are for weights that do not change (served.py); `generate` never replays.
+    tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a tool runs inside the step that called it, so that a
+    text does not depend on how long it took. `generate` always does so.
     Not to be used from several threads at once.
     """
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 0, prefix_bytes: int = 0,
-        graphs: bool = False,
+        graphs: bool = False, tool_threads: int = 0,
     ):  # fmt: skip
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
         self.max_rows = max_rows
@@ -51,12 +55,14 @@ class Engine:
         self.cache = self._new_cache(0, 0)
         self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
         self.queue: deque[Row] = deque()
+        self.tools = ThreadPoolExecutor(tool_threads) if tool_threads else None
+        self.aside: list[tuple[Row, KVCache, Future[list[int]]]] = []  # rows that wait for a tool, each with what it has read
         self.numbers = 0
 
     @property
     def running(self) -> int:
-        """Rows that are decoded."""
-        return len(self.rows)
+        """Rows that are decoded, or wait for a tool."""
+        return len(self.rows) + len(self.aside)
 
     @property
     def waiting(self) -> int:
@@ -85,6 +91,7 @@ class Engine:
             if row.number == number:
                 self.queue.remove(row)
                 return
+        self.aside = [entry for entry in self.aside if entry[0].number != number]
         if not self.prefill.cancel(number):
             for i, row in enumerate(self.rows):
                 if row.number == number:
@@ -95,13 +102,12 @@ class Engine:
     def step(self) -> list[Sampled]:
         """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined included."""
         logits: list[Tensor] = []
+        self._call_tools()
         if self.rows:
-            for row in self.rows:
-                row.answer()
             ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.runtime.device)
             plain = self.recorder is None
             logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1] if plain else self.recorder.step(self.cache, ids))
-        room = self.max_rows - len(self.rows) - len(self.prefill)
+        room = self.max_rows - self.running - len(self.prefill)
         self.prefill.take([self.queue.popleft() for _ in range(min(room, len(self.queue)))], self.prefill_tokens)
         for row, cache, place, last in self.prefill.step(self.prefill_tokens):
             self._join(row, cache, place)
@@ -112,6 +118,24 @@ class Engine:
         for i in reversed([i for i, new in enumerate(step) if new.finish]):
             self._leave(i)
         return step
+
+    def _call_tools(self) -> None:
+        """Answer the calls that ended in the last step, or have their rows step aside; take back those whose tool is through."""
+        calls = [(i, code) for i, row in enumerate(self.rows) if (code := row.called()) is not None]
+        for i, code in reversed(calls):
+            row = self.rows[i]
+            if self.tools is None:
+                row.waiting.extend(row.use.answer(code))
+            else:
+                self.aside.append((row, self.cache.snapshot(i), self.tools.submit(row.use.answer, code)))
+                self._remove(i)
+        if self.aside and not (self.rows or self.waiting):
+            wait([result for *_, result in self.aside], PATIENCE, FIRST_COMPLETED)
+        for entry in [entry for entry in self.aside if entry[2].done()]:
+            row, cache, result = entry
+            self.aside.remove(entry)
+            row.waiting.extend(result.result())
+            self._join(row, cache, 0)
 
     def _tokens(self, logits: Tensor) -> list[Sampled]:
         free = [i for i, row in enumerate(self.rows) if not row.waiting]
@@ -127,9 +151,13 @@ class Engine:
         self.rows.append(row)
 
     def _leave(self, i: int) -> None:
-        row, last = self.rows[i], self.rows.pop()
         if self.prefixes:
-            self.prefixes.keep(row.tokens[: self.cache.lengths[i]], self.cache.snapshot(i))
+            self.prefixes.keep(self.rows[i].tokens[: self.cache.lengths[i]], self.cache.snapshot(i))
+        self._remove(i)
+
+    def _remove(self, i: int) -> None:
+        """The last row takes this row's place."""
+        row, last = self.rows[i], self.rows.pop()
         self.cache.remove(i)
         if row is not last:
             self.rows[i] = last

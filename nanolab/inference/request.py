@@ -91,8 +91,7 @@ class Row:
             self.draws.seen[chosen.token] = True
         return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached)
 
-    def answer(self) -> None:
-        """Show the model's last token to the tool, which runs if that ended a call."""
-        if self.use and self.unheard:
-            self.waiting.extend(self.use.push(self.tokens[-1]))
-        self.unheard = False
+    def called(self) -> str | None:
+        """The text of the call that the model's last token ended, if it did."""
+        heard, self.unheard = self.unheard, False
+        return self.use.called(self.tokens[-1]) if self.use and heard else None

@@ -208,22 +208,24 @@ def find_tool(name: str) -> Callable[[str], str] | None:
 
 
 class ToolUse:
-    """One row's conversation with its tool: is told each token that the model sampled, answers with those to put in next."""
+    """One row's conversation with its tool: is told each token that the model sampled, answers a call with those to put in next."""
 
     def __init__(self, tokenizer: Tokenizer, tool: Callable[[str], str]):
         self.tokenizer, self.tool = tokenizer, tool
         self.start, self.end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
         self.code: list[int] | None = None  # the call's tokens so far, inside one
 
-    def push(self, token: int) -> list[int]:
-        """The answer if this token ends a call, else nothing. A second start begins the call anew."""
+    def called(self, token: int) -> str | None:
+        """The call's text if this token ends one. A second start begins the call anew."""
         if token == self.start:
             self.code = []
         elif token == self.end and self.code is not None:
             code, self.code = self.tokenizer.decode(self.code), None
-            return [
-                self.tokenizer.special("<|output_start|>"), *self.tokenizer.encode(self.tool(code)), self.tokenizer.special("<|output_end|>")
-            ]  # fmt: skip
+            return code
         elif self.code is not None:
             self.code.append(token)
-        return []
+        return None
+
+    def answer(self, code: str) -> list[int]:
+        """Run the tool."""
+        return [self.tokenizer.special("<|output_start|>"), *self.tokenizer.encode(self.tool(code)), self.tokenizer.special("<|output_end|>")]

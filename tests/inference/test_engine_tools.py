@@ -1,13 +1,14 @@
 """Tool use inside a generation, against a loop that recomputes everything for every token and knows the protocol by heart."""
 
 import math
+import threading
 
 import pytest
 import torch
 
 from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Engine
+from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import Draws, choose, row_generators
 from nanolab.inference.tools import calculator
 from nanolab.model.gpt import GPT
@@ -180,6 +181,45 @@ def test_rows_with_calls_are_what_each_would_be_alone(eager):
     flags = [forced for _, forced, _ in rows]
     assert sum(map(any, flags)) >= 4 and len(set(ends)) == 2  # most rows made calls; some stopped, some were cut
     assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))  # forced and sampled tokens in one batch
+
+
+def test_rows_whose_tool_takes_long_step_aside(eager):
+    """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up meanwhile is gone."""
+    engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=5, tool_threads=2)
+    may_answer = threading.Event()
+
+    def slow(code: str) -> str:
+        may_answer.wait(20)
+        return tool(code)
+
+    def ask(i: int, use) -> int:
+        settings = dict(top_k=0, stop_ids=(STOP,), tools=use, seed=20 + i, **SETTINGS)
+        return engine.add(Request(tuple(PROMPTS[i]), **settings))
+
+    numbers = {ask(i, slow): i for i in (0, 1, 2, 3)}
+    got, finished = {number: [] for number in numbers}, set()
+
+    def step() -> None:
+        for new in engine.step():
+            got[new.row].append(new.token)
+            finished.update([new.row] if new.finish else [])
+
+    while len(engine.aside) < 2 or engine.rows:
+        step()
+    waiting = {row.number for row, *_ in engine.aside}
+    assert not waiting & finished and waiting | finished == set(got) and not engine.idle
+    engine.cancel(gone := min(waiting))
+    quick = ask(4, tool)
+    numbers[quick], got[quick] = 4, []
+    while quick not in finished and not any(row.number == quick for row, *_ in engine.aside):
+        step()  # it goes on while they wait
+    assert len(got[quick]) > 1
+    may_answer.set()
+    while not engine.idle:
+        step()
+    assert finished == set(got) - {gone}
+    for number in finished:
+        assert got[number] == naive(eager, PROMPTS[numbers[number]], 20 + numbers[number], {STOP})[0]
 
 
 def test_a_sampled_tokens_logprob_is_the_models_own_behind_a_result(eager):

@@ -165,11 +165,14 @@ def tokenizer() -> Tokenizer:
 
 
 def feed(tokenizer: Tokenizer, tool, parts: list[str]) -> list[list[int]]:
-    """What push() answers to each part: a special token's name, or text."""
+    """What is answered to each part: a special token's name, or text."""
     use = ToolUse(tokenizer, tool)
-    return [
-        sum((use.push(i) for i in ([tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part))), []) for part in parts
-    ]
+
+    def heard(part: str) -> list[int]:
+        calls = [use.called(i) for i in ([tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part))]
+        return [i for code in calls if code is not None for i in use.answer(code)]
+
+    return [heard(part) for part in parts]
 
 
 def test_a_call_is_answered_at_its_end(tokenizer):
@@ -195,8 +198,5 @@ def test_a_result_cannot_forge_special_tokens(tokenizer):
 
 
 def test_a_call_cut_inside_a_character_is_still_text(tokenizer):
-    seen = []
-    use = ToolUse(tokenizer, lambda code: seen.append(code) or "ok")
-    for i in [use.start, *tokenizer.encode("é")[:1], use.end]:
-        use.push(i)
-    assert seen == ["\ufffd"]
+    use = ToolUse(tokenizer, calculator)
+    assert [use.called(i) for i in [use.start, *tokenizer.encode("é")[:1], use.end]] == [None, None, "\ufffd"]
