@@ -84,13 +84,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 EPS = torch.finfo(torch.float32).eps
-_EPS = torch.tensor(EPS)
 
 
 def inverse_rms(x: Tensor) -> Tensor:
-    """(mean(x^2) + eps)^-1/2 over the last dimension, which stays as one; on CPUs."""
+    """(mean(x^2) + eps)^-1/2 over the last dimension, which stays as one."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-    return torch.addcmul(_EPS, length, length, value=1 / int(x.size(-1))).rsqrt_().to(x.dtype)
+    return length.square_().div_(x.size(-1)).add_(EPS).rsqrt_().to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -112,7 +111,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without gain. arXiv 1910.07467."""
-    if not x.is_cpu:
+    if x.is_cuda:
         return F.rms_norm(x, (x.size(-1),), eps=EPS)
     return _RMSNorm.apply(x) if torch.is_grad_enabled() else x * inverse_rms(x)  # the same without a Function's cost, which a decoded token feels
 
