@@ -226,7 +226,10 @@ def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     if path.suffix == ".json":
         path.write_text(json.dumps(content, indent=1))
     else:
+        path.touch()
+        mode = path.stat().st_mode
         save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, path)
+        path.chmod(mode)  # safetensors would keep the file to its owner
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 

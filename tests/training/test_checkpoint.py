@@ -48,6 +48,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path, 7)
     assert path.name == "step_000007" and not hidden(tmp_path)
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optim_rank0.safetensors", "meta.json", "manifest.json"}
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1  # who may read one may read all
     for name, value in load_file(path / "model.safetensors").items():
         assert torch.equal(value, tensors(7)[name])
     assert checkpoint.load_weights(path).keys() == tensors(7).keys()
