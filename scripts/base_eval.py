@@ -75,10 +75,11 @@ def pretraining(found) -> dict[str, Any]:
 
 def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
     from nanolab.interop.hf_model import load
-    from nanolab.runtime import base_dir
+    from nanolab.runtime import base_dir, print0
 
     path = Path(cfg.hf).expanduser().resolve()
     reader, tokenizer = load(path, rt, cfg.trust_code)
+    print0(f"model {path}")
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.glob("*.safetensors"))]
     about = {"model": path.name, "step": None, "hf": str(path), "files": hashlib.sha256(repr(files).encode()).hexdigest()}
     folder = Path(cfg.out).expanduser() if cfg.out else base_dir() / "eval" / path.name
