@@ -20,6 +20,7 @@ from nanolab.runtime import Runtime, progress
 
 LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
 WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
+ALIKE = 16  # tokens of texts that begin alike; those that were cut at different places do not
 
 
 class Text(NamedTuple):
@@ -63,22 +64,23 @@ class GPTReader:
 
     def __init__(self, model: GPT, runtime: Runtime):
         self.model, self.device, self.limit = model, runtime.device, model.config.sequence_len
-        self.tokens = 1024 if runtime.device.type == "cpu" else 32768
+        self.tokens = 2048 if runtime.device.type == "cpu" else 32768
 
     def logits(self, reads: Reads) -> Iterator[Tensor]:
         cache = None
         if reads.prefixes is not None:
             (N, L), T = reads.prefixes.shape, reads.ids.shape[1]
             cache = KVCache(self.model.config, N, capacity=L + T, dtype=self.model.compute_dtype, device=self.device)
-            self.model.hidden(torch.from_numpy(reads.prefixes).to(self.device), cache)
+            nowhere = torch.zeros(0, dtype=torch.int64, device=self.device)
+            self.model.hidden(torch.from_numpy(reads.prefixes).to(self.device), cache, at=(nowhere, nowhere))
             cache.select(reads.of)
         yield from logits_at(self.model, reads.ids, reads.rows, reads.columns, self.device, cache)
 
 
 def logits_at(model: GPT, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, device: torch.device, cache: KVCache | None = None) -> Iterator[Tensor]:
     """Logits (n, V) after the tokens `columns` (K,) of `rows` (K,) of ids (R, T), n places at a time."""
-    hidden = model.hidden(torch.from_numpy(ids).to(device), cache)
-    hidden = hidden[torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)]
+    at = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+    hidden = model.hidden(torch.from_numpy(ids).to(device), cache, at)
     yield from map(model.logits, hidden.split(max(1, LOGITS // model.config.vocab_size)))
 
 
@@ -141,25 +143,28 @@ def shortened(text: Text, limit: int) -> Text:
 
 
 def arranged(group: Sequence[Text], numbers: Sequence[int], shares: bool) -> list[Item]:
-    """One item of a group that is worth sharing its prefix, else one for each of its rows."""
-    rows: list[Row] = []
+    """An item for the rows that begin alike, where it is worth sharing what they begin with, and one for each of the others."""
+    alike: dict[tuple[int, ...], list[Row]] = {}
     for number, text in sorted(zip(numbers, group), key=lambda pair: -len(pair[1].ids)):
         ids = text.ids[:-1]
+        rows = alike.setdefault(tuple(ids[:ALIKE]), [])
         for i, row in enumerate(rows):
             if row.ids[: len(ids)] == ids:
                 rows[i] = Row(row.ids, [*row.texts, number], min(row.first, text.start - 1))
                 break
         else:
             rows.append(Row(ids, [number], text.start - 1))
-    shared = min(common(row.ids for row in rows), *(row.first for row in rows)) if shares and len(rows) > 1 else 0
-    return [Item(rows, shared)] if (len(rows) - 1) * shared >= WORTH else [Item([row], 0) for row in rows]
+    items = []
+    for rows in alike.values():
+        shared = min(common([row.ids for row in rows]), *(row.first for row in rows)) if shares else 0
+        items += [Item(rows, shared)] if (len(rows) - 1) * shared >= WORTH else [Item([row], 0) for row in rows]
+    return items
 
 
-def common(texts: Iterable[Sequence[int]]) -> int:
+def common(texts: Sequence[Sequence[int]]) -> int:
     """How many tokens all texts begin with: as many as the first and the last in lexical order."""
-    texts = sorted(texts)
-    pairs = zip(texts[0], texts[-1])
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(texts[0]), len(texts[-1])))
+    first, last = min(texts), max(texts)
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
 def batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
@@ -200,7 +205,14 @@ def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: 
     for logits in reader.logits(reads):
         mine = slice(*np.searchsorted(place, (done, done + len(logits))))
         at, wanted = (torch.from_numpy(x[mine]).to(logits.device) for x in (place - done, target))
-        lost = logits.logsumexp(-1)[at] - logits[at, wanted]
-        np.add.at(nats, number[mine], lost.double().cpu().numpy())
-        np.logical_and.at(greedy, number[mine], (logits.argmax(-1)[at] == wanted).cpu().numpy())
+        np.subtract.at(nats, number[mine], logits.log_softmax(-1)[at, wanted].double().cpu().numpy())
+        np.logical_and.at(greedy, number[mine], likeliest(logits, at, wanted).cpu().numpy())
         done += len(logits)
+
+
+def likeliest(logits: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
+    """Whether the tokens `wanted` are the first ones with the largest logit of rows `at`. Few are, and only of these argmax is taken, which is slow on CPUs."""
+    found = logits[at, wanted] == logits.amax(-1)[at]
+    rows = found.nonzero()[:, 0]
+    found[rows] = logits[at[rows]].argmax(-1) == wanted[rows]
+    return found

@@ -26,8 +26,10 @@ class Block(nn.Module):
         self.mlp = MLPS[c.mlp](c)
         self.drop_attn, self.drop_mlp = dropout(c.resid_dropout), dropout(c.mlp_dropout)
 
-    def forward(self, x: Tensor, *attn_args) -> Tensor:
+    def forward(self, x: Tensor, *attn_args, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x = x + self.drop_attn(self.attn(self.norm_1(x), *attn_args))
+        if at is not None:
+            x = x[at]
         return x + self.drop_mlp(self.mlp(self.norm_2(x)))
 
 
@@ -119,8 +121,11 @@ class GPT(nn.Module):
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
 
-    def hidden(self, idx: Tensor, cache=None) -> Tensor:
-        """idx (B, T) -> the normed vectors (B, T, C) that the head reads."""
+    def hidden(self, idx: Tensor, cache=None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """idx (B, T) -> the normed vectors (B, T, C) that the head reads, or (K, C) of them: at, rows (K,) and columns (K,).
+
+        Behind the last layer's attention tokens do not meet any more: the others are not computed from there on.
+        """
         T, dtype, device = idx.size(1), self.compute_dtype, idx.device
         if device.type not in self._kernels:
             self.kernel_names(device.type)
@@ -130,13 +135,15 @@ class GPT(nn.Module):
         reading = self.documents(reading, idx)
         e = self.norm_e(self.positions.add(self.wte.look_up(idx, dtype), pos))
         x = x0 = self.drop(self.smear(e, reading))
-        middle = x
+        middle, last = x, len(self.h) - 1
         for i, (block, kernel) in enumerate(zip(self.h, self._kernels[device.type])):
             x = self.lambdas(x, x0, i)
             ve = self.value_embeds[str(i)].look_up(idx, x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, ve, reading, kernel)
+            x = block(x, ve, reading, kernel, at=at if i == last else None)
             if i == len(self.h) // 2:
                 middle = x
         if cache is not None:
             cache.advance(T)
+        if middle.dim() > x.dim():
+            middle = middle[at]
         return self.norm_f(self.backout(x, middle))
