@@ -480,9 +480,9 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class BenchConfig(ModelFlags, DataConfig):
-    """Measure speed: of a training step, of the data path, of the tokenizer, or of generation."""
+    """Measure speed: of a training step, of the data path, of the tokenizer, of generation, or of evaluation."""
 
-    what: str = "train"  # train | data | tokenizer | infer; the first argument
+    what: str = "train"  # train | data | tokenizer | infer | eval; the first argument
     json: bool = False  # last line of output is one JSON document
     repeats: int = 5  # measurements; the median is reported
     seed: int = 42
@@ -509,6 +509,9 @@ class BenchConfig(ModelFlags, DataConfig):
     batch_sizes: str = "1,8,32,128"  # rows at once
     clients: int = 16  # requests that come one by one and run at once, their lengths from 0.5 to 1.5 times those above
     int8: bool = False  # weights in 8 bits; needs torchao
+    # eval: in-context examples, as CORE has them; --model as for infer
+    eval_bundle: str = ""  # folder of the evaluation bundle, with --model; default: random tokens in the shapes of its tasks
+    max_per_task: int = 20  # examples of each task
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Measure speed: python -m scripts.bench train|data|tokenizer|infer --json (the last line of stdout is then one JSON document)."""
+"""Measure speed: python -m scripts.bench train|data|tokenizer|infer|eval --json (the last line of stdout is then one JSON document)."""
 
 import sys
 
 from nanolab.config import BenchConfig, UserError, main, parse, to_json
 
-WHAT = ("train", "data", "tokenizer", "infer")
+WHAT = ("train", "data", "tokenizer", "infer", "eval")
 
 
 def run(cfg: BenchConfig) -> int:
@@ -15,10 +15,10 @@ def run(cfg: BenchConfig) -> int:
     import json
 
     from nanolab import runtime
-    from nanolab.lab import bench, bench_infer
+    from nanolab.lab import bench, bench_eval, bench_infer
     from nanolab.training.environment import environment
 
-    measure = bench_infer.infer if cfg.what == "infer" else getattr(bench, cfg.what)
+    measure = {"train": bench.train, "data": bench.data, "tokenizer": bench.tokenizer, "infer": bench_infer.infer, "eval": bench_eval.examples}[cfg.what]
     rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads)
     try:
         document = {"bench": cfg.what, **measure(cfg, rt), "config": to_json(cfg), "env": environment(rt)}

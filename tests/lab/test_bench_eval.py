@@ -1,0 +1,94 @@
+"""The speed of evaluation: the rates are of the examples that are named. No test looks at a speed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanolab.config import BenchConfig, UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.likelihood import Text
+from nanolab.lab import bench, bench_eval
+from nanolab.lab.bench_eval import SHAPES, synthetic
+from nanolab.runtime import start
+
+CFG = BenchConfig(what="eval", depth=1, aspect_ratio=32, head_dim=32, max_seq_len=128, vocab_size=270, max_per_task=2, repeats=2, device_type="cpu")
+OF_TYPE = {"multiple_choice": 7, "schema": 1, "language_modeling": 4}  # tasks in SHAPES
+
+
+def test_examples_have_the_shapes_of_the_tasks():
+    found, shapes = synthetic(replace(CFG, max_per_task=30), 270), list(SHAPES.values())
+    assert len(found) == 30 * len(shapes)
+    for i, (kind, group) in enumerate(found):
+        shape = shapes[i // 30]
+        assert kind == shape.kind and len(group) == shape.texts
+        assert len({text.start for text in group}) == 1
+        assert 3 / 4 * shape.context - 1 <= group[0].start <= 5 / 4 * shape.context
+        assert all(1 <= len(text.ids) - text.start < 2 * shape.tail for text in group)
+        starts, tails = {tuple(t.ids[: t.start]) for t in group}, {tuple(t.ids[t.start :]) for t in group}
+        assert len(starts if kind == "schema" else tails) >= min(2, shape.texts) or shape.tail == 1
+        assert len(tails if kind == "schema" else starts) == 1
+    assert synthetic(CFG, 270) == synthetic(CFG, 270)
+
+
+def test_rates_are_examples_over_the_clock(monkeypatch):
+    """With a clock that counts scored texts, an example takes as many ticks as it has texts."""
+    ticks = [0]
+
+    def score(reader, groups):
+        ticks[0] += sum(map(len, groups))
+
+    monkeypatch.setattr(bench_eval, "score", score)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(ticks[0]))
+    document = bench_eval.examples(CFG, start("cpu", "float32"))
+    samples = {name: result["samples"] for name, result in document["results"].items()}
+    texts = sum(shape.texts for shape in SHAPES.values())
+    assert samples["score_language_modeling"] == [1.0] * 2 and samples["score_schema"] == [0.5] * 2
+    assert samples["score_multiple_choice"] == [pytest.approx(7 / (texts - 6), rel=1e-3)] * 2
+    assert samples["score"] == [pytest.approx(12 / texts, rel=1e-3)] * 2
+    assert document["examples"] == {kind: 2 * n for kind, n in OF_TYPE.items()} and document["texts"] == 2 * texts
+
+
+def test_what_is_counted_is_what_is_read():
+    document = bench_eval.examples(CFG, start("cpu", "float32"))
+    lengths = [len(text.ids) for _, group in synthetic(CFG, 270) for text in group]
+    assert document["tokens"] == sum(min(n, 128) for n in lengths) and document["cut"] == sum(n > 128 for n in lengths) > 0
+    assert set(document["results"]) == {"score", *(f"score_{kind}" for kind in OF_TYPE)}
+    assert document["n"] == 2 and document["dtype"] == "float32" and document["kernel"]
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    (tmp_path / "eval_data").mkdir()
+    rows = [{"query": f"which {i}", "choices": ["yes", "no"], "gold": i % 2} for i in range(6)]
+    (tmp_path / "eval_data" / "mc.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "eval_data" / "lm.jsonl").write_text("\n".join(json.dumps({"context": f"one {i}", "continuation": "two"}) for i in range(6)))
+    tasks = [("mc", "multiple_choice", 3), ("lm", "language_modeling", 0)]
+    entries = [{"label": name, "icl_task_type": kind, "dataset_uri": f"{name}.jsonl", "num_fewshot": [k]} for name, kind, k in tasks]
+    (tmp_path / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))  # JSON is YAML
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nmc,50\nlm,0\n")
+    return tmp_path
+
+
+def test_a_bundle_is_encoded_and_its_items_scored(bundle, monkeypatch):
+    tokenizer = Tokenizer.train(["which one two yes no " * 20], 270)
+    model = bench_eval.the_model(CFG, start("cpu", "float32"))[0]
+    monkeypatch.setattr(bench_eval, "the_model", lambda cfg, runtime: (model, tokenizer))
+    seen: dict[int, list[list[Text]]] = {}
+    original = bench_eval.score
+    monkeypatch.setattr(bench_eval, "score", lambda reader, groups: (seen.setdefault(len(groups), groups), original(reader, groups))[1])
+    document = bench_eval.examples(replace(CFG, eval_bundle=str(bundle), model="any"), start("cpu", "float32"))
+    assert document["examples"] == {"multiple_choice": 4, "language_modeling": 2}  # of mc as many as three solved ones and one need
+    assert set(document["results"]) == {"encode", "score", "score_multiple_choice", "score_language_modeling"}
+    asked = tokenizer.decode(seen[4][0][0].ids[1:])
+    assert asked.count("which") == 4 and asked.endswith(" yes") and tokenizer.decode(seen[2][0][0].ids[1:]).endswith(" two")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"max_per_task": 0}, "try --max-per-task 20"), ({"eval_bundle": "somewhere"}, "add --model NAME"), ({"eval_bundle": "nowhere", "model": "x"}, "no model 'x'")],
+)
+def test_mistakes_are_named(changes, said):
+    with pytest.raises(UserError, match=said):
+        bench_eval.examples(replace(CFG, **changes), start("cpu", "float32"))
