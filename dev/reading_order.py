@@ -20,6 +20,8 @@ nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout
 nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py nanolab/inference/request.py nanolab/inference/prefill.py
 nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py nanolab/inference/recorded.py nanolab/inference/sandbox.py
 nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
+nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py nanolab/evals/contamination.py
+nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
 nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py nanolab/serving/api.py
 scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py scripts/chat_web.py
 """.split()

@@ -24,8 +24,14 @@ def plain_cross_entropy(x: Tensor, head: Callable[[Tensor], Tensor], targets: Te
 
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap). Gemma 2, arXiv 2408.00118, section 2."""
-    # tanh(z) = 2 sigmoid(2 z) - 1: on CPUs 0.4 ns instead of 2.5 ns for a logit
+    """softcap * tanh(logits / softcap), for losses. Gemma 2, arXiv 2408.00118, section 2."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def quickly_softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """The same by tanh(z) = 2 sigmoid(2 z) - 1, six times as fast on CPUs, for logits that are looked at: a number's last bit depends
+    on its place in the tensor, so that of two losses that should be equal the difference would not be 0.
+    """
     return 2 * softcap * torch.sigmoid(logits * (2 / softcap)) - softcap if softcap else logits
 
 

@@ -11,7 +11,7 @@ from nanolab.config import GPTConfig
 from nanolab.model.accounting import attention_class, has_value_embedding, padded_vocab
 from nanolab.model.attention import Reading
 from nanolab.model.blocks import MLPS, Backout, Embedding, Linear, Pass, ResidualScalars, Smear, TiedHead, dropout, make_norm, wide
-from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, softcapped
+from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, quickly_softcapped
 from nanolab.model.init import INITS
 from nanolab.model.kernels import KERNELS, choose_kernel
 from nanolab.model.positions import POSITIONS
@@ -119,7 +119,7 @@ class GPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """What `hidden` gives, or some of its rows, (..., C) -> (..., V), at least fp32."""
         logits = self.lm_head(x)[..., : self.config.vocab_size]
-        return softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
+        return quickly_softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
 
     def hidden(self, idx: Tensor, cache=None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """idx (B, T) -> the normed vectors (B, T, C) that the head reads, or (K, C) of them: at, rows (K,) and columns (K,).
