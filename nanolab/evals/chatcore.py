@@ -3,8 +3,7 @@
     ChatCORE = mean over tasks of (accuracy - baseline) / (1 - baseline)        baseline: what blind guessing reaches
 
 so that 0 is a model that guesses and 1 one that is always right, whatever the number of options. Its tasks are MEMBERS; a
-mean over fewer is called "ChatCORE-k of n" and is not to be compared with one over others. The interval follows from those
-of the tasks, which are independent: Zou & Donner, Statistics in Medicine 27 (2008), 1693.
+mean over fewer is called "ChatCORE-k of n" and is not to be compared with one over others.
 """
 
 import math
@@ -29,18 +28,27 @@ def centred(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
+def mean_centred(tasks: Sequence[tuple[float, Interval, float]]) -> tuple[float, Interval]:
+    """The mean of centred accuracies and its interval, from (accuracy, its interval, baseline) of independent tasks.
+
+    Zou & Donner, Statistics in Medicine 27 (2008), 1693.
+    """
+    rows = [[centred(x, baseline) for x in (accuracy, *interval)] for accuracy, interval, baseline in tasks]
+    value = math.fsum(row[0] for row in rows) / len(rows)
+    down, up = (math.sqrt(math.fsum((row[0] - row[side]) ** 2 for row in rows)) / len(rows) for side in (1, 2))
+    return value, Interval(value - down, value + up)
+
+
 def chatcore_score(found: Sequence[tuple[str, float, float, Interval]]) -> Score | None:
     """The score of (task name, baseline, accuracy, its interval) of each task; those that are not members do not count.
 
     None where fewer than two members are among them.
     """
-    rows = [(centred(accuracy, b), centred(low, b), centred(high, b)) for name, b, accuracy, (low, high) in found if name in MEMBERS]
-    if len(rows) < 2:
+    members = [(accuracy, interval, baseline) for name, baseline, accuracy, interval in found if name in MEMBERS]
+    if len(members) < 2:
         return None
-    k, value = len(rows), math.fsum(row[0] for row in rows) / len(rows)
-    down, up = (math.sqrt(math.fsum((row[0] - row[side]) ** 2 for row in rows)) / k for side in (1, 2))
-    label = "ChatCORE" if k == len(MEMBERS) else f"ChatCORE-{k} of {len(MEMBERS)}"
-    return Score(label, value, Interval(value - down, value + up))
+    label = "ChatCORE" if len(members) == len(MEMBERS) else f"ChatCORE-{len(members)} of {len(MEMBERS)}"
+    return Score(label, *mean_centred(members))
 
 
 def evaluate(

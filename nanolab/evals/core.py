@@ -2,11 +2,9 @@
 
     CORE = mean over tasks of (accuracy - baseline) / (1 - baseline)        baseline: what guessing reaches
 
-A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with one over others. The interval follows from those
-of the tasks, which are independent: Zou & Donner, Statistics in Medicine 27 (2008), 1693.
+A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with one over others.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from typing import Any
 from nanolab.config import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
-from nanolab.evals.chatcore import centred
+from nanolab.evals.chatcore import centred, mean_centred
 from nanolab.evals.likelihood import Reader, Score
 from nanolab.evals.score import Interval, wilson
 from nanolab.runtime import Runtime
@@ -123,14 +121,10 @@ def characters(task: TaskSpec, items: Sequence[icl.Item]) -> float:
 
 def summary(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str]) -> CoreScore:
     """The mean over those scores whose tasks belong to CORE."""
-    rows = [(s.centred, *(centred(end, s.baseline) for end in s.interval)) for label, s in scores.items() if label in CORE]
-    k = len(rows)
-    name = "CORE" if k == len(CORE) else f"CORE-{k} of {len(CORE)}"
-    if not rows:
-        return CoreScore(name, None, None, scores, missing, failed)
-    value = math.fsum(c for c, *_ in rows) / k
-    down, up = (math.sqrt(math.fsum((r[0] - r[end]) ** 2 for r in rows)) / k for end in (1, 2))
-    return CoreScore(name, value, Interval(value - down, value + up), scores, missing, failed)
+    members = [(s.accuracy, s.interval, s.baseline) for label, s in scores.items() if label in CORE]
+    name = "CORE" if len(members) == len(CORE) else f"CORE-{len(members)} of {len(CORE)}"
+    value, interval = mean_centred(members) if members else (None, None)
+    return CoreScore(name, value, interval, scores, missing, failed)
 
 
 def header() -> str:
