@@ -114,13 +114,14 @@ class Recorder:
             if self.in_place:
                 self.steps, self.uses = {}, {}
         names = sorted(cache.left)
-        key = rows, slots, cache.capacity if self.in_place else 0
-        if key not in self.views:
-            self.views[key] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
+        view = rows, slots, cache.capacity
+        if view not in self.views:
+            self.views[view] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
+        key = view if self.in_place else (rows, slots)
         small = [ids, cache.pos, *(cache.left[name] for name in names)]
         if rows > n:
             small = [torch.cat((x, x.new_zeros(rows - n, *x.shape[1:]))) for x in small]
-        inputs = [*small, *self.views[key]]
+        inputs = [*small, *self.views[view]]
         self.uses[key] = self.uses.get(key, 0) + 1
         if self.uses[key] > self.after and key not in self.steps:
             self.steps[key] = self.record(fixed_step(self.model, cache.rings, names), inputs)
