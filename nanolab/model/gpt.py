@@ -96,9 +96,11 @@ class GPT(nn.Module):
         With targets (B, T), -1 where not counted: nats, fp32; reduction "sum" and "mean" give a scalar, "none" (B, T).
         With a cache the tokens continue the rows that it holds.
         """
-        x = self.hidden(idx, cache)
+        B, T = idx.shape
         if last_only:
-            x = x[:, -1:]
+            last = (torch.arange(B, device=idx.device), torch.full((B,), T - 1, device=idx.device)) if T > 1 else None
+            return self.logits(self.hidden(idx, cache, last).view(B, 1, -1))
+        x = self.hidden(idx, cache)
         if targets is None:
             return self.logits(x)
         V, cap, head = self.config.vocab_size, self.config.softcap, self.lm_head
