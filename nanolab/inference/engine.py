@@ -91,12 +91,21 @@ class Engine:
             if row.number == number:
                 self.queue.remove(row)
                 return
-        self.aside = [entry for entry in self.aside if entry[0].number != number]
+        for entry in self.aside:
+            if entry[0].number == number:
+                entry[2].cancel()  # if it has not begun
+                self.aside.remove(entry)
+                return
         if not self.prefill.cancel(number):
             for i, row in enumerate(self.rows):
                 if row.number == number:
                     self._leave(i)
                     return
+
+    def close(self) -> None:
+        """Begin no more tools; those that run end by themselves. The engine is not to be used afterwards."""
+        if self.tools:
+            self.tools.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
@@ -129,7 +138,7 @@ class Engine:
             else:
                 self.aside.append((row, self.cache.snapshot(i), self.tools.submit(row.use.answer, code)))
                 self._remove(i)
-        if self.aside and not (self.rows or self.waiting):
+        if self.aside and not (self.rows or self.prefill.parts or (self.queue and self.running < self.max_rows)):
             wait([result for *_, result in self.aside], PATIENCE, FIRST_COMPLETED)
         for entry in [entry for entry in self.aside if entry[2].done()]:
             row, cache, result = entry
@@ -178,7 +187,7 @@ class Engine:
 
         A row ends with its first stop id (which is yielded), after `max_tokens`, or when prompt and reply fill the
         model's sequence length. Its tokens are those it would get alone: `seed` is explained in `row_generators`.
-        stop_ids: default the tokens that end a document or a turn, <|bos|> and <|assistant_end|>.
+        stop_ids: default the tokens that begin a document (bos) and end a turn (<|assistant_end|>).
         tools: given a call's text, returns the result, which is forced into the row (see `tools.TOOLS`); None: a call is
         text like any other. Forced tokens count towards `max_tokens` and the sequence length; they never stop a row.
         Runs beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty or

@@ -25,7 +25,7 @@ class Request:
     top_p: float = 1.0  # 1: off
     repetition_penalty: float = 1.0  # above 1 lowers what prompt and reply have held
     seed: int = 42
-    stop_ids: tuple[int, ...] | None = None  # None: the tokens that end a document or a turn, <|bos|> and <|assistant_end|>
+    stop_ids: tuple[int, ...] | None = None  # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
     stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
     logprobs: int = -1  # likeliest tokens to report beside the one that was taken
     tools: Callable[[str], str] | None = None  # given a call's text, returns the result, which is forced into the row

@@ -227,5 +227,9 @@ class ToolUse:
         return None
 
     def answer(self, code: str) -> list[int]:
-        """Run the tool."""
-        return [self.tokenizer.special("<|output_start|>"), *self.tokenizer.encode(self.tool(code)), self.tokenizer.special("<|output_end|>")]
+        """Run the tool. What it lacks of the machine (files, processes, memory) is its result, not the end of the engine."""
+        try:
+            result = self.tool(code)
+        except (OSError, MemoryError) as error:
+            result = f"error: {type(error).__name__}"
+        return [self.tokenizer.special("<|output_start|>"), *self.tokenizer.encode(result), self.tokenizer.special("<|output_end|>")]

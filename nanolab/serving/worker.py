@@ -158,6 +158,8 @@ class Replica(threading.Thread):
         except Exception as error:
             traceback.print_exception(error)
             self._fail(error)
+        finally:
+            self.engine.close()
 
     def _exchange(self) -> bool:
         """Wait for something to do; drop the rows that were cancelled, take new ones. False: time to end."""

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def eager() -> Eager:
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.2)
-    return Eager(model)
+    return Eager(model.requires_grad_(False))
 
 
 def tool(code: str) -> str:
@@ -183,12 +184,16 @@ def test_rows_with_calls_are_what_each_would_be_alone(eager):
     assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))  # forced and sampled tokens in one batch
 
 
-def test_rows_whose_tool_takes_long_step_aside(eager):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_rows_whose_tool_takes_long_step_aside(eager, graphs):
     """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up meanwhile is gone."""
-    engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=5, tool_threads=2)
-    may_answer = threading.Event()
+    engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=5, tool_threads=1, graphs=graphs)
+    if graphs:
+        engine.recorder.after = 2
+    may_answer, ran = threading.Event(), []
 
     def slow(code: str) -> str:
+        ran.append(code)
         may_answer.wait(20)
         return tool(code)
 
@@ -208,7 +213,9 @@ def test_rows_whose_tool_takes_long_step_aside(eager):
         step()
     waiting = {row.number for row, *_ in engine.aside}
     assert not waiting & finished and waiting | finished == set(got) and not engine.idle
-    engine.cancel(gone := min(waiting))
+    last = engine.aside[-1]  # its tool has not begun: there is one thread
+    engine.cancel(gone := last[0].number)
+    assert last[2].cancelled() and len(ran) == 1
     quick = ask(4, tool)
     numbers[quick], got[quick] = 4, []
     while quick not in finished and not any(row.number == quick for row, *_ in engine.aside):
@@ -220,6 +227,26 @@ def test_rows_whose_tool_takes_long_step_aside(eager):
     assert finished == set(got) - {gone}
     for number in finished:
         assert got[number] == naive(eager, PROMPTS[numbers[number]], 20 + numbers[number], {STOP})[0]
+
+
+def test_a_tool_that_the_machine_fails_is_a_result_too(eager):
+    def broken(code: str) -> str:
+        raise BlockingIOError(11, "no more processes")
+
+    (row,), _ = run(eager, [ids("x")], tools=broken, seed=[22], stop_ids=(), **SETTINGS)
+    assert "error: BlockingIOError" in TOKENIZER.decode(row[0])
+
+
+def test_a_row_that_finds_no_place_waits_without_spinning(eager):
+    engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=1, tool_threads=1)
+    for i in (2, 2):
+        engine.add(Request(tuple(PROMPTS[i]), top_k=0, stop_ids=(), tools=lambda code: time.sleep(0.2) or "ok", seed=22, **SETTINGS))
+    steps = 0
+    while not engine.idle:
+        engine.step()
+        steps += 1
+    assert steps < 300
+    engine.close()
 
 
 def test_a_sampled_tokens_logprob_is_the_models_own_behind_a_result(eager):
