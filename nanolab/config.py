@@ -253,7 +253,7 @@ class BaseEvalConfig(DataConfig):
     trust_code: bool = False  # run Python code that the folder of --hf brings
     modes: str = "bpb,sample"  # any of bpb,sample,core,hellaswag,lambada
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
-    out: str = ""  # folder of the results; default: the run's directory, or eval/NAME in the base directory with --hf
+    out: str = ""  # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
     # bpb
     split_tokens: int = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
@@ -531,6 +531,12 @@ class ImportConfig:
 
     folder: str = ""  # with config.json, model.safetensors and the tokenizer's files; the first argument
     run: str = ""  # run directory under <base>/runs/; default: the folder's name
+
+
+def check_max_per_task(n: int, flag: str) -> None:
+    """Raises UserError for a number of items that is none."""
+    if n < 1 and n != -1:
+        raise UserError(f"{flag} is {n}; expected at least 1, or -1 for all; try {flag} 200")
 
 
 def chosen(c: Architecture) -> list[str]:

@@ -6,13 +6,13 @@ hellaswag, lambada: these two by themselves. --max-per-task N takes N items of e
 in the run directory. --all-checkpoints evaluates every checkpoint once and draws the curves. Exit code 1: something could not be had.
 """
 
-import hashlib
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import BaseEvalConfig, DataConfig, UserError, main, nearest, parse
+from nanolab.config import BaseEvalConfig, DataConfig, UserError, check_max_per_task, main, nearest, parse
 
 SPLIT_TOKENS = {"cuda": 40 * 524288}  # tokens of each split, by device; elsewhere:
 SPLIT_TOKENS_ELSEWHERE = 524288
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
     tokenizer: Any
     seq_len: int
     pretraining: dict[str, Any] | None  # its flags, where they are known
-    reader: Callable[[], Any]  # what scores texts; after it the model cannot be trained, but measured as before
+    reader: Callable[[], Any]  # what scores texts, the same one each time; after it the model cannot be trained, but measured as before
 
 
 def run(cfg: BaseEvalConfig) -> int:
@@ -39,8 +39,7 @@ def run(cfg: BaseEvalConfig) -> int:
             raise UserError(f"mode {mode!r} is unknown; expected one or more of {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}")
     if cfg.hf and (cfg.model or cfg.all_checkpoints):
         raise UserError(f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one of them; leave one out")
-    if cfg.max_per_task < 1 and cfg.max_per_task != -1:
-        raise UserError(f"--max-per-task is {cfg.max_per_task}; expected at least 1, or -1 for all; try --max-per-task 200")
+    check_max_per_task(cfg.max_per_task, "--max-per-task")
     from nanolab import runtime
     from nanolab.evals.suite import Suite
 
@@ -53,14 +52,16 @@ def run(cfg: BaseEvalConfig) -> int:
 
 
 def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
+    from nanolab.evals.checkpoints import weights_of
     from nanolab.evals.likelihood import GPTReader
     from nanolab.inference.served import served
     from nanolab.training.run import load_model
 
     model, tokenizer, _ = load_model(found, rt)
-    about = {"model": found.name, "step": found.step, "device": rt.device_name, "dtype": rt.dtype_name}
+    about = {"model": found.name, "step": found.step, "weights": weights_of(found.checkpoint), "device": rt.device_name, "dtype": rt.dtype_name}
     folder = Path(cfg.out).expanduser() if cfg.out else found.run_dir
-    return Subject(about, folder, model, tokenizer, model.config.sequence_len, pretraining(found), lambda: GPTReader(served(model), rt))
+    reader = functools.cache(lambda: GPTReader(served(model), rt))
+    return Subject(about, folder, model, tokenizer, model.config.sequence_len, pretraining(found), reader)
 
 
 def pretraining(found) -> dict[str, Any]:
@@ -74,16 +75,15 @@ def pretraining(found) -> dict[str, Any]:
 
 
 def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
-    from nanolab.interop.hf_model import load
+    from nanolab.interop.hf_model import load, weights_of
     from nanolab.runtime import base_dir, print0
 
     path = Path(cfg.hf).expanduser().resolve()
     reader, tokenizer = load(path, rt, cfg.trust_code)
-    print0(f"model {path}")
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.glob("*.safetensors"))]
-    about = {"model": path.name, "step": None, "hf": str(path), "files": hashlib.sha256(repr(files).encode()).hexdigest()}
-    folder = Path(cfg.out).expanduser() if cfg.out else base_dir() / "eval" / path.name
-    return Subject(about | {"device": rt.device_name, "dtype": rt.dtype_name}, folder, reader, tokenizer, min(reader.limit, HF_ROW), None, lambda: reader)
+    print0(f"model {path} in {reader.dtype_name}")
+    about = {"model": path.name, "step": None, "hf": str(path), "weights": weights_of(path), "device": rt.device_name, "dtype": reader.dtype_name}
+    folder = Path(cfg.out).expanduser() if cfg.out else base_dir() / "eval" / f"{path.name}-{about['weights'][:8]}"
+    return Subject(about, folder, reader, tokenizer, min(reader.limit, HF_ROW), None, lambda: reader)
 
 
 def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
@@ -91,27 +91,31 @@ def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     from nanolab.training.run import find_model
 
     subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
-    result, failed = dict(subject.about), {}
+    result = dict(subject.about)
+
+    def keep(found: dict) -> None:
+        """What is found is on disk from here on, whatever ends the evaluation."""
+        result.update(found)
+        if rt.is_main:
+            write(subject.folder, result)
+
     if "bpb" in modes:
-        result |= measure(cfg, subject, rt)
+        keep(measure(cfg, subject, rt))
         print0(*table(result), sep="\n")
     if "sample" in modes and rt.is_main:
-        result |= samples(cfg, subject, rt)
+        keep(samples(cfg, subject, rt))
     reader = subject.reader() if suite.modes else None
     for mode in suite.modes:
         try:
-            result[mode] = suite(mode, reader, subject.tokenizer)
-            failed |= result[mode].get("failed", {})
+            keep({mode: suite(mode, reader, subject.tokenizer, subject.about["dtype"], lambda found: keep({mode: found}))})
         except UserError as error:
-            failed[mode] = str(error)
+            keep({mode: {"failed": {mode: str(error)}}})
             print0(f"failed: {mode}: {error}")
-    result |= {"failed": failed} if failed else {}
-    if rt.is_main:
-        write(subject.folder, result)
-        if cfg.json:
-            print0(json.dumps(result))
+    print0(f"written: {subject.folder / 'eval_base.json'}", *([f"written: {subject.folder / 'eval_base.csv'}"] if "core" in suite.modes else []), sep="\n")
+    if cfg.json:
+        print0(json.dumps(result))
     rt.barrier()
-    return 1 if failed else 0
+    return 1 if any(result[mode].get("failed") for mode in suite.modes) else 0
 
 
 def samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
@@ -140,6 +144,8 @@ def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     if (subject.pretraining or {}).get("val_fingerprint", data.val_fingerprint) != data.val_fingerprint:
         print0("note: this is not the validation text that the run was measured on while training")
     limit, result = split_tokens(cfg, rt), {"data": wanted.data_dir or wanted.data}
+    settings = {"text": data.val_fingerprint, "tokens": limit, "dtype": subject.about["dtype"]}
+    result["bpb"] = {"settings": settings, "device": rt.device_name}  # of all that follows
     if cfg.train_text:
         result["train"] = bpb(cfg, subject, [(source, max(1, round(weight * limit))) for source, weight in data.train], rt)
     result["val"] = bpb(cfg, subject, [(data.val, limit)], rt)
@@ -215,25 +221,25 @@ def ends(row: dict) -> str:
 
 
 def write(folder: Path, result: dict) -> None:
-    """eval_base.json, over what an earlier evaluation of the same model found in other modes; and CORE as CSV."""
+    """eval_base.json, over what an earlier evaluation of the same weights found in other modes; and CORE as CSV, which is of them too."""
     from nanolab.evals.core import csv_lines
-    from nanolab.runtime import print0
     from nanolab.training.checkpoint import write_text
 
-    path = folder / "eval_base.json"
+    path, table = folder / "eval_base.json", folder / "eval_base.csv"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    same = all(earlier.get(key) == result.get(key) for key in ("model", "step", "hf", "files"))
+    if any(earlier.get(key) != result[key] for key in ("model", "step", "weights")):
+        earlier = {}
+        table.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**earlier, **result} if same else result, indent=1) + "\n")
-    print0(f"written: {path}")
+    write_text(path, json.dumps({**earlier, **result}, indent=1) + "\n")
     if "core" in result:
-        write_text(folder / "eval_base.csv", "\n".join(csv_lines(result["core"])) + "\n")
-        print0(f"written: {folder / 'eval_base.csv'}")
+        write_text(table, "\n".join(csv_lines(result["core"])) + "\n")
 
 
 def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
     from nanolab.evals.checkpoints import Mode, follow, picture
+    from nanolab.evals.curve import drawing
     from nanolab.runtime import print0
     from nanolab.training.run import find_model
 
@@ -244,24 +250,31 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
         return bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
 
     def of_suite(mode: str, score, ylabel) -> Mode:
-        return Mode(lambda found: suite.settings(mode), lambda subject: suite(mode, subject.reader(), subject.tokenizer), score, ylabel)
+        def measure(subject: Subject) -> dict:
+            return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
+
+        return Mode(lambda found: suite.settings(mode, rt.dtype_name), measure, score, ylabel)
 
     known = {
         "bpb": Mode(text_settings, text_score, lambda r: (r["bpb"], *(r["interval"] or (None, None))), lambda r: "bits per byte of validation text"),
-        "core": of_suite("core", lambda r: (r["value"], *r["interval"]), lambda r: r["label"]),
+        "core": of_suite("core", lambda r: (r["value"], *(r["interval"] or (None, None))), lambda r: r["label"]),
         "hellaswag": of_suite("hellaswag", lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]), lambda r: "HellaSwag, loss per token"),
         "lambada": of_suite("lambada", lambda r: (r["accuracy"], *r["interval"]), lambda r: "LAMBADA accuracy"),
     }
     wanted = {mode: known[mode] for mode in modes if mode in known}
     if not wanted:
         raise UserError(f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of {', '.join(known)}; try --modes core")
+    drawing()  # found out before the evaluation, not behind it
+    if "@" in cfg.model:
+        raise UserError(f"--model {cfg.model} with --all-checkpoints, but a step in it; expected names of runs; leave @STEP or --all-checkpoints out")
     runs = [find_model(name.strip()) for name in cfg.model.split(",")]
+    if len({found.name for found in runs}) < len(runs):
+        raise UserError(f"--model {cfg.model} names a run twice; expected each once; leave one out")
     points, failed = follow(runs, wanted, lambda found: of_run(cfg, found, rt), rt)
     folder = Path(cfg.out).expanduser() if cfg.out else runs[0].run_dir
     if rt.is_main:
         for mode, found in points.items():
-            if found:
-                picture(mode, wanted[mode], found, folder)
+            if picture(mode, wanted[mode], found, folder):
                 print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
         print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
         if cfg.json:

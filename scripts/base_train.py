@@ -2,7 +2,7 @@
 
 import os
 
-from nanolab.config import BaseTrainConfig, UserError, chosen, main, parse, to_json
+from nanolab.config import BaseTrainConfig, UserError, check_max_per_task, chosen, main, parse, to_json
 
 TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multiply peak that a whole step reaches
 
@@ -13,6 +13,7 @@ def run(cfg: BaseTrainConfig) -> int:
 
     if cfg.plan_for and not cfg.dry_run:
         raise UserError(f"--plan-for {cfg.plan_for} only makes sense with --dry-run")
+    check_max_per_task(cfg.core_metric_max_per_task, "--core-metric-max-per-task")
     if cfg.dry_run:
         return dry_run(cfg)
     before = recorded(run_name(cfg)) if cfg.resume else {}

@@ -1,7 +1,8 @@
 """Score over training: the checkpoints of runs, evaluated one after another, each result kept on record as it comes.
 
 The record is eval_checkpoints.jsonl in the run directory. A result is known by the sha256 of the weights, the mode, and everything else
-that shapes it: what is on record is not made again, and a command that was stopped goes on when it is typed again.
+that shapes it: what is on record is not made again, and a command that was stopped goes on when it is typed again. Checkpoints that are
+not there any more, since a run that is still training keeps but a few, have their results on record.
 """
 
 import json
@@ -9,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from safetensors import SafetensorError
+
 from nanolab.config import UserError
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
-from nanolab.training.checkpoint import CheckpointError
 from nanolab.training.models import WEIGHTS_ONLY, ModelRef
 
 RECORD = "eval_checkpoints.jsonl"
@@ -22,7 +24,7 @@ T = TypeVar("T")
 class Mode(NamedTuple):
     settings: Callable[[ModelRef], dict[str, Any]]  # all that shapes a result beside the weights, JSON-ready; may raise UserError
     measure: Callable[[Any], dict[str, Any]]  # result, JSON-ready, of what `load` gave; may raise UserError; called on every rank
-    score: Callable[[dict[str, Any]], tuple[float, float | None, float | None]]  # (score, ends of its interval) of a result
+    score: Callable[[dict[str, Any]], tuple[float | None, float | None, float | None]]  # (score, ends of its interval) of a result, where it has them
     ylabel: Callable[[dict[str, Any]], str]  # what the score is called
 
 
@@ -36,71 +38,107 @@ class Point(NamedTuple):
 def follow(runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[ModelRef], T], runtime: Runtime) -> tuple[dict[str, list[Point]], list[str]]:
     """({mode: results of every whole checkpoint of every run, the oldest first}, what could not be had and why). On every rank.
 
-    A result with something in its "failed" counts, and is not kept on record.
+    A result with something in its "failed" counts: what fails for a checkpoint does so again, until settings say something else. Results on
+    record of checkpoints that are gone are among them where one that is there has the same settings.
     """
     points: dict[str, list[Point]] = {mode: [] for mode in modes}
     failed: list[str] = []
     for run in runs:
         record = Record(run.run_dir)
-        for step, path in checkpoint.steps(run.run_dir / "checkpoints"):
+        found: dict[str, dict[int, Point]] = {mode: {} for mode in modes}
+        there = runtime.broadcast_object(checkpoint.steps(run.run_dir / "checkpoints"))
+        for step, path in there:
             ref, loaded = ModelRef(run.name, run.run_dir, path, step), None
             try:
-                checkpoint.verify(path, WEIGHTS_ONLY)
-            except CheckpointError as error:
+                weights, tokens = runtime.broadcast_object(on_all(runtime, lambda: verified(path) if runtime.is_main else None))
+            except UserError as error:
                 failed.append(str(error))
                 continue
             for name, mode in modes.items():
                 try:
-                    settings = mode.settings(ref)
-                    result = runtime.broadcast_object(record.find(path, name, settings))
+                    settings = on_all(runtime, lambda: mode.settings(ref))
+                    of = [weights, name, dict(sorted(settings.items()))]
+                    result, older = runtime.broadcast_object((record.find(of), record.like(name, of[2])))
+                    gone = [row for row in older if row["step"] not in dict(there)]
+                    found[name] = {row["step"]: Point(run.name, row["step"], row["tokens"], row["result"]) for row in gone} | found[name]
                     if result is None:
                         print0(f"{run.name}@{step}: {name}")
-                        loaded = loaded or load(ref)
+                        loaded = loaded or on_all(runtime, lambda: load(ref))
                         result = mode.measure(loaded)
-                        if runtime.is_main and not result.get("failed"):
-                            record.add(step, path, name, settings, result)
+                        if runtime.is_main:
+                            record.add({"step": step, "tokens": tokens, "of": of, "result": result})
                 except UserError as error:
                     failed.append(f"{run.name}@{step}: {name}: {error}")
                     continue
                 failed += [f"{run.name}@{step}: {label}: {why}" for label, why in result.get("failed", {}).items()]
-                points[name].append(Point(run.name, step, checkpoint.load_meta(path)["tokens"], result))
+                found[name][step] = Point(run.name, step, tokens, result)
+        for name, of_step in found.items():
+            points[name] += [of_step[step] for step in sorted(of_step)]
     return points, failed
+
+
+def verified(path: Path) -> tuple[str, int]:
+    """(sha256 of the weights, tokens trained on) of a whole checkpoint."""
+    checkpoint.verify(path, WEIGHTS_ONLY)
+    return weights_of(path), checkpoint.load_meta(path)["tokens"]
+
+
+def weights_of(path: Path) -> str:
+    """sha256 of the weights of the checkpoint at `path`, as its manifest has it."""
+    return json.loads((path / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
+
+
+def on_all(runtime: Runtime, work: Callable[[], T]) -> T:
+    """What reading a checkpoint gives, rank 0's None elsewhere. Raises UserError on every rank where one cannot; retention may remove it meanwhile."""
+    result, why = None, ""
+    try:
+        result = work()
+    except (OSError, SafetensorError, UserError) as error:
+        why = str(error)
+    parts = runtime.gather_objects(why)
+    if why := next(filter(None, parts), ""):
+        raise UserError(why)
+    return result
 
 
 class Record:
     """The lines of eval_checkpoints.jsonl."""
 
     def __init__(self, run_dir: Path):
-        self.path = run_dir / RECORD
-        self._found: dict[str, dict[str, Any]] = {}
+        self.path, self.rows = run_dir / RECORD, []
         for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:  # torn by a crash
                 continue
-            self._found[json.dumps(row["of"])] = row["result"]
+            self.rows.append(row)
 
-    def find(self, path: Path, mode: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-        return self._found.get(json.dumps(identity(path, mode, settings)))
+    def find(self, of: list[Any]) -> dict[str, Any] | None:
+        """The last result of these [weights, mode, settings]."""
+        return next((row["result"] for row in reversed(self.rows) if row["of"] == of), None)
 
-    def add(self, step: int, path: Path, mode: str, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        of = identity(path, mode, settings)
-        self._found[json.dumps(of)] = result
+    def like(self, mode: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of any weights."""
+        return [row for row in self.rows if row["of"][1:] == [mode, settings] and "tokens" in row]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + json.dumps({"step": step, "of": of, "result": result}) + "\n")
-
-
-def identity(path: Path, mode: str, settings: dict[str, Any]) -> list[Any]:
-    """What a result of the checkpoint at `path` is known by."""
-    weights = json.loads((path / "manifest.json").read_text())["files"]["model.safetensors"]["sha256"]
-    return [weights, mode, dict(sorted(settings.items()))]
+            file.write(("\n" if torn else "") + json.dumps(row) + "\n")
 
 
 def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> list[str]:
-    """Write curve_NAME.csv and .svg into `folder`; returns the lines of a table. Raises UserError where it cannot be drawn."""
+    """Write curve_NAME.csv and .svg into `folder`; returns the lines of a table. Points without a score are left out; no other: nothing is written.
+
+    Raises UserError where it cannot be drawn.
+    """
     from nanolab.evals.curve import draw
 
+    points = [p for p in points if mode.score(p.result)[0] is not None]
+    if not points:
+        print0(f"{name}: no checkpoint has a score; nothing to draw")
+        return []
     rows = [(p.run, p.step, p.tokens, *mode.score(p.result)) for p in points]
     label = " / ".join(sorted({mode.ylabel(p.result) for p in points}))
     lines = [f"{label}, over training", f"  {'run':<24}{'step':>8}{'tokens':>16}{'score':>10}  95 % interval"]

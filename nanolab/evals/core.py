@@ -6,7 +6,7 @@ A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from nanolab.runtime import Runtime
 from nanolab.training.console import clock
 
 Say = Callable[[str], None]
+UNFINISHED = "the evaluation ended before it"
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,21 @@ class Core:
                 self.failed[task.label] = str(error)
         self._groups: dict[str, list[icl.Group]] = {}
 
-    def groups(self, task: TaskSpec) -> list[icl.Group]:
+    def groups(self, task: TaskSpec) -> Iterator[icl.Group]:
         if task.label not in self._groups:
             items = self.items[task.label]
             mine = range(self.runtime.rank, len(items), self.runtime.world_size)
             self._groups[task.label] = list(icl.encode(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer))
-        return self._groups[task.label]
+        yield from self._groups[task.label]
 
-    def evaluate(self, reader: Reader, say: Say = lambda line: None) -> CoreScore:
-        """CORE of one model; called on every rank. say: gets the lines of a table, each when it is known."""
+    def evaluate(
+        self, reader: Reader, say: Say = lambda line: None, keep: Callable[[CoreScore], None] = lambda found: None, stop: Callable[[], bool] = lambda: False
+    ) -> CoreScore | None:
+        """CORE of one model; called on every rank. say: gets the lines of a table, each when it is known.
+
+        keep: gets what is there after each task but the last, the others in its `failed`. stop: asked before each task; where it says so on
+        every rank, there is no result.
+        """
         scores: dict[str, TaskScore] = {}
         failed = dict(self.failed)
         tasks = [self.bundle.tasks[label] for label in self.items]
@@ -86,6 +93,8 @@ class Core:
         if tasks:
             say(header())
         for i, task in enumerate(tasks):
+            if stop():
+                return None
             try:
                 scores[task.label] = self.measure(reader, task)
             except UserError as error:
@@ -94,6 +103,8 @@ class Core:
             spent = time.perf_counter() - began
             left = spent * sum(work[i + 1 :]) / sum(work[: i + 1])
             say(row(task.label, scores[task.label]) + (f"{clock(left)} left" if i + 1 < len(tasks) else ""))
+            if i + 1 < len(tasks):
+                keep(summary(scores, self.bundle.missing, failed | {later.label: UNFINISHED for later in tasks[i + 1 :]}))
         found = summary(scores, self.bundle.missing, failed)
         for line in closing(found):
             say(line)

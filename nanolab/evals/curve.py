@@ -48,11 +48,7 @@ def draw(
     curves = {name: sorted(points, key=lambda p: p[0]) for name, points in curves.items() if points}
     if not curves:
         raise UserError(f"no point to draw into {path}; expected at least one checkpoint with a score; evaluate one first")
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"matplotlib, which draws {path.name}, is not installed; expected the extra plots; type: pip install 'nanolab[plots]'") from error
+    style, Figure = drawing()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]):  # not this machine's style
@@ -67,6 +63,16 @@ def draw(
         figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     os.replace(temporary, path)
     return path
+
+
+def drawing() -> tuple[Any, Any]:
+    """What is needed of matplotlib. Raises UserError where that is missing."""
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib, which draws curves, is not installed; expected the extra plots; type: pip install 'nanolab[plots]'") from error
+    return style, Figure
 
 
 def _run(axes: Any, name: str, points: list[Point], i: int, n: int) -> Name:

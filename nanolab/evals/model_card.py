@@ -156,10 +156,10 @@ def published(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str
             yield {"metric": core["label"], "unit": "score", "n": None, "baseline": None}, {"value": core["value"], "interval": core["interval"]}
         for name, task in core["tasks"].items():
             yield share(f"{name}:{task['shots']}-shot", task, task["n"], task["baseline"])
-    if found := record.get("hellaswag"):
+    if (found := record.get("hellaswag")) and "n" in found:
         for rule in ("sum", "per_token", "per_byte"):
             yield share(f"hellaswag:by loss {rule.replace('_', ' ')}", found[rule], found["n"], 0.25)
-    if found := record.get("lambada"):
+    if (found := record.get("lambada")) and "n" in found:
         yield share("lambada:last word", found, found["n"], None)
 
 

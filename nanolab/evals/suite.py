@@ -14,9 +14,12 @@ from nanolab.evals.likelihood import Reader
 from nanolab.evals.published import ensure
 from nanolab.runtime import Runtime, print0
 
+VERSION = 1  # of prompts, tokens and decisions: raised by a change that makes other results of the same model and data
+Keep = Callable[[dict[str, Any]], None]
+
 
 class Suite:
-    """`suite(mode, reader, tokenizer)` is the result of one of `modes`, JSON-ready, the same on every rank; its table is printed."""
+    """`suite(mode, reader, tokenizer, dtype)` is the result of one of `modes`, JSON-ready, the same on every rank; its table is printed."""
 
     def __init__(self, cfg: BaseEvalConfig, modes: list[str], runtime: Runtime):
         """Raises UserError where the bundle or the file that they need is not there."""
@@ -27,13 +30,17 @@ class Suite:
         if set(self.modes) - ({"hellaswag"} if cfg.hellaswag else set()):
             self.bundle = open_bundle(ensure(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",))
 
-    def __call__(self, mode: str, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
-        """Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in its `failed`."""
-        return MODES[mode](self, reader, tokenizer) | {"settings": self.settings(mode)}
+    def __call__(self, mode: str, reader: Reader, tokenizer: Encoder, dtype: str, keep: Keep = lambda result: None) -> dict[str, Any]:
+        """dtype: that the model computes in. keep: gets unfinished results of CORE, after each task.
 
-    def settings(self, mode: str) -> dict[str, Any]:
+        Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in its `failed`.
+        """
+        said = {"settings": self.settings(mode, dtype), "device": self.runtime.device_name}
+        return MODES[mode](self, reader, tokenizer, lambda result: keep(result | said)) | said
+
+    def settings(self, mode: str, dtype: str) -> dict[str, Any]:
         """All that shapes a result, beside the model."""
-        cfg, shared = self.cfg, {"max_per_task": self.cfg.max_per_task, "dtype": self.runtime.dtype_name}
+        cfg, shared = self.cfg, {"version": VERSION, "max_per_task": self.cfg.max_per_task, "dtype": dtype}
         if mode == "core":
             return shared | {"bundle": fingerprint(self.bundle)}
         if mode == "lambada":
@@ -47,23 +54,23 @@ class Suite:
             raise UserError(f"task {label} of {self.bundle.folder}: {why}; expected its data; name another --eval-bundle, or leave this mode out")
         return self.bundle.tasks[label]
 
-    def core(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+    def core(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         key = getattr(tokenizer, "hash", tokenizer)  # the checkpoints of a run have equal tokenizers, each its own
         if self._core is None or self._core[0] != key:
             self._core = key, Core(self.bundle, tokenizer, self.runtime, self.cfg.max_per_task)
-        return self._core[1].evaluate(reader, print0).to_json()
+        return self._core[1].evaluate(reader, print0, lambda found: keep(found.to_json())).to_json()
 
-    def hellaswag(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+    def hellaswag(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         path, limit = self.cfg.hellaswag, self.cfg.max_per_task
         items = original_items(Path(path), limit) if path else read_items(self.task("hellaswag_zeroshot"), limit)
         found = hellaswag(reader, tokenizer, items, self.runtime, bos=self.cfg.hellaswag_bos)
         print0(*hellaswag_table(found), sep="\n")
         return found
 
-    def lambada(self, reader: Reader, tokenizer: Encoder) -> dict[str, Any]:
+    def lambada(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         found = lambada(reader, tokenizer, self.task("lambada_openai"), self.runtime, self.cfg.max_per_task)
         print0(*lambada_table(found), sep="\n")
         return found
 
 
-MODES: dict[str, Callable[[Suite, Reader, Encoder], dict[str, Any]]] = {"core": Suite.core, "hellaswag": Suite.hellaswag, "lambada": Suite.lambada}
+MODES: dict[str, Callable[[Suite, Reader, Encoder, Keep], dict[str, Any]]] = {"core": Suite.core, "hellaswag": Suite.hellaswag, "lambada": Suite.lambada}

@@ -4,8 +4,10 @@ transformers builds the model; nothing is downloaded, no pickle is opened, and c
 Texts are read whole, without shared prefixes. Dims: R rows, T tokens, K places, V vocabulary.
 """
 
+import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolab.config import UserError
+from nanolab.data.formats import sha256_file
 from nanolab.runtime import Runtime
 
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configs call the tokens of a text
@@ -25,7 +28,9 @@ TRY_SAVING = "save it again with model.save_pretrained and tokenizer.save_pretra
 
 
 def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple["HFReader", "HFTokenizer"]:
-    """The model, in eval mode on the runtime's device and compute dtype, and its tokenizer. trust_code: run code that the folder has.
+    """The model, in eval mode on the runtime's device, and its tokenizer. trust_code: run code that the folder has.
+
+    It computes in the dtype that it is saved in, or in NANOLAB_DTYPE.
 
     Raises UserError, naming the file, for a folder that is missing, incomplete, damaged, of another kind of model, or with weights
     only as pickles, and for a tokenizer that does not fit the weights.
@@ -37,9 +42,10 @@ def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple[
     folder = Path(path)
     check_folder(folder, transformers, trust_code)
     transformers.utils.logging.disable_progress_bar()
+    dtype = runtime.dtype if os.environ.get("NANOLAB_DTYPE") else "auto"
     how = {"local_files_only": True, "trust_remote_code": trust_code}
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=runtime.dtype, use_safetensors=True, output_loading_info=True, **how)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **how)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
     except Exception as error:  # whatever transformers, its tokenizers or the folder's own code raise
         said = " ".join(str(error).split())
@@ -57,6 +63,11 @@ def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple[
             "tokenizer there"
         )
     return HFReader(model.to(runtime.device).eval(), runtime), HFTokenizer(tokenizer, folder)
+
+
+def weights_of(folder: Path) -> str:
+    """sha256 of the weights' files."""
+    return hashlib.sha256(json.dumps([sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]).encode()).hexdigest()
 
 
 def check_folder(folder: Path, transformers: Any, trust_code: bool) -> None:
@@ -91,7 +102,7 @@ class HFReader:
     shares = False
 
     def __init__(self, model: Any, runtime: Runtime):
-        self.model, self.device = model, runtime.device
+        self.model, self.device, self.dtype_name = model, runtime.device, str(model.dtype).removeprefix("torch.")
         config = model.config.get_text_config()
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.limit: int = next((n for name in LIMITS if (n := getattr(config, name, None))), UNLIMITED)
@@ -150,7 +161,8 @@ class HFTokenizer:
         """`encode` of each text."""
         if not texts:
             return []
-        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]  # half pairs, as JSON may have, become U+FFFD
+        return self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)["input_ids"]
 
     def encode_arrays(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """`encode` of each text as int32 arrays. threads: as many as the tokenizer itself chooses."""

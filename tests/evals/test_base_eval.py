@@ -8,6 +8,8 @@ import json
 import lzma
 import math
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from nanolab.config import BaseEvalConfig, BaseTrainConfig, DataConfig, GPTConfig, UserError, to_json
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals import icl
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
@@ -139,7 +142,7 @@ def test_modes_of_one_step_are_kept_beside_one_another_and_another_step_starts_a
     run(config(modes="sample"))
     both = json.loads(path.read_text())
     assert len(both["samples"]) == 7 and len(both["unconditioned"]) == 4
-    assert {k: both[k] for k in bpb} == bpb
+    assert {k: both[k] for k in bpb} == bpb and set(bpb["bpb"]["settings"]) == {"text", "tokens", "dtype"}
     path.write_text(json.dumps({**both, "step": 6}))
     run(config(modes="sample"))
     assert "val" not in json.loads(path.read_text())
@@ -209,9 +212,43 @@ def test_a_broken_task_is_reported_and_the_rest_is_there(world, bundle, capsys):
     (bundle / "eval_data" / "b" / "words.jsonl").write_text("{oops\n")
     assert run(config(modes="core,lambada,hellaswag", eval_bundle=str(bundle))) == 1
     out, result = capsys.readouterr().out, json.loads((run_dir / "eval_base.json").read_text())
-    assert set(result["failed"]) == {"lambada_openai", "lambada"} and "words.jsonl:1 is not JSON" in result["failed"]["lambada"]
-    assert result["core"]["label"] == "CORE-3 of 22" and result["hellaswag"]["n"] == 7 and "lambada" not in result
+    assert list(result["core"]["failed"]) == ["lambada_openai"] and "words.jsonl:1 is not JSON" in result["lambada"]["failed"]["lambada"]
+    assert result["core"]["label"] == "CORE-3 of 22" and result["hellaswag"]["n"] == 7
     assert "failed: lambada_openai: " in out and "failed: lambada: " in out
+    tiny.write(bundle)
+    assert run(config(modes="lambada", eval_bundle=str(bundle))) == 0
+    again = json.loads((run_dir / "eval_base.json").read_text())
+    assert again["lambada"]["n"] == 6 and again["core"] == result["core"], "a failure stays with its mode, and goes with it"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_found_before_an_end_is_on_disk(world, bundle, monkeypatch, error):
+    run_dir, *_ = world
+    original = icl.judged
+
+    def judged(reader, groups, runtime, judge, label=""):
+        if label == "lambada_openai":
+            raise error
+        return original(reader, groups, runtime, judge, label)
+
+    monkeypatch.setattr(icl, "judged", judged)
+    with pytest.raises(error):
+        run(config(modes="bpb,core", split_tokens=200, eval_bundle=str(bundle)))
+    result = json.loads((run_dir / "eval_base.json").read_text())
+    assert list(result["core"]["tasks"]) == ["copa", "winograd"] and result["core"]["label"] == "CORE-2 of 22" and result["core"]["settings"] and "val" in result
+    assert result["core"]["failed"] == dict.fromkeys(("lambada_openai", "hellaswag_zeroshot"), "the evaluation ended before it")
+
+
+def test_the_table_of_core_goes_with_the_weights_it_is_of(world, bundle):
+    run_dir, *_ = world
+    run(config(modes="core", eval_bundle=str(bundle)))
+    run(config(modes="bpb", split_tokens=200))
+    assert (run_dir / "eval_base.csv").exists()
+    weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
+    weights["lm_head.weight"][5] += 1
+    checkpoint.save(run_dir / "checkpoints", 7, weights=weights, optimizer=None, meta=meta, runtime=RUNTIME)
+    run(config(modes="bpb", split_tokens=200))
+    assert not (run_dir / "eval_base.csv").exists() and "core" not in json.loads((run_dir / "eval_base.json").read_text())
 
 
 def test_hellaswag_in_its_own_form_and_without_a_first_token(world, bundle, tmp_path):
@@ -234,6 +271,8 @@ def test_hellaswag_in_its_own_form_and_without_a_first_token(world, bundle, tmp_
         ({"hf": "x", "all_checkpoints": True}, "--hf x with --all-checkpoints; expected one of them"),
         ({"max_per_task": 0}, "--max-per-task is 0; expected at least 1, or -1 for all"),
         ({"modes": "core", "eval_bundle": "nowhere"}, "--eval-bundle nowhere is not a folder"),
+        ({"modes": "bpb", "model": "even@7", "all_checkpoints": True}, "--model even@7 with --all-checkpoints, but a step in it"),
+        ({"modes": "bpb", "model": "even, even", "all_checkpoints": True}, "--model even, even names a run twice"),
         ({"modes": "sample", "all_checkpoints": True}, "--modes sample with --all-checkpoints, but no score among them"),
     ],
 )
@@ -245,9 +284,9 @@ def test_flags_that_do_not_fit_are_refused(world, flags, text):
 def test_every_checkpoint_is_evaluated_once_and_drawn(world, bundle, base_dir, capsys):
     run_dir, tokenizer, _ = world
     weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
-    again = {"modes": "core,bpb,sample", "all_checkpoints": True, "eval_bundle": str(bundle), "split_tokens": 200}
+    again = {"modes": "core,hellaswag,bpb,sample", "all_checkpoints": True, "eval_bundle": str(bundle), "split_tokens": 200}
     assert run(config(**again)) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("even@")] == ["even@7: core", "even@7: bpb"]
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("even@")] == ["even@7: core", "even@7: hellaswag", "even@7: bpb"]
 
     weights["lm_head.weight"][5] += 1
     checkpoint.save(run_dir / "checkpoints", 9, weights=weights, optimizer=None, meta=meta | {"tokens": 9000}, runtime=RUNTIME)
@@ -258,8 +297,8 @@ def test_every_checkpoint_is_evaluated_once_and_drawn(world, bundle, base_dir, c
     with open(run_dir / "eval_checkpoints.jsonl", "a") as file:
         file.write('{"torn by a cra')
     assert run(config(**again, model="even,other", out=str(base_dir / "curves"))) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "@" in line and ":" in line[:16]] == ["even@9: core", "even@9: bpb", "other@7: core", "other@7: bpb"]
-    for mode in ("core", "bpb"):
+    assert [line for line in capsys.readouterr().out.splitlines() if "@" in line and ":" in line[:16]] == [f"{x}: {mode}" for x in ("even@9", "other@7") for mode in ("core", "hellaswag", "bpb")]
+    for mode in ("core", "hellaswag", "bpb"):
         with open(base_dir / "curves" / f"curve_{mode}.csv", newline="") as file:
             rows = [(row["run"], row["step"], row["tokens"], float(row["low"]) <= float(row["score"]) <= float(row["high"])) for row in csv.DictReader(file)]
         assert rows == [("even", "7", "7000", True), ("even", "9", "9000", True), ("other", "7", "7000", True)]
@@ -267,12 +306,12 @@ def test_every_checkpoint_is_evaluated_once_and_drawn(world, bundle, base_dir, c
         assert "even" in drawn and "other" in drawn and ("CORE-4 of 22" in drawn) == (mode == "core")
     run(config(**again, model="even,other", out=str(base_dir / "curves")))
     assert "even@" not in capsys.readouterr().out.replace("model even@", ""), "all is on record"
-    assert len((run_dir / "eval_checkpoints.jsonl").read_text().splitlines()) == 5
+    assert len((run_dir / "eval_checkpoints.jsonl").read_text().splitlines()) == 7
     run(config(**again | {"modes": "core", "max_per_task": 4}))
     assert "even@7: core" in capsys.readouterr().out, "another evaluation"
 
 
-def test_what_fails_for_a_checkpoint_is_named_and_tried_again(world, bundle, capsys):
+def test_what_fails_for_a_checkpoint_is_named_and_on_record_until_it_is_mended(world, bundle, capsys):
     run_dir, *_ = world
     path = bundle / "eval_data" / "b" / "words.jsonl"
     good = path.read_text()
@@ -282,10 +321,51 @@ def test_what_fails_for_a_checkpoint_is_named_and_tried_again(world, bundle, cap
     assert run(again) == 1
     out = capsys.readouterr().out
     assert "failed: even@7: lambada_openai: " in out and "step_000006 is half-written or damaged" in out and "CORE-3 of 22, over training" in out
+    assert run(again) == 1
+    out = capsys.readouterr().out
+    assert "even@7: core\n" not in out and "failed: even@7: lambada_openai: " in out and "CORE-3 of 22, over training" in out, "on record"
     path.write_text(good)
-    assert run(again) == 1 and "even@7: core" in capsys.readouterr().out
+    assert run(again) == 1 and "even@7: core\n" in capsys.readouterr().out
     (run_dir / "checkpoints" / "step_000006").rmdir()
     assert run(again) == 0
+
+
+def test_checkpoints_that_are_gone_are_drawn_from_the_record_and_one_that_goes_meanwhile_is_named(world, bundle, capsys, monkeypatch):
+    run_dir, *_ = world
+    weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
+    for step in (8, 9):
+        weights["lm_head.weight"][step] += 1
+        checkpoint.save(run_dir / "checkpoints", step, weights=weights, optimizer=None, meta=meta | {"tokens": 1000 * step}, runtime=RUNTIME)
+    whole = checkpoint.verify
+
+    def verify(path, *rest):
+        whole(path, *rest)
+        if path.name == "step_000008" and after:
+            shutil.rmtree(path)
+
+    again, after = config(modes="bpb", all_checkpoints=True, split_tokens=200), True
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert run(again) == 1
+    assert re.search("failed: .*step_000008", capsys.readouterr().out)
+    shutil.rmtree(run_dir / "checkpoints" / "step_000007")
+    assert run(again) == 0
+    with open(run_dir / "curve_bpb.csv", newline="") as file:
+        assert [(row["step"], row["tokens"]) for row in csv.DictReader(file)] == [("7", "7000"), ("9", "9000")]
+
+
+def test_checkpoints_without_a_score_are_left_out(world, bundle, capsys):
+    run_dir, *_ = world
+    for path in bundle.rglob("*.jsonl"):
+        path.write_text("{oops\n")
+    assert run(config(modes="core", all_checkpoints=True, eval_bundle=str(bundle))) == 1
+    assert "core: no checkpoint has a score" in capsys.readouterr().out and not (run_dir / "curve_core.svg").exists()
+
+
+def test_what_draws_is_looked_for_before_the_evaluation(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'nanolab\[plots\]'"):
+        run(config(modes="bpb", all_checkpoints=True))
+    assert not (world[0] / "eval_checkpoints.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -305,9 +385,9 @@ def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle
     export(find_model("even"), tmp_path / "exported", lambda *_: "")
     flags = {"modes": "bpb,core,hellaswag,lambada,sample", "eval_bundle": str(bundle), "data_dir": str(text), "split_tokens": 400}
     assert run(config(**flags)) == run(config(**flags, hf=str(tmp_path / "exported"))) == 0
-    ours, theirs = (json.loads((folder / "eval_base.json").read_text()) for folder in (run_dir, base_dir / "eval" / "exported"))
+    ours, theirs = (json.loads((folder / "eval_base.json").read_text()) for folder in (run_dir, *(base_dir / "eval").glob("exported-*")))
     assert theirs["val"]["bpb"] == pytest.approx(ours["val"]["bpb"], rel=1e-5) and theirs["val"]["tokens"] == ours["val"]["tokens"]
     assert {k: v["outcomes"] for k, v in theirs["core"]["tasks"].items()} == {k: v["outcomes"] for k, v in ours["core"]["tasks"].items()}
     assert theirs["lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4) and theirs["hellaswag"]["sum"] == ours["hellaswag"]["sum"]
     assert [s["text"] for s in theirs["samples"]] == [s["text"] for s in ours["samples"]] and theirs["unconditioned"] == []
-    assert (base_dir / "eval" / "exported" / "eval_base.csv").exists()
+    assert len(list((base_dir / "eval").glob("exported-*/eval_base.csv"))) == 1

@@ -12,7 +12,7 @@ import torch
 from nanolab.config import UserError
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.likelihood import Text, score
-from nanolab.interop.hf_model import load
+from nanolab.interop.hf_model import load, weights_of
 from nanolab.runtime import Runtime
 
 transformers = pytest.importorskip("transformers")
@@ -138,6 +138,20 @@ def test_text_that_looks_special_is_text(folders):
     assert tokenizer.bos == 0 and 0 not in tokenizer.encode(TEXT)
     assert tokenizer.encode_batch([TEXT, "", "cat"]) == [tokenizer.encode(TEXT), [], tokenizer.encode("cat")]
     assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode("a\ud800 b") == tokenizer.encode("a\ufffd b"), "half of a pair, which JSON can hold"
+
+
+def test_it_computes_in_the_dtype_that_it_is_saved_in_unless_another_is_asked_for(folders, monkeypatch):
+    low = Runtime(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.delenv("NANOLAB_DTYPE", raising=False)
+    reader, _ = load(folders["gpt2"], low)
+    assert reader.model.dtype == torch.float32 and reader.dtype_name == "float32"
+    monkeypatch.setenv("NANOLAB_DTYPE", "bfloat16")
+    assert load(folders["gpt2"], low)[0].dtype_name == "bfloat16"
+
+
+def test_weights_are_told_apart_by_their_content(copy, folders):
+    assert weights_of(copy) == weights_of(folders["gpt2"]) != weights_of(folders["llama"])
 
 
 def test_a_text_begins_with_eos_where_there_is_no_bos(copy):

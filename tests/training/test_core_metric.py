@@ -64,6 +64,12 @@ def test_it_changes_nothing_else(flags):
     assert not any("core_metric" in row for row in read_metrics(runs_dir() / "plain"))
 
 
+@pytest.mark.parametrize("n", [0, -2])
+def test_a_number_of_items_that_is_none_is_refused(flags, n):
+    with pytest.raises(UserError, match=f"--core-metric-max-per-task is {n}; expected at least 1, or -1 for all"):
+        run(BaseTrainConfig(**flags | {"core_metric_max_per_task": n}))
+
+
 def test_a_bundle_that_is_not_there_is_found_out_before_the_first_step(flags, tmp_path, capsys):
     with pytest.raises(UserError, match="--eval-bundle .*none is not a folder"):
         run(BaseTrainConfig(**flags | {"eval_bundle": str(tmp_path / "none")}))
