@@ -111,7 +111,10 @@ def find_model(ref: str = "", kind: str = "") -> ModelRef:
 
 
 def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model in eval mode on the runtime's device and compute dtype, its tokenizer, the checkpoint's meta)."""
+    """(model in eval mode on the runtime's device and compute dtype, its tokenizer, the checkpoint's meta).
+
+    Raises UserError for another tokenizer than the model's, a text that begins otherwise than in its training, and weights that do not fit.
+    """
     found = find_model(ref) if isinstance(ref, str) else ref
     meta = checkpoint.load_meta(found.checkpoint)
     tokenizer = Tokenizer.load(found.run_dir / "tokenizer")
@@ -120,7 +123,14 @@ def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, d
             f"model {found.name!r} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but {found.run_dir / 'tokenizer'} holds "
             f"{tokenizer.hash[:12]}: its ids would mean other text. Put the run's own tokenizer back, or use another --model"
         )
-    model = GPT(from_json(GPTConfig, meta["model_config"]), runtime.dtype)
+    c = from_json(GPTConfig, meta["model_config"])
+    if c.bos >= 0 and c.bos != tokenizer.bos:
+        was, now = (f"{tokenizer.decode([i])} (token {i})" if i < tokenizer.vocab_size else f"token {i}" for i in (c.bos, tokenizer.bos))
+        raise UserError(
+            f"model {found.name!r} was trained on texts that begin with {was}, but this version of nanolab begins them with {now}: "
+            f"its prompts would be unlike its training; use the nanolab of commit {meta.get('env', {}).get('commit')}, or train it again"
+        )
+    model = GPT(c, runtime.dtype)
     try:
         model.load_state_dict(checkpoint.load_weights(found.checkpoint), strict=True)
     except RuntimeError as error:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,23 @@ def test_load_model_refuses_another_tokenizer_and_other_shapes(tokenizer):
     checkpoint.save(run.checkpoints, 6, weights=weights, optimizer=None, meta=meta, runtime=ALONE)
     with pytest.raises(UserError, match="lm_head.weight"):
         load_model("a@6", ALONE)
+
+
+def test_load_model_refuses_texts_that_begin_otherwise_than_in_training(tokenizer, tmp_path):
+    """A vocabulary with <|endoftext|>, of which <|bos|> once began the texts, since a token was appended for it."""
+    bpe = tokenizer._bpe
+    both = Tokenizer(bpe._replace(specials={"<|endoftext|>": len(bpe.vocab)}))
+    end, bos = both.special("<|endoftext|>"), both.special("<|bos|>")
+    run = ended("a", {}, both, finished=False)
+    for step, first in ((1, bos), (2, end), (3, -1)):
+        c = replace(MODEL, vocab_size=both.vocab_size, bos=first)
+        model = GPT(c)
+        model.init_weights(0)
+        meta = {"model_config": to_json(c), "tokenizer_hash": both.hash, "env": {"commit": "c0ffee"}}
+        checkpoint.save(run.checkpoints, step, weights=model.state_dict(), optimizer=None, meta=meta, runtime=ALONE)
+    with pytest.raises(UserError, match=rf"begin with <\|bos\|> \(token {bos}\), but .* begins them with <\|endoftext\|> \(token {end}\).*nanolab of commit c0ffee"):
+        load_model("a@1", ALONE)
+    assert load_model("a@2", ALONE)[1].bos == end == load_model("a@3", ALONE)[1].bos  # older runs still do not say
 
 
 def hold() -> None:
