@@ -67,9 +67,11 @@ def config_from_hf(config: Mapping[str, Any]) -> GPTConfig:
     """The model of a config.json, without dropout. Raises UserError naming what GPT-2 does not have."""
     if config.get("model_type") != "gpt2":
         raise UserError(f"config.json is of a {config.get('model_type')!r} model; expected 'gpt2'; models of other families can be evaluated as they are, but not imported")
-    missing = [theirs for theirs in SIZES.values() if not isinstance(config.get(theirs), int)]
+    missing = [theirs for theirs in SIZES.values() if type(config.get(theirs)) is not int or config[theirs] < 1]
     if missing:
         raise UserError(f"config.json does not say {', '.join(missing)}; expected whole numbers; save the model again with save_pretrained")
+    if config["n_embd"] % config["n_head"]:
+        raise UserError(f"config.json has n_embd {config['n_embd']} for n_head {config['n_head']}; expected a multiple; save the model again with save_pretrained")
     said = {name: config.get(name, allowed[0]) for name, allowed in FACTS.items()}
     wrong = [f"{name} {said[name]!r} (expected {allowed[0]!r})" for name, allowed in FACTS.items() if said[name] not in allowed]
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
@@ -111,7 +113,7 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
 
     Raises UserError for tensors that are missing, that nobody knows, or whose shapes are not those of the config.
     """
-    tensors = {_full(name): tensor for name, tensor in tensors.items() if not MASKS.fullmatch(_full(name).removeprefix("transformer."))}
+    tensors = {_full(name): tensor for name, tensor in tensors.items() if not _is_mask(name)}
     head, table = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     if c.tied_head and head is not None:
         if table is not None and not torch.equal(head, table):
@@ -140,16 +142,13 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}; expected a folder that transformers' save_pretrained wrote; check the path")
     c = config_from_hf(_json(folder / "config.json"))
-    names = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = _shards(index) if index.exists() else ["model.safetensors"]
     if missing := [name for name in names if not (folder / name).is_file()]:
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         how = f"""python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')" """
         others = f"; {pickled.name} is a pickle, which runs what it holds, and is not read; if you trust it: {how.strip()}" if pickled else "; copy or download it"
         raise UserError(f"no {missing[0]} in {folder}; expected the weights{others}")
-    try:
-        tensors = {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
-    except SafetensorError as error:
-        raise UserError(f"{folder / names[0]} is damaged ({error}); expected the weights; copy or download it again") from None
+    tensors = {name: tensor for file in names for name, tensor in _weights(folder / file).items()}
     return c, {name: tensor.float() for name, tensor in from_hf(tensors, c).items()}
 
 
@@ -165,9 +164,35 @@ def with_rows(state: Mapping[str, Tensor], c: GPTConfig, known: int, vocab_size:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); expected what save_pretrained wrote; copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}; expected an object, as save_pretrained writes; copy or download it again")
+    return content
+
+
+def _shards(index: Path) -> list[str]:
+    """The files of weights that an index names, in order; all lie beside it."""
+    parts = _json(index).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise UserError(f"{index} has no weight_map; expected the file of each tensor by name; copy or download it again")
+    if strange := [name for name in parts.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"{index} names the file {strange[0]!r}; expected files beside it; copy or download it again")
+    return sorted(set(parts.values()))
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as they are."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); expected the weights; copy or download it again") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not _is_mask(name):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name} in {kind}; expected floating point; quantised weights are not read: take the model that they were made from")
+    return tensors
 
 
 def _names(c: GPTConfig) -> list[tuple[tuple[str, ...], str, bool]]:
@@ -182,6 +207,10 @@ def _names(c: GPTConfig) -> list[tuple[tuple[str, ...], str, bool]]:
 
 def _is_table(theirs: str) -> bool:
     return theirs in ("transformer.wte.weight", "lm_head.weight")
+
+
+def _is_mask(name: str) -> bool:
+    return MASKS.fullmatch(_full(name).removeprefix("transformer.")) is not None
 
 
 def _full(name: str) -> str:

@@ -136,6 +136,30 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def in_parts(folder: Path, first: str = "a.safetensors", second: str = "b.safetensors") -> None:
+    """The weights in two files, of which the second may lie elsewhere."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: (first, second)[i % 2] for i, name in enumerate(sorted(tensors))}
+    for file in (first, second):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def second_cut(folder: Path) -> None:
+    in_parts(folder)
+    cut(folder / "b.safetensors")
+
+
+def quantised(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: (t * 50).to(torch.int8) for name, t in tensors.items() if name.endswith("mlp.c_fc.weight")}, folder / "model.safetensors")
+
+
+def index(text: str):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     "damage,says",
     [
@@ -147,7 +171,21 @@ def cut(path: Path) -> None:
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors in .*copy or download it"),
         (pickled, r"pytorch_model\.bin is a pickle.*if you trust it: python -c .*save_pretrained"),
+        (lambda f: (f / "config.json").write_text("[1]"), "config.json holds a JSON list; expected an object"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is not JSON"),
+        (lambda f: changed(f / "config.json", n_head=0), "config.json does not say n_head;"),
+        (lambda f: changed(f / "config.json", n_layer=True), "config.json does not say n_layer;"),
+        (lambda f: changed(f / "config.json", n_head=3), "n_embd 32 for n_head 3; expected a multiple"),
         (lambda f: cut(f / "model.safetensors"), "model.safetensors is damaged"),
+        (second_cut, "b.safetensors is damaged"),
+        (index("{"), r"index\.json is not JSON"),
+        (index("[]"), r"index\.json holds a JSON list"),
+        (index("{}"), r"index\.json has no weight_map"),
+        (index('{"weight_map": ["a"]}'), r"index\.json has no weight_map"),
+        (index('{"weight_map": {"x": 3}}'), r"index\.json names the file 3"),
+        (lambda f: in_parts(f, second="../b.safetensors"), r"index\.json names the file '\.\./b\.safetensors'; expected files beside it"),
+        (lambda f: in_parts(f, second=str(f.parent / "b.safetensors")), r"index\.json names the file '/.*/b\.safetensors'; expected files beside it"),
+        (quantised, r"model\.safetensors holds transformer\.h\.\d\.mlp\.c_fc\.weight in int8; expected floating point"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer in"),
         (lambda f: (f / "tokenizer.json").write_text((f.parent / "other" / "tokenizer.json").read_text()), r"has 257 tokens, but the weights have \d+ rows"),
     ],
