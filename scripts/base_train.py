@@ -82,9 +82,10 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         with full_precision(model):
             return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
 
-    def run_benchmark() -> dict:
+    def run_benchmark(stop) -> dict | None:
         with full_precision(model):
-            return metrics(core.evaluate(GPTReader(model, rt), print0))
+            found = core.evaluate(GPTReader(model, rt), print0, stop=stop)
+        return metrics(found) if found else None
 
     def draw_samples() -> None:
         with full_precision(model):

@@ -88,8 +88,11 @@ def _entries(path: Path) -> list[Any]:
 
 
 def _baselines(path: Path) -> dict[str, str]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected a CSV file in UTF-8; copy the bundle again") from None
     if not rows or not {"Eval Task", "Random baseline"} <= rows[0].keys():
         raise UserError(f"{path} has the columns {', '.join(rows[0]) if rows else 'of no row'}; expected Eval Task and Random baseline; copy the bundle again")
     return {row["Eval Task"]: row["Random baseline"] for row in rows}
@@ -106,21 +109,27 @@ def _task(entry: dict[str, Any], folder: Path, baselines: dict[str, str]) -> Tas
         raise UserError(f"num_fewshot is {entry['num_fewshot']}; expected a list with a number of solved items, such as [10]")
     try:
         baseline = float(baselines[label]) / 100
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):  # a line that ends before its baseline has None
         seen = f"is {baselines[label]!r}" if label in baselines else "is missing"
         raise UserError(f"its random baseline in {folder / 'eval_meta_data.csv'} {seen}; expected a percentage; add a line for {label}") from None
     if not 0 <= baseline < 1:
         raise UserError(f"its random baseline is {baselines[label]} %; expected at least 0 and below 100; mend {folder / 'eval_meta_data.csv'}")
+    if not isinstance(delimiter := entry.get("continuation_delimiter", " "), str):
+        raise UserError(f"continuation_delimiter is {delimiter!r}; expected text; mend its list, or leave it out for a blank")
     path = folder / "eval_data" / entry["dataset_uri"]
     if not path.is_file():
         raise UserError(f"its data, {path}, is missing; expected a jsonl file; copy the bundle again")
-    return TaskSpec(label, kind, path, shots, str(entry.get("continuation_delimiter", " ")), baseline)
+    return TaskSpec(label, kind, path, shots, delimiter, baseline)
 
 
 def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(number of the line, object) of every line that is not blank. Raises UserError naming file and line."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a jsonl file; copy it again") from None
     rows = []
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+    for n, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -157,5 +166,12 @@ def sample(items: list[Item], max_items: int, shots: int, name: str) -> list[Ite
 
 def fingerprint(bundle: Bundle) -> str:
     """sha256 of all that shapes what is asked: the lists' entries and the files' content."""
-    parts = [(t.label, t.kind, t.shots, t.delimiter, t.baseline, sha256_file(t.path)) for t in bundle.tasks.values()]
+    parts = [(t.label, t.kind, t.shots, t.delimiter, t.baseline, _content(t.path)) for t in bundle.tasks.values()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:  # its task fails, and is named
+        return str(error)

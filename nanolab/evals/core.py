@@ -104,7 +104,7 @@ class Core:
             left = spent * sum(work[i + 1 :]) / sum(work[: i + 1])
             say(row(task.label, scores[task.label]) + (f"{clock(left)} left" if i + 1 < len(tasks) else ""))
             if i + 1 < len(tasks):
-                keep(summary(scores, self.bundle.missing, failed | {later.label: UNFINISHED for later in tasks[i + 1 :]}))
+                keep(summary(dict(scores), self.bundle.missing, failed | {later.label: UNFINISHED for later in tasks[i + 1 :]}))
         found = summary(scores, self.bundle.missing, failed)
         for line in closing(found):
             say(line)

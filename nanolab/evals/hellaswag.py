@@ -1,23 +1,22 @@
 """HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031) by themselves, as GPT-2's reproductions and lm-evaluation-harness score them.
 
 Of a HellaSwag item the ending with the lowest loss is chosen: of the sum over its tokens (both report it), of the mean over its
-tokens (reproductions of GPT-2), or of the sum divided by its bytes (lm-evaluation-harness, normalised). The texts are those of the data:
-the original file's as they are, which the reproductions read, or the bundle's, cleaned as the harness cleans them. The ending is encoded
-by itself, behind a blank, and all of its tokens count.
+tokens (reproductions of GPT-2), or of the sum divided by its bytes (the harness's acc_bytes; its acc_norm divides by characters, which is
+another number where a text is not ASCII). The texts are those of the data: the original file's as they are, which the reproductions
+read, or the bundle's, cleaned as the harness cleans them. The ending is encoded by itself, behind a blank, and all of its tokens count.
+A tokenizer that puts a blank of its own before every text would make that two; there texts are encoded whole.
 """
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nanolab.config import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
-from nanolab.evals.likelihood import Reader, Score
+from nanolab.evals.likelihood import Reader, Score, common
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
 
@@ -43,7 +42,7 @@ def hellaswag(reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item],
     groups = encode(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
 
     def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, ...]:
-        losses = [[s.nats / size for s, size in zip(scores, sizes)] for sizes in zip(*((1, s.n_tokens, max(1, len(a.encode()))) for s, a in zip(scores, items[group.index].answers)))]
+        losses = [[s.nats / size for s, size in zip(scores, sizes)] for sizes in zip(*((1, s.n_tokens, max(1, len(a.encode("utf-8", "surrogatepass")))) for s, a in zip(scores, items[group.index].answers)))]
         return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
 
     found = icl.judged(reader, groups, runtime, judge, "hellaswag")
@@ -52,15 +51,16 @@ def hellaswag(reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item],
     return {"n": n, **{rule: {"accuracy": p, "interval": wilson(p, n)} for rule, p in right.items()}, "cut": sum(outcome[-1] for outcome in found)}
 
 
-def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool) -> list[icl.Group]:
+def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool) -> Iterator[icl.Group]:
     first = [tokenizer.bos] if bos else []
+    before, behind, both = tokenizer.encode_batch(["a", " b", "a b"])
+    alone = before + behind == both  # whether what stands behind a blank is encoded there as it is by itself
     contexts = tokenizer.encode_batch([items[i].contexts[0] for i in indices])
-    endings = iter(tokenizer.encode_batch([f" {answer}" for i in indices for answer in items[i].answers]))
-    groups = []
+    endings = iter(tokenizer.encode_batch([f"{'' if alone else items[i].contexts[0]} {answer}" for i in indices for answer in items[i].answers]))
     for i, context in zip(indices, contexts):
-        texts = [np.array([*first, *context, *next(endings)], dtype=np.int32) for _ in items[i].answers]
-        groups.append(icl.group(i, items[i].gold, texts, [len(first) + len(context)] * len(texts)))
-    return groups
+        head = [*first, *context]
+        texts = [[*(head if alone else first), *next(endings)] for _ in items[i].answers]
+        yield icl.group(i, items[i].gold, texts, [len(head) if alone else common([head, text]) for text in texts])
 
 
 def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Run
     """
     items = read_items(task, max_items)
     mine = range(runtime.rank, len(items), runtime.world_size)
-    groups = list(icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer))
+    groups = icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
     found = icl.judged(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
     accuracy, mean = sum(s.greedy for s in found) / n, statistics.fmean(nats)
@@ -85,7 +85,7 @@ def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Run
 
 def hellaswag_table(found: dict[str, Any]) -> list[str]:
     """One line for each way to choose."""
-    says = {"sum": "lowest sum of losses (acc)", "per_token": "lowest loss per token (acc_norm of GPT-2's reproductions)", "per_byte": "lowest loss per byte (acc_norm of lm-evaluation-harness)"}
+    says = {"sum": "lowest sum of losses (acc)", "per_token": "lowest loss per token (acc_norm of GPT-2's reproductions)", "per_byte": "lowest loss per byte (acc_bytes of lm-evaluation-harness)"}
     lines = [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25"]
     for rule, what in says.items():
         low, high = found[rule]["interval"]

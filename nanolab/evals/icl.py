@@ -9,13 +9,13 @@ A solved item is context + delimiter + answer and a blank line behind it. The k 
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from nanolab.config import UserError
-from nanolab.evals.likelihood import Reader, Score, Text, score
+from nanolab.evals.likelihood import Reader, Score, Text, common, score
 from nanolab.runtime import Runtime
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Kind(NamedTuple):
     """A type of task."""
 
     item: Callable[[dict[str, Any]], Item]  # of a row of the data; raises UserError
-    starts: Callable[[list[np.ndarray]], list[int]]  # where the scored tokens of each text begin
+    starts: Callable[[list[list[int]]], list[int]]  # where the scored tokens of each text begin
     right: Callable[[Sequence[Score], int], bool]  # by the scores of the texts and the true one's number
     continues: bool = False  # the text without its answer is needed to find out where that begins
 
@@ -107,26 +107,19 @@ def _language_item(row: dict[str, Any]) -> Item:
     return Item((_text(row, "context").strip(),), (answer,))
 
 
-def _common(texts: Sequence[np.ndarray]) -> int:
-    """How many tokens all texts begin with."""
-    n = min(map(len, texts))
-    differ = np.any([text[:n] != texts[0][:n] for text in texts[1:]], axis=0)
-    return int(differ.argmax()) if differ.any() else n
-
-
-def _after_prefix(texts: list[np.ndarray]) -> list[int]:
+def _after_prefix(texts: list[list[int]]) -> list[int]:
     """After what all have in common; where one choice is the beginning of the others, its last token is scored, and theirs there."""
-    return [min(_common(texts), min(map(len, texts)) - 1)] * len(texts)
+    return [min(common(texts), min(map(len, texts)) - 1)] * len(texts)
 
 
-def _before_suffix(texts: list[np.ndarray]) -> list[int]:
-    suffix = _common([text[::-1] for text in texts])
+def _before_suffix(texts: list[list[int]]) -> list[int]:
+    suffix = common([text[::-1] for text in texts])
     return [len(text) - suffix for text in texts]
 
 
-def _after_context(texts: list[np.ndarray]) -> list[int]:
+def _after_context(texts: list[list[int]]) -> list[int]:
     """texts: with the answer, and without it. Where a token spans the seam (the reference stops there), it is scored."""
-    return [_common(texts)]
+    return [common(texts)]
 
 
 def lowest_mean(scores: Sequence[Score], gold: int) -> bool:
@@ -174,21 +167,21 @@ def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, del
         texts = [rendered(kind, items, i, k, delimiter) for i in part]
         ids = iter(tokenizer.encode_batch([text for of_item in texts for text in of_item]))
         for i, of_item in zip(part, texts):
-            encoded = [np.array([tokenizer.bos, *next(ids)], dtype=np.int32) for _ in of_item]
+            encoded = [[tokenizer.bos, *next(ids)] for _ in of_item]
             starts = rule.starts(encoded)
             yield group(i, items[i].gold, encoded[: len(starts)], starts)
 
 
-def group(index: int, gold: int, texts: Sequence[np.ndarray], starts: list[int]) -> Group:
+def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> Group:
     """The texts with what they have in common held once."""
-    shared = _common(texts) if texts[1:] else len(texts[0])
-    return Group(index, gold, texts[0][:shared].copy(), [text[shared:].copy() for text in texts], starts)
+    shared = common(texts)
+    return Group(index, gold, np.array(texts[0][:shared], np.int32), [np.array(text[shared:], np.int32) for text in texts], starts)
 
 
-def judged(reader: Reader, groups: Sequence[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "") -> list[T]:
+def judged(reader: Reader, groups: Iterable[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "") -> list[T]:
     """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
 
-    groups: those of this rank. Raises UserError on every rank where one of them has a text that cannot be scored.
+    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that cannot be scored.
     """
     found: list[tuple[int, T]] = []
     why = ""

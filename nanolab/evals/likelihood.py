@@ -114,7 +114,7 @@ def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, 
     groups: texts that may begin alike, such as the choices of one item. A text longer than `reader.limit` loses its first
     tokens. tokens: of one pass, padding included, where an item has no more than that; 0: as the reader says. Results depend on
     it by rounding only. label: of the progress bar. Raises UserError for a text without a scored token, or of which none would be
-    left before the scored ones.
+    left before the scored ones, and where a model's loss is not a finite number.
     """
     texts = [[shortened(text, reader.limit) for text in group] for group in groups]
     flat, numbers = [text for group in texts for text in group], iter(range(sum(map(len, texts))))
@@ -122,6 +122,11 @@ def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, 
     nats, greedy = np.zeros(len(flat)), np.ones(len(flat), dtype=bool)
     for batch in progress(list(batches(items, tokens or reader.tokens)), label):
         measure(reader, batch, flat, nats, greedy)
+    if (bad := np.flatnonzero(~np.isfinite(nats))).size:
+        raise UserError(
+            f"the loss of {bad.size} of {len(flat)} texts is {nats[bad[0]]}; expected a finite number: its weights are damaged, or too large for their dtype; "
+            "try NANOLAB_DTYPE=float32"
+        )
     done = iter(zip(nats.tolist(), greedy.tolist()))
 
     def result(text: Text, whole: Text) -> Score:

@@ -14,7 +14,7 @@ from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference.served import served
 from nanolab.lab.bench import measured, seconds
 from nanolab.lab.bench_infer import the_model
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, print0
 from nanolab.training.environment import kernel_text
 
 Group = list[Text]  # the texts of one example
@@ -97,7 +97,10 @@ def synthetic(cfg: BenchConfig, vocab_size: int) -> list[tuple[str, Group]]:
 
 def encoded(cfg: BenchConfig, runtime: Runtime, tokenizer: Tokenizer, results: dict[str, Any]) -> list[tuple[str, Group]]:
     """(type, texts) of the examples of --eval-bundle."""
-    tasks = bundle.open_bundle(cfg.eval_bundle).tasks.values()
+    found = bundle.open_bundle(cfg.eval_bundle)
+    for label, why in found.broken.items():
+        print0(f"without {label}: {why}")
+    tasks = found.tasks.values()
     items = {task.label: bundle.read_items(task, max(cfg.max_per_task, task.shots + 1)) for task in tasks}
 
     def work() -> list[tuple[str, Group]]:

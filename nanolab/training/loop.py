@@ -43,7 +43,9 @@ class Every:
     keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
     grad_norm: bool = False
     evaluate: Callable[[], dict[str, float]] = dict  # metrics, for example {"val/bpb": 1.2}
-    run_benchmark: Callable[[], dict[str, Any]] = dict  # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}
+    # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}; it gets what says on every rank whether to stop, and
+    # is None where it did. The step is saved before it.
+    run_benchmark: Callable[[Callable[[], bool]], dict[str, Any] | None] = lambda stop: {}
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
     draw_samples: Callable[[], None] = lambda: None
 
@@ -149,13 +151,18 @@ class Loop:
         if self.runtime.is_main and self.saved_step == step:
             checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
 
-    def evaluate(self, last: bool) -> dict[str, Any]:
-        """The metrics of what is due at this step."""
-        every, metrics = self.every, {}
-        for due, measure in ((self.eval_due(last), every.evaluate), (self.benchmark_due(last), every.run_benchmark)):
-            if due:
-                with undisturbed(self.model, self.runtime.device):
-                    metrics |= measure()
+    def evaluate(self, last: bool, stop: StopRequest) -> dict[str, Any] | None:
+        """The metrics of what is due at this step; None where a benchmark was asked to stop."""
+        metrics: dict[str, Any] = {}
+        if self.eval_due(last):
+            with undisturbed(self.model, self.runtime.device):
+                metrics |= self.every.evaluate()
+        if self.benchmark_due(last):
+            with undisturbed(self.model, self.runtime.device):
+                found = self.every.run_benchmark(lambda: self.runtime.any(stop.number > 0))
+            if found is None:
+                return None
+            metrics |= found
         bpb = metrics.get("val/bpb")
         if bpb is not None:
             self.state.min_val_bpb = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
@@ -256,13 +263,13 @@ def fit(
             while True:
                 step, progress = loop.state.step, loop.progress()
                 last = loop.last(progress)
-                if last or asked or (step > 0 and loop.due(every.save)):
+                if last or asked or (step > 0 and loop.due(every.save)) or loop.benchmark_due(last):
                     loop.save()
-                if asked:
+                row = None if asked else loop.evaluate(last, stop)
+                if row is None:
                     loop.retain(step)
                     loop.leave(stop)
                 totals = loop.totals()
-                row = loop.evaluate(last)
                 if every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
                     with undisturbed(model, run.runtime.device):
                         every.draw_samples()

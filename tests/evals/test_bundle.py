@@ -82,6 +82,7 @@ def test_the_fingerprint_is_of_all_that_is_asked(folder):
         ({"num_fewshot": 3}, "num_fewshot is 3; expected a list"),
         ({"num_fewshot": []}, r"num_fewshot is \[\]; expected a list with a number of solved items, such as \[10\]"),
         ({"num_fewshot": [-1]}, r"num_fewshot is \[-1\]; expected"),
+        ({"continuation_delimiter": 3}, "continuation_delimiter is 3; expected text"),
         ({"dataset_uri": "a/none.jsonl"}, "its data, .*a/none.jsonl, is missing; expected a jsonl file"),
     ],
 )
@@ -97,6 +98,7 @@ def test_a_mistake_in_one_entry_is_named_and_leaves_the_others(folder, fields, t
     ("lines", "text"),
     [
         ("winograd,,50,\n", "its random baseline in .*eval_meta_data.csv is missing; expected a percentage; add a line for copa"),
+        ("copa,\nwinograd,,50,\n", "its random baseline in .* is None; expected a percentage"),
         ("copa,,lots,\nwinograd,,50,\n", "its random baseline in .* is 'lots'; expected a percentage"),
         ("copa,,100,\nwinograd,,50,\n", "its random baseline is 100 %; expected at least 0 and below 100"),
     ],
@@ -127,6 +129,23 @@ def test_a_broken_line_is_named_by_file_and_number(folder, line, text):
         read_items(open_bundle(folder).tasks["copa"])
 
 
+def test_an_empty_delimiter_is_no_word_none(folder):
+    entries = yaml.safe_load((folder / "core.yaml").read_text())["icl_tasks"]
+    (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entries[0] | {"continuation_delimiter": None}, *entries[1:]]}))
+    bundle = open_bundle(folder)
+    assert list(bundle.broken) == ["copa"] and "continuation_delimiter is None; expected text" in bundle.broken["copa"]
+
+
+def test_data_that_cannot_be_read_is_a_mistake_of_its_task(folder, monkeypatch):
+    whole, task = fingerprint(open_bundle(folder)), open_bundle(folder).tasks["copa"]
+    task.path.unlink()
+    with pytest.raises(UserError, match="choices.jsonl cannot be read .*; expected a jsonl file"):
+        read_items(task)
+    bundle = open_bundle(tiny.write(folder))
+    task.path.unlink()
+    assert fingerprint(bundle) != whole
+
+
 def test_too_few_items_are_named(folder):
     task = open_bundle(folder).tasks["copa"]
     with pytest.raises(UserError, match=r"choices.jsonl has 2 items of 7 \(--max-per-task 2\); expected at least 3, one to ask and 2 solved ones"):
@@ -146,6 +165,9 @@ def test_a_folder_that_is_no_bundle_is_refused(folder, tmp_path):
         open_bundle(folder, ("core.yaml", "extra.yaml"))
     (folder / "eval_meta_data.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="eval_meta_data.csv has the columns a, b; expected Eval Task and Random baseline"):
+        open_bundle(folder)
+    (folder / "eval_meta_data.csv").write_bytes(b"Eval Task,Random baseline\n\xff,3\n")
+    with pytest.raises(UserError, match="eval_meta_data.csv cannot be read .*; expected a CSV file in UTF-8"):
         open_bundle(folder)
     (folder / "eval_meta_data.csv").unlink()
     with pytest.raises(UserError, match="has no eval_meta_data.csv"):

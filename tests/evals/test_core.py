@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from nanolab.config import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, open_bundle, read_items
 from nanolab.evals.core import Core, TaskScore, csv_lines, metrics, summary
-from nanolab.evals.hellaswag import hellaswag, lambada, original_items
+from nanolab.evals.hellaswag import encode, hellaswag, lambada, original_items
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.score import wilson
 from nanolab.runtime import Runtime
@@ -82,6 +83,15 @@ def test_every_task_and_their_mean(table, tokenizer, folder):
         (name, pytest.approx(s.accuracy, abs=1e-6), pytest.approx(s.centred, abs=1e-6)) for name, s in found.tasks.items()
     ]
     json.dumps(found.to_json())
+
+
+def test_it_keeps_what_is_there_after_each_task_and_stops_between_tasks_without_a_result(table, tokenizer, folder):
+    core, kept = Core(open_bundle(folder), tokenizer, CPU), []
+    whole = core.evaluate(table, keep=kept.append)
+    labels = list(whole.tasks)
+    assert [list(found.tasks) for found in kept] == [labels[:1], labels[:2], labels[:3]] and [len(found.failed) for found in kept] == [3, 2, 1]
+    kept.clear()
+    assert core.evaluate(table, keep=kept.append, stop=lambda: len(kept) == 2) is None and list(kept[-1].tasks) == labels[:2]
 
 
 def test_a_cut_takes_the_first_of_the_shuffle_and_shots_from_among_them(table, tokenizer, folder):
@@ -163,6 +173,31 @@ def test_hellaswag_by_three_rules(table, tokenizer):
         assert {rule: found[rule]["accuracy"] * 28 for rule in want} == pytest.approx(want) and found["n"] == 28
         assert any(len(set(picks)) == 3 for picks in chosen) or len(chosen) > 1, "the rules do not always agree"
         assert found["sum"]["interval"] == wilson(want["sum"] / 28, 28)
+
+
+class Marked:
+    """As pieces with a mark before each text's first word: a text of its own that begins with a blank has two."""
+
+    bos = 0
+
+    def encode_batch(self, texts):
+        return [[1 + ord(c) % 250 for c in re.sub("[ ]", "\u2581", f" {text}")] for text in texts]
+
+
+def test_hellaswags_endings_have_one_blank_under_any_tokenizer(tokenizer):
+    items = [icl.KINDS["multiple_choice"].item(row) for row in tiny.CHOICES]
+    for encoder in (tokenizer, Marked()):
+        for group, item in zip(encode(items, range(7), encoder, True), items):
+            for text, answer in zip(group.texts(), item.answers):
+                whole = [encoder.bos, *encoder.encode_batch([f"{item.contexts[0]} {answer}"])[0]]
+                (context,) = encoder.encode_batch(item.contexts)
+                assert (list(text.ids), text.start) == (whole, 1 + len(context))
+    (group,) = encode([icl.Item(("cup ",), ("was", "and"))], [0], tokenizer, False)  # where whole texts are other tokens: as published
+    assert [list(text.ids) for text in group.texts()] == [tokenizer.encode("cup ") + tokenizer.encode(f" {word}") for word in ("was", "and")]
+
+
+def test_half_a_surrogate_pair_is_three_bytes(table, tokenizer):
+    assert hellaswag(table, tokenizer, [icl.Item(("a",), ("\ud800 b", "c"))], CPU)["n"] == 1
 
 
 def test_hellaswag_as_its_authors_publish_it(tmp_path):

@@ -1,10 +1,13 @@
 """In-context items: prompts letter by letter, where answers begin, decisions against sums over a table."""
 
+import hashlib
 import importlib.util
 import json
 import os
 import random
+import re
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,46 @@ def test_a_text_that_cannot_be_scored_is_named(tokenizer):
     groups = list(encode("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
     with pytest.raises(UserError, match="for a model that reads 4; expected at least one scored token, and one before it"):
         judged(table, groups, CPU, lambda s, group: s)
+
+
+def test_a_group_that_cannot_be_made_is_an_error_of_all_ranks(tokenizer):
+    def groups():
+        raise UserError("no bos")
+        yield
+
+    said = []
+    with pytest.raises(UserError, match="no bos"):
+        judged(tiny.Table(9), groups(), Gathers(said), lambda s, group: s)
+    assert said == [([], "no bos")]
+
+
+class Gathers:
+    def __init__(self, said):
+        self.said = said
+
+    def gather_objects(self, obj):
+        self.said.append(obj)
+        return [obj]
+
+
+# sha256 of what karpathy/nanochat's render_prompts_* and batch_sequences_* make of the tiny bundle's rows, with two solved ones and the tokens of `words`
+GOLDEN = {"multiple_choice": ("0afa1adae8873aee", tiny.CHOICES), "schema": ("30e930e1a9c78018", tiny.SCHEMAS), "language_modeling": ("726059d4d0737808", tiny.WORDS)}
+
+
+class Words:
+    bos = 5000
+
+    def encode_batch(self, texts):
+        return [[zlib.crc32(part.encode()) % 5000 for part in re.findall(r" ?\w+|\s|[^\w\s]", text)] for text in texts]
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_ids_and_starts_are_those_that_the_reference_made(kind):
+    sha256, rows = GOLDEN[kind]
+    rows = items(kind, rows)
+    random.Random(1337).shuffle(rows)
+    both = [[[[list(t.ids), t.start] for t in group.texts()] for group in encode(kind, rows, range(len(rows)), 2, d, Words())] for d in (" ", "\nAnswer: ")]
+    assert hashlib.sha256(json.dumps([group for pair in zip(*both) for group in pair]).encode()).hexdigest()[:16] == sha256
 
 
 ROWS = {

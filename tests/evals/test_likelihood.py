@@ -205,5 +205,13 @@ def test_a_text_without_context_or_tail_is_named(text, said):
         score(GPTReader(build(), CPU), [choices(5, 2), [text]])
 
 
+def test_a_loss_that_is_no_number_is_named():
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(UserError, match="the loss of 1 of 1 texts is nan; expected a finite number"):
+        score(GPTReader(model, CPU), [[Text([1, 2, 3], 1)]])
+
+
 def test_one_token_of_context_is_enough():
     check(build(), [[Text(list(range(60)) + [1] * 20, 17)]])

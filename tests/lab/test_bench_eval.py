@@ -71,7 +71,9 @@ def bundle(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_bundle_is_encoded_and_its_items_scored(bundle, monkeypatch):
+def test_a_bundle_is_encoded_and_its_items_scored(bundle, monkeypatch, capsys):
+    entries = json.loads((bundle / "core.yaml").read_text())["icl_tasks"]
+    (bundle / "core.yaml").write_text(json.dumps({"icl_tasks": [*entries, {"label": "broken"}]}))
     tokenizer = Tokenizer.train(["which one two yes no " * 20], 270)
     model = bench_eval.the_model(CFG, start("cpu", "float32"))[0]
     monkeypatch.setattr(bench_eval, "the_model", lambda cfg, runtime: (model, tokenizer))
@@ -82,6 +84,7 @@ def test_a_bundle_is_encoded_and_its_items_scored(bundle, monkeypatch):
     assert document["examples"] == {"multiple_choice": 4, "language_modeling": 2}  # of mc as many as three solved ones and one need
     assert set(document["results"]) == {"encode", "score", "score_multiple_choice", "score_language_modeling"}
     asked = tokenizer.decode(seen[4][0][0].ids[1:])
+    assert "without broken: icl_task_type is None" in capsys.readouterr().out
     assert asked.count("which") == 4 and asked.endswith(" yes") and tokenizer.decode(seen[2][0][0].ids[1:]).endswith(" two")
 
 

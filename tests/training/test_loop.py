@@ -4,8 +4,10 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import resource
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +295,23 @@ def test_a_crash_in_the_last_evaluation_loses_nothing():
     fit(run, again, optimizer, batches, ToyPlan(), nats, Every(eval=3, evaluate=lambda: {"val/bpb": 1.0}))
     assert optimizer.seen == [] and run.finished
     same_weights(again.state_dict(), model.state_dict())
+
+
+def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
+    run, model, optimizer, batches = parts()
+    seen = []
+
+    def benchmark(stop):
+        seen.append((batches.n, [step for step, _ in checkpoint.steps(run.checkpoints)], stop()))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None if stop() else {}
+
+    with pytest.raises(SystemExit) as left:
+        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=benchmark))
+    assert seen == [(3, [3], False)] and left.value.code == 128 + signal.SIGTERM
+    run, model, optimizer, batches = parts(resume=True)
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}))
+    assert [row["step"] for row in read_metrics(run.dir) if "core_metric" in row] == [3, 6], "measured again"
 
 
 def test_retention_keeps_the_best_by_bpb():
