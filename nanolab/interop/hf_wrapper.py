@@ -86,7 +86,8 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
 
         labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return past_key_values,
-        which the next call continues; without it no cache is made. attention_mask: 0 at padding, before or behind each row's text.
+        which the next call continues; without it no cache is made. attention_mask: 0 at padding, before or behind each row's text; of a call
+        that continues, over all columns from the first on, and 1 in each new one.
         """
         for name, value in (("inputs_embeds", inputs_embeds is not None), ("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
@@ -128,6 +129,8 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
         longest = T if lengths is None else max(lengths)
         if (end := max(cache.lengths) + longest) > cache.limit:
             raise ValueError(f"a text of {end} tokens; this model reads {cache.limit} at most; shorten it, or generate fewer tokens with max_new_tokens")
+        if cache.columns and mask is not None:
+            goes_on(mask, cache, T)
         cache.columns += T
         if before is None or min(lengths) == T:
             return self.gpt.hidden(ids, cache)
@@ -165,6 +168,19 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """No: the cache is this model's own, and made by `forward`."""
         return False
+
+
+def goes_on(mask: Tensor, cache: GenerationCache, T: int) -> None:
+    """Raises ValueError for a mask that would leave out something of what the cache has read or of T new tokens, which are read as they are."""
+    if mask.shape != (len(cache.lengths), cache.columns + T):
+        raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}; expected {(len(cache.lengths), cache.columns + T)}: what past_key_values has read, and the new tokens")
+    text = mask.to(cache.pos.device) != 0
+    as_read = text[:, -T:].all(1) & (text.sum(1) == cache.pos + T)
+    if not as_read.all():
+        raise ValueError(
+            f"attention_mask of row {int(as_read.int().argmin())} is 0 at tokens that past_key_values has read, or at new ones; expected padding only where the first call "
+            "had it; where a row ended early or the new tokens differ in length, read the texts again, padded on the left, without past_key_values"
+        )
 
 
 def padding(mask: Tensor | None, ids: Tensor) -> tuple[Tensor | None, list[int] | None]:

@@ -180,6 +180,43 @@ def test_a_second_turn_goes_on_from_the_cache(model, native, idx):
 
 
 @torch.no_grad()
+def test_a_second_turn_of_rows_of_unequal_length(model, native, idx):
+    """Its mask says what the first one said of the padding; also where a row has ended, whose end and padding are then read as text."""
+    ids, mask = left_padded([idx[0, :5], idx[1, :8]])
+    alone = greedy_by_hand(native, idx[:1, :5], 4)[0, 5:]
+    end, stays = alone[1].item(), greedy_by_hand(native, idx[1:2, :8], 4)[0]
+    assert end not in stays[8:] and end != alone[0]
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **PLAIN | {"eos_token_id": end})
+    assert first.sequences[0, 8:].tolist() == [alone[0], end, 1, 1] and torch.equal(first.sequences[1], stays)
+    both = torch.cat([first.sequences, idx[:2, 12:15]], dim=1)
+    ones = torch.ones(2, 7, dtype=torch.int64)
+    again = model.generate(both, attention_mask=torch.cat([mask, ones], dim=1), past_key_values=first.past_key_values, max_new_tokens=3, **PLAIN)
+    for row, begins in ((0, 3), (1, 0)):
+        assert torch.equal(again[row, begins:], greedy_by_hand(native, both[row : row + 1, begins:], 3)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda mask: mask[1, 8].fill_(0), "attention_mask of row 1 is 0 at tokens that past_key_values has read, or at new ones; expected padding only where the first call"),
+        (lambda mask: mask[0, 5].fill_(0), "attention_mask of row 0 is 0"),
+        (lambda mask: (mask[0, 2].fill_(1), mask[0, 9].fill_(0)), "attention_mask of row 0 is 0"),
+        (lambda mask: mask.set_(mask[:, 8:].clone()), r"attention_mask has the shape \(2, 3\); expected \(2, 11\): what past_key_values has read, and the new tokens"),
+    ],
+)
+def test_what_a_second_turn_cannot_leave_out_is_said(model, idx, change, text):
+    """Padding among the new tokens, holes in what was read."""
+    ids, mask = left_padded([idx[0, :5], idx[1, :8]])
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    longer = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], dim=1)
+    change(longer)
+    with pytest.raises(ValueError, match=text):
+        model(idx[:2, 8:11], attention_mask=longer, past_key_values=cache, use_cache=True)
+    assert cache.columns == 8 and cache.lengths == [5, 8], "nothing was read"
+
+
+@torch.no_grad()
 def test_padding_on_either_side_changes_no_logit(model, native, idx):
     texts = [idx[0, :7], idx[1, :24], idx[2, :15]]
     ids, mask = left_padded(texts)
