@@ -83,6 +83,8 @@ class Dialogue:
                 step = self.engine.step()
                 ids += [new.token for new in step]
                 yield step
+            while self.engine.prepare():
+                pass
         finally:
             self.engine.cancel(row)
             if ids:

@@ -2,14 +2,15 @@
 
 A step of the model on a small batch is bound by the cost of starting its hundreds of operators. Its shapes repeat, so they are
 fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a bucket has come up
-`after` times. On CPUs only batches of few rows are: in larger ones the work itself counts, and slots that hold nothing are work. A recording reads the weights where they lie; so it belongs to a model whose weights stay there and, being
+`after` times. On CPUs this is done while the engine is idle (`prepare`), and for batches of few rows: in larger ones the work itself
+counts, and slots that hold nothing are work. A recording reads the weights where they lie; so it belongs to a model whose weights stay there and, being
 cast, do not change (served.py). `Engine.generate`, which training uses too, records nothing.
 Dims: N rows of a bucket, n of them in use, S slots.
 """
 
-import math
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from nanolab.inference.cache import KVCache, ring_positions
 from nanolab.model.gpt import GPT
 
 LEAST_SLOTS = 64  # of a bucket
-AFTER = 24  # steps that a bucket is run plainly first: a recording (30 ms on a CPU) pays only where many more will come
+AFTER = 24  # steps that a bucket is run plainly first: a recording pays only where many more will come
 ROWS_ON_CPU = 4
 RECORDING = threading.Lock()  # the tracer is one for all replicas
 Step = Callable[..., tuple[Tensor, ...]]  # (ids (N, 1), pos (N,), what was left, keys, values) -> logits (N, V), what is left
@@ -91,41 +92,61 @@ class Recorder:
 
     def __init__(self, model: GPT, device: torch.device, after: int = AFTER):
         self.model, self.after = model, after
-        cuda = device.type == "cuda"
-        self.record = record_cuda if cuda else record_cpu
-        self.most_rows = math.inf if cuda else ROWS_ON_CPU
-        self.in_place = cuda  # a recording is of the cache where it lies
-        self.padded = cuda  # to a power of two; kernels on CPUs would feel the rows that are not there
-        self.uses: dict[tuple, int] = {}
+        self.cuda = device.type == "cuda"  # a recording is of the cache where it lies, rows are padded to a power of two, at once
+        self.uses: Counter[tuple] = Counter()
         self.steps: dict[tuple, Step] = {}
+        self.wanted: list[tuple[int, int]] = []  # on CPUs: buckets to record when there is time
         self.memory: Tensor | None = None  # the cache's first tensor: another one means that it has moved
         self.views: dict[tuple, list[Tensor]] = {}
 
     def step(self, cache: KVCache, ids: Tensor) -> Tensor:
         """Logits (n, V) behind ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
         n, longest = len(ids), max(cache.lengths) + 1
-        if n > self.most_rows:
-            return self.model(ids, cache=cache, last_only=True)[:, -1]
-        rows = 1 << (n - 1).bit_length() if self.padded else n
         slots = max(LEAST_SLOTS, 1 << (longest - 1).bit_length())
+        if not self.cuda and (n > ROWS_ON_CPU or not self._is_recorded((n, slots))):
+            return self.model(ids, cache=cache, last_only=True)[:, -1]
+        rows = 1 << (n - 1).bit_length() if self.cuda else n  # kernels on CPUs would feel the rows that are not there
         cache.reserve(min(slots, cache.limit), rows)
         if cache.k[0] is not self.memory:
             self.memory, self.views = cache.k[0], {}
-            if self.in_place:
-                self.steps, self.uses = {}, {}
-        names = sorted(cache.left)
+            if self.cuda:
+                self.steps, self.uses = {}, Counter()
         view = rows, slots, cache.capacity
         if view not in self.views:
             self.views[view] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
-        key = view if self.in_place else (rows, slots)
+        names = sorted(cache.left)
         small = [ids, cache.pos, *(cache.left[name] for name in names)]
         if rows > n:
             small = [torch.cat((x, x.new_zeros(rows - n, *x.shape[1:]))) for x in small]
-        inputs = [*small, *self.views[view]]
-        self.uses[key] = self.uses.get(key, 0) + 1
-        if self.uses[key] > self.after and key not in self.steps:
-            self.steps[key] = self.record(fixed_step(self.model, cache.rings, names), inputs)
-        logits, *left = (self.steps.get(key) or fixed_step(self.model, cache.rings, names))(*inputs)
-        cache.left = {name: x[:n].clone() if self.padded else x for name, x in zip(names, left)}
+        inputs, key = [*small, *self.views[view]], view if self.cuda else view[:2]
+        step = self.steps.get(key)
+        if step is None:  # on a GPU
+            step = fixed_step(self.model, cache.rings, names)
+            self.uses[key] += 1
+            if self.uses[key] > self.after:
+                step = self.steps[key] = record_cuda(step, inputs)
+        logits, *left = step(*inputs)
+        cache.left = {name: x[:n].clone() if self.cuda else x for name, x in zip(names, left)}
         cache.advance(1)
         return logits[:n]
+
+    def _is_recorded(self, bucket: tuple[int, int]) -> bool:
+        self.uses[bucket] += 1
+        if self.uses[bucket] == self.after:
+            self.wanted.append(bucket)
+        return bucket in self.steps
+
+    def prepare(self, cache: KVCache) -> bool:
+        """On CPUs: record one bucket that has come up often enough, over a cache like this one; whether there was one."""
+        if not self.wanted:
+            return False
+        rows, slots = bucket = self.wanted.pop()
+        mine = KVCache(self.model.config, rows, capacity=slots, limit=cache.limit, dtype=cache.dtype)
+        ids = torch.zeros(rows, 1, dtype=torch.int64)
+        self.model(ids, cache=mine)  # so that there is what a pass leaves
+        names = sorted(mine.left)
+        inputs = [ids, mine.pos, *(mine.left[name] for name in names), *mine.k, *mine.v]
+        self.steps[bucket] = record_cpu(fixed_step(self.model, mine.rings, names), inputs)
+        for _ in range(3):  # the interpreter sets itself up in its first calls
+            self.steps[bucket](*inputs)
+        return True

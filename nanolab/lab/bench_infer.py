@@ -137,6 +137,12 @@ def timed(engine: Engine, requests: list[Request], steps_between: int = 0) -> li
     return list(rows.values())
 
 
+def prepare(engine: Engine) -> None:
+    """What the server does while nobody asks for anything."""
+    while engine.prepare():
+        pass
+
+
 def batch(cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, B: int, results: dict[str, Any]) -> dict[str, Any]:
     """Measure B rows at once. The first round, in which an engine records its graphs, does not count."""
     P, D = cfg.prompt_tokens, cfg.decode_tokens
@@ -144,6 +150,7 @@ def batch(cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, 
         torch.cuda.reset_peak_memory_stats(runtime.device)
     samples: dict[str, list[float]] = {"first": [], "prefill": [], "step": [], "decode": []}
     for i in range(1 + cfg.repeats):
+        prepare(engine)
         read = timed(engine, [prompts.request(P, 1) for _ in range(B)])
         rows = timed(engine, [prompts.request(P, D)] * B)
         if i == 0:
@@ -167,7 +174,11 @@ def batch(cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, 
 
 def clients(cfg: BenchConfig, engine: Engine, prompts: Prompts, results: dict[str, Any]) -> dict[str, Any]:
     """Measure requests that join while others run. The first round does not count."""
-    rounds = [timed(engine, prompts.crowd(cfg), STEPS_BETWEEN_CLIENTS) for _ in range(1 + cfg.repeats)][1:]
+    rounds = []
+    for _ in range(1 + cfg.repeats):
+        rounds.append(timed(engine, prompts.crowd(cfg), STEPS_BETWEEN_CLIENTS))
+        prepare(engine)
+    del rounds[0]
     tokens = sum(len(row.tokens) for row in rounds[0])
     each = [[row.per_token for row in rows] for rows in rounds]
     results["clients_total"] = measured([tokens / (max(row.tokens[-1] for row in rows) - rows[0].came) for rows in rounds], "tokens/s")

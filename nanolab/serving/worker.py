@@ -146,6 +146,7 @@ class Replica(threading.Thread):
     def run(self) -> None:
         if self.engine.runtime.device.type == "cuda":
             torch.cuda.set_device(self.engine.runtime.device)
+        served = self.served
         try:
             while self._exchange():
                 step = self.engine.step()
@@ -155,6 +156,8 @@ class Replica(threading.Thread):
                         if new.finish:
                             del self.jobs[new.row]
                 self._post(out)
+                while not (self.jobs or served.queue or served.stopping) and self.engine.prepare():
+                    pass
         except Exception as error:
             traceback.print_exception(error)
             self._fail(error)

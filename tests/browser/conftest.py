@@ -61,6 +61,12 @@ class Scripted:
         self.rows[self.added] = self.turn(self.added, SCRIPT.get(asked, f"{self.name} heard: {asked}"), request)
         return self.added
 
+    def prepare(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
     def turn(self, row: int, reply: str, request: Request) -> Iterator[Sampled]:
         """The tokens of the whole turn; a call is answered by the tool of the request."""
         special, encode, ids = self.tokenizer.special, self.tokenizer.encode, []

@@ -86,7 +86,7 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, g
     engine = Engine(model, None, RUNTIME, max_rows=6 if graphs else rng.randint(1, 5), prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]), graphs=graphs)
     if graphs:
         engine.recorder.after = 10
-    prompts, replies, cancelled, live, cached, most = {}, {}, set(), [], 0, 0
+    prompts, replies, cancelled, live, cached = {}, {}, set(), [], 0
     for _ in range(60):
         if rng.random() < 0.3:
             prompt, kind = ids(rng, rng.randint(1, 50)), rng.random()
@@ -98,16 +98,16 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, g
         if rng.random() < 0.1 and live:
             cancelled.add(number := live.pop(rng.randrange(len(live))))
             engine.cancel(number)
+        engine.prepare()
         for new in engine.step():
             assert new.row not in cancelled
             replies.setdefault(new.row, []).append(new.token)
             cached += new.cached
             if new.finish:
                 live.remove(new.row)
-        most = max(most, engine.running)
         assert engine.running <= engine.max_rows
     ends = drain(engine, replies)
-    assert set(ends) | set(replies) | cancelled == set(prompts) and len(replies) > 5 and most == min(engine.max_rows, most)
+    assert set(ends) | set(replies) | cancelled == set(prompts) and len(replies) > 5
     assert engine.prefixes is None or cached > 0
     assert engine.recorder is None or engine.recorder.steps
     for number, reply in replies.items():
@@ -328,6 +328,7 @@ def replayed(model: GPT, device: str) -> None:
             for _ in range(4):
                 for new in engine.step():
                     out.setdefault(new.row, []).append(new.token)
+                engine.prepare()
         drain(engine, out)
         replies.append(out)
     assert replies[0] == replies[1] and len(engine.recorder.steps) >= 2
@@ -348,7 +349,7 @@ def test_steps_of_fixed_shape_are_the_models_own_without_being_recorded(name):
     for graphs in (False, True):
         engine, out = Engine(model, None, RUNTIME, graphs=graphs), {}
         if graphs:
-            engine.recorder.after, engine.recorder.padded = 10**9, True
+            engine.recorder.after, engine.recorder.cuda = 10**9, True
         for n in (3, 20, 9):
             engine.add(greedy(range(n), 12 + n))
         drain(engine, out)

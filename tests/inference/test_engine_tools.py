@@ -205,6 +205,7 @@ def test_rows_whose_tool_takes_long_step_aside(eager, graphs):
     got, finished = {number: [] for number in numbers}, set()
 
     def step() -> None:
+        engine.prepare()
         for new in engine.step():
             got[new.row].append(new.token)
             finished.update([new.row] if new.finish else [])
