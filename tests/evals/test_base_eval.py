@@ -20,9 +20,11 @@ from nanolab.config import BaseEvalConfig, BaseTrainConfig, DataConfig, GPTConfi
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
+from nanolab.evals.checkpoints import Mode, follow
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.models import ModelRef
 from scripts.base_eval import run
 
 loader = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
@@ -351,6 +353,27 @@ def test_checkpoints_that_are_gone_are_drawn_from_the_record_and_one_that_goes_m
     assert run(again) == 0
     with open(run_dir / "curve_bpb.csv", newline="") as file:
         assert [(row["step"], row["tokens"]) for row in csv.DictReader(file)] == [("7", "7000"), ("9", "9000")]
+
+
+def follow_on_rank(runtime: Runtime, run_dir: str):
+    """Checkpoint 8 goes before rank 1 has read it; what every rank finds of the others."""
+    def load_one(ref):
+        if runtime.rank == 1 and ref.step == 8:
+            raise FileNotFoundError(f"step {ref.step} is gone")
+        return ref.step
+
+    mode = Mode(lambda ref: {"a": 1}, lambda step: {"value": sum(runtime.gather_objects(step))}, lambda r: (r["value"], None, None), lambda r: "value")
+    points, failed = follow([ModelRef("even", Path(run_dir), Path(run_dir), 7)], {"mode": mode}, load_one, runtime)
+    return [(p.step, p.tokens, p.result) for p in points["mode"]], failed
+
+
+def test_a_checkpoint_that_goes_under_one_rank_is_a_failure_of_all(world, run_ranks):
+    run_dir, *_ = world
+    weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
+    weights["lm_head.weight"][5] += 1
+    checkpoint.save(run_dir / "checkpoints", 8, weights=weights, optimizer=None, meta=meta, runtime=RUNTIME)
+    found = run_ranks(follow_on_rank, 2, str(run_dir))
+    assert found == [([(7, 7000, {"value": 14})], ["even@8: mode: step 8 is gone"])] * 2
 
 
 def test_checkpoints_without_a_score_are_left_out(world, bundle, capsys):
