@@ -521,7 +521,7 @@ class ExportConfig:
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     out: str = ""  # folder to write
     dtype: str = "fp32"  # fp32 | bf16: of the weights; bf16 rounds them
-    push: str = ""  # USER/NAME: upload the folder to the hub; needs a token
+    push: str = ""  # USER/NAME: upload the folder to the hub; needs a token; a new repository is private
     overwrite: bool = False  # replace an exported model in --out
 
 

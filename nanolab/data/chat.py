@@ -77,6 +77,11 @@ CHAT_TEMPLATE = """
 """.strip()
 
 
+def template_of(tokenizer: Tokenizer) -> str:
+    """CHAT_TEMPLATE with the name of the token that begins this tokenizer's texts."""
+    return CHAT_TEMPLATE.replace("<|bos|>", tokenizer.decode([tokenizer.bos]))
+
+
 class Rendered(NamedTuple):
     ids: list[int]
     mask: list[int]  # as long as ids; 1 where the token is trained on, as a target

@@ -11,17 +11,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanolab.config import UserError, to_json
-from nanolab.data.chat import CHAT_TEMPLATE
+from nanolab.data.chat import template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import gpt2, one_file
 from nanolab.model.blocks import Norm
@@ -32,6 +34,8 @@ from nanolab.training.models import ModelRef, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODE = "modeling_nanolab.py"
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", CODE}
+MARK = "\n- nanolab\n"  # the tag in the card's header, which other people's folders do not have
 LICENCE = "MIT License, Copyright (c) 2026 nanolab contributors"
 TOLERANCE = 1e-4  # of a logit in fp32
 HARD_TEXT = "It's 12,345.67\n\n\tx = {'\u00e9': '\U0001f600'}   <|bos|> \u4f60\u597d \u0627\u0644\u0633 I'LL\r\n  don't<|assistant_end|>  "
@@ -46,7 +50,7 @@ class Exported:
 
 
 def export(found: ModelRef, out: Path, card: Callable[..., str], dtype: str = "fp32", overwrite: bool = False) -> Exported:
-    """Write the model to `out`. Raises UserError for a folder that is there already, that cannot be written, or whose model differs from ours.
+    """Write the model to `out`. Raises UserError for a folder that may not be replaced, that cannot be written, or whose model differs from ours.
 
     card: writes README.md (evals/model_card.py). dtype: of the weights, a key of DTYPES; "bf16" rounds them.
     """
@@ -54,16 +58,18 @@ def export(found: ModelRef, out: Path, card: Callable[..., str], dtype: str = "f
         raise UserError(f"--dtype {dtype} is unknown; expected one of {', '.join(DTYPES)}; try --dtype bf16")
     check_place(out, overwrite)
     model, tokenizer, meta = load_model(found, Runtime(torch.device("cpu"), torch.float32))
+    if (source := meta.get("env", {}).get("imported")) and Path(source).resolve() == out.resolve():
+        raise UserError(f"{out} is the folder that {found.name} was imported from; expected another one, since that is the original; try another --out")
+    text = card(found, model.config, tokenizer, dtype, CODE if brings_code(model) else "", LICENCE)
     temp = out.parent / f".tmp-{out.name}-{os.getpid()}"
     try:
-        temp.mkdir(parents=True)
-        write(temp, model, tokenizer, meta["kind"], DTYPES[dtype])
-        text = card(found, model.config, tokenizer, dtype, CODE if brings_code(model) else "", LICENCE)
-        (temp / "README.md").write_text(text, encoding="utf-8")
+        with writing(out, "another --out"):
+            temp.mkdir(parents=True)
+            write(temp, model, tokenizer, meta["kind"], DTYPES[dtype])
+            (temp / "README.md").write_text(text, encoding="utf-8")
         difference = check(temp, model, tokenizer)
-        put(temp, out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}; expected room and permission there; try another --out") from None
+        with writing(out, "another --out"):
+            put(temp, out)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return Exported(out, not brings_code(model), sum(path.stat().st_size for path in out.iterdir()), difference)
@@ -75,17 +81,35 @@ def check_place(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out} exists already; expected a new folder; try another --out, or --overwrite to replace it")
-    if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
-        raise UserError(f"{out} holds no exported model (config.json and model.safetensors); --overwrite replaces only those; try another --out")
+    names, card = {path.name for path in out.iterdir()} if out.is_dir() else set(), out / "README.md"
+    if not {"config.json", "model.safetensors"} <= names or not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{out} holds no exported model (config.json, model.safetensors and nanolab's README.md); --overwrite replaces only those; try another --out")
+    if strangers := sorted(names - FILES):
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise UserError(f"{out} holds {strangers[0]}{more}, which no export writes and --overwrite would delete; expected an exported model alone; move it away, or try another --out")
 
 
 def put(temp: Path, out: Path) -> None:
-    """Give a whole folder its name, in the place of what has it."""
+    """Give a whole folder its name, in the place of what has it, which keeps it if that fails."""
     old = temp.with_name(f"{temp.name}-old")
     if out.exists():
         out.rename(old)
-    temp.rename(out)
+    try:
+        temp.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(place: Path, instead: str) -> Iterator[None]:
+    """Raises UserError, naming the place, where something cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        raise UserError(f"{place} cannot be written: {getattr(error, 'strerror', None) or error}; expected room and permission there; try {instead}") from None
 
 
 def write(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torch.dtype = torch.float32) -> None:
@@ -107,7 +131,7 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torc
     write_json(folder / "generation_config.json", common | {"eos_token_id": specials["ends"]})
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, specials, model.config.sequence_len))
     if kind != "base":
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<|bos|>", name_of(tokenizer, tokenizer.bos)), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template_of(tokenizer), encoding="utf-8")
 
 
 def brings_code(model: GPT) -> bool:
@@ -203,13 +227,13 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
     """The largest difference of a logit between the folder, read by transformers in a process of its own, and `model`.
 
     None where transformers is not installed. Raises UserError for a difference above TOLERANCE, other token ids, and a folder that
-    cannot be read.
+    cannot be read, and where there is no room for temporary files.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
     c = model.config
     ids = torch.randint(c.vocab_size, (2, min(64, c.sequence_len)), generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as work:
+    with writing(Path(tempfile.gettempdir()), "TMPDIR=/another/folder"), tempfile.TemporaryDirectory() as work:
         write_json(Path(work) / "asked.json", {"ids": ids.tolist(), "text": HARD_TEXT})
         env = os.environ | {"HF_MODULES_CACHE": f"{work}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         trust = "code" if (folder / CODE).exists() else "plain"
@@ -238,14 +262,17 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload the folder to the hub; returns its address. Raises UserError saying what to type, where it cannot be done; the folder stays."""
+    """Upload the folder to the hub; returns its address. A new repository is private; what an earlier export left in an old one goes.
+
+    Raises UserError saying what to type, where it cannot be done; the folder stays.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
-        address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Export from nanolab")
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Export from nanolab", delete_patterns=sorted(FILES))
     except (OSError, HTTPError, ValueError) as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{repo} could not be uploaded: {why or type(error).__name__}; the folder {folder} is whole; type hf upload {repo} {folder}") from None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.config import UserError, nearest
-from nanolab.data.chat import CHAT_TEMPLATE, render
+from nanolab.data.chat import render, template_of
 from nanolab.data.tokenizer import SPECIAL_TOKENS
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference.engine import Engine, Request
@@ -107,7 +107,7 @@ class Nanolab(TemplateLM):
         return {"nanolab_model": self.name, "model_num_parameters": self.parameters, "model_dtype": self.runtime.dtype_name, "cut_texts": self.cut_texts}
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return CHAT_TEMPLATE.replace("<|bos|>", self.beginning) if chat_template else None
+        return template_of(self.tokenizer) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, special tokens by name, up to where the assistant goes on."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolab.config import UserError
-from nanolab.data.chat import CHAT_TEMPLATE, check_messages, parse_reply, parts_of, read_conversations, read_jsonl, render, render_prompt, text_of
+from nanolab.data.chat import CHAT_TEMPLATE, check_messages, parse_reply, parts_of, read_conversations, read_jsonl, render, render_prompt, template_of, text_of
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOOL = [
@@ -76,6 +76,14 @@ def test_a_prompt_may_end_inside_the_assistants_turn(tok, tmp_path):
     for part in (TOOL[:2], TOOL[:1]):  # a call without its output, and text, are no place to go on from
         with pytest.raises(UserError, match="expected a user's"):
             render_prompt(tok, [*CHAT[:2], {"role": "assistant", "content": part}])
+
+
+def test_the_template_begins_as_the_tokenizers_texts_do(tok):
+    """<|endoftext|> where the vocabulary has that."""
+    other = Tokenizer(tok._bpe._replace(specials={"<|endoftext|>": len(tok._bpe.vocab)}))
+    for tokenizer, first in ((tok, "<|bos|>"), (other, "<|endoftext|>")):
+        text = jinja2.Environment().from_string(template_of(tokenizer)).render(messages=CHAT)
+        assert text == tokenizer.decode(render(tokenizer, CHAT).ids) and text.startswith(first)
 
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(SPECIAL_TOKENS) | st.sampled_from([" a", "\n", "12"])

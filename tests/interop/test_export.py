@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -172,12 +174,54 @@ def test_overwriting(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     found, out = make_run("books", tokenizer), tmp_path / "out"
     export.export(found, out, model_card)
-    (out / "old").touch()
+    (out / "chat_template.jinja").touch()  # of another kind of model
     done = export.export(found, out, model_card, overwrite=True)
-    assert done.difference is None and not (out / "old").exists() and [path.name for path in tmp_path.iterdir() if path.name != "base"] == ["out"]
+    assert done.difference is None and not (out / "chat_template.jinja").exists() and [path.name for path in tmp_path.iterdir() if path.name != "base"] == ["out"]
+    for name in ("thesis.tex", "zoo"):
+        (out / name).mkdir()
+    with pytest.raises(UserError, match="out holds thesis.tex and 1 more, which no export writes and --overwrite would delete; .* move it away"):
+        export.export(found, out, model_card, overwrite=True)
+    assert (out / "thesis.tex").is_dir() and (out / "config.json").is_file()
     (tmp_path / "letters").mkdir()
     with pytest.raises(UserError, match="letters holds no exported model .* --overwrite replaces only those"):
         export.export(found, tmp_path / "letters", model_card, overwrite=True)
+
+
+def test_originals_are_not_replaced(tokenizer, tmp_path):
+    """What save_pretrained leaves has names of exports only; and an export that was imported is that run's original."""
+    original, _ = written(tmp_path / "original", SQUARE, tokenizer)
+    (original / "README.md").write_text("---\nlicense: mit\n---\n# GPT-2, not by nanolab\n")
+    found = make_run("other", tokenizer, imported=str(original))
+    with pytest.raises(UserError, match="original holds no exported model .* --overwrite replaces only those"):
+        export.export(found, original, model_card, overwrite=True)
+    (original / "README.md").write_text("---\ntags:\n- nanolab\n---\n")
+    with pytest.raises(UserError, match="original is the folder that other was imported from; expected another one"):
+        export.export(found, tmp_path / "x" / ".." / "original", model_card, overwrite=True)
+    assert (original / "model.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(FileNotFoundError):
+        export.put(tmp_path / "not written", tmp_path / "out")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if "base" not in path.parts] == ["out", "out/mine"]
+
+
+def test_what_cannot_be_written_is_named(tokenizer, tmp_path, monkeypatch):
+    """The folder, also where its disk is full, and not the place of temporary files."""
+    found = make_run("books", tokenizer, SQUARE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, limits[1]))  # bytes of a file: less than the weights
+    try:
+        with pytest.raises(UserError, match="out cannot be written: .*; expected room and permission there; try another --out"):
+            export.export(found, tmp_path / "out", model_card)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="none cannot be written: .*; try TMPDIR="):
+        export.export(found, tmp_path / "out", model_card)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_mistakes_are_said(tokenizer, tmp_path):
@@ -223,6 +267,21 @@ def test_a_refused_upload_loses_nothing(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="me/mine could not be uploaded: .*; the folder .*out is whole; type hf upload me/mine .*out"):
         export.push(folder, "me/mine")
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_new_repository_is_private_and_an_old_one_loses_what_another_export_left(tokenizer, tmp_path, monkeypatch):
+    """The hub's own client says what it would change on a hub that is not there."""
+    import huggingface_hub.hf_api
+
+    asked, there = {}, [".gitattributes", "README.md", "chat_template.jinja", export.CODE, "model.safetensors", "notes/README.md", "scores.csv"]
+    monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False, raising=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **flags: asked.update(flags) or f"https://hub/{repo}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, **where: there)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", lambda self, operations, **rest: asked.update(operations=operations))
+    folder, _ = written(tmp_path / "out", SQUARE, tokenizer)
+    assert export.push(folder, "me/mine") == "https://hub/me/mine" and asked["private"] is True and asked["exist_ok"] is True
+    changes = {(type(op).__name__.removeprefix("CommitOperation"), op.path_in_repo) for op in asked["operations"]}
+    assert changes == {("Delete", name) for name in ("README.md", "chat_template.jinja", export.CODE)} | {("Add", path.name) for path in folder.iterdir()}
 
 
 def card(found, tokenizer, dtype="fp32"):

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from nanolab.config import ImportConfig, UserError
 from nanolab.data.chat import CHAT_TEMPLATE, render_prompt
-from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
 from nanolab.evals.likelihood import GPTReader, score
 from nanolab.interop import gpt2
@@ -164,7 +163,12 @@ def test_conversations_are_what_the_model_was_trained_on(pairs):
     assert lm.tokenizer.special("<|user_start|>") not in lm.tok_encode("the <|user_start|> cat"), "a text is text"
     asks = asked("loglikelihood", (text, " sat"), (text, "sat"))
     torch.testing.assert_close(torch.tensor(lm.loglikelihood(asks, True)), torch.tensor(hf.loglikelihood(asks, True)), atol=1e-4, rtol=1e-6)
-    assert lm.tokenizer_name == f"nanolab-{Tokenizer(lm.tokenizer._bpe).hash[:16]}"
+
+
+def test_the_tokenizer_is_named_as_the_run_recorded_it(run, pairs):
+    """The harness keeps answers under this name."""
+    recorded = json.loads((run / "checkpoints" / "step_000000" / "meta.json").read_text())["tokenizer_hash"]
+    assert pairs[True][0].tokenizer_name == f"nanolab-{recorded[:16]}"
 
 
 @pytest.fixture(scope="module")
