@@ -89,7 +89,7 @@ EPS = torch.finfo(torch.float32).eps
 def inverse_rms(x: Tensor) -> Tensor:
     """(mean(x^2) + eps)^-1/2 over the last dimension, which stays as one."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
-    return length.square_().div_(x.size(-1)).add_(EPS).rsqrt_().to(x.dtype)
+    return length.square_().div_(int(x.size(-1))).add_(EPS).rsqrt_().to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
