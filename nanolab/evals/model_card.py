@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from nanolab.config import GPTConfig, UserError, chosen
+from nanolab.config import GPTConfig, chosen
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, of_step, shown, table
 from nanolab.model.accounting import n_params
 from nanolab.training import checkpoint
 from nanolab.training.environment import git_commit
-from nanolab.training.models import ModelRef
+from nanolab.training.models import ModelRef, runs_dir
 
 # kind -> (what a run of it did, what it learnt from, by its flags)
 DID = {
@@ -28,15 +28,15 @@ DID = {
 def model_card(found: ModelRef, c: GPTConfig, tokenizer: Tokenizer, dtype: str, code: str, licence: str) -> str:
     """Markdown with the hub's header. code: the file that transformers needs to read the folder, under `licence`; empty where it needs none."""
     stages, gap = stages_of(found)
-    chat = stages[-1].kind != "base"
+    chat, known = stages[-1].kind != "base", not gap and not any("imported" in stage.meta["env"] for stage in stages)
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nanolab", "---", "",
         f"# {found.name}", "",
         f"A {'chat' if chat else 'base'} language model of {n_params(c)['total']:,} parameters, made with nanolab: run {found.name}, step {found.step:,}.", "",
-        *loading(chat, code, licence, tokenizer.decode([tokenizer.bos])),
+        *loading(chat, code, licence, tokenizer.decode([tokenizer.bos]), known),
         *shape(c, tokenizer, dtype),
         *history(stages, gap),
-        *quality(stages[-1]),
+        *quality(stages[-1], dtype),
         *limits(c, chat, bool(code)),
     ]  # fmt: skip
     return "\n".join(lines)
@@ -44,16 +44,28 @@ def model_card(found: ModelRef, c: GPTConfig, tokenizer: Tokenizer, dtype: str, 
 
 def stages_of(found: ModelRef) -> tuple[list[Stage], str]:
     """The stages that led to the model; where the records before its own run are gone, that one and what it started from."""
-    try:
+    if is_whole(found):
         return chain(found), ""
-    except UserError:
-        meta = checkpoint.load_meta(found.checkpoint)
-        text, chat = (of_step(found.run_dir / name, found.step) for name in ("eval_base.json", "eval_chat.json"))
-        stage = Stage(meta["kind"], found.name, found.step, found.run_dir, meta, text if text and "val" in text else None, chat)
-        return [stage], f"It started from {meta['origin']['name']}, whose records, or those of what that started from, are not there any more."
+    meta = checkpoint.load_meta(found.checkpoint)
+    text, chat = (of_step(found.run_dir / name, found.step) for name in ("eval_base.json", "eval_chat.json"))
+    stage = Stage(meta["kind"], found.name, found.step, found.run_dir, meta, text if text and "val" in text else None, chat)
+    return [stage], f"It started from {meta['origin']['name']}, whose records, or those of what that started from, are not there any more."
 
 
-def loading(chat: bool, code: str, licence: str, bos: str) -> list[str]:
+def is_whole(found: ModelRef) -> bool:
+    """Whether every checkpoint that led to the model is there; each names the one before."""
+    name, step = found.name, found.step
+    while name:
+        path = dict(checkpoint.steps(runs_dir() / name / "checkpoints")).get(step)
+        if path is None:
+            return False
+        name, _, at = checkpoint.load_meta(path).get("origin", {"name": ""})["name"].partition("@")
+        step = int(at or 0)
+    return True
+
+
+def loading(chat: bool, code: str, licence: str, bos: str, known: bool) -> list[str]:
+    """known: whether all of its training is on record."""
     trust = ", trust_remote_code=True" if code else ""
     prompt = (
         [
@@ -78,7 +90,8 @@ def loading(chat: bool, code: str, licence: str, bos: str) -> list[str]:
         at = f" at commit {commit}" if (commit := git_commit()) else ""
         lines += [f"transformers does not have this architecture: its code is `{code}`, nanolab's own source{at} in one file. {licence}. Read it before you trust it.", ""]
     start = "The chat template puts it there." if chat else "The tokenizer does not add it: put `tokenizer.bos_token` before a text, as above."
-    return [*lines, f"Every text that the model was trained on begins with `{bos}`. {start}", ""]
+    said = f"Every text that the model was trained on begins with `{bos}`." if known else f"nanolab begins every text with `{bos}`."
+    return [*lines, f"{said} {start}", ""]
 
 
 def shape(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> list[str]:
@@ -126,7 +139,7 @@ def last_parts(mixture: str) -> str:
     return ", ".join(re.sub(r"[^=,]*[/\\]", "", part) for part in mixture.rstrip("/\\").split(","))
 
 
-def quality(last: Stage) -> list[str]:
+def quality(last: Stage, dtype: str) -> list[str]:
     """Figures of the last stage, and a few of its words."""
     lines = ["## How good it is", ""]
     found = [(row, at) for _, row, at, _ in measured(last, last.chat and last.chat["settings"])] + list(published(of_step(last.run_dir / "eval_base.json", last.step) or {}))
@@ -134,15 +147,25 @@ def quality(last: Stage) -> list[str]:
         return [*lines, f"No evaluation of {last.run}@{last.step} is on record.", ""]
     rows = [[head(row), "-" if row["baseline"] is None else shown(row["baseline"], row["unit"]), shown(at["value"], row["unit"]), interval(row, at)] for row, at in found]
     lines += [*table(["", "by guessing", "this model", "95 % interval"], *rows), ""]
+    if dtype != "fp32":
+        lines += [f"All of this was measured before the weights were rounded to {dtype}.", ""]
     if last.text:
         lines += [f"Bits per byte: on held-out text of {last_parts(last.text['data'])}; lower is better.", ""]
     if last.chat:
-        settings = ", ".join(f"{name.replace('_', ' ')} {'none' if last.chat['settings'][name] == '' else last.chat['settings'][name]}" for name in ("temperature", "max_tokens", "tool") if name in last.chat["settings"])
-        lines += [f"Tasks: right answers; n problems. Replies were drawn with {settings}; a task's calls to the tool were answered.", ""]
+        lines += [f"Tasks: right answers; n problems. {drawn(last.chat['settings'])}", ""]
         lines += ["The first questions of each task, as they come:", "", "```text", *exchanges(last.chat["tasks"]), "```", ""]
     elif samples := (last.text or {}).get("samples"):
         lines += ["It continues text like this, choosing the likeliest token each time:", "", *(f"- {json.dumps(s['prompt'], ensure_ascii=False)} -> {json.dumps(s['text'], ensure_ascii=False)}" for s in samples[:3]), ""]
     return lines
+
+
+def drawn(settings: dict[str, Any]) -> str:
+    """How the replies came about, of which the tasks' shares are."""
+    k = settings.get("num_samples", 1)
+    said = ", ".join(f"{name.replace('_', ' ')} {settings[name]}" for name in ("temperature", "max_tokens") if name in settings)
+    each = f", {k} to each problem, of which the share of right ones counts," if k > 1 else ""
+    calls = "" if "tool" not in settings else f"; calls in them were answered by the tool {settings['tool']}" if settings["tool"] else "; calls of a tool in them were not answered"
+    return f"Replies were drawn{each} with {said}{calls}."
 
 
 def published(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -168,10 +191,10 @@ def interval(row: dict[str, Any], at: dict[str, Any]) -> str:
 
 
 def limits(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:
-    end = "<|assistant_end|>"
+    end, stop = "<|assistant_end|>", "generation stops there" if own_code else "`generate` does not stop there, but fails: leave room for `max_new_tokens`"
     said = [
         "What it writes can be false, offensive or nonsense. It was measured on what stands above and on nothing else; nothing on record makes it safe to rely on.",
-        f"Prompt and reply together are {c.sequence_len:,} tokens at most; generation stops there.",
+        f"Prompt and reply together are {c.sequence_len:,} tokens at most; {stop}.",
         f"A text that contains the name of a special token (`{end}`) is read as that token, also inside a message. "
         f"`tokenizer(text, split_special_tokens=True)` reads it as text, as nanolab does.",
         "Which licence the weights and the data are under is not on record.",

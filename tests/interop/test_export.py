@@ -324,9 +324,12 @@ def test_the_card_says_what_is_on_record(tokenizer):
     text = card(talk, tokenizer, "bf16")
     for line in (
         "- base: pretrained on `books`", "- sft: fine-tuned on conversations of `jsonl=talk.jsonl:2, gsm8k:1`", "| gsm8k test (n = 200) | 0.0 % | 12.5 % | 8.6 % to 17.8 % |",
-        "temperature 0.0, max tokens 48, tool calculator", "> How / many?", "rounded to bf16", "apply_chat_template", "It may call a calculator",
+        "Tasks: right answers; n problems. Replies were drawn with temperature 0.0, max tokens 48; calls in them were answered by the tool calculator.", "> How / many?", "rounded to bf16", "measured before the weights were rounded to bf16", "apply_chat_template", "It may call a calculator",
     ):  # fmt: skip
         assert line in text
+    assert "measured before" not in card(talk, tokenizer)
+    (talk.run_dir / "eval_chat.json").write_text(json.dumps(CHAT | {"settings": CHAT["settings"] | {"tool": "", "temperature": 0.7, "num_samples": 4}}))
+    assert "drawn, 4 to each problem, of which the share of right ones counts, with temperature 0.7, max tokens 48; calls of a tool in them were not answered." in card(talk, tokenizer)
     (talk.run_dir / "eval_chat.json").write_text(json.dumps(CHAT | {"step": 6}))
     assert "No evaluation of talk@7 is on record." in card(talk, tokenizer)
 
@@ -335,8 +338,30 @@ def test_the_card_of_what_is_not_on_record(tokenizer):
     """A run whose origin is gone; a stage of reinforcement learning, whose FLOPs nobody counts; a model from elsewhere."""
     lost = card(make_run("lost", tokenizer, kind="sft", origin="gone@3"), tokenizer)
     assert "It started from gone@3, whose records, or those of what that started from, are not there any more." in lost and "- sft: " in lost
+    assert "nanolab begins every text with `<|bos|>`." in lost and "trained on begins" not in lost
     better = make_run("better", tokenizer, kind="rl", origin="lost2@7")
     make_run("lost2", tokenizer)
     assert "| rl | better@7 | not known | not known | 12 s |" in card(better, tokenizer)
     other = card(make_run("other", tokenizer, imported="/home/me/gpt2", tokens=0), tokenizer)
     assert "- base: imported from a folder of transformers, `gpt2`; how that was trained is not on record" in other and "/home" not in other
+    tuned = card(make_run("tuned", tokenizer, kind="sft", origin="other@7"), tokenizer)
+    assert all("nanolab begins every text with `<|bos|>`." in text and "trained on begins" not in text for text in (other, tuned))
+    assert "Every text that the model was trained on begins with `<|bos|>`." in card(better, tokenizer)
+
+
+def test_a_damaged_record_is_not_taken_for_one_that_is_gone(tokenizer):
+    base, talk = make_run("books", tokenizer), make_run("talk", tokenizer, kind="sft", origin="books@7")
+    (base.run_dir / "eval_base.json").write_text("{")
+    with pytest.raises(UserError, match="eval_base.json is missing or damaged"):
+        card(talk, tokenizer)
+
+
+@torch.no_grad()
+def test_where_a_text_ends_is_said_as_it_is(tokenizer, tmp_path):
+    """GPT-2's own class does not stop at its last position."""
+    found = make_run("books", tokenizer)
+    assert "32 tokens at most; generation stops there." in card(found, tokenizer)
+    assert "32 tokens at most; `generate` does not stop there, but fails: leave room" in model_card(found, SQUARE, tokenizer, "fp32", "", export.LICENCE)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(written(tmp_path, SQUARE, tokenizer)[0])
+    with pytest.raises(IndexError):
+        theirs.generate(ids(SQUARE)[:, :30], attention_mask=torch.ones(2, 30), max_new_tokens=8, eos_token_id=None)
