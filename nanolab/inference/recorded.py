@@ -31,15 +31,22 @@ class FixedCache:
 
     def __init__(self, rings: list[int], pos: Tensor, left: dict[str, Tensor], k: tuple[Tensor, ...], v: tuple[Tensor, ...]):
         self.rings, self.pos, self.left, self.k, self.v = rings, pos, left, k, v
+        self.slot = {ring: pos % ring for ring in set(rings)}
 
     def append(self, layer: int, k_N1GD: Tensor, v_N1GD: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.k[layer], self.v[layer]
-        place = torch.arange(len(k), device=k.device), self.pos % self.rings[layer]
-        k.index_put_(place, k_N1GD[:, 0].to(k.dtype)), v.index_put_(place, v_N1GD[:, 0].to(v.dtype))
-        return k, v
+        slot, rows = self.slot[self.rings[layer]], int(self.pos.size(0))
+        for old, new in ((self.k[layer], k_N1GD), (self.v[layer], v_N1GD)):
+            if rows == 1:
+                old.index_copy_(1, slot, new.to(old.dtype))
+            else:
+                old.index_put_((torch.arange(rows, device=old.device), slot), new[:, 0].to(old.dtype))
+        return self.k[layer], self.v[layer]
 
     def positions(self, layer: int, T: int) -> tuple[Tensor, bool]:
-        return ring_positions(self.pos, self.k[layer].size(1), self.rings[layer]), False
+        slots, ring = int(self.k[layer].size(1)), self.rings[layer]
+        if slots < ring:  # no position has come round: slots that hold nothing are those behind the token
+            return torch.arange(slots, device=self.pos.device)[None], False
+        return ring_positions(self.pos, slots, ring), False
 
     def advance(self, T: int) -> None:
         """The KVCache is advanced by who replays."""
