@@ -3,6 +3,7 @@
 import sys
 
 from nanolab.config import BenchConfig, UserError, main, parse, to_json
+from scripts import GENERATING, spin
 
 WHAT = ("train", "data", "tokenizer", "infer", "eval")
 
@@ -12,6 +13,8 @@ def run(cfg: BenchConfig) -> int:
         raise UserError(f"bench {cfg.what!r} is unknown; expected one of {', '.join(WHAT)}; try python -m scripts.bench train")
     if cfg.repeats < 1 or cfg.steps < 1:
         raise UserError(f"--repeats {cfg.repeats} and --steps {cfg.steps}: expected at least 1 of each; try --repeats 5 --steps 5")
+    if cfg.what == "infer":
+        spin(GENERATING)
     import json
 
     from nanolab import runtime

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from nanolab.config import ChatConfig, UserError, main, parse
+from scripts import GENERATING, spin
 
 # A terminal obeys control characters, and a young model writes any byte: all but tab and line end are shown as U+FFFD.
 CONTROL = {i: 0xFFFD for i in (*range(32), 127, *range(128, 160)) if chr(i) not in "\t\n"}
@@ -23,6 +24,7 @@ BLOCK = '"""'
 
 
 def run(cfg: ChatConfig) -> int:
+    spin(GENERATING)
     from nanolab import runtime
     from nanolab.inference.commands import Talk, tell
     from nanolab.inference.dialogue import Dialogue

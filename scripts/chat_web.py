@@ -3,11 +3,13 @@
 import sys
 
 from nanolab.config import ServeConfig, UserError, main, parse
+from scripts import GENERATING, spin
 
 TOOL_THREADS = 4  # programs of `--tool python` that run at once beside each replica
 
 
 def run(cfg: ServeConfig) -> int:
+    spin(GENERATING)
     from nanolab import runtime
     from nanolab.inference.sampling import check_settings
     from nanolab.serving.api import create_app
