@@ -130,8 +130,8 @@ def test_speedrun_dry_run_plans_every_stage_and_touches_nothing(in_checkout):
     done = in_checkout("bash runs/speedrun.sh --dry-run")
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^\$ .*-m scripts\.(\w+)", done.stdout, re.M)
-    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "base_eval", "base_eval", "report"]
-    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 8  # torchrun has flags that --run could mean
+    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "base_eval", "base_eval", "report"]
+    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 9  # torchrun has flags that --run could mean
     # The reference's depth-24 run: 2^20 tokens a step on 8 ranks of 16 rows of 2048, and 8 tokens per scaling parameter.
     assert "8 x H100, bfloat16" in done.stdout
     assert "1,048,576 tokens = 16 rows x 2048 x 8 ranks x 4 accumulation" in done.stdout

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the tests marked gpu, then the benchmarks of training and of generation in
+# Everything that needs a GPU, in one go: the tests marked gpu, then the benchmarks of training, generation and evaluation in
 # bf16 at depth 4 and 12.
 #
 #   bash dev/bench/gpu.sh              results go to dev/results/bench/
@@ -7,7 +7,7 @@
 #
 # Hardware  one NVIDIA GPU with bf16 (compute capability 8.0 or newer) and 40 GB; with less: GPU_BATCH=8 bash dev/bench/gpu.sh
 # Time      a few minutes, most of it compilation
-# Expect    gpu-tests.xml, and train-d4-gpu.json, infer-d4-gpu.json, train-d12-gpu.json, infer-d12-gpu.json as scripts.bench prints them
+# Expect    gpu-tests.xml, and train-, infer- and eval-d4-gpu.json, and the same for d12, as scripts.bench prints them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${OUT:-dev/results/bench}
@@ -38,6 +38,7 @@ bench() { # what is measured, depth, its flags
 for depth in 4 12; do
     bench train $depth --device-batch-size "${GPU_BATCH:-32}" --steps 10 --warmup 10
     bench infer $depth --prompt-tokens 512 --decode-tokens 256
+    bench eval $depth
 done
 echo "gpu.sh: results in $out"
 exit $failed
