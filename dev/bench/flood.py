@@ -89,20 +89,21 @@ async def flood(port: int, clients: int) -> Counter:
     return Counter(await asyncio.gather(*(ask(port, 1500, rng.uniform(0.05, 0.5), stream=i % 2 == 0) for i in range(clients))))
 
 
-async def many(port: int, requests: int) -> Counter:
-    """Short requests from as many clients as there are rows; every tenth is given up."""
+async def many(port: int, requests: int, clients: int = ROWS) -> Counter:
+    """Short requests from so many clients; every tenth is given up."""
     numbers, outcomes = iter(range(requests)), Counter()
 
     async def one_client() -> None:
         for i in numbers:
             outcomes[await (ask(port, 1500, 0.05, stream=True) if i % 10 == 9 else ask(port, 1 + i % 16, 30, stream=i % 2 == 0))] += 1
 
-    await asyncio.gather(*(one_client() for _ in range(ROWS)))
+    await asyncio.gather(*(one_client() for _ in range(clients)))
     return outcomes
 
 
 async def crowd(port: int, process: subprocess.Popen, clients: int, requests: int) -> dict:
-    await many(port, 100)  # warm
+    for n in range(1, ROWS + 1):
+        await many(port, 60, n)  # warm: with every number of rows, since steps of few are recorded when they have come up often
     start = time.monotonic()
     outcomes = await flood(port, clients)
     flooded = {"clients": clients, "queue": QUEUE, "rows": ROWS, "seconds": round(time.monotonic() - start, 3), "outcomes": dict(outcomes)}

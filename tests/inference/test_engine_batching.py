@@ -85,7 +85,7 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, g
     rng = random.Random(seed)
     engine = Engine(model, None, RUNTIME, max_rows=6 if graphs else rng.randint(1, 5), prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]), graphs=graphs)
     if graphs:
-        engine.recorder.after = 10
+        engine.recorder.after = 2
     prompts, replies, cancelled, live, cached = {}, {}, set(), [], 0
     for _ in range(60):
         if rng.random() < 0.3:
