@@ -15,7 +15,15 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend; the text says what was seen, what was expected and what to type."""
+    """A mistake that a person can fix; the text says what was seen, what was expected and what to type.
+
+    `code` names the kind of mistake in kebab-case ("flag-not-read") and `values` what it is about. Programs and tests match these; the text may
+    be reworded at any time. A script prints `error [CODE]: TEXT`.
+    """
+
+    def __init__(self, text: str, code: str = "", **values: Any) -> None:
+        super().__init__(text)
+        self.code, self.values = code, values
 
 
 @dataclass(frozen=True)
@@ -632,7 +640,7 @@ def main(command: Callable[[], Any]) -> None:
     try:
         code = command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' [{error.code}]' if error.code else ''}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

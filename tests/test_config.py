@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -155,3 +156,18 @@ def test_main_interrupt_and_bugs(capsys):
     assert leaving.value.code == 130
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         main(lambda: 1 // 0)
+
+
+def test_an_error_carries_its_code_and_values(capsys):
+    def command():
+        raise UserError("--learning-rate is not read by --recipe dial", "flag-not-read", flag="learning_rate", by="dial")
+
+    with pytest.raises(UserError) as e:
+        command()
+    assert (e.value.code, e.value.values) == ("flag-not-read", {"flag": "learning_rate", "by": "dial"})
+    copy = pickle.loads(pickle.dumps(e.value))  # as a rank gets it
+    assert (str(copy), copy.code, copy.values) == (str(e.value), e.value.code, e.value.values)
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error [flag-not-read]: --learning-rate is not read by --recipe dial\n"

@@ -216,13 +216,13 @@ def check_name(name: str) -> None:
 
 def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
     """`work()` on rank 0; its result, or its UserError, on every rank."""
-    result, error = None, ""
+    result, error = None, None
     if runtime.is_main:
         try:
             result = work()
         except UserError as e:
-            error = str(e)
+            error = UserError(str(e), e.code, **e.values)
     result, error = runtime.broadcast_object((result, error))
     if error:
-        raise UserError(error)
+        raise error
     return result
