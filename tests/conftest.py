@@ -13,6 +13,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fault", default="", help="only tests of these entries of dev/results/faults.md, joined by commas")
+
+
+def pytest_collection_modifyitems(config, items):
+    only = set(filter(None, config.getoption("--fault").split(",")))
+    for item in items:
+        item.user_properties += [("fault", mark.args[0]) for mark in item.iter_markers("fault")]  # read by dev/faults.py
+    if only:
+        other = [item for item in items if not only & {value for name, value in item.user_properties if name == "fault"}]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in other]
+
+
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path, monkeypatch):
     """NANOLAB_BASE_DIR is a fresh folder: no test reads or writes the user's."""
