@@ -6,6 +6,8 @@ one. A cadence or count of -1 means "off" or "automatic", as the comment says.
 
 import dataclasses
 import difflib
+import os
+import select
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -636,12 +638,39 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def main(command: Callable[[], Any]) -> None:
-    """Run a script's body: a UserError becomes one message on stderr and exit code 1; Ctrl-C becomes 130."""
+    """Run a script's body: a UserError becomes one message on stderr and exit code 1; Ctrl-C becomes 130, a reader that has gone (`| head`) 141.
+
+    What stdout's encoding lacks is printed as "?". Stderr needs nothing: Python writes escapes there.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook put a stream of its own
+            stream.reconfigure(errors="replace")
     try:
-        code = command()
-    except UserError as error:
-        print(f"error{f' [{error.code}]' if error.code else ''}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(code if isinstance(code, int) else 0)
+        try:
+            code = command()
+        except UserError as error:
+            print(f"error{f' [{error.code}]' if error.code else ''}: {error}", file=sys.stderr)
+            code = 1
+        except KeyboardInterrupt:
+            code = 130
+        except SystemExit as leaving:  # after --help, or a signal; rich ends with 1 where the reader has gone
+            code = 141 if isinstance(leaving.__context__, BrokenPipeError) else leaving.code
+        if sys.stdout is not None:
+            sys.stdout.flush()  # not at exit, where an error cannot be caught
+    except BrokenPipeError:
+        if not (gone := [stream for stream in (sys.stdout, sys.stderr) if unread(stream)]):
+            raise  # another pipe: a bug
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still in its buffer
+        code = 141  # 128 + SIGPIPE
+    raise SystemExit(code if isinstance(code, (int, str)) else 0)
+
+
+def unread(stream: Any) -> bool:
+    """Whether `stream` is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (AttributeError, OSError):  # no stream, or one without a file
+        return False
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))

@@ -38,8 +38,6 @@ def run(cfg: ChatConfig) -> int:
     tool = find_tool(cfg.tool)
     if cfg.chat and cfg.raw:
         raise UserError("--chat and --raw at once; expected one of them, or neither: then it goes by how the model was trained")
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? instead of ending the talk
-    sys.stdin.reconfigure(errors="replace")
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     with contextlib.redirect_stdout(sys.stderr):  # which model it is; stdout is for the reply
         model, tokenizer, meta = load_model(cfg.model, rt)
