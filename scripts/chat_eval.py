@@ -63,8 +63,7 @@ def open_tasks(cfg: ChatEvalConfig) -> tuple[dict, dict[str, str]]:
 
     named = [spec.strip() for spec in cfg.tasks.split(",") if spec.strip()]
     if named:
-        parts = {spec: spec.partition(":") for spec in named}
-        return {spec: build(name, split or "test", cfg.data, seed=cfg.seed) for spec, (name, _, split) in parts.items()}, {}
+        return {spec: build(*name_and_split(spec), cfg.data, seed=cfg.seed) for spec in named}, {}
     tasks, missing = {}, {}
     for name, task in TASKS.items():
         if task.kind == "chat" or (task.argument_is and not task.argument_is.endswith("?")):
@@ -76,6 +75,16 @@ def open_tasks(cfg: ChatEvalConfig) -> tuple[dict, dict[str, str]]:
     if not tasks:
         raise UserError(f"no task can be opened: {'; '.join(missing.values())}; type --tasks NAME,... with --data FOLDER")
     return tasks, missing
+
+
+def name_and_split(spec: str) -> tuple[str, str]:
+    """NAME:SPLIT in two; the split test where there is none. A file's name may have colons of its own: there only a split follows one."""
+    from tasks import TASKS
+
+    name, colon, split = spec.rpartition(":")
+    task, equals, _ = name.partition("=")
+    of_file = equals and split not in (TASKS[task].splits if task in TASKS else ())
+    return (spec, "test") if not colon or of_file else (name, split or "test")
 
 
 def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:

@@ -7,6 +7,7 @@ cost. The numbers of the page are kept in card.json in the run directory.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def story(stages: list) -> list[str]:
 
 def names(mixture: str) -> str:
     """A mixture without its weights."""
-    return ", ".join(part.partition(":")[0].partition("@")[0] for part in mixture.split(","))
+    return ", ".join(re.sub(r"(@\d+)?(:[\d.e+-]+)?$", "", part.strip()) for part in mixture.split(","))
 
 
 def machine(env: dict[str, Any]) -> str:

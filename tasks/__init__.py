@@ -2,11 +2,14 @@
 
 A spec is NAME, NAME=FILE, either with @COUNT: "gsm8k", "jsonl=chats.jsonl", "arithmetic@2000", "identity=me.toml@500".
 A mixture is specs with commas, each with a weight: how often its examples come: "smoltalk:1,gsm8k:4,arithmetic@3000:0.5".
+A colon or an at sign may also be part of a file's name.
 """
+
+import os
 
 import numpy as np
 
-from nanolab.config import UserError, nearest
+from nanolab.config import UserError, nearest, split_weight
 from tasks.arc import Arc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Example, Task, permutation
@@ -44,27 +47,38 @@ def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42
 
     Raises UserError for a spec, split or folder that is not there, and for malformed data.
     """
-    rest, at, count = spec.strip().rpartition("@")
-    if at and count.isdecimal():
-        spec, limit = rest, int(count) if limit < 0 else min(int(count), limit)
+    spec, count = _counted(spec.strip())
+    if count >= 0:
+        limit = count if limit < 0 else min(count, limit)
     name, _, argument = spec.strip().partition("=")
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; expected one of {', '.join(TASKS)}{nearest(name, list(TASKS))}")
     return TASKS[name](name, split, data, limit, seed, argument)
 
 
+def _counted(spec: str) -> tuple[str, int]:
+    """NAME@COUNT as (NAME, COUNT), -1 without one. An "@" of a file's own name stays with it."""
+    rest, at, count = spec.rpartition("@")
+    return (rest, int(count)) if at and count.isdecimal() and (_there(rest) or not _there(spec)) else (spec, -1)
+
+
+def _there(spec: str) -> bool:
+    """Whether NAME is a task, or the FILE of NAME=FILE exists."""
+    name, equals, argument = spec.partition("=")
+    return os.path.exists(os.path.expanduser(argument)) if equals else name in TASKS
+
+
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
     """"a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
     out = []
     for part in filter(None, (p.strip() for p in spec.split(","))):
-        name, colon, weight = part.rpartition(":")
-        name, weight = (name, weight) if colon else (part, "1")
+        name, weight = split_weight(part, lambda name: _there(_counted(name)[0]))
         try:
             value = float(weight)
         except ValueError:
             value = -1.0
         if not 0 < value < float("inf") or not name:
-            raise UserError(f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try {name or 'gsm8k'}:1")
+            raise UserError(f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try {name if _there(_counted(name)[0]) else 'gsm8k'}:1", "bad-weight", name=name, weight=weight)
         out.append((name, value))
     if not out:
         raise UserError("the mixture names no task; expected at least one; try arithmetic:1,identity:1")

@@ -14,7 +14,7 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
-from nanolab.config import DataConfig, UserError, nearest
+from nanolab.config import DataConfig, UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
 from nanolab.data.formats import SUFFIXES, find_files, index_file, locked, read_block, write_atomically, write_documents
 from nanolab.runtime import base_dir, progress
@@ -185,17 +185,18 @@ def parse_mixture(data: str) -> list[tuple[str, float]]:
     """"a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash). Raises UserError."""
     out: dict[str, float] = {}
     for part in data.split(","):
-        name, _, weight = part.strip().rpartition(":") if ":" in part else (part.strip(), "", "1")
+        name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
         if name not in CORPORA and "/" not in name and Path(name).suffix not in SUFFIXES:
-            hint = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
-            raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}")
+            near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
+            hint = f"; try --data ./{name}" if name and Path(name).exists() else near
+            raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}", "unknown-corpus", name=name, try_=hint)
         try:
             value = float(weight)
         except ValueError:
             value = -1.0
         if not 0 < value < float("inf") or name in out:
             seen = f"{name} in --data {data} " + ("appears twice" if name in out else f"has the weight {weight!r}")
-            raise UserError(f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3")
+            raise UserError(f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3", "twice" if name in out else "bad-weight", name=name, weight=weight)
         out[name] = value
     return [(name, weight / sum(out.values())) for name, weight in out.items()]
 

@@ -173,7 +173,7 @@ def head(row: dict[str, Any]) -> str:
 
 def title(spec: str) -> str:
     """A task as it was asked for, without a count: arithmetic@1000:test -> arithmetic test."""
-    name, _, split = re.sub(r"@\d+(?=:|$)", "", spec).partition(":")
+    name, split = re.fullmatch(r"(.*?)(?::([a-z]*))?", re.sub(r"@\d+(?=:|$)", "", spec)).groups()
     return f"{name} {split or 'test'}"
 
 

@@ -71,7 +71,7 @@ class Run:
         checkpoint; without one the run begins at the beginning and says so. Raises UserError when the directory is in
         use, holds another run, or was made with flags that would give another result.
         """
-        check_name(name)
+        check_name(name.replace(",", "") if resume else name)  # a run of an earlier version may have a comma
         run = cls(name, config, runtime, kind)
         run.env, run.resume_from = on_main(runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})}))
         return run
@@ -210,8 +210,8 @@ class Run:
 
 def check_name(name: str) -> None:
     """Raise UserError unless `name` can be a folder and the NAME of NAME@STEP."""
-    if not name or name.startswith(".") or set(name) & set("/\\@:") or name != name.strip():
-        raise UserError(f"run name {name!r} cannot be a folder name here; expected letters, digits, - _ . without / \\ @ :; try --run my-run")
+    if not name or name.startswith(".") or set(name) & set("/\\@:,") or name != name.strip():
+        raise UserError(f"run name {name!r} cannot be a folder name here; expected letters, digits, - _ . without / \\ @ : ,; try --run my-run", "run-name", name=name)
 
 
 def on_main(runtime: Runtime, work: Callable[[], T]) -> T:

@@ -222,6 +222,23 @@ def test_bad_mixtures(mixture, message):
         parse_mixture(mixture)
 
 
+@pytest.mark.fault("F20")
+def test_a_colon_of_a_path_stays_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("te:xt", "week:2", "plain")):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", words(100, seed=i))
+    assert parse_mixture("./te:xt") == [("./te:xt", 1.0)] and parse_mixture("./week:2") == [("./week:2", 1.0)]
+    assert parse_mixture("./te:xt:0.5,./plain:0.5") == [("./te:xt", 0.5), ("./plain", 0.5)]
+    assert [(d.name, w) for d, w in open_data(DataConfig(data="./te:xt:0.5,./week:2:0.5")).train] == [("te:xt", 0.5), ("week:2", 0.5)]
+    with pytest.raises(UserError) as bad:
+        parse_mixture("./plain:x")
+    assert (bad.value.code, bad.value.values) == ("bad-weight", {"name": "./plain", "weight": "x"})
+    with pytest.raises(UserError) as unknown:
+        parse_mixture("te:xt")
+    assert unknown.value.code == "unknown-corpus" and "--data ./te:xt" in unknown.value.values["try_"]
+
+
 # bad input
 
 

@@ -186,3 +186,15 @@ def test_what_cannot_be_done_is_refused(world, flags, said):
     with pytest.raises(UserError, match=said):
         world(**flags)
     assert not (world.dir / "eval_chat.json").exists()
+
+
+@pytest.mark.fault("F20")
+def test_a_split_follows_a_file_with_a_colon_in_its_name(tmp_path):
+    """Of the tasks that come from a file only identity and jsonl had one then; neither is graded, but both open."""
+    path = tmp_path / "a:b.jsonl"
+    path.write_text("".join(f'[{{"role":"user","content":"q{i}"}},{{"role":"assistant","content":"a"}}]\n' for i in range(9)))
+    from scripts.chat_eval import open_tasks
+
+    tasks, _ = open_tasks(ChatEvalConfig(tasks=f"jsonl={path}:all,arithmetic@9:train,arithmetic"))
+    assert [(task.name, task.split, len(task)) for task in list(tasks.values())[:2]] == [("jsonl", "all", 9), ("arithmetic", "train", 9)]
+    assert list(tasks.values())[2].split == "test"

@@ -199,7 +199,7 @@ def test_a_finished_run_knows_it(tokenizer):
         start()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a@3", "..", "c:d"])
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a@3", "..", "c:d", pytest.param("a,b", marks=pytest.mark.fault("F20"))])
 def test_bad_names_are_refused(name):
     with pytest.raises(UserError, match="run name"):
         start(name)
