@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from nanolab.config import UserError, nearest
+from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": str, "content": str or list of Part}
@@ -236,8 +237,12 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for n, line in enumerate(file, 1):
+                if n == 1:
+                    check_utf8(path, line[:HEAD])
                 if line.strip():
                     yield f"{path}:{n}", json.loads(line.decode("utf-8-sig"))
+    except UserError:  # which is a ValueError
+        raise
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
         expected = "expected one JSON value per line, in UTF-8"
         raise UserError(f"{path}:{n}: not JSON ({error}); {expected}; mend or delete the line (of one large array: jq -c '.[]' IN > OUT)") from None

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanolab.config import UserError
+from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.runtime import base_dir, print0
 
 INDEX_FORMAT = 1
@@ -223,6 +224,9 @@ def locked(name: str) -> Iterator[None]:
 def index_file(path: Path) -> tuple[str, list[Block]]:
     """(sha256, blocks) of one file, from the cache where size and time still agree. Raises UserError for bad content."""
     status = path.stat()
+    if path.suffix in (".txt", ".jsonl"):  # also where the index is kept
+        with open(path, "rb") as file:
+            check_utf8(path, file.read(HEAD))
     key = [INDEX_FORMAT, status.st_size, status.st_mtime_ns]
     cache = base_dir() / "index" / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".json")
     if cache.exists() and (entry := json.loads(cache.read_text()))["key"] == key:
@@ -234,6 +238,11 @@ def index_file(path: Path) -> tuple[str, list[Block]]:
     blocks = [Block(path, *b) for b in SUFFIXES[path.suffix](path)]
     if not blocks:
         raise UserError(f"{path} holds no documents; expected at least one; delete it or point --data-dir elsewhere")
+    if blocks[0].kind.startswith("txt"):
+        with open(path, "rb") as file:
+            nulls = sum(chunk.count(0) for chunk in iter(lambda: file.read(1 << 20), b""))
+        if nulls:
+            print0(f"note: {path} has {nulls:,} NULs, which are trained on as text; without them: tr -d '\\000' < IN > OUT")
     entry = {"path": str(path.resolve()), "key": key, "sha256": sha256_file(path), "blocks": [list(b[1:]) for b in blocks]}
     write_atomically(cache, json.dumps(entry))
     return entry["sha256"], blocks

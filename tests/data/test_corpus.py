@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import subprocess
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 
 from nanolab.config import DataConfig, UserError
 from nanolab.data import corpus
+from nanolab.data.chat import read_conversations
 from nanolab.data.corpus import Documents, open_data, parse_mixture
 
 
@@ -240,6 +242,50 @@ def test_a_colon_of_a_path_stays_with_it(tmp_path, monkeypatch):
 
 
 # bad input
+
+
+ENCODINGS = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_other_encodings_are_refused_by_name_and_iconv_makes_them_readable(tmp_path, encoding, mark, suffix):
+    texts = ["The first text, na\u00efve.", "\u0412\u0442\u043e\u0440\u043e\u0439 \u0442\u0435\u043a\u0441\u0442.", "The third one."]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if suffix == "jsonl" else "\n<|endoftext|>\n".join(texts).split("\n")
+    path, out = tmp_path / f"IN.{suffix}", tmp_path / "out" / f"OUT.{suffix}"
+    path.write_bytes((mark + "\n".join(lines) + "\n").encode(encoding))
+    with pytest.raises(UserError) as seen:
+        Documents("x", [path])
+    assert getattr(seen.value, "code", "") == "not-utf-8" and seen.value.values["path"] == str(path)
+    name = seen.value.values["encoding"]
+    assert f"iconv -f {name} -t utf-8 IN > OUT" in str(seen.value)
+    out.parent.mkdir()
+    with open(out, "wb") as file:
+        subprocess.run(["iconv", "-f", name, "-t", "utf-8", path], stdout=file, check=True)
+    assert list(Documents("x", [out]).iterate()) == texts
+
+
+@pytest.mark.fault("F11")
+def test_chats_in_other_encodings_are_refused_by_name(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]\n'.encode("utf-16"))
+    with pytest.raises(UserError) as seen:
+        read_conversations(path)
+    assert getattr(seen.value, "code", "") == "not-utf-8" and seen.value.values["encoding"] == "utf-16"
+
+
+@pytest.mark.fault("F11")
+def test_nulls_in_text_are_counted_and_binary_files_refused(tmp_path, capsys):
+    few, many = tmp_path / "few.txt", tmp_path / "many.txt"
+    few.write_text("plain words \0 and\0 more plain words, " * 20)
+    many.write_bytes(bytes([0, 0, 0, 7, 0, 65, 66, 0, 0, 1]) * 500)
+    assert next(Documents("few", [few]).iterate()).count("\0") == 40
+    assert "few.txt has 40 NULs" in capsys.readouterr().out
+    with pytest.raises(UserError) as seen:
+        Documents("many", [many])
+    assert (seen.value.code, seen.value.values["encoding"]) == ("not-utf-8", "")
 
 
 def bad_files(tmp_path):
