@@ -1,43 +1,50 @@
 #!/usr/bin/env bash
 # Makes .venv and installs nanolab into it; does nothing when everything is there.
 #
-#   bash runs/setup.sh         what training, evaluation and chat need
-#   bash runs/setup.sh test    the test tools as well
-#   bash runs/setup.sh tasks   what reads question sets from the hub as well
-#   bash runs/setup.sh hf      transformers: to evaluate and import models of other makers; so too lm_eval, plots (pyproject.toml)
+#   bash runs/setup.sh                 what training, evaluation and chat need
+#   bash runs/setup.sh test            the test tools as well
+#   bash runs/setup.sh tasks int8      any extras of pyproject.toml, one or several; those asked for before stay
+#   bash runs/setup.sh --newest test   the newest of everything but torch, in .venv-newest, made anew (runs/test.sh --newest calls it)
 #
 # PYTHON=python3.12                 the Python that .venv is made from; default: python3, else the newest python3.x
 # NANOLAB_PYTHON=/opt/x/bin/python  use this Python as it is and install nothing (conda, a container, a cluster)
 #
-# Without an NVIDIA GPU torch is the build that runs/constraints-cpu.txt pins. Packages come from wherever pip is
-# configured to look. On Linux the default registry has only the CUDA build (some GB); if PIP_EXTRA_INDEX_URL names
-# PyTorch's CPU index (its "Get started" page shows the address), the CPU build of about 200 MB is taken.
+# On Linux x86-64 with Python 3.10 to 3.13 every version is the one in runs/lock.txt (dev/lock.sh writes it); elsewhere only
+# torch's is, and a line says so. With an NVIDIA GPU torch is the registry's newest, and the extra gpu is added.
+# Packages come from wherever pip is configured to look. On Linux the default registry has only the CUDA build of torch
+# (some GB); if PIP_EXTRA_INDEX_URL names PyTorch's CPU index (its "Get started" page shows the address), the CPU build of
+# about 200 MB is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extra=${1:-}
-case $extra in '' | test | tasks | hf | lm_eval | plots) ;; *)
-    echo "setup.sh: $extra is not a set of packages; expected nothing, test, tasks, hf, lm_eval or plots" >&2
-    exit 2
-    ;;
-esac
+venv=.venv
+if [ "${1:-}" = --newest ]; then venv=.venv-newest && shift; fi
+known=$(sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z0-9_]*\) = .*/\1/p' pyproject.toml | tr '\n' ' ')
+for extra in "$@"; do
+    case " $known" in *" $extra "*) ;; *)
+        echo "setup.sh: $extra is not an extra of pyproject.toml; expected nothing or some of: $known" >&2
+        exit 2
+        ;;
+    esac
+done
 if [ -n "${NANOLAB_PYTHON:-}" ]; then
     echo "setup: using $NANOLAB_PYTHON as it is (NANOLAB_PYTHON)"
     exit 0
 fi
 
 # The stamp says what .venv was last made for; the path is in it because an editable install points here.
-want=$( (pwd && cat pyproject.toml runs/constraints-cpu.txt runs/setup.sh) | cksum | tr ' ' -)
-stamp=.venv/nanolab-setup
-if [ -x .venv/bin/python ] && [ -f "$stamp" ]; then
-    read -r have have_extra <"$stamp" || true
-    case ",$have_extra,," in *,"$extra",*) extra=$have_extra ;; *) extra=${have_extra:+$have_extra,}$extra ;; esac
-    if [ "$have" = "$want" ] && [ "$have_extra" = "$extra" ]; then exit 0; fi
-fi
+want=$( (pwd && cat pyproject.toml runs/lock.txt runs/setup.sh) | cksum | tr ' ' -)
+stamp=$venv/nanolab-setup
+have='' extras=''
+if [ $venv = .venv ] && [ -x .venv/bin/python ] && [ -f $stamp ]; then read -r have extras <$stamp || true; fi
+had=$extras
+add() { case ",$extras," in *",$1,"*) ;; *) extras=${extras:+$extras,}$1 ;; esac }
+for extra in "$@"; do add "$extra"; done
+if [ "$have" = "$want" ] && [ "$had" = "$extras" ]; then exit 0; fi
 
 suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
 
-if ! { suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
+if [ $venv != .venv ] || ! { suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
     found=
     for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
         if suitable "$python"; then found=$python && break; fi
@@ -48,8 +55,8 @@ if ! { suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null
         echo "Install one, or name it: PYTHON=/path/to/python3.11 bash runs/setup.sh" >&2
         exit 1
     fi
-    echo "setup: making .venv with $("$found" --version)"
-    if ! log=$("$found" -m venv --clear .venv 2>&1); then
+    echo "setup: making $venv with $("$found" --version)"
+    if ! log=$("$found" -m venv --clear $venv 2>&1); then
         echo "$log" | tail -n 5 >&2
         echo "setup.sh: $found cannot make a virtual environment; its venv module or pip is missing." >&2
         echo "On Debian and Ubuntu: sudo apt-get install python3-venv" >&2
@@ -57,16 +64,34 @@ if ! { suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null
     fi
 fi
 
-pip() { .venv/bin/python -m pip -qq --disable-pip-version-check "$@"; } # -qq: errors only
+# What holds versions: the lock's lines say themselves for which Python and system they are. torch's is for machines without a GPU.
+lock=runs/lock.txt constraints=$venv/constraints.txt
+if [ $venv = .venv ]; then cp $lock $constraints; else grep '^torch==' $lock >$constraints; fi
+torch=$(grep '^torch==' $lock) why="no NVIDIA GPU seen"
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    echo "setup: installing torch for $(nvidia-smi -L | head -n 1)"
-    pip install torch
-    pip install -e ".${extra:+[$extra]}"
-else
-    echo "setup: installing $(grep ^torch runs/constraints-cpu.txt) (no NVIDIA GPU seen)"
-    pip install --constraint runs/constraints-cpu.txt torch
-    echo "setup: installing nanolab${extra:+ with what $extra needs}"
-    pip install --constraint runs/constraints-cpu.txt -e ".${extra:+[$extra]}"
+    sed -i.bak '/^torch==/d' $constraints && rm $constraints.bak
+    torch="the newest torch" why=$(nvidia-smi -L | head -n 1)
+    add gpu
 fi
-echo "$want $extra" >"$stamp"
-echo "setup: done; python is .venv/bin/python, torch $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
+here=$($venv/bin/python -c 'import platform, sys; print(platform.system(), platform.machine(), "%d.%d" % sys.version_info[:2])')
+case "$venv $here" in
+".venv Linux x86_64 3.1"[0-3]) versions="locked by $lock" ;;
+".venv "*) versions="not locked except torch: $lock is for Linux x86_64 with Python 3.10 to 3.13, this is $here" ;;
+*) versions="the newest" ;;
+esac
+
+pip() { $venv/bin/python -m pip -qq --disable-pip-version-check "$@"; } # -qq: errors only
+# setuptools stays in the environment and builds what has no wheel, nanolab too; a build in isolation would download its newest.
+echo "setup: installing $torch ($why)"
+pip install --constraint $constraints torch "setuptools>=70.1"
+echo "setup: installing nanolab${extras:+ with what $extras needs}; versions: $versions"
+pip install --constraint $constraints --no-build-isolation -e ".${extras:+[$extras]}"
+case $versions in locked*) # what is left of an earlier set-up and nothing asks for any more: pip has not touched it
+    differ=$($venv/bin/python runs/lock_diff.py $constraints)
+    off=$(awk 'NF == 3 && $3 != "-" { print $1 "==" $3 }' <<<"$differ") others=$(awk '$3 == "-" { printf " %s", $1 }' <<<"$differ")
+    if [ -n "$off" ]; then pip install --no-build-isolation --no-deps $off; fi
+    if [ -n "$others" ]; then echo "setup: these are in .venv but not in $lock and stay:$others (rm -r .venv and set up again to be rid of them)"; fi
+    ;;
+esac
+printf '%s\n' "$want $extras" "versions: $versions" >$stamp
+echo "setup: done; python is $venv/bin/python, torch $($venv/bin/python -c 'import torch; print(torch.__version__)')"

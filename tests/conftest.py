@@ -76,7 +76,7 @@ def in_checkout(tmp_path_factory):
     One copy for all tests of a file; its folder is the function's `.path`, the base directory its `.base`.
     """
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".venv-newest", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md")
     path, base = shutil.copytree(root, folder / "nanolab", ignore=ignore), folder / "base"
 
     def run(text: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:

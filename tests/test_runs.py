@@ -13,8 +13,10 @@ import pytest
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >>"$CALLS"
 case "$*" in
-"-m venv --clear "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
 *torch.__version__*) echo 2.13.0+cpu ;;
+*platform.machine*) echo "${HERE:-Linux x86_64 3.11}" ;;
+*lock_diff*) if [ -n "${DIFFER:-}" ]; then echo "$DIFFER"; fi ;;
 esac
 """
 
@@ -30,7 +32,7 @@ def program(path: Path, text: str) -> Path:
 def setup(in_checkout, tmp_path):
     """A function (argument, **environment) -> (exit code, output, what Python was asked to do), in a tree without .venv."""
     python, calls = program(tmp_path / "python3", FAKE_PYTHON), tmp_path / "calls"
-    in_checkout("rm -rf .venv")
+    in_checkout("rm -rf .venv .venv-newest")
 
     def run(argument: str = "", **environment: str) -> tuple[int, str, list[str]]:
         calls.write_text("")
@@ -45,18 +47,61 @@ def installs(calls: list[str]) -> list[str]:
     return [call.split(" install ")[1] for call in calls if " install " in call]
 
 
-def test_setup_installs_the_pinned_torch_first(setup):
+def test_setup_installs_the_pinned_torch_first(setup, in_checkout):
     code, output, calls = setup(PATH=no_gpu_path())
     assert code == 0, output
-    assert installs(calls) == ["--constraint runs/constraints-cpu.txt torch", "--constraint runs/constraints-cpu.txt -e ."]
-    assert len(output.splitlines()) < 10
+    given = "--constraint .venv/constraints.txt"
+    assert installs(calls) == [f"{given} torch setuptools>=70.1", f"{given} --no-build-isolation -e ."]
+    assert constraints(in_checkout) == (in_checkout.path / "runs" / "lock.txt").read_text()
+    assert "installing torch==2.13.0" in output and len(output.splitlines()) < 10
 
 
-def test_setup_takes_the_registrys_torch_where_there_is_a_gpu(setup, tmp_path):
+def constraints(in_checkout) -> str:
+    return (in_checkout.path / ".venv" / "constraints.txt").read_text()
+
+
+@pytest.mark.fault("LOCK")
+def test_setup_gives_pip_one_version_of_every_requirement(setup, in_checkout):
+    code, output, calls = setup("test", PATH=no_gpu_path())
+    assert code == 0, output
+    for call in installs(calls):
+        file = in_checkout.path / re.search(r"--constraint (\S+)", call)[1]
+        for name in ("numpy", "tokenizers", "transformers", "lm-eval", "wandb", "pytest", "setuptools"):
+            assert re.search(rf"^{name}==\d", file.read_text(), re.M), f"{name} is free in: pip install {call}"
+
+
+def test_setup_takes_the_registrys_torch_where_there_is_a_gpu(setup, in_checkout, tmp_path):
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
-    code, output, calls = setup(PATH=f"{tmp_path}/bin:/usr/bin:/bin")
-    assert code == 0 and installs(calls) == ["torch", "-e ."]
-    assert "NVIDIA H100" in output
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    code, output, calls = setup("test", PATH=path)
+    assert code == 0 and [call.split()[2:] for call in installs(calls)] == [["torch", "setuptools>=70.1"], ["--no-build-isolation", "-e", ".[test,gpu]"]]
+    assert "NVIDIA H100" in output and "locked by runs/lock.txt" in output
+    lock = (in_checkout.path / "runs" / "lock.txt").read_text()
+    assert constraints(in_checkout) == re.sub("(?m)^torch==.*\n", "", lock) != lock
+    assert setup("test", PATH=path) == setup("gpu") == (0, "", [])
+
+
+@pytest.mark.parametrize("here", ["Darwin arm64 3.12", "Linux aarch64 3.11", "Linux x86_64 3.14"])
+def test_setup_says_where_nothing_is_locked(setup, here):
+    code, output, _ = setup(PATH=no_gpu_path(), HERE=here)
+    assert code == 0
+    assert [line for line in output.splitlines() if "not locked except torch" in line and f"this is {here}" in line]
+
+
+def test_setup_brings_leftovers_to_the_lock_and_names_the_others(setup):
+    code, output, calls = setup(PATH=no_gpu_path(), DIFFER="numpy 1.26.4 2.4.6\nipython 9.1 -\nrich 14.0 15.0.0")
+    assert code == 0 and installs(calls)[2:] == ["--no-build-isolation --no-deps numpy==2.4.6 rich==15.0.0"]
+    assert "in .venv but not in runs/lock.txt and stay: ipython (" in output
+
+
+def test_setup_newest_leaves_the_environment_alone(setup, in_checkout):
+    assert setup("test", PATH=no_gpu_path())[0] == 0
+    before = {path: path.read_bytes() for path in sorted((in_checkout.path / ".venv").rglob("*")) if path.is_file()}
+    code, output, calls = setup("--newest test", PATH=no_gpu_path())
+    assert code == 0 and "versions: the newest" in output, output
+    assert any(call == "-m venv --clear .venv-newest" for call in calls) and all("--constraint .venv-newest/" in call for call in installs(calls))
+    assert (in_checkout.path / ".venv-newest" / "constraints.txt").read_text() == "torch==2.13.0\n"
+    assert {path: path.read_bytes() for path in sorted((in_checkout.path / ".venv").rglob("*")) if path.is_file()} == before
 
 
 def test_setup_does_only_what_is_missing(setup, in_checkout):
@@ -66,9 +111,18 @@ def test_setup_does_only_what_is_missing(setup, in_checkout):
     assert setup("test") == setup() == (0, "", [])
     assert installs(setup("tasks", PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks]")
     assert setup("tasks") == setup("test") == setup() == (0, "", [])
+    assert installs(setup("plots test int8", PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks,plots,int8]")
     with open(in_checkout.path / "pyproject.toml", "a") as file:
         file.write("# another dependency\n")
-    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks]")  # what was asked for before stays
+    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks,plots,int8]")  # what was asked for before stays
+
+
+@pytest.mark.fault("LOCK")
+def test_setup_notices_another_lock(setup, in_checkout):
+    assert setup(PATH=no_gpu_path())[0] == 0
+    with open(in_checkout.path / "runs" / "lock.txt", "a") as file:
+        file.write("# another version\n")
+    assert len(installs(setup(PATH=no_gpu_path())[2])) == 2
 
 
 def test_setup_makes_a_broken_environment_anew(setup, in_checkout):
@@ -89,7 +143,7 @@ exec {sys.executable} -c "import sys; sys.version_info = (3, 8, 1); $2"
     code, output, _ = setup(PYTHON=str(bare))
     assert code == 1 and "apt-get install python3-venv" in output
     code, output, _ = setup("tests")
-    assert code == 2 and "expected nothing, test, tasks, hf, lm_eval or plots" in output
+    assert code == 2 and "expected nothing or some of: test int8 hf lm_eval plots tasks gpu" in output
     assert not (in_checkout.path / ".venv" / "nanolab-setup").exists()
 
 
@@ -118,6 +172,11 @@ def test_test_sh_hands_its_arguments_and_exit_code_on(in_checkout, tmp_path, com
     done = in_checkout(f"bash {command}", NANOLAB_PYTHON=str(python))
     assert f"asked: {arguments}\n" in done.stdout
     assert done.returncode == 3
+
+
+def test_test_sh_newest_installs_and_so_refuses_a_python_as_it_is(in_checkout):
+    done = in_checkout("bash runs/test.sh --newest")  # in_checkout sets NANOLAB_PYTHON
+    assert done.returncode == 2 and "--newest" in done.stderr and f"NANOLAB_PYTHON={sys.executable}" in done.stderr
 
 
 def test_gpu_sh_says_that_there_is_no_gpu(in_checkout):
