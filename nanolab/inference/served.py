@@ -5,6 +5,9 @@ once. What the default model does per layer in a dozen small operators is done i
 token it is their number that costs. Dims as in model/attention.py.
 """
 
+import logging
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,12 +56,26 @@ def served(model: GPT, *, int8: bool = False) -> GPT:
 WIDE = ("c_qkv", "c_q", "c_k", "c_v", "c_dq", "c_uq", "c_dkv", "c_proj", "c_fc", "c_gate_fc", "lm_head")  # not gates, nor what MLA absorbs
 
 
+# What torchao 0.18 logs when it is imported and int8 weights have no use for: two libraries of other formats for GPUs, a deprecated call.
+NOISE = re.compile(r"Failed to load \S+/_C_(mxfp8|cutlass_90a)\.\S+: Could not load this library|<enum 'KernelPreference'> is an Enum subclass")
+
+
 def quantize(model: GPT) -> None:
     """int8 weights for every matrix of the blocks and of the head, by torchao."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not NOISE.match(record.getMessage())
+
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for logger in loggers:
+        logger.addFilter(wanted)
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise UserError("int8 weights need torchao, which is not installed; expected it beside torch; try pip install torchao, or serve without --int8") from None
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] in WIDE)
 
 

@@ -1,6 +1,8 @@
 """A served model against the model it was made of."""
 
 import copy
+import logging
+import subprocess
 import sys
 
 import pytest
@@ -76,3 +78,29 @@ def test_without_torchao_int8_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match="pip install torchao"):
         served(build(VARIANTS["default"], torch.float32), int8=True)
+
+
+@pytest.mark.slow  # importing torchao takes seconds
+@pytest.mark.fault("P5")
+def test_int8_is_quiet():
+    pytest.importorskip("torchao")
+    code = f"from nanolab.config import GPTConfig; from nanolab.inference.served import served; from nanolab.model.gpt import GPT; served(GPT(GPTConfig(**{SMALL})).eval(), int8=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_other_warnings_of_torchao_are_heard(monkeypatch, tmp_path, caplog):
+    """A torchao that logs, when it is imported, the known lines and others."""
+    known = ["Failed to load /x/torchao/_C_mxfp8.cpython-310-x86_64-linux-gnu.so: Could not load this library: /x/torchao/_C_mxfp8.cpython-310-x86_64-linux-gnu.so"]
+    others = [known[0].replace("_C_mxfp8", "_C"), known[0].replace("Could not load this library", "undefined symbol"), "int8 is broken here"]
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text(f"import logging\nfor line in {known + others}:\n    logging.getLogger('torchao').warning(line)\n")
+    (tmp_path / "torchao" / "quantization.py").write_text("Int8WeightOnlyConfig = dict\ndef quantize_(*_, **__): pass\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    served(build(VARIANTS["default"], torch.float32), int8=True)
+    assert caplog.messages == others
+    logging.getLogger("torchao").warning(known[0])  # once imported, nothing is held back
+    assert caplog.messages == [*others, known[0]]
+    del sys.modules["torchao"], sys.modules["torchao.quantization"]  # monkeypatch puts the real ones back
