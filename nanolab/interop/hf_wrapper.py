@@ -18,6 +18,7 @@ from nanolab.inference.cache import KVCache
 from nanolab.model.gpt import GPT
 
 
+PAST = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)  # its name since transformers 5.24, and before
 SCALARS = {"lambdas", "backout", "smear", "normaliser", "qk_norm"}  # modules that compute with fp32 parameters in any dtype: these move in steps finer than bf16's
 
 
@@ -38,6 +39,7 @@ class GenerationCache(KVCache):
     """What `generate` asks of a cache. Rows lie without their padding, each at its own length; `columns` counts padding too."""
 
     is_compileable = is_croppable = False
+    is_linear = (False,)  # of its layers: linear attention, whose prompt transformers would not cut to the new tokens
     columns = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -82,11 +84,12 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, past_key_values: GenerationCache | None = None,
         labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        cache: GenerationCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
 
-        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return past_key_values,
-        which the next call continues; without it no cache is made. attention_mask: 0 at padding, before or behind each row's text; of a call
+        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return the cache, which the
+        next call continues; without it no cache is made. It may be given as cache or as past_key_values. attention_mask: 0 at padding, before or behind each row's text; of a call
         that continues, over all columns from the first on, and 1 in each new one.
         """
         for name, value in (("inputs_embeds", inputs_embeds is not None), ("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
@@ -96,7 +99,7 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids is missing; expected token ids of shape (rows, tokens); pass tokenizer(text, return_tensors='pt').input_ids")
         if (dtype := self.gpt.wte.weight.dtype) != self.gpt.compute_dtype:
             self.gpt.compute_dtype, self.gpt._kernels = dtype, {}
-        cache = past_key_values
+        cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:
             wide = dtype if input_ids.device.type != "cpu" or dtype == torch.float64 else torch.float32  # one query in bf16 takes a CPU ten times as long
             cache = self._new_cache(len(input_ids), wide, input_ids.device)
@@ -106,7 +109,7 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
             if logits.size(1) != labels.size(1):
                 raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{PAST: cache if use_cache else None})
         return out.to_tuple() if return_dict is False else out
 
     def _new_cache(self, rows: int, dtype: torch.dtype, device: torch.device) -> GenerationCache:
@@ -148,12 +151,13 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: GenerationCache | None = None, attention_mask: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int = 0, **kwargs,
+        logits_to_keep: int = 0, cache: GenerationCache | None = None, **kwargs,
     ) -> dict[str, Any]:  # fmt: skip
-        """The tokens that the cache has not read, or all where there is none."""
-        if past_key_values is not None and past_key_values.columns < input_ids.size(1):
-            input_ids = input_ids[:, past_key_values.columns :]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        """The tokens that the cache has not read, or all where there is none. The cache keeps the name that it came under."""
+        name, past = ("past_key_values", past_key_values) if cache is None else ("cache", cache)
+        if past is not None and past.columns < input_ids.size(1):
+            input_ids = input_ids[:, past.columns :]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, name: past, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
 
     def _prepare_generated_length(self, generation_config, **facts):
         """Texts stop where the model's rows end, as in nanolab; a prompt that fills a row is refused."""

@@ -158,6 +158,33 @@ def test_beam_search_reorders_the_cache(model, idx):
 
 
 @torch.no_grad()
+@pytest.mark.fault("L1")
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_reads_each_token_once(model, idx, beams):
+    """The first call reads the prompt; each later one reads one token of each row, whatever transformers calls the cache."""
+    read = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].size(1)), with_kwargs=True)
+    try:
+        model.generate(idx[:1, :4], attention_mask=torch.ones(1, 4), max_new_tokens=5, num_beams=beams, **PLAIN)
+    finally:
+        hook.remove()
+    assert read == [4, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.fault("L1")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_two_names(model, idx, name):
+    """In `forward` and in `prepare_inputs_for_generation`, which passes on the name that came."""
+    cache = model(idx[:, :7], use_cache=True).past_key_values
+    inputs = model.prepare_inputs_for_generation(idx[:, :9], use_cache=True, **{name: cache})
+    assert inputs[name] is cache and inputs["input_ids"].tolist() == idx[:, 7:9].tolist() and not {"cache", "past_key_values"} - {name} & inputs.keys()
+    out = model(**inputs)
+    assert out.past_key_values is cache and cache.columns == 9
+    torch.testing.assert_close(out.logits, model(idx[:, :9]).logits[:, 7:], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_text_stops_where_the_rows_end(model, native, idx):
     """As in the Engine; a longer one of the batch stops the others."""
     ids, mask = left_padded([idx[0, :5], idx[1, :20]])

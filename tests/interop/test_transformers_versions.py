@@ -1,0 +1,123 @@
+"""Exports under the versions of transformers that people have, each installed beside the locked one for one subprocess."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from nanolab.config import GPTConfig
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.interop import export
+from nanolab.model.gpt import GPT
+
+pytestmark = pytest.mark.slow
+VERSIONS = ["4.57.6", "5.20.0", "5.22.0", "5.23.0", pytest.param("5.24.0", marks=pytest.mark.fault("L1"))]  # the oldest that an export names; 5.24 renamed the cache
+CONFIG = GPTConfig(sequence_len=32, vocab_size=285, n_layer=2, n_head=2, n_embd=32)
+TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
+PROMPT = [[250, 5, 17, 99]]
+
+# What a reader of the folder does, with transformers alone: tokens that `forward` read, and the text.
+READ = """
+import json, sys, torch, transformers
+sys.modules["nanolab"] = None
+folder, prompt = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+plain = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+read = []
+model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+said = {"version": transformers.__version__, "vocabulary": [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(model.config.vocab_size)]}
+for name, how in {"greedy": {}, "beams": {"num_beams": 3}, "no cache": {"use_cache": False}, "beams, no cache": {"num_beams": 3, "use_cache": False}}.items():
+    read.clear()
+    said[name] = {"text": model.generate(prompt, **plain | how)[0].tolist(), "read": list(read)}
+first = model.generate(prompt, return_dict_in_generate=True, **plain)
+both = torch.cat([first.sequences, prompt], dim=1)
+past = {name: first[name] for name in ("cache", "past_key_values") if name in first.keys()}
+read.clear()
+try:
+    again = model.generate(both, **plain | {"attention_mask": torch.ones_like(both)}, **past)
+    said["second turn"] = {"text": again[0].tolist(), "read": list(read)}
+except ValueError as error:
+    said["second turn"] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 285)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model, g = GPT(CONFIG).eval(), torch.Generator().manual_seed(0)
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export.write(folder, model, tokenizer, "base")
+    return folder
+
+
+def pip(folder: Path, *packages: str) -> None:
+    """Install into `folder`, and nothing else; a registry that cannot be reached skips the test."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1", "--timeout", "30", "--target", str(folder), *packages]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode and re.search("from versions: none|connection|timed out", done.stderr, re.IGNORECASE):
+        pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+
+
+def install(version: str, folder: Path) -> None:
+    """transformers in that version, and what it asks for in versions that are not installed."""
+    if importlib.metadata.version("transformers") == version:
+        return
+    pip(folder, f"transformers=={version}")
+    asked = [Requirement(line) for line in next(iter(importlib.metadata.distributions(name="transformers", path=[str(folder)]))).requires]
+    pinned = [r for r in asked if (r.marker is None or r.marker.evaluate({"extra": ""})) and not r.specifier.contains(importlib.metadata.version(r.name))]
+    if pinned:
+        pip(folder, *map(str, pinned))
+
+
+@torch.no_grad()
+def greedy(model: GPT, ids: list[int], n: int) -> list[int]:
+    for _ in range(n):
+        ids = [*ids, model(torch.tensor([ids]))[0, -1].argmax().item()]
+    return ids
+
+
+@pytest.fixture
+def beside():
+    """A folder for packages, deleted at once: a version has 120 MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_generation_reads_each_token_once(version, beside, folder, model, tokenizer, tmp_path):
+    """Also with beams and in a second turn; the text is the one without a cache, and the native model's."""
+    install(version, beside)
+    env = os.environ | {"PYTHONPATH": str(beside), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ, str(folder), json.dumps(PROMPT)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["version"] == version
+    assert said["greedy"]["read"] == said["beams"]["read"] == [4, 1, 1, 1, 1] and said["no cache"]["read"] == [4, 5, 6, 7, 8]
+    assert said["greedy"]["text"] == said["no cache"]["text"] == greedy(model, PROMPT[0], 5)
+    assert said["beams"]["text"] == said["beams, no cache"]["text"]
+    assert said["second turn"] == {"text": greedy(model, said["greedy"]["text"] + PROMPT[0], 5), "read": [5, 1, 1, 1, 1]}  # the last token of a text is not read
+    assert said["vocabulary"] == [tokenizer.decode([i]) for i in range(285)]
