@@ -1,12 +1,14 @@
 """Fine-tune a model on conversations: python -m scripts.chat_sft --model NAME --tasks MIXTURE (see --help for every flag)."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nanolab.config import SFTConfig, UserError, main, parse, to_json
 
 EVAL_TOKENS = {"cuda": 40 * 524288}  # held out, of conversations and of text, by device; elsewhere:
 EVAL_TOKENS_ELSEWHERE = 65536
+BEFORE_VERSIONS = {"jsonl": 1}  # of the tasks, in a run whose checkpoints do not name them
 
 
 class Part(NamedTuple):
@@ -40,7 +42,7 @@ def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.training import finetune
 
     origin = finetune.Origin.found(found)
-    parts, plan, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt)
+    parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt)
     for line in describe(cfg, name, origin, parts, plan, rt):
         print0(line)
     print0("dry run: nothing was trained")
@@ -68,16 +70,19 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
         record.close()
         return 0
+    versions: dict[str, int] = {}
     if record.resume_from:
-        origin = finetune.Origin.of(load_meta(record.resume_from))
+        meta = load_meta(record.resume_from)
+        origin, versions = finetune.Origin.of(meta), meta.get("task_versions", BEFORE_VERSIONS)
         model = GPT(origin.model, rt.dtype).to(rt.device)  # fit loads its weights
     else:
         found = found or find_model(cfg.model, kind="base")
         origin = finetune.Origin.found(found)
         model, _, _ = load_model(found, rt)
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
-    parts, plan, text = prepare(cfg, origin, tokenizer, rt)
+    parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, versions)
     record.identify(
+        task_versions=versions,
         origin=origin.facts(), stages=[to_json(part.stage) for part in parts], conversations=[part.batches.survey.fingerprint for part in parts],
         **({"data_fingerprint": text.fingerprint, "val_fingerprint": text.val_fingerprint} if text else {}),
     )  # fmt: skip
@@ -90,7 +95,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
     step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
     batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt)
-    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt)
+    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt, versions)
     try:
         fit(
             record, model, optimizer, batches, plan,
@@ -112,8 +117,11 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     return 0
 
 
-def prepare(cfg: SFTConfig, origin, tokenizer, rt):
-    """(a Part for each stage, the plan, the pretraining text or None): all that is known before the first step."""
+def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] = {}):
+    """(a Part for each stage, the plan, the pretraining text or None, the tasks' versions): all that is known before the first step.
+
+    versions: of a run that goes on, those that it began with.
+    """
     from nanolab.data.conversations import ConversationBatches, Reader, check_share, survey
     from nanolab.data.packing import PackedBatches
     from nanolab.training import finetune
@@ -124,16 +132,18 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt):
     replayed = [check_share(stage.replay) > 0 for stage in stages]
     text = open_text(cfg, origin) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
     replay = PackedBatches(text.train, tokenizer, seq_len=shape.seq_len, device_batch_size=1, rows_per_step=shape.rows_per_step) if any(replayed) else None
-    parts = []
+    parts, began = [], {}
     for stage, with_text in zip(stages, replayed):
-        reader = Reader(mixture(stage.tasks, "train", cfg.data, seed=cfg.seed), tokenizer, shape.seq_len + 1, cfg.long)
+        chats = mixture(stage.tasks, "train", cfg.data, seed=cfg.seed, versions=versions)
+        began |= {task.name: task.version for task in chats.tasks}
+        reader = Reader(chats, tokenizer, shape.seq_len + 1, cfg.long)
         batches = ConversationBatches(
             reader, survey(reader, rt), device_batch_size=shape.device_batch_size, rows_per_step=shape.rows_per_step, rank=rt.rank, world_size=rt.world_size,
             seed=cfg.seed, epochs=None if stage.num_iterations > 0 else stage.epochs, replay=replay if with_text else None, share=stage.replay,
         )  # fmt: skip
         steps = stage.num_iterations if stage.num_iterations > 0 else -(-batches.rows_in(stage.epochs) // shape.rows_per_step)
         parts.append(Part(stage, steps, batches))
-    return parts, finetune.make_plan(cfg, origin, shape, [(part.stage, part.steps) for part in parts]), text
+    return parts, finetune.make_plan(cfg, origin, shape, [(part.stage, part.steps) for part in parts]), text, began
 
 
 def open_text(cfg: SFTConfig, origin):
@@ -150,7 +160,8 @@ def open_text(cfg: SFTConfig, origin):
 class Judge:
     """What is measured on the way, and when."""
 
-    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt) -> None:
+    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt, versions: Mapping[str, int]) -> None:
+        self.versions = versions
         self.cfg, self.parts, self.plan, self.model, self.tokenizer, self.text, self.rt = cfg, parts, plan, model, tokenizer, text, rt
         self.limit = cfg.eval_tokens if cfg.eval_tokens > 0 else EVAL_TOKENS.get(rt.device.type, EVAL_TOKENS_ELSEWHERE)
         self.loss_steps, self.chatcore_steps = (self.due(every) for every in (cfg.eval_every, cfg.chatcore_every))
@@ -190,7 +201,7 @@ class Judge:
         cfg, T, size = self.cfg, self.plan.seq_len, self.plan.device_batch_size
         if not self.rows:
             for part in self.parts:
-                held_out = mixture(part.stage.tasks, "test", cfg.data, seed=cfg.seed)
+                held_out = mixture(part.stage.tasks, "test", cfg.data, seed=cfg.seed, versions=self.versions)
                 self.rows.append(held_out_rows(Reader(held_out, self.tokenizer, T + 1), self.limit))
             if cfg.eval_text:
                 self.rows.append(validation_rows(self.text.val, self.tokenizer, T, self.limit)[:2])
@@ -205,7 +216,7 @@ class Judge:
 
 
 def counted(parts: list[Part], plan) -> list[str]:
-    """What becomes of the conversations, two lines per stage."""
+    """What becomes of the conversations, two lines per stage, and one for each thing that their files say of it."""
     lines = []
     for stage, steps, batches in parts:
         about = batches.survey
@@ -214,6 +225,11 @@ def counted(parts: list[Part], plan) -> list[str]:
             f"{stage.name:<15} {about.n_kept:,} conversations of {stage.tasks}: {about.n_tokens:,} tokens, {about.n_supervised / about.n_tokens:.0%} of them trained on; "
             f"{about.n_cropped:,} cropped after a whole turn, {left_out}; the longest had {about.longest:,} tokens"
         )
+        if about.n_masked:
+            silent = f"; {about.n_silent:,} conversations left out, no turn of theirs is" if about.n_silent else ""
+            lines.append(f"{'':<15} {about.n_masked:,} of {about.n_turns:,} assistant turns are not trained on, as the file says{silent}")
+        if about.n_disobeyed:
+            lines.append(f"{'':<15} {about.n_disobeyed:,} turns of users and system are marked to be trained on, which only assistant turns are")
         text = f", {stage.replay:.0%} of all rows are text" if stage.replay else ""
         lines.append(
             f"{'':<15} an epoch is {batches.conversation_rows(1):,} rows of {batches.T} tokens ({batches.padding(1):.1%} padding){text}; {steps:,} steps are "
@@ -237,6 +253,7 @@ def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> 
         f"run             {name}: {origin.name}, depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, trained on rows of {m.sequence_len}",
         f"device          {plan.world_size} x {rt.device_name}, {rt.dtype_name}",
         *counted(parts, plan),
+        *dict.fromkeys(f"{'':<15} {note}" for part in parts for note in part.batches.reader.conversations.notes),
         f"horizon         {plan.num_iterations:,} steps = {plan.tokens:,} tokens",
         f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {plan.seq_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
         f"rates           {plan.recipe}: {law} x {fracs}, constant, then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}; {begins}{clip}",

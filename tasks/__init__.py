@@ -6,6 +6,7 @@ A colon or an at sign may also be part of a file's name.
 """
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -42,8 +43,8 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42) -> Task:
-    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at most.
+def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Task:
+    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at most. versions: other than the newest.
 
     Raises UserError for a spec, split or folder that is not there, and for malformed data.
     """
@@ -53,7 +54,7 @@ def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42
     name, _, argument = spec.strip().partition("=")
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; expected one of {', '.join(TASKS)}{nearest(name, list(TASKS))}")
-    return TASKS[name](name, split, data, limit, seed, argument)
+    return TASKS[name](name, split, data, limit, seed, argument, versions.get(name, 0))
 
 
 def _counted(spec: str) -> tuple[str, int]:
@@ -91,6 +92,7 @@ class Mixture:
     def __init__(self, tasks: list[tuple[Task, float]], seed: int = 42) -> None:
         """Raises UserError when nothing is in it."""
         self.tasks = [task for task, _ in tasks]
+        self.notes = list(dict.fromkeys(note for task in self.tasks for note in task.notes))
         self.counts = [round(weight * len(task)) for task, weight in tasks]
         if not sum(self.counts):
             raise UserError("the mixture holds no examples; expected at least one; raise a weight or a count")
@@ -109,6 +111,6 @@ class Mixture:
         return self.tasks[t].example(int(place - self.ends[t] + self.counts[t]) % len(self.tasks[t]))
 
 
-def mixture(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42) -> Mixture:
+def mixture(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Mixture:
     """The mixture that `spec` names; limit: examples at most of each task. Raises UserError as `build` does."""
-    return Mixture([(build(name, split, data, limit, seed), weight) for name, weight in parse_mixture(spec)], seed)
+    return Mixture([(build(name, split, data, limit, seed, versions), weight) for name, weight in parse_mixture(spec)], seed)

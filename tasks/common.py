@@ -35,18 +35,26 @@ class Task:
     kind = "chat"
     baseline = 0.0
     version = 1
+    former: tuple[int, ...] = ()  # earlier versions that it can still make, for a run that began with one
     splits: tuple[str, ...] = ("train", "test")
     argument_is = ""  # what may follow "=" in a spec; ends with "?" where it may be left out; empty: nothing
 
-    def __init__(self, name: str, split: str = "train", data: str = "", limit: int = -1, seed: int = 42, argument: str = "") -> None:
-        """limit: how many examples at most (of a generated task: how many), -1 for its own number. Raises UserError."""
+    def __init__(self, name: str, split: str = "train", data: str = "", limit: int = -1, seed: int = 42, argument: str = "", version: int = 0) -> None:
+        """limit: how many examples at most (of a generated task: how many), -1 for its own number. version: 0 for the newest. Raises UserError."""
         if split not in self.splits:
             raise UserError(f"task {name} has no split {split!r}; expected one of {', '.join(self.splits)}{nearest(split, list(self.splits))}")
         if argument and not self.argument_is:
             raise UserError(f"task {name}={argument}: {name} takes nothing after '='; type {name}")
         if not argument and self.argument_is and not self.argument_is.endswith("?"):
             raise UserError(f"task {name} names no file; expected {name}={self.argument_is}")
+        if version and version not in (self.version, *self.former):
+            raise UserError(
+                f"task {name} has version {self.version} here, and version {version} was asked for; expected the nanolab that made it; use that one, or start a new --run",
+                "task-version", task=name, version=version,
+            )  # fmt: skip
+        self.version = version or self.version
         self.name, self.split, self.data, self.limit, self.seed, self.argument = name, split, data, limit, seed, argument
+        self.notes: list[str] = []  # what a reader of a plan should know of its data, a line each
         self.examples: Sequence[Example] = self.open()
 
     def open(self) -> Sequence[Example]:

@@ -6,14 +6,15 @@ A conversation is a list of messages: at most one system message, first; then us
 
     bos [system text] (user_start text user_end assistant_start parts assistant_end)*
 
-Trained on (mask 1): the assistant's text, its tool calls with both marks, and assistant_end. Ordinary text never yields a
-special id, whatever it looks like. A prompt ends with assistant_start, or inside the assistant's turn: with the output that
+Trained on (mask 1): the assistant's text, its tool calls with both marks, and assistant_end; nothing of an assistant's message
+with "weight": 0. Ordinary text never yields a special id, whatever it looks like. A prompt ends with assistant_start, or inside the assistant's turn: with the output that
 somebody else's tool has given to its call. Imports no torch.
 """
 
 import gzip
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
@@ -21,7 +22,7 @@ from nanolab.config import UserError, nearest
 from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.data.tokenizer import Tokenizer
 
-Message = dict[str, Any]  # {"role": str, "content": str or list of Part}
+Message = dict[str, Any]  # {"role": str, "content": str or list of Part}; with "weight": 0 where an assistant's is not trained on
 Part = dict[str, str]  # {"type": str, "text": str}
 
 
@@ -43,6 +44,15 @@ ROLE_NAMES = {
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
 }  # fmt: skip
+
+# Fields by which files say whether a turn is trained on: of a message, or beside the messages (a list, or one value for all of them).
+WEIGHTS = ("weight", "train", "trainable", "loss", "loss_mask")
+LISTS = (*WEIGHTS, "weights")
+# Fields beside the messages that would change what is learned, and that fine-tuning does not read. `label` only where it is not text: true, 0.
+OTHER_TRAINING = ("label", "chosen", "rejected", "rejected_response", "rejected_messages", "mask", "masks", "assistant_masks")
+READ = ("messages", "conversations", "system")
+EMPTY = (None, "", [], {})
+SHOWN = 5  # lines of a kind that an error names
 
 # The template above in Jinja, as `transformers` reads it from tokenizer_config.json.
 CHAT_TEMPLATE = """
@@ -140,12 +150,13 @@ def _pieces(tokenizer: Tokenizer, message: Message) -> Iterator[tuple[list[int],
     elif role == "user":
         yield [special("<|user_start|>"), *tokenizer.encode(content), special("<|user_end|>")], 0
     else:
+        weight = message.get("weight", 1)
         yield [special("<|assistant_start|>")], 0
         for part in parts_of(content):
             start, end, trained = PARTS[part["type"]]
             ids = tokenizer.encode(part["text"])
-            yield ([special(start), *ids, special(end)] if start else ids), trained
-        yield [special("<|assistant_end|>")], 1
+            yield ([special(start), *ids, special(end)] if start else ids), trained * weight
+        yield [special("<|assistant_end|>")], weight
 
 
 def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Part]:
@@ -180,20 +191,20 @@ def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None
     """
     at = f"{where}: " if where else ""
     if not isinstance(messages, list) or not messages:
-        raise UserError(f"{at}{_shape(messages)} in place of messages; expected a list with at least a user's and an assistant's; mend or delete it")
+        raise UserError(f"{at}{_shape(messages)} in place of messages; expected a list with at least a user's and an assistant's; mend or delete it", "no-messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{at}message {i + 1} is {_shape(message)}; expected an object with the fields role and content; mend or delete it")
+            raise UserError(f"{at}message {i + 1} is {_shape(message)}; expected an object with the fields role and content; mend or delete it", "not-a-message")
         role, expected = message["role"], _expected(messages, i)
         if role not in ROLES:
-            raise UserError(f"{at}message {i + 1} has the role {role!r}; expected one of {', '.join(ROLES)}{nearest(str(role), list(ROLES))}")
+            raise UserError(f"{at}message {i + 1} has the role {role!r}; expected one of {', '.join(ROLES)}{nearest(str(role), list(ROLES))}", "unknown-role", role=role)
         if role not in expected:
-            raise UserError(f"{at}message {i + 1} is {role}'s; expected {' or '.join(expected)}: user and assistant take turns; mend the order")
+            raise UserError(f"{at}message {i + 1} is {role}'s; expected {' or '.join(expected)}: user and assistant take turns; mend the order", "turn-order")
         _check_content(role, message["content"], f"{at}message {i + 1} ({role}'s)")
     if prompt and messages[-1]["role"] != "user" and not awaits_more(messages[-1]):
-        raise UserError(f"{at}the last message is {messages[-1]['role']}'s; expected a user's, which the model is to answer; add one")
+        raise UserError(f"{at}the last message is {messages[-1]['role']}'s; expected a user's, which the model is to answer; add one", "no-question")
     if not prompt and all(message["role"] != "assistant" for message in messages):
-        raise UserError(f"{at}no assistant turn among {len(messages)} messages; expected one to train on; add it or delete the conversation")
+        raise UserError(f"{at}no assistant turn among {len(messages)} messages; expected one to train on; add it or delete the conversation", "no-assistant-turn")
 
 
 def _expected(messages: list[Message], i: int) -> tuple[str, ...]:
@@ -206,17 +217,17 @@ def _check_content(role: str, content: Any, at: str) -> None:
     if isinstance(content, list) and role == "assistant":
         for j, part in enumerate(content):
             if not isinstance(part, dict) or part.keys() != {"type", "text"} or not all(isinstance(v, str) for v in part.values()):
-                raise UserError(f"{at}: part {j + 1} is {_shape(part)}; expected an object with the fields type and text, both text; mend it")
+                raise UserError(f"{at}: part {j + 1} is {_shape(part)}; expected an object with the fields type and text, both text; mend it", "not-a-part")
             if part["type"] not in PARTS:
                 hint = nearest(part["type"], list(PARTS))
-                raise UserError(f"{at}: part {j + 1} has the type {part['type']!r}; expected one of {', '.join(PARTS)}{hint}")
+                raise UserError(f"{at}: part {j + 1} has the type {part['type']!r}; expected one of {', '.join(PARTS)}{hint}", "unknown-part", part=part["type"])
             if part["type"] == "python_output" and (j == 0 or content[j - 1]["type"] != "python"):
-                raise UserError(f"{at}: part {j + 1} is python_output; expected a python part before it, whose output it is; mend the order")
+                raise UserError(f"{at}: part {j + 1} is python_output; expected a python part before it, whose output it is; mend the order", "part-order")
     elif not isinstance(content, str):
         allowed = "text or a list of parts" if role == "assistant" else "text"
-        raise UserError(f"{at} has {_shape(content)} as content; expected {allowed}; mend or delete it")
+        raise UserError(f"{at} has {_shape(content)} as content; expected {allowed}; mend or delete it", "not-text")
     if not any(part["text"].strip() for part in parts_of(content)):
-        raise UserError(f"{at} is empty; expected text; fill it or delete the conversation")
+        raise UserError(f"{at} is empty; expected text; fill it or delete the conversation", "empty-message")
 
 
 def _shape(value: Any) -> str:
@@ -232,7 +243,7 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
     """("file:line", value) of each line that is not blank, of a .jsonl or .jsonl.gz file. Raises UserError naming the line."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"{path} is not a file; expected JSON lines; check the path")
+        raise UserError(f"{path} is not a file; expected JSON lines; check the path", "no-file", file=str(path))
     n = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -245,52 +256,135 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
         raise
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
         expected = "expected one JSON value per line, in UTF-8"
-        raise UserError(f"{path}:{n}: not JSON ({error}); {expected}; mend or delete the line (of one large array: jq -c '.[]' IN > OUT)") from None
+        raise UserError(f"{path}:{n}: not JSON ({error}); {expected}; mend or delete the line (of one large array: jq -c '.[]' IN > OUT)", "not-json", file=str(path), line=n) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); expected one; copy or download it again") from None
 
 
-def read_conversations(path: Path | str) -> list[list[Message]]:
+def read_conversations(path: Path | str, unread: Counter[str] | None = None) -> list[list[Message]]:
     """The conversations of a JSONL file, each line one: an array of messages, ShareGPT's or OpenAI's object. All are checked.
 
     ShareGPT: {"conversations": [{"from": "human", "value": ...}, ...]}; OpenAI: {"messages": [{"role": ..., "content": ...}, ...]}.
-    A field "system" of such an object is the system message; other fields beside the list are left out.
-    Raises UserError naming file and line for anything that is not a conversation, and for a file without any.
+    A field "system" of such an object is the system message. A turn that the file marks as one not to learn (a field of WEIGHTS that is 0 or
+    false, of the message or in a list beside the messages) has "weight": 0; a system's or user's message that it marks as one to learn has
+    "weight": 1, which nothing obeys. Other fields beside the list are left out; `unread` counts them by name.
+    Raises UserError naming file and line for anything that is not a conversation, all of them at once, and for a file without any.
     """
-    found = []
-    for where, value in read_jsonl(path):
-        messages = _messages(value, where)
-        check_messages(messages, where)
-        found.append(messages)
+    found, bad = [], []
+    try:
+        for where, value in read_jsonl(path):
+            try:
+                messages = _messages(value, where)
+                check_messages(messages, where)
+                found.append(messages)
+                if unread is not None and isinstance(value, dict):
+                    unread.update(key for key in value if key not in (*READ, *LISTS) and value[key] not in EMPTY)
+            except UserError as error:
+                bad.append((where, error))
+    except UserError as error:  # the rest of the file cannot be read
+        if not bad:
+            raise
+        bad.append((f"{path}:{error.values.get('line', '')}", error))
+    if bad:
+        raise _refused(str(path), bad, len(found))
     if not found:
-        raise UserError(f"{path} holds no conversation; expected at least one, as a JSON array of messages on a line; check the path")
+        raise UserError(f"{path} holds no conversation; expected at least one, as a JSON array of messages on a line; check the path", "no-conversations", file=str(path))
     return found
 
 
+def _refused(path: str, bad: list[tuple[str, UserError]], n_good: int) -> UserError:
+    """The one error of a file's bad lines: the error itself of a single one, else how many there are of each kind and the first of them."""
+    kinds: dict[tuple, list[tuple[int, UserError]]] = {}
+    for where, error in bad:
+        kinds.setdefault((error.code, *map(repr, error.values.items())) if error.code != "not-json" else (error.code,), []).append((int(where.rpartition(":")[2] or 0), error))
+    by_code: dict[str, list[int]] = {}
+    for (code, *_), errors in kinds.items():
+        by_code.setdefault(code, []).extend(line for line, _ in errors)
+    values = {"file": path, "bad": len(bad), "reasons": {code: len(lines) for code, lines in by_code.items()}, "lines": by_code}
+    if len(bad) == 1:
+        (line, error), = kinds.popitem()[1]
+        return UserError(str(error), error.code, **{**error.values, **values, "line": line})
+    lines = [f"{path}: {len(bad)} of {len(bad) + n_good} lines are no conversations that can be read; expected none; correct or delete them"]
+    for (code, *_), errors in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
+        first = ", ".join(str(line) for line, _ in errors[:SHOWN]) + (", ..." if len(errors) > SHOWN else "")
+        lines.append(f"  {len(errors):,} {code}, line{'s' if len(errors) > 1 else ''} {first}: {str(errors[0][1]).partition(f':{errors[0][0]}: ')[2] or errors[0][1]}")
+    common = {key: value for key, value in bad[0][1].values.items() if all(error.values.get(key) == value for _, error in bad)}
+    return UserError("\n".join(lines), bad[0][1].code if len(by_code) == 1 else "bad-conversations", **{**common, **values})
+
+
 def _messages(value: Any, where: str) -> Any:
-    system = []
+    system: list[Message] = []
+    marks: list[dict[str, Any]] = []
     if isinstance(value, dict):
-        lists = [key for key in ("messages", "conversations") if key in value]
-        if len(lists) != 1:
+        names = [key for key in ("messages", "conversations") if key in value]
+        if len(names) != 1:
             expected = "expected an array of messages, or an object with one of the fields messages and conversations"
-            raise UserError(f"{where}: {_shape(value)}; {expected}; rename the field that holds them")
+            raise UserError(f"{where}: {_shape(value)}; {expected}; rename the field that holds them", "no-messages-field")
+        for key in OTHER_TRAINING:
+            if (mark := value.get(key)) not in EMPTY and not (key == "label" and isinstance(mark, (str, list, dict))):
+                raise UserError(
+                    f"{where}: field {key!r} beside the messages; fine-tuning cannot obey it and would learn every turn; delete the conversation, or the field where it changes nothing",
+                    "field-not-read", field=key,
+                )  # fmt: skip
         system = [{"role": "system", "content": value["system"]}] if value.get("system") else []
-        value = value[lists[0]]
+        beside, value = value, value[names[0]]
+        marks = _beside(beside, value, where) if isinstance(value, list) else []
     if not isinstance(value, list):
         return value
-    return system + [_message(message, f"{where}: message {i + 1}") for i, message in enumerate(value)]
+    return system + [_message(message, f"{where}: message {i + 1}", marks[i] if marks else {}) for i, message in enumerate(value)]
 
 
-def _message(message: Any, at: str) -> Any:
-    """One message of a file in our form. A field that we would have to ignore is an error: it may hold a tool call."""
+def _beside(fields: dict[str, Any], messages: list[Any], where: str) -> list[dict[str, Any]]:
+    """What the fields beside the messages say of each: from a list with an entry for each message or for each assistant's, or from one value for all."""
+    found: list[dict[str, Any]] = [{} for _ in messages]
+    answers = [i for i, message in enumerate(messages) if isinstance(message, dict) and ROLE_NAMES.get(str(message.get("role", message.get("from")))) == "assistant"]
+    for key in LISTS:
+        if (given := fields.get(key)) in EMPTY:
+            continue
+        if not isinstance(given, list):
+            if _weight(given, f"{where}: field {key!r} beside the messages", key) == 0:
+                given = [0] * len(answers)
+            else:
+                continue  # 1: as without it
+        places = range(len(messages)) if len(given) == len(messages) else answers
+        if len(given) != len(places):
+            raise UserError(
+                f"{where}: field {key!r} beside the messages has {len(given)} entries; expected {len(messages)}, one for each message, or {len(answers)}, one for each of the "
+                f"assistant's; give as many", "turn-weights", field=key, entries=len(given), messages=len(messages), assistants=len(answers),
+            )  # fmt: skip
+        for i, entry in zip(places, given):
+            found[i][f"{key} beside the messages"] = entry
+    return found
+
+
+def _weight(value: Any, at: str, field: str) -> int:
+    """Whether to learn: 0 or 1."""
+    if type(value) not in (bool, int, float) or value not in (0, 1):
+        seen, expected = f"{at} is {json.dumps(value)}", "expected 0 or false for what is not to be learned, or 1 or true"
+        raise UserError(f"{seen}; {expected}; write one of them or delete the field", "turn-weight", field=field.partition(" ")[0], value=value)
+    return int(value)
+
+
+def _message(message: Any, at: str, beside: dict[str, Any]) -> Any:
+    """One message of a file in our form. A field that we would have to ignore is an error: it may hold a tool call. beside: marks from outside."""
     if not isinstance(message, dict):
         return message
     role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
-    extra = [key for key, value in message.items() if key not in (role_key, content_key) and value]
+    extra = [key for key, value in message.items() if key not in (role_key, content_key, *WEIGHTS) and value not in EMPTY]
     if extra:
-        raise UserError(f"{at} has the field {extra[0]!r}; expected only {role_key} and {content_key}; delete the field or the conversation")
+        raise UserError(
+            f"{at} has the field {extra[0]!r}; expected only {role_key} and {content_key}; delete the conversation, or the field where it changes nothing",
+            "field-not-read", field=extra[0],
+        )  # fmt: skip
+    marks = {key: message[key] for key in WEIGHTS if key in message} | beside
+    weights = {key: _weight(value, f"{at}: field {key!r}", key) for key, value in marks.items() if value not in EMPTY}
+    if len(set(weights.values())) > 1:
+        seen = " and ".join(f"{key} {weight}" for key, weight in weights.items())
+        raise UserError(f"{at} has {seen}; expected them to agree on whether it is learned; delete one", "turn-weights-differ", fields=[key.partition(" ")[0] for key in weights])
     if role_key not in message or content_key not in message:
         return message
     role, content = ROLE_NAMES.get(str(message[role_key]), message[role_key]), message[content_key]
     plain = isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
-    return {"role": role, "content": text_of(content) if plain and role != "assistant" else content}
+    weight = next(iter(weights.values()), None)
+    unusual = weight is not None and weight != (role == "assistant")  # other than what is done without a mark
+    return {"role": role, "content": text_of(content) if plain and role != "assistant" else content, **({"weight": weight} if unusual else {})}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nanolab.config import UserError, nearest
-from nanolab.data.chat import Rendered, render
+from nanolab.data.chat import Message, Rendered, render
 from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime, progress
@@ -73,9 +73,14 @@ class Reader:
 
     def read(self, i: int) -> tuple[Rendered, int]:
         """(what is kept of conversation i, perhaps nothing; the tokens it had)."""
-        rendered = render(self.tokenizer, self.conversations.example(i).messages)
+        return self.fit(self.conversations.example(i).messages)
+
+    def fit(self, messages: Sequence[Message]) -> tuple[Rendered, int]:
+        """The same of these messages. Nothing is kept where no turn would be trained on."""
+        rendered = render(self.tokenizer, messages)
         n = len(rendered.ids)
-        return (rendered if n <= self.room else LONG[self.long](rendered, self.room, self.end)), n
+        kept = rendered if n <= self.room else LONG[self.long](rendered, self.room, self.end)
+        return (kept if any(kept.mask) else Rendered([], [])), n
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,10 @@ class Survey:
     longest: int  # tokens, before cropping
     room: int  # T + 1
     fingerprint: str  # of every token and its mask
+    n_turns: int = 0  # the assistant's, of all conversations, before cropping
+    n_masked: int = 0  # of these, marked as not to be trained on
+    n_silent: int = 0  # conversations left out because every turn that fits a row is marked so
+    n_disobeyed: int = 0  # users' and system's turns marked as to be trained on, which they are not
 
     @property
     def n_kept(self) -> int:
@@ -103,14 +112,19 @@ def survey(reader: Reader, runtime: Runtime) -> Survey:
     """
     n = len(reader)
     mine = range(runtime.rank, n, runtime.world_size)
-    found = np.zeros((len(mine), 4), dtype=np.int64)  # tokens before and after, those trained on, checksum
+    found = np.zeros((len(mine), 7), dtype=np.int64)  # tokens before and after, those trained on, checksum; turns, those masked, those disobeyed
     for row, i in enumerate(progress(mine, "measuring conversations", len(mine))):
-        (ids, mask), before = reader.read(i)
-        found[row] = before, len(ids), sum(mask), zlib.crc32(np.array([ids, mask], dtype=np.int32).tobytes())
-    table = np.zeros((n, 4), dtype=np.int64)
+        messages = reader.conversations.example(i).messages
+        (ids, mask), before = reader.fit(messages)
+        turns = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+        disobeyed = sum(message.get("weight", 0) for message in messages if message["role"] != "assistant")
+        checksum = zlib.crc32(np.array([ids, mask], dtype=np.int32).tobytes())
+        found[row] = before, len(ids), sum(mask), checksum, len(turns), turns.count(0), disobeyed
+    table = np.zeros((n, 7), dtype=np.int64)
     for rank, part in enumerate(runtime.gather_objects(found)):
         table[rank :: runtime.world_size] = part
-    before, kept, trained, _ = table.T
+    before, kept, trained, _, turns, masked, disobeyed = table.T
+    silent = (kept == 0) & (masked > 0) & ((before <= reader.room) | (masked == turns))
     too_long = np.flatnonzero(before > reader.room)
     if len(too_long) and reader.long == "refuse":
         raise UserError(
@@ -119,11 +133,14 @@ def survey(reader: Reader, runtime: Runtime) -> Survey:
         )
     if not kept.any():
         seen = f"all {n} conversations are longer than a row of {reader.room} tokens, without an assistant's turn that fits" if n else "there are no conversations"
-        raise UserError(f"{seen}; expected at least one to train on; {'try a longer --max-seq-len' if n else 'check --tasks'}")
-    digest = hashlib.sha256(repr((reader.room, reader.long)).encode() + table.astype("<i8").tobytes()).hexdigest()
+        if silent.any():
+            seen = f"no assistant's turn of {n} conversations is left to train on: {masked.sum()} of {turns.sum()} turns are marked as not to be trained on"
+        advice = "mark fewer turns, or try a longer --max-seq-len" if silent.any() else "try a longer --max-seq-len" if n else "check --tasks"
+        raise UserError(f"{seen}; expected at least one to train on; {advice}", "nothing-to-train-on", conversations=n, turns=int(turns.sum()), masked=int(masked.sum()))
+    digest = hashlib.sha256(repr((reader.room, reader.long)).encode() + table[:, :4].astype("<i8").tobytes()).hexdigest()
     return Survey(
-        kept.astype(np.int32), int(kept.sum()), int(trained.sum()), int(((kept > 0) & (kept < before)).sum()), int((kept == 0).sum()),
-        int(before.max()), reader.room, digest,
+        kept.astype(np.int32), int(kept.sum()), int(trained.sum()), int(((kept > 0) & (kept < before)).sum()), int(((kept == 0) & ~silent).sum()),
+        int(before.max()), reader.room, digest, int(turns.sum()), int(masked.sum()), int(silent.sum()), int(disobeyed.sum()),
     )  # fmt: skip
 
 

@@ -197,6 +197,82 @@ def test_malformed_input_names_the_line(tmp_path, line, complaint):
     assert str(error.value).startswith(f"{path}:3: ")
 
 
+def refusal(path: Path, *lines: object) -> UserError:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError) as error:
+        read_conversations(path)
+    return error.value
+
+
+TWO = [Q, {"role": "assistant", "content": "purple"}, {"role": "user", "content": "No."}, {"role": "assistant", "content": "orange"}]
+NOT_FIRST = [  # ways to say that the first of the two answers is not to be learned
+    *([TWO[0], TWO[1] | {name: off}, TWO[2], TWO[3] | more] for name in ("weight", "train", "trainable", "loss", "loss_mask") for off, more in ((0, {}), (False, {name: True}), (0.0, {name: 1}))),
+    {"messages": TWO, "loss_mask": [0, 0, 0, 1]}, {"messages": TWO, "loss_mask": [False, True]}, {"messages": TWO, "weights": [0, 1]}, {"messages": TWO, "weight": [None, 0, None, 1.0]},
+    {"messages": [TWO[0], TWO[1] | {"loss": False}, *TWO[2:]], "train": True, "loss": None},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "purple", "weight": 0}, {"from": "human", "value": "No."}, {"from": "gpt", "value": "orange", "loss": ""}]},
+    [TWO[0] | {"train": False}, TWO[1] | {"train": False, "weight": 0}, TWO[2] | {"weight": 0}, TWO[3] | {"train": True}],
+]  # fmt: skip
+
+
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize("value", NOT_FIRST, ids=range(len(NOT_FIRST)))
+def test_a_turn_that_the_file_marks_is_not_learned(tok, tmp_path, value):
+    (tmp_path / "marked.jsonl").write_text(json.dumps(value))
+    (messages,) = read_conversations(tmp_path / "marked.jsonl")
+    ids, mask = render(tok, messages)
+    plain, whole = render(tok, TWO)
+    first_end = plain.index(tok.special("<|assistant_end|>")) + 1
+    assert ids == plain and mask == [0] * first_end + whole[first_end:] and any(mask)
+    assert render_prompt(tok, messages[:3]) == render_prompt(tok, TWO[:3])
+
+
+@pytest.mark.parametrize("mark", [*(pytest.param(mark, marks=pytest.mark.fault("F1")) for mark in (1, True, 1.0)), None, "", [], {}])
+def test_marks_that_say_nothing_new_change_nothing(tmp_path, mark):
+    (tmp_path / "marked.jsonl").write_text(json.dumps([Q, A | {"weight": mark}]) + "\n" + json.dumps({"messages": [Q, A], "trainable": mark}))
+    assert read_conversations(tmp_path / "marked.jsonl") == [[Q, A], [Q, A]]
+
+
+@pytest.mark.fault("F1")
+@pytest.mark.parametrize(
+    "line, code, values",
+    [
+        ([Q, A | {"weight": 0.5}], "turn-weight", {"field": "weight", "value": 0.5}),
+        ([Q, A | {"train": "no"}], "turn-weight", {"field": "train", "value": "no"}),
+        ([Q, A | {"loss_mask": [0, 1]}], "turn-weight", {"field": "loss_mask", "value": [0, 1]}),
+        ([Q, A | {"weight": -1}], "turn-weight", {"field": "weight", "value": -1}),
+        ({"messages": [Q, A], "weight": 2}, "turn-weight", {"field": "weight", "value": 2}),
+        ({"messages": [Q, A], "loss_mask": [0, 2]}, "turn-weight", {"field": "loss_mask", "value": 2}),
+        ({"messages": TWO, "loss_mask": [0, 1, 1]}, "turn-weights", {"field": "loss_mask", "entries": 3, "messages": 4, "assistants": 2}),
+        ([Q, A | {"weight": 1, "train": False}], "turn-weights-differ", {"fields": ["weight", "train"]}),
+        ({"messages": [Q, A | {"train": True}], "loss_mask": [0]}, "turn-weights-differ", {"fields": ["train", "loss_mask"]}),
+        *(([Q, A | {name: off}], "field-not-read", {"field": name}) for name in ("label", "chosen", "rejected", "score", "hidden") for off in (False, 0, True, "x")),
+        ({"messages": [Q, A], "label": False}, "field-not-read", {"field": "label"}),
+        ({"messages": [Q, A], "label": 1}, "field-not-read", {"field": "label"}),
+        ({"messages": [Q, A], "rejected": "b"}, "field-not-read", {"field": "rejected"}),
+    ],
+)  # fmt: skip
+def test_marks_that_cannot_be_obeyed_are_refused(tmp_path, line, code, values):
+    error = refusal(tmp_path / "marked.jsonl", [Q, A], line)
+    assert getattr(error, "code", "") == code and values.items() <= error.values.items() and error.values["line"] == 2
+
+
+@pytest.mark.fault("F13")
+def test_all_bad_lines_are_named_at_once(tmp_path):
+    good, path = [Q, A], tmp_path / "chats.jsonl"
+    error = refusal(path, good, [Q, Q], good, [Q, A | {"content": ""}], [Q, Q, A], [A], *[[Q, Q]] * 20, [Q, A | {"name": "x"}], [Q, A | {"label": 0}], good)
+    lines = {"turn-order": [2, 5, 6, *range(7, 27)], "empty-message": [4], "field-not-read": [27, 28]}
+    assert getattr(error, "code", "") == "bad-conversations"
+    assert error.values == {"file": str(path), "bad": 26, "reasons": {code: len(at) for code, at in lines.items()}, "lines": lines}
+    said = str(error)
+    assert "26 of 29" in said and "lines 2, 5, 6, 7, 8, ..." in said and "'name'" in said and "'label'" in said and len(said) < 2000
+    same = refusal(path, good, [Q, Q], [Q, Q])
+    assert (same.code, same.values["lines"]) == ("turn-order", {"turn-order": [2, 3]})
+    path.write_text("\n".join([json.dumps([Q, Q]), "{", json.dumps([Q])]))
+    with pytest.raises(UserError) as torn:  # what follows a line that is not JSON is not looked at
+        read_conversations(path)
+    assert torn.value.values["lines"] == {"turn-order": [1], "not-json": [2]}
+
+
 def test_formats_of_files(tmp_path):
     expected = [S, {"role": "user", "content": "é"}, A]
     human, gpt = {"from": "human", "value": "é"}, {"from": "gpt", "value": "a"}

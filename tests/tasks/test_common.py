@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tasks
 from nanolab.config import UserError
@@ -123,6 +125,73 @@ def test_a_tiny_file_still_has_both_splits(tmp_path):
     assert len(tasks.build(f"jsonl={path}", "train")) == len(tasks.build(f"jsonl={path}", "test")) == 1
     with pytest.raises(UserError, match="train is empty.*use the split all"):
         tasks.build(f"jsonl={chats(path, 1)}", "train")
+
+
+def said(path: Path, split: str) -> list[str]:
+    """question and answer of each example of a split"""
+    task = tasks.build(f"jsonl={path}", split)
+    return [f"{q['content']} -> {a['content']}" for q, a in (task.example(i).messages for i in range(len(task)))]
+
+
+def written(path: Path, pairs: list[tuple]) -> Path:
+    path.write_text("".join(json.dumps([{"role": "user", "content": f"q{q}"}, {"role": "assistant", "content": f"a{a}"}]) + "\n" for q, a in pairs))
+    return path
+
+
+PAIRS = st.one_of(  # (question, answer): all questions differ; a few are shared by many; a few conversations occur again and again
+    st.integers(2, 450).map(lambda n: [(i, i) for i in range(n)]),
+    st.lists(st.tuples(st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5, 6]), st.integers(0, 10**9)), min_size=2, max_size=120),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=120),
+)  # fmt: skip
+
+
+@pytest.mark.fault("F4")
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), pairs=PAIRS)
+def test_what_is_held_out_stays_so_and_is_a_twentieth_at_most(tmp_path_factory, data, pairs):
+    """The file grows from a few lines to all of them."""
+    path, before = tmp_path_factory.mktemp("grown") / "chats.jsonl", set()
+    sizes = sorted({*data.draw(st.lists(st.integers(2, len(pairs)), max_size=4)), len(pairs)})
+    for n in sizes:
+        written(path, pairs[:n])
+        if len(set(pairs[:n])) < 2:
+            with pytest.raises(UserError):
+                tasks.build(f"jsonl={path}", "train")
+            continue
+        train, test, both = (said(path, split) for split in ("train", "test", "all"))
+        assert 1 <= len(test) <= max(1, min(n // 20, 200)), "one at least, a twentieth at most"
+        assert not set(train) & set(test) and set(train) | set(test) == set(both), "equal conversations are on one side"
+        if len(set(pairs[:n])) == n:
+            assert len(test) == max(1, n // 20) and sorted(train + test) == sorted(both)
+        assert before <= set(test), "nothing that was held out is trained on"
+        before = set(test)
+
+
+@pytest.mark.fault("F4")
+def test_a_question_that_many_ask_is_not_all_that_is_held_out(tmp_path):
+    """The file of a report: 190 of 200 chats begin alike. And three eighths of 400, by whose question they were all held out."""
+    path = tmp_path / "chats.jsonl"
+    test = said(written(path, [("hey" if i >= 10 else i % 3, i) for i in range(200)]), "test")
+    assert len(test) == 10
+    chats = [[{"role": "user", "content": "Hi there" if i % 8 < 3 else f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(400)]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    test, train = said(path, "test"), said(path, "train")
+    assert len(test) == 20 and 1 <= sum(one.startswith("Hi there") for one in test) <= 15, "7.5 in the mean"
+    assert sum(one.startswith("Hi there") for one in train) > 130
+
+
+@pytest.mark.fault("F4")
+def test_at_most_two_hundred_are_held_out_and_a_shared_question_is_on_one_side(tmp_path):
+    test = said(written(tmp_path / "chats.jsonl", [(i, i) for i in range(6000)]), "test")
+    assert len(test) == 200
+    pairs = [(i // 2, i) for i in range(800)]  # each question twice
+    test, train = ({one.partition(" ")[0] for one in said(written(tmp_path / "twice.jsonl", pairs), split)} for split in ("test", "train"))
+    assert len(test & train) <= 1 and len(test) >= 20, "one may wait for its second place"
+
+
+@pytest.mark.fault("F4")
+def test_the_split_says_how_much_it_holds_out(tmp_path):
+    assert any("10 of 200 conversations held out" in note for note in getattr(tasks.build(f"jsonl={chats(tmp_path / 'a.jsonl', 200)}", "train"), "notes", []))
 
 
 def test_a_mixture_has_each_example_as_often_as_its_weight_says(tmp_path):

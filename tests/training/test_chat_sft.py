@@ -119,6 +119,33 @@ def test_the_model_is_the_one_it_started_from_but_for_its_weights(capsys):
     assert checkpoint.load_meta(find_model("second").checkpoint)["origin"]["pretraining"] == was["config"], "from the first model, through the second"
 
 
+@pytest.mark.fault("F1")
+def test_a_turn_that_the_file_marks_is_not_learned(capsys):
+    """The first of two replies has weight 0: it is not what the model says then, and the plan counts it."""
+    chats = [
+        [
+            {"role": "user", "content": f"is it sour {i}"}, {"role": "assistant", "content": "a crow", "weight": 0},
+            {"role": "user", "content": "at all"}, {"role": "assistant", "content": "it was not hers"},
+        ]
+        for i in range(40)
+    ]  # fmt: skip
+    path = base_dir() / "marked.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    tune("marked", tasks=f"jsonl={path}", num_iterations=40, embedding_lr=0.3, matrix_lr=0.02, unembedding_lr=0.01, load_optimizer=False)
+    model, tokenizer, _ = load_model("marked", ALONE)
+
+    def loss(n: int) -> float:
+        """Nats per token of message n of a chat."""
+        prompt = render_prompt(tokenizer, chats[0][:n])
+        start, ids = len(prompt), prompt + tokenizer.encode(chats[0][n]["content"])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, start - 1 : -1].float()
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:])))
+
+    assert loss(1) > 2 > 0.7 > loss(3), (loss(3), loss(1))
+    assert "38 of 76 assistant turns are not trained on, as the file says" in capsys.readouterr().out
+
+
 def test_num_iterations_counts_optimizer_steps():
     """Two micro-batches each; the rate is never negative and ends at its lowest."""
     result = tune("counted", num_iterations=6, log_every=1)
