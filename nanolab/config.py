@@ -6,12 +6,17 @@ one. A cadence or count of -1 means "off" or "automatic", as the comment says.
 
 import dataclasses
 import difflib
+import math
 import os
 import select
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, TypeVar
+
+from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition
 
 T = TypeVar("T")
 
@@ -573,14 +578,17 @@ def from_preset(cls: type[T], name: str, **changes: Any) -> T:
 
 
 def parse(cls: type[T], argv: list[str] | None = None) -> T:
-    """Read `argv` (default: the command line) into `cls`. Unknown flags and presets exit with code 2 and the nearest name."""
+    """Read `argv` (default: the command line) into `cls`. Unknown flags and presets exit with code 2 and the nearest name.
+
+    Raises UserError for a number that is out of its bounds, and for a flag that was typed and is not read. `given` tells which were typed.
+    """
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-p" in argv and any(f.name == "prompt" for f in dataclasses.fields(cls)):
         argv[argv.index("-p")] = "--prompt"
     flags = [(i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_")) for i, arg in enumerate(argv) if arg.startswith("--")]
-    preset, given = None, {}
+    preset, horizons, typed_names = None, {}, set()
     for i, typed, name in flags:
         if bad := unknown_flag(cls, name):
             print(f"{typed} is not a flag of this command{bad}; --help lists them", file=sys.stderr)
@@ -588,13 +596,63 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
         if name == "preset":
             preset = argv[i].partition("=")[2] or "".join(argv[i + 1 : i + 2])
         if name in HORIZONS:
-            given[name] = getattr(cls, name)
+            horizons[name] = getattr(cls, name)
+        typed_names.add(name if name in cls.__dataclass_fields__ else name.removeprefix("no_"))
     try:
-        defaults = cls() if preset is None else from_preset(cls, preset, **given)
+        defaults = cls() if preset is None else from_preset(cls, preset, **horizons)
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    return tyro.cli(cls, args=argv, default=defaults)
+    cfg = tyro.cli(cls, args=argv, default=defaults)
+    check_bounds(cls, vars(cfg))
+    check_read(typed_names, unread(cls, vars(cfg)), vars(cfg))
+    object.__setattr__(cfg, "_given", frozenset(typed_names))
+    return cfg
+
+
+def given(cfg: Any) -> frozenset[str]:
+    """The flags that were typed; none of a config that `parse` did not make."""
+    return getattr(cfg, "_given", frozenset())
+
+
+def bounds_of(cls: type, name: str) -> Bounds | None:
+    """The bounds of a number: those of the class or of its nearest base, else those of the name (flags.py)."""
+    return next((BOUNDS[k.__name__][name] for k in cls.__mro__ if name in BOUNDS.get(k.__name__, ())), BOUNDS[""].get(name))
+
+
+def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError for the first number among `values` (of fields of `cls`) that is out of its bounds. where: stands before the message."""
+    for f in dataclasses.fields(cls):
+        bounds, value = bounds_of(cls, f.name), values.get(f.name)
+        if bounds and value is not None and not bounds.holds(value):
+            flag = f.name.replace("_", "-")
+            advice = f"try --{flag} {f.default:g}" if f.default not in (dataclasses.MISSING, *bounds.also) else f"leave --{flag} out"
+            raise UserError(f"{where}--{flag} is {value:g}; expected {bounds}; {advice}", "flag-out-of-bounds", flag=f.name, value=value, bounds=str(bounds))
+
+
+def unread(cls: type, values: Mapping[str, Any], conditions: Collection[Condition] = ()) -> dict[str, Condition]:
+    """The fields of `cls` that nothing reads where flags have these `values`, each with the condition that fails. Default: all conditions of `cls`."""
+    view, names = SimpleNamespace(**values), {f.name for f in dataclasses.fields(cls)}
+    rows = conditions or [row for k in cls.__mro__ for row in CONDITIONS.get(k.__name__, ())]
+    found: dict[str, Condition] = {}
+    for row in (row for row in rows if not row.read(view)):
+        for word in row.flags.split():
+            of_word = [f.name for f in dataclasses.fields(globals()[word])] if word[0].isupper() else [word]
+            found |= {name: row for name in of_word if name in names and name not in found}
+    return found
+
+
+def check_read(typed: Collection[str], unread: Mapping[str, Condition], values: Mapping[str, Any]) -> None:
+    """Raise UserError, with both names, for the first typed flag that is among the unread ones. values: of the flags that decide."""
+    for name in sorted(set(typed) & set(unread)):
+        row, flag = unread[name], name.replace("_", "-")
+        decides, choice = f"--{row.by.replace('_', '-')}", values[row.by]
+        shown = f" {choice}" if row.by in CHOICES or isinstance(choice, (int, float)) and not isinstance(choice, bool) else ""
+        by = f"with {decides}{shown}" if choice else f"without {decides}"
+        raise UserError(
+            f"--{flag} was given, but is not read {by}; expected {row.needs}; leave --{flag} out, or change {decides}",
+            "flag-not-read", flag=name, by=choice if row.by in CHOICES else row.by,
+        )  # fmt: skip
 
 
 def unknown_flag(cls: type, name: str) -> str | None:
@@ -632,11 +690,13 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild `cls` from `to_json`'s dict. Raises UserError for a field that `cls` does not have."""
+    """Rebuild `cls` from `to_json`'s dict. Raises UserError for a field that `cls` does not have, and for infinity or "not a number"."""
     names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
+    for key, value in values.items():
         if key not in names:
             raise UserError(f"{cls.__name__} has no field {key!r}{nearest(key, names)}; the file is from another version of nanolab")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value:g}; expected a finite number; correct it in the file", "flag-out-of-bounds", flag=key, value=value, bounds="finite")
     return cls(**values)
 
 
