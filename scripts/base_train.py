@@ -11,8 +11,6 @@ def run(cfg: BaseTrainConfig) -> int:
     from nanolab import runtime
     from nanolab.training.models import recorded
 
-    if cfg.plan_for and not cfg.dry_run:
-        raise UserError(f"--plan-for {cfg.plan_for} only makes sense with --dry-run")
     check_max_per_task(cfg.core_metric_max_per_task, "--core-metric-max-per-task")
     if cfg.dry_run:
         return dry_run(cfg)

@@ -21,8 +21,9 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from nanolab.config import UserError
+from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, to_json, unread
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.flags import RATES
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
 from nanolab.training.environment import environment
@@ -189,10 +190,19 @@ class Run:
         self._lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
         self._lock.flush()
 
+    def _unread(self, config: dict[str, Any]) -> set[str]:
+        """The flags that nothing reads in such a run."""
+        cls = {"base": BaseTrainConfig, "sft": SFTConfig, "rl": RLConfig}[self.kind]
+        values = to_json(cls()) | config
+        saved = checkpoint.steps(self.checkpoints)
+        rates = unread(cls, values | {"recipe": checkpoint.load_meta(saved[-1][1])["plan"]["recipe"]}, RATES) if saved and self.kind != "base" else {}
+        return {*unread(cls, values), *rates}
+
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
         flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in MAY_CHANGE and old[k] != self.config[k]}
-        wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items()]
+        ignored = self._unread(old) & self._unread(self.config) if flags else set()  # an older version took flags that nothing read
+        wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items() if k not in ignored]
         for key, flag in MUST_KEEP.items():
             if key in env and old_env.get(key, env[key]) != env[key] and not (key == "threads" and env["device"] != "cpu"):
                 wrong.append(f"{key} was {old_env[key]}, now {env[key]} (type {flag.format(old_env[key])})")

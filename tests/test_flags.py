@@ -1,0 +1,377 @@
+"""A flag that was typed and is not read is refused, and so is a number out of its bounds. The tables say nothing that the code does not do."""
+
+import ast
+import dataclasses
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanolab import config
+from nanolab.config import (
+    BaseEvalConfig, BaseTrainConfig, BenchConfig, ChatConfig, ChatEvalConfig, DataBuildConfig, GPTConfig, InspectConfig, RLConfig, ServeConfig, SFTConfig,
+    UserError, from_json, parse, to_json,
+)  # fmt: skip
+from nanolab.presets import PRESETS
+from tests.test_readme import NAMES, SHELL, blocks, commands
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = [c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == "nanolab.config"]
+BASE, BENCH = BaseTrainConfig, BenchConfig
+
+
+def refused(cls, line: str) -> tuple[str, dict]:
+    with pytest.raises(UserError) as error:
+        parse(cls, line.split())
+    assert len(str(error.value).split("; ")) >= 3  # what was seen, what is expected, what to type
+    return error.value.code, error.value.values
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize(
+    "cls,line,by",
+    [
+        (BASE, "--learning-rate 6e-4", "dial"),  # the default, but it was typed
+        (BASE, "--beta1=0.8", "dial"),
+        (BASE, "--eps 1e-9 --recipe dial", "dial"),
+        (BASE, "--preset tiny --learning-rate 1", "dial"),
+        (BASE, "--preset gpt2 --matrix-lr 0.1", "adamw_cosine"),
+        (BASE, "--warmdown-ratio 0.5 --recipe adamw_cosine", "adamw_cosine"),
+        (BASE, "--recipe adam_constant --warmup-steps 4", "adam_constant"),
+        (BASE, "--recipe adam_constant --weight-decay 0", "adam_constant"),
+        (BASE, "--warmdown-ratio 0 --final-lr-frac 0.1", "warmdown_ratio"),
+        (BASE, "--tied-head --no-value-embeds --embedding-lr 0.1", "tied_head"),
+        (BASE, "--no-residual-scalars --scalar-lr 0.1", "residual_scalars"),
+        (BASE, "--softmax-n 7", "softmax"),
+        (BASE, "--mla-kv-rank 9 --attention gqa:2", "gqa:2"),
+        (BASE, "--position-pattern N", "rope"),
+        (BASE, "--positions nope --rope-base 5", "nope"),
+        (BASE, "--preset gpt2 --rope-layout interleaved", "learned"),
+        (BASE, "--attention mla --no-value-embeds --rope-fraction 0.5", "mla"),
+        (BASE, "--window-pattern L --window-size 64", "L"),
+        (BASE, "--data pydocs --data-dir texts", "data_dir"),
+        (BASE, "--num-shards 9", "data"),
+        (BASE, "--num-shards 9 --data-dir texts", "data_dir"),
+        (BASE, "--num-iterations 9 --max-seconds 9", "num_iterations"),
+        (BASE, "--target-flops 1e9 --target-param-data-ratio 9", "target_flops"),
+        (BASE, "--plan-for 8xH100", "dry_run"),
+        (BASE, "--plan-for 8xH100 --dry-run --device-type cpu", "plan_for"),
+        (BASE, "--eval-every -1 --eval-tokens 9", "eval_every"),
+        (BASE, "--core-metric-max-per-task 9", "core_metric_every"),
+        (BASE, "--eval-bundle x", "core_metric_every"),
+        (BASE, "--log-every -1 --log-grad-norm", "log_every"),
+        (BASE, "--run dummy --wandb offline", "run"),
+        (InspectConfig, "--softmax-n 2", "softmax"),
+        (DataBuildConfig, "--data-dir texts --workers 2", "data_dir"),
+        (DataBuildConfig, "--data ./texts --workers 2", "data"),
+        (BaseEvalConfig, "--max-per-task 9", "bpb,sample"),
+        (BaseEvalConfig, "--modes core --split-tokens 9", "core"),
+        (BaseEvalConfig, "--modes core --hellaswag-bos", "core"),
+        (BaseEvalConfig, "--modes bpb --no-train-text --all-checkpoints", "all_checkpoints"),
+        (BaseEvalConfig, "--modes hellaswag --hellaswag x.jsonl --eval-bundle y", "hellaswag"),
+        (BaseEvalConfig, "--trust-code", "hf"),
+        (BaseEvalConfig, "--extra", "bpb,sample"),
+        (BaseEvalConfig, "--modes bpb --seed 3", "bpb"),
+        (SFTConfig, "--stages x.toml --tasks identity", "stages"),
+        (SFTConfig, "--epochs 1 --num-iterations 9", "num_iterations"),
+        (SFTConfig, "--eval-every -1 --no-eval-text", "eval_every"),
+        (SFTConfig, "--chatcore-tasks gsm8k", "chatcore_every"),
+        (RLConfig, "--clip-low 0.1", "updates_per_batch"),
+        (RLConfig, "--num-epochs 2 --num-iterations 3", "num_iterations"),
+        (RLConfig, "--eval-every -1 --eval-samples 2", "eval_every"),
+        (ChatEvalConfig, "--top-k 5", "temperature"),
+        (ChatConfig, "--raw --system x", "raw"),
+        (ChatConfig, "-p x --temperature 0 --top-p 0.5", "temperature"),
+        (ServeConfig, "--api-key x --api-key-env Y", "api_key"),
+        (BENCH, "--what train --megabytes 3", "train"),
+        (BENCH, "--what data --depth 3", "data"),
+        (BENCH, "--what tokenizer --max-seq-len 64", "tokenizer"),
+        (BENCH, "--what infer --recipe dial", "infer"),
+        (BENCH, "--what infer --data-dir x", "infer"),
+        (BENCH, "--what eval --model x --depth 3", "model"),
+        (BENCH, "--what tokenizer --tokenizer x --vocab-size 300", "tokenizer"),
+        (BENCH, "--what train --model x", "train"),
+    ],
+)
+def test_a_typed_flag_that_is_not_read_is_refused(cls, line, by):
+    code, values = refused(cls, line)
+    assert (code, values["by"]) == ("flag-not-read", by)
+    assert re.search(rf"--(no-)?{values['flag'].replace('_', '-')}\b", line) and values["flag"] != by
+
+
+@pytest.mark.parametrize(
+    "cls,line",
+    [
+        (BASE, "--recipe adamw_cosine --learning-rate 1e-3 --beta1 0.8 --beta2 0.9 --eps 1e-9 --weight-decay 0.1 --warmup-steps 3 --final-lr-frac 0.1"),
+        (BASE, "--preset gpt2 --learning-rate 1e-3 --max-seconds 30 --num-iterations -1"),  # a horizon that is off is no horizon
+        (BASE, "--positions rnope --position-pattern R,R,N --rope-base 1000 --rope-fraction 0.5"),
+        (BASE, "--attention mla --no-value-embeds --mla-rope-dim 8 --normaliser softmax_n --softmax-n 2"),
+        (BASE, "--window-pattern rope --window-size 9"),
+        (BASE, "--data climbmix:0.5,./texts:0.5 --num-shards 3"),
+        (BASE, "--tied-head --embedding-lr 0.1 --no-residual-scalars --norm-gain --scalar-lr 0.1"),
+        (BASE, "--dry-run --plan-for 8xH100 --threads 2 --wandb online"),  # a dry run shows what the same line would do
+        (BASE, "--core-metric-every 5 --eval-bundle x --core-metric-max-per-task -1"),
+        (BaseEvalConfig, "--num-shards 3"),  # the run's data may be of the hub
+        (SFTConfig, "--learning-rate 1e-5 --stages x.toml --epochs 2"),  # known once the model and the file are
+        (RLConfig, "--algorithm grpo --updates-per-batch 2 --clip-high 0.3"),
+        (ChatConfig, "--temperature 0 --top-k 5"),  # /temperature can change it
+        (BENCH, "--preset gpt2 --what tokenizer"),
+        (BENCH, "--what infer --model x --int8"),
+    ],
+)
+def test_flags_that_are_read_are_not_refused(cls, line):
+    parse(cls, line.split())
+
+
+def test_values_that_were_not_typed_are_not_refused():
+    """Neither a preset's nor a recorded run's."""
+    for name in PRESETS:
+        parse(BaseTrainConfig, ["--preset", name, "--recipe", "dial"])
+    old = to_json(BaseTrainConfig(learning_rate=3e-4, softmax_n=7.0, num_iterations=0, lr_scale=0.0, grad_clip=0.0))
+    assert to_json(from_json(BaseTrainConfig, old)) == old
+
+
+@pytest.mark.fault("F6", "P4")
+@pytest.mark.parametrize(
+    "cls,line,flag",
+    [
+        *[(cls, f"--num-iterations {n}", "num_iterations") for cls in (BASE, SFTConfig, RLConfig) for n in (0, -2)],
+        *[(BASE, f"--max-seconds {x}", "max_seconds") for x in ("0", "nan", "inf", "-3")],
+        *[(BASE, f"--lr-scale={x}", "lr_scale") for x in ("nan", "inf", "-inf", "-1e-3", "0")],
+        *[(BASE, f"--grad-clip {x}", "grad_clip") for x in ("nan", "0", "-2")],
+        *[(BASE, f"--weight-decay {x}", "weight_decay") for x in ("nan", "-0.1")],
+        *[(cls, f"--final-lr-frac {x}", "final_lr_frac") for cls in (BASE, SFTConfig, RLConfig) for x in (-1, 1.5)],
+        *[(cls, f"--warmdown-ratio {x}", "warmdown_ratio") for cls in (BASE, SFTConfig, RLConfig) for x in (-0.1, 1.1)],
+        *[(BASE, f"--{name.replace('_', '-')} -1", name) for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "warmup_steps")],
+        (BASE, "--recipe adamw_cosine --learning-rate -1", "learning_rate"),
+        (BASE, "--recipe adamw_cosine --beta2 1", "beta2"),
+        (BASE, "--target-flops 0", "target_flops"),
+        (BASE, "--log-every 0", "log_every"),
+        (BASE, "--save-every 0", "save_every"),
+        (BASE, "--eval-tokens 0", "eval_tokens"),
+        (BASE, "--total-batch-size 0", "total_batch_size"),
+        (BASE, "--depth 0", "depth"),
+        (BASE, "--rope-base nan", "rope_base"),
+        (BASE, "--threads -1", "threads"),
+        (BASE, "--seed -1", "seed"),
+        (SFTConfig, "--learning-rate -2", "learning_rate"),
+        (SFTConfig, "--init-lr-frac 0", "init_lr_frac"),
+        (SFTConfig, "--warmup-ratio 1.2", "warmup_ratio"),
+        (SFTConfig, "--replay 1", "replay"),
+        (SFTConfig, "--epochs 0", "epochs"),
+        (RLConfig, "--kl nan", "kl"),
+        (RLConfig, "--num-samples 1", "num_samples"),
+        (ChatEvalConfig, "--max-problems 0", "max_problems"),
+        (ChatConfig, "--temperature nan", "temperature"),
+        (ChatConfig, "--top-p 1.5", "top_p"),
+        (ServeConfig, "--port 70000", "port"),
+        (BENCH, "--megabytes 0", "megabytes"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused(cls, line, flag):
+    code, values = refused(cls, line)
+    assert (code, values["flag"]) == ("flag-out-of-bounds", flag)
+    typed = float(re.split("[ =]", line)[-1])
+    assert values["value"] == typed or math.isnan(values["value"]) and math.isnan(typed)
+    assert values["bounds"]
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("flag", ["log_every", "eval_examples", "eval_samples"])
+def test_zeros_of_chat_rl_are_refused_by_their_own_names(flag):
+    code, values = refused(RLConfig, f"--{flag.replace('_', '-')} 0")
+    assert (code, values["flag"], values["value"]) == ("flag-out-of-bounds", flag, 0)
+
+
+@pytest.mark.parametrize(
+    "cls,line",
+    [
+        (BASE, "--num-iterations -1 --max-seconds 0.5 --lr-scale -1 --grad-clip -1 --eval-every -1 --warmup-steps 0"),
+        (BASE, "--recipe adamw_cosine --learning-rate 0 --final-lr-frac 0"),
+        (SFTConfig, "--num-iterations -1 --embedding-lr -1 --learning-rate 0 --max-seq-len -1 --device-batch-size -1 --warmdown-ratio 1 --final-lr-frac 1"),
+        (RLConfig, "--kl 0 --rollout-batch-size 0 --top-k 0 --log-every -1 --eval-examples -1"),
+        (config.GenChatConfig, "--max-tokens 0"),
+        (ServeConfig, "--port 0 --prefix-mb 0"),
+        (InspectConfig, "--context 0"),
+    ],
+)
+def test_values_that_the_help_gives_a_meaning_stay(cls, line):
+    parse(cls, line.split())
+
+
+@pytest.mark.fault("F6", "P4")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_record_with_no_number_is_refused(value):
+    with pytest.raises(UserError) as error:
+        from_json(BaseTrainConfig, to_json(BaseTrainConfig()) | {"lr_scale": value})
+    assert (error.value.code, error.value.values["flag"]) == ("flag-out-of-bounds", "lr_scale")
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
+def test_every_number_has_bounds_that_hold_its_default(cls):
+    """A new flag needs a line in flags.BOUNDS. None is free: what is not finite never is a value."""
+    from nanolab.config import bounds_of
+
+    numbers = [f for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
+    assert [f.name for f in numbers if bounds_of(cls, f.name) is None] == []
+    assert [f.name for f in numbers if not bounds_of(cls, f.name).holds(f.default)] == []
+    assert not any(bounds_of(cls, f.name).holds(x) for f in numbers for x in (math.nan, math.inf, -math.inf))
+
+
+def test_presets_are_within_bounds():
+    from nanolab.config import check_bounds, from_preset
+
+    for name in PRESETS:
+        for cls in (BaseTrainConfig, InspectConfig, BenchConfig):
+            check_bounds(cls, vars(from_preset(cls, name)))
+
+
+def test_the_tables_name_flags_that_exist():
+    from nanolab.flags import BOUNDS, CONDITIONS
+
+    by_name = {c.__name__: {f.name for f in dataclasses.fields(c)} for c in CONFIGS}
+    everywhere = set().union(*by_name.values())
+    for name, rows in CONDITIONS.items():
+        words = {word for row in rows for word in (*row.flags.split(), row.by)}
+        below = set().union(*(by_name[c.__name__] for c in CONFIGS if name in [k.__name__ for k in c.__mro__]))
+        assert {word for word in words if not word[0].isupper()} <= below, name
+        assert {word for word in words if word[0].isupper()} <= set(by_name)
+    for name, row in BOUNDS.items():
+        assert set(row) <= (by_name[name] if name else everywhere), name
+
+
+# The tables beside the code: changing a flag that is unread changes nothing, changing one that is read changes something.
+
+CHANGED = dict(
+    rope_base=50.0, rope_layout="interleaved", rope_fraction=0.5, rope_scaling="linear:2", position_pattern="N,R", mla_kv_rank=12, mla_q_rank=20, mla_rope_dim=2,
+    window_size=3, softmax_n=3.0,
+)  # fmt: skip
+SHAPES = {
+    **{f"{p}, {a}": dict(positions=p, attention=a) for p in ("rope", "nope", "rnope", "learned", "sinusoidal", "alibi") for a in ("mha", "mla")},
+    **{n: dict(normaliser=n) for n in ("softmax1", "softmax_n", "sink")},
+    **{f"windows {w}": dict(window_pattern=w) for w in ("L", "SL", "LLLS", "rope")},
+    "windows rope, rnope": dict(window_pattern="rope", positions="rnope"),
+    "rnope N": dict(positions="rnope", position_pattern="N"),
+    "rnope, R too late": dict(positions="rnope", position_pattern="N,N,N,N,R"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_architecture_flags_are_read_where_the_table_says(shape):
+    import torch
+
+    from nanolab.config import unread
+    from nanolab.model.gpt import GPT
+
+    base = GPTConfig(**dict(sequence_len=16, vocab_size=40, n_layer=4, n_head=2, n_embd=32, value_embeds=False, window_pattern="SL", bos=0) | shape)
+    idx = torch.arange(16)[None] % 40
+
+    def logits(c: GPTConfig):
+        torch.manual_seed(0)
+        model = GPT(c)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        return model(idx)
+
+    flags = {**dataclasses.asdict(base), "depth": base.n_layer}
+    before, told = logits(base), unread(InspectConfig, flags)
+    for name, value in CHANGED.items():
+        if name == "position_pattern" and base.position_pattern != "R,N":
+            continue  # the change of a change
+        try:
+            same = torch.equal(logits(dataclasses.replace(base, **{name: value})), before)
+        except UserError:  # --rope-scaling where nothing turns is refused by the model too
+            same = True
+        assert same == (name in told), name
+
+
+RATES = dict(
+    learning_rate=0.1, beta1=0.5, beta2=0.6, eps=1e-3, embedding_lr=0.11, unembedding_lr=0.12, matrix_lr=0.13, scalar_lr=0.14, weight_decay=0.15,
+    lr_scale=0.16, warmup_steps=7, warmdown_ratio=0.17, final_lr_frac=0.18,
+)  # fmt: skip
+MODELS = {
+    "default": {}, "tied": dict(tied_head=True, value_embeds=False), "tied, value embeds": dict(tied_head=True),
+    "tied, learned": dict(tied_head=True, value_embeds=False, positions="learned"), "no scalars": dict(residual_scalars=False),
+    **{f"no scalars, {k}": dict(residual_scalars=False, **v) for k, v in {
+        "gain": dict(norm_gain=True), "bias": dict(bias="out"), "head bias": dict(bias="head"), "sink": dict(normaliser="sink"), "softmax1": dict(normaliser="softmax1"),
+        "layernorm": dict(norm="layernorm"), "qk l2": dict(qk_norm="l2"), "qk layernorm": dict(qk_norm="layernorm"), "gate": dict(gate="head"),
+    }.items()}, "no fall": dict(warmdown_ratio=0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["dial", "adamw_cosine", "adam_constant"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_rates_are_read_where_the_table_says(recipe, model):
+    import torch
+
+    from nanolab.config import unread
+    from nanolab.model.gpt import GPT
+    from nanolab.training.recipes import param_groups
+    from nanolab.training.schedule import make_plan
+
+    cfg = BaseTrainConfig(**dict(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=1, total_batch_size=32, num_iterations=40, warmup_steps=5, recipe=recipe) | model)
+
+    def all_numbers(c: BaseTrainConfig) -> list:
+        plan = make_plan(c, 64, 1, 0)
+        with torch.device("meta"):
+            groups = param_groups(GPT(plan.model), c, plan)
+        shown = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return [shown, [plan.lr_multiplier(step, step / 40) for step in range(41)], [plan.muon_momentum(step, step / 40) for step in range(41)] if recipe == "dial" else 0]
+
+    before, told = all_numbers(cfg), unread(BaseTrainConfig, vars(cfg))
+    for name, value in RATES.items():
+        assert (all_numbers(dataclasses.replace(cfg, **{name: value})) == before) == (name in told), name
+
+
+def written() -> list:
+    """(where, script, its words) of every command in README, the guides and the shell scripts; what is unknown before they run is 1."""
+    found = []
+    for name in [*NAMES, *SHELL]:
+        text = (ROOT / name).read_text()
+        for block in [("sh", text)] if name in SHELL else [(b.where, b.code) for b in blocks(name, text)]:
+            for words in commands(block[1].replace("; ", " ; ")):
+                for at in [i for i, w in enumerate(words) if re.fullmatch(r"scripts\.(?!lm_eval)\w+", w)]:
+                    end = next((i for i, w in enumerate(words) if i > at and re.match(r"[|&;>)]|2>", w)), len(words))
+                    rest = [w for w in words[at + 1 : end] if w != "--" and "@]" not in w]
+                    found.append((name, words[at], ["1" if "$" in w else w for w in rest]))
+    return found
+
+
+def test_written_commands_give_no_flag_that_is_not_read():
+    found = written()
+    assert len(found) > 50
+    for where, module, words in found:
+        if where.endswith("gpu.sh") or "--tasks" in words and words[words.index("--tasks") + 1].startswith("--"):
+            continue  # what is measured, or what the flag gets, is known when it runs
+        path = ROOT / (module.replace(".", "/") + ".py")
+        call = next(n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse")
+        if len(call.args) > 1 and words and not words[0].startswith("-"):
+            words = [{"bench": "--what", "import_hf": "--folder"}[path.stem], *words]
+        try:
+            parse(getattr(config, call.args[0].id), words)
+        except (UserError, SystemExit) as error:
+            raise AssertionError(f"{where}: {module} {' '.join(words)}: {error}") from error
+
+
+@pytest.mark.fault("F5", "F6")
+@pytest.mark.parametrize("flags,code", [("--learning-rate 3e-4", "flag-not-read"), ("--num-iterations 0", "flag-out-of-bounds")])
+def test_a_script_names_the_code(flags, code, tmp_path):
+    command = [sys.executable, "-m", "scripts.base_train", "--depth", "2", "--dry-run", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error [{code}]: "), done.stderr
+
+
+def test_a_run_that_was_given_unread_flags_resumes_without_them():
+    """The older version took them, and kept them in its record."""
+    from tests.training.test_run import save, start
+
+    run = start(learning_rate=3e-4, softmax_n=7.0, data="x", data_dir="texts")
+    save(run, 2)
+    run.close()
+    start(resume=True, data_dir="texts").close()
+    with pytest.raises(UserError, match="--matrix-lr was 0.02, now 0.5; --final-lr-frac was 0.05, now 0.1"):
+        start(resume=True, data_dir="texts", matrix_lr=0.5, final_lr_frac=0.1)
