@@ -605,7 +605,7 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
         raise SystemExit(2) from None
     cfg = tyro.cli(cls, args=argv, default=defaults)
     check_bounds(cls, vars(cfg))
-    check_read(typed_names, unread(cls, vars(cfg)), vars(cfg))
+    check_read(typed_names, not_read(cls, vars(cfg)), vars(cfg))
     object.__setattr__(cfg, "_given", frozenset(typed_names))
     return cfg
 
@@ -630,7 +630,7 @@ def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
             raise UserError(f"{where}--{flag} is {value:g}; expected {bounds}; {advice}", "flag-out-of-bounds", flag=f.name, value=value, bounds=str(bounds))
 
 
-def unread(cls: type, values: Mapping[str, Any], conditions: Collection[Condition] = ()) -> dict[str, Condition]:
+def not_read(cls: type, values: Mapping[str, Any], conditions: Collection[Condition] = ()) -> dict[str, Condition]:
     """The fields of `cls` that nothing reads where flags have these `values`, each with the condition that fails. Default: all conditions of `cls`."""
     view, names = SimpleNamespace(**values), {f.name for f in dataclasses.fields(cls)}
     rows = conditions or [row for k in cls.__mro__ for row in CONDITIONS.get(k.__name__, ())]
@@ -642,10 +642,10 @@ def unread(cls: type, values: Mapping[str, Any], conditions: Collection[Conditio
     return found
 
 
-def check_read(typed: Collection[str], unread: Mapping[str, Condition], values: Mapping[str, Any]) -> None:
-    """Raise UserError, with both names, for the first typed flag that is among the unread ones. values: of the flags that decide."""
-    for name in sorted(set(typed) & set(unread)):
-        row, flag = unread[name], name.replace("_", "-")
+def check_read(typed: Collection[str], missed: Mapping[str, Condition], values: Mapping[str, Any]) -> None:
+    """Raise UserError, with both names, for the first typed flag that is among those missed. values: of the flags that decide."""
+    for name in sorted(set(typed) & set(missed)):
+        row, flag = missed[name], name.replace("_", "-")
         decides, choice = f"--{row.by.replace('_', '-')}", values[row.by]
         shown = f" {choice}" if row.by in CHOICES or isinstance(choice, (int, float)) and not isinstance(choice, bool) else ""
         by = f"with {decides}{shown}" if choice else f"without {decides}"

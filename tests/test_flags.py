@@ -264,7 +264,7 @@ SHAPES = {
 def test_architecture_flags_are_read_where_the_table_says(shape):
     import torch
 
-    from nanolab.config import unread
+    from nanolab.config import not_read
     from nanolab.model.gpt import GPT
 
     base = GPTConfig(**dict(sequence_len=16, vocab_size=40, n_layer=4, n_head=2, n_embd=32, value_embeds=False, window_pattern="SL", bos=0) | shape)
@@ -278,7 +278,7 @@ def test_architecture_flags_are_read_where_the_table_says(shape):
         return model(idx)
 
     flags = {**dataclasses.asdict(base), "depth": base.n_layer}
-    before, told = logits(base), unread(InspectConfig, flags)
+    before, told = logits(base), not_read(InspectConfig, flags)
     for name, value in CHANGED.items():
         if name == "position_pattern" and base.position_pattern != "R,N":
             continue  # the change of a change
@@ -308,7 +308,7 @@ MODELS = {
 def test_rates_are_read_where_the_table_says(recipe, model):
     import torch
 
-    from nanolab.config import unread
+    from nanolab.config import not_read
     from nanolab.model.gpt import GPT
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan
@@ -322,7 +322,7 @@ def test_rates_are_read_where_the_table_says(recipe, model):
         shown = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         return [shown, [plan.lr_multiplier(step, step / 40) for step in range(41)], [plan.muon_momentum(step, step / 40) for step in range(41)] if recipe == "dial" else 0]
 
-    before, told = all_numbers(cfg), unread(BaseTrainConfig, vars(cfg))
+    before, told = all_numbers(cfg), not_read(BaseTrainConfig, vars(cfg))
     for name, value in RATES.items():
         assert (all_numbers(dataclasses.replace(cfg, **{name: value})) == before) == (name in told), name
 

@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, to_json, unread
+from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, not_read, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.flags import RATES
 from nanolab.runtime import Runtime, print0
@@ -190,18 +190,18 @@ class Run:
         self._lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
         self._lock.flush()
 
-    def _unread(self, config: dict[str, Any]) -> set[str]:
+    def _not_read(self, config: dict[str, Any]) -> set[str]:
         """The flags that nothing reads in such a run."""
         cls = {"base": BaseTrainConfig, "sft": SFTConfig, "rl": RLConfig}[self.kind]
         values = to_json(cls()) | config
         saved = checkpoint.steps(self.checkpoints)
-        rates = unread(cls, values | {"recipe": checkpoint.load_meta(saved[-1][1])["plan"]["recipe"]}, RATES) if saved and self.kind != "base" else {}
-        return {*unread(cls, values), *rates}
+        rates = not_read(cls, values | {"recipe": checkpoint.load_meta(saved[-1][1])["plan"]["recipe"]}, RATES) if saved and self.kind != "base" else {}
+        return {*not_read(cls, values), *rates}
 
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
         flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in MAY_CHANGE and old[k] != self.config[k]}
-        ignored = self._unread(old) & self._unread(self.config) if flags else set()  # an older version took flags that nothing read
+        ignored = self._not_read(old) & self._not_read(self.config) if flags else set()  # an older version took flags that nothing read
         wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items() if k not in ignored]
         for key, flag in MUST_KEEP.items():
             if key in env and old_env.get(key, env[key]) != env[key] and not (key == "threads" and env["device"] != "cpu"):
