@@ -194,8 +194,9 @@ class Run:
         """The flags that nothing reads in such a run."""
         cls = {"base": BaseTrainConfig, "sft": SFTConfig, "rl": RLConfig}[self.kind]
         values = to_json(cls()) | config
-        saved = checkpoint.steps(self.checkpoints)
-        rates = not_read(cls, values | {"recipe": checkpoint.load_meta(saved[-1][1])["plan"]["recipe"]}, RATES) if saved and self.kind != "base" else {}
+        saved = checkpoint.newest_valid(self.checkpoints) if self.kind != "base" else None  # whose model was pretrained by a recipe
+        recipe = checkpoint.load_meta(saved).get("plan", {}).get("recipe") if saved else None
+        rates = not_read(cls, values | {"recipe": recipe}, RATES) if recipe else {}
         return {*not_read(cls, values), *rates}
 
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
