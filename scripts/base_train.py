@@ -169,18 +169,20 @@ def dry_run(cfg: BaseTrainConfig) -> int:
 
 def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
+    from nanolab.data.packing import batch_text, share_rows
     from nanolab.model.accounting import n_params, train_memory_bytes
     from nanolab.runtime import cpu_gflops, device_peaks
     from nanolab.training.recipes import RECIPES
 
     m, p = plan.model, n_params(plan.model)
-    memory = train_memory_bytes(m, plan.device_batch_size, 4 if dtype == "float32" else 2, plan.world_size, kind)
+    most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]  # rows of the rank that all wait for
+    memory = train_memory_bytes(m, min(plan.device_batch_size, most), 4 if dtype == "float32" else 2, plan.world_size, kind)
     peak = cpu_gflops().get(dtype, 0.0) * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
     if plan.flops is None:
         horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
     else:
         horizon = f"{plan.num_iterations:,} steps = {plan.tokens:,} tokens ({plan.tokens / p['scaling']:.2f} per scaling parameter)"
-        seconds = plan.flops / (peak * plan.world_size * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
+        seconds = plan.flops / (peak * plan.rows_per_step / most * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
         time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
     scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
@@ -193,7 +195,7 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
         f"horizon         {horizon}",
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
-        f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {m.sequence_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
+        f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         f"rates           {plan.recipe}: {rate}, {decay}{clip}",
         f"peak memory     about {memory / 2**30:.1f} GiB per rank (lower --device-batch-size if that is too much)",
         f"expected time   {time}",

@@ -80,7 +80,8 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         origin = finetune.Origin.found(found)
         model, _, _ = load_model(found, rt)
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
-    parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, versions)
+    batch = load_meta(record.resume_from)["plan"]["total_batch_size"] if record.resume_from else -1
+    parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, versions, batch)
     record.identify(
         task_versions=versions,
         origin=origin.facts(), stages=[to_json(part.stage) for part in parts], conversations=[part.batches.survey.fingerprint for part in parts],
@@ -117,10 +118,10 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     return 0
 
 
-def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] = {}):
+def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] = {}, batch: int = -1):
     """(a Part for each stage, the plan, the pretraining text or None, the tasks' versions): all that is known before the first step.
 
-    versions: of a run that goes on, those that it began with.
+    versions, batch: of a run that goes on, those that it began with.
     """
     from nanolab.data.conversations import ConversationBatches, Reader, check_share, survey
     from nanolab.data.packing import PackedBatches
@@ -128,7 +129,7 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] =
     from tasks import mixture
 
     finetune.check_chat_tokens(origin.model, tokenizer)
-    stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size)
+    stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size, batch)
     replayed = [check_share(stage.replay) > 0 for stage in stages]
     text = open_text(cfg, origin) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
     replay = PackedBatches(text.train, tokenizer, seq_len=shape.seq_len, device_batch_size=1, rows_per_step=shape.rows_per_step) if any(replayed) else None
@@ -240,6 +241,7 @@ def counted(parts: list[Part], plan) -> list[str]:
 
 def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
+    from nanolab.data.packing import batch_text
     from nanolab.training.console import clock
     from nanolab.training.recipes import RECIPES
 
@@ -255,7 +257,7 @@ def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> 
         *counted(parts, plan),
         *dict.fromkeys(f"{'':<15} {note}" for part in parts for note in part.batches.reader.conversations.notes),
         f"horizon         {plan.num_iterations:,} steps = {plan.tokens:,} tokens",
-        f"batch           {plan.total_batch_size:,} tokens = {plan.device_batch_size} rows x {plan.seq_len} x {plan.world_size} ranks x {plan.grad_accum} accumulation",
+        f"batch           {batch_text(plan.total_batch_size, plan.seq_len, plan.device_batch_size, plan.world_size)}",
         f"rates           {plan.recipe}: {law} x {fracs}, constant, then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}; {begins}{clip}",
         f"expected time   {f'about {clock(seconds).strip()} at the speed of pretraining' if seconds else 'unknown'}, evaluations not counted",
     ]

@@ -22,7 +22,7 @@ import torch
 
 from nanolab.config import UserError, nearest
 from nanolab.data.chat import Message, Rendered, render
-from nanolab.data.packing import Batch, PackedBatches
+from nanolab.data.packing import Batch, PackedBatches, Turns, share_rows
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime, progress
 
@@ -207,19 +207,15 @@ class ConversationBatches:
 
     rows_per_step: rows of one optimizer step over all ranks. epochs: after so many only padding follows; None: never.
     replay: text, made with one row at a time for a single rank: every rank packs all of it, and takes its own rows; `share`
-    of all rows come from it. Raises UserError where ranks and batches do not divide the rows.
+    of all rows come from it. Raises UserError where `share_rows` does.
     """
 
     def __init__(
         self, reader: Reader, surveyed: Survey, *, device_batch_size: int, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 42,
         epochs: int | None = None, replay: PackedBatches | None = None, share: float = 0.0,
     ) -> None:  # fmt: skip
-        if rows_per_step % (device_batch_size * world_size):
-            unit = device_batch_size * world_size
-            raise UserError(
-                f"{rows_per_step} rows a step are not a multiple of device batch size {device_batch_size} x {world_size} ranks; "
-                f"try --total-batch-size {-(-rows_per_step // unit) * unit * (reader.room - 1)}"
-            )
+        share_rows(rows_per_step * (reader.room - 1), reader.room - 1, device_batch_size, world_size)
+        self.turns = Turns(rows_per_step, device_batch_size, rank, world_size, rows_per_step)
         self.reader, self.survey, self.device_batch_size, self.rank, self.world_size = reader, surveyed, device_batch_size, rank, world_size
         self.seed, self.epochs, self.replay, self.share = seed, epochs, replay, check_share(share)
         self.T = reader.room - 1
@@ -263,8 +259,9 @@ class ConversationBatches:
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
         made, self._labels = [], []
-        for g in range(self.rows, self.rows + self.device_batch_size * self.world_size):
-            mine = (g - self.rows) % self.world_size == self.rank
+        places, done = self.turns.after(self.rows)
+        for g in range(self.rows, done):
+            mine = g % self.turns.rows_per_step in places
             if self._texts(g + 1) > self._texts(g):
                 text = self.replay.next()  # read on every rank: its order is one for all
                 if mine:
@@ -274,8 +271,8 @@ class ConversationBatches:
                 members = self._members(g - self._texts(g))
                 made.append(side_by_side([self.reader.read(i)[0] for i in members], self.T, self.reader.tokenizer.bos))
                 self._labels.append(members)
-        self.rows += self.device_batch_size * self.world_size
-        inputs, targets = (torch.from_numpy(np.stack(half)) for half in zip(*made))
+        self.rows = done
+        inputs, targets = (torch.from_numpy(np.array(half, dtype=np.int64).reshape(-1, self.T)) for half in (zip(*made) if made else ((), ())))
         return Batch(inputs, targets, int((targets >= 0).sum()))
 
     def _members(self, row: int) -> list[int]:
@@ -319,7 +316,7 @@ class ConversationBatches:
                 "expected the same; put the former files back, or start a new --run"
             )
         micro = self.device_batch_size * self.world_size
-        if state["rows"] % micro:
+        if not self.turns.fits(state["rows"]):
             raise UserError(
                 f"the checkpoint has read {state['rows']} rows, which {micro} rows at a time do not reach; expected the former batch; give the "
                 f"--device-batch-size it had"

@@ -1,9 +1,11 @@
 """Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an epoch.
 
 Rows come from V virtual streams (V = gcd(rows per step, 16)), whatever the number of ranks. Stream s reads documents s,
-s + V, s + 2V, ... of each source into a small pool; row g of the run comes from stream g mod V; rank r of W holds streams
-r, r + W, ... So 1, 2, 4, 8 ranks see the same global batches, and the state (per stream: where each source stands, and
-which documents lie in the pool) is a few kB of JSON that any of them can continue.
+s + V, s + 2V, ... of each source into a small pool; row g of the run comes from stream g mod V. The rows of a step are
+dealt to any number of ranks, to some one more than to others (`deal`), and a rank holds the streams that its rows come from. So
+all numbers of ranks see the same global batches, and the state (per stream: where each source stands, and which documents
+lie in the pool) is a few kB of JSON that any of them can continue. Where W ranks divide V each stream is on one rank. Elsewhere a
+stream can be on several: each packs all of its rows and keeps its own, at most two streams more per rank than V / W.
 
 A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits, the
 shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document longer
@@ -118,6 +120,78 @@ class Cursor:
         self.ready: deque[tuple[int, np.ndarray]] = deque()  # tokenised ahead: no part of the state
 
 
+def share_rows(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> list[int]:
+    """Rows of one optimizer step for each rank, the larger shares first. The only judge of batches: plans, dry runs and loaders ask it.
+
+    A batch that one rank takes, any number takes that has a row for each. Raises UserError with a total batch that is accepted.
+    """
+    B, T = device_batch_size, seq_len
+    rows, least = total_batch_size // T, -(-ranks // B) * B * T
+    if total_batch_size < 1 or total_batch_size % (B * T):
+        fewer = next((n for n in range(min(B, rows), 0, -1) if rows % n == 0), 0) if total_batch_size % T == 0 and rows >= ranks else 0
+        raise UserError(
+            f"total batch size {total_batch_size} is not a multiple of {B * T} (device batch size {B} x row {T}); "
+            f"try --total-batch-size {max(least, round(total_batch_size / (B * T)) * B * T)}{f' or --device-batch-size {fewer}' * (fewer > 0)}",
+            "batch-not-a-multiple", total_batch_size=total_batch_size, unit=B * T,
+        )  # fmt: skip
+    if rows < ranks:
+        raise UserError(
+            f"{ranks} ranks cannot share {rows} rows (total batch size {total_batch_size} / row {T}); expected at least a row for each; "
+            f"try --total-batch-size {least}",
+            "fewer-rows-than-ranks", rows=rows, ranks=ranks,
+        )  # fmt: skip
+    return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+
+
+def batch_text(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> str:
+    """The batch of one step and each rank's share of it, for the plan; and the time that ranks with smaller shares wait."""
+    shares = share_rows(total_batch_size, seq_len, device_batch_size, ranks)
+    most, rows, accumulation = shares[0], sum(shares), -(-shares[0] // device_batch_size)
+    text = f"{total_batch_size:,} tokens = {device_batch_size} rows x {seq_len} x {ranks} ranks x {accumulation} accumulation"
+    if device_batch_size * ranks * accumulation != rows:
+        text = f"{total_batch_size:,} tokens = {rows} rows x {seq_len} on {ranks} ranks, at most {device_batch_size} rows at a time"
+    if ranks == 1:
+        return text
+    counts = ", ".join(f"{n} on {shares.count(n)}" for n in dict.fromkeys(shares))
+    idle = f" ({1 - rows / (ranks * most):.1%} of their time is waiting)" if rows < ranks * most else ""
+    return f"{text}; rows per step {rows}: {' '.join(map(str, shares)) if ranks <= 8 else counts + ' ranks'}{idle}"
+
+
+def deal(rows: int, ranks: int, rank: int, streams: int) -> list[int]:
+    """The places in a step of the rows of `rank`: neighbours in the order of streams, so that a rank needs few of them.
+
+    Streams are taken in the order r, r + W, ... for r = 0, 1, ...: where W divides their number, rank r has just those.
+    """
+    order = sorted(range(rows), key=lambda g: (g % streams % ranks, g % streams, g))
+    share, more = divmod(rows, ranks)
+    first = rank * share + min(rank, more)
+    return sorted(order[first : first + share + (rank < more)])
+
+
+class Turns:
+    """Which rows of a step each micro-batch of one rank takes. A place in the run is the number of rows handed out by all ranks together.
+
+    Every rank makes as many micro-batches in a step as the one with the largest share; its last ones may be smaller, or empty.
+    """
+
+    def __init__(self, rows_per_step: int, device_batch_size: int, rank: int, ranks: int, streams: int) -> None:
+        self.rows_per_step, self.device_batch_size, self.unit = rows_per_step, device_batch_size, device_batch_size * ranks
+        self.mine = deal(rows_per_step, ranks, rank, streams)
+        # whether what all ranks have handed out inside a step are its first rows, so that other ranks can go on there
+        self.in_order = streams % ranks == 0 or streams == rows_per_step
+
+    def after(self, done: int) -> tuple[list[int], int]:
+        """(places in the step of the rows of the micro-batch after `done` rows, the rows done with it)."""
+        inside = done % self.rows_per_step
+        first = inside // self.unit * self.device_batch_size
+        return self.mine[first : first + self.device_batch_size], done - inside + min(inside + self.unit, self.rows_per_step)
+
+    def fits(self, done: int) -> bool:
+        """Whether these ranks can go on after `done` rows."""
+        inside = done % self.rows_per_step
+        return inside == 0 or (self.in_order and inside % self.unit == 0)
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank."""
 
@@ -130,8 +204,8 @@ class PackedBatches:
     """The training batches of one rank, for ever.
 
     sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of one
-    optimizer step over all ranks. threads: for tokenising. Raises UserError where the ranks or batches do not divide the
-    rows, and, when documents are first read, where a source holds no text.
+    optimizer step over all ranks. threads: for tokenising. Raises UserError where `share_rows` does, and, when documents are first
+    read, where a source holds no text.
     """
 
     def __init__(
@@ -146,36 +220,39 @@ class PackedBatches:
         world_size: int = 1,
         threads: int = 2,
     ) -> None:
+        share_rows(rows_per_step * seq_len, seq_len, device_batch_size, world_size)
         self.n_streams = math.gcd(rows_per_step, 16)
-        if self.n_streams % world_size:
-            raise UserError(
-                f"{world_size} ranks cannot share {rows_per_step} rows a step: they are packed in {self.n_streams} streams (the largest "
-                f"common divisor with 16); expected a number of ranks that divides it; try --total-batch-size {16 * world_size * seq_len}"
-            )
-        if rows_per_step % (device_batch_size * world_size):
-            raise UserError(
-                f"{rows_per_step} rows a step are not a multiple of device batch size {device_batch_size} x {world_size} ranks; "
-                f"try --total-batch-size {-(-rows_per_step // (device_batch_size * world_size)) * device_batch_size * world_size * seq_len}"
-            )
+        self.turns = Turns(rows_per_step, device_batch_size, rank, world_size, self.n_streams)
+        self.mine = sorted({g % self.n_streams for g in self.turns.mine})  # the streams that this rank holds
+        self.held = [g for g in range(rows_per_step) if g % self.n_streams in self.mine]  # and all of their rows in a step
         self.sources, self.tokenizer, self.seq_len, self.threads = list(sources), tokenizer, seq_len, threads
         self.rank, self.world_size, self.device_batch_size = rank, world_size, device_batch_size
         self._reset()
 
     def _reset(self) -> None:
         self.rows = 0  # rows handed out so far by all ranks together
-        self.mine = range(self.rank, self.n_streams, self.world_size)
+        self._held = 0  # how many of `held` have been packed in this step
+        self._others = np.empty(self.seq_len + 1, dtype=np.int64)
         self._cursors = {s: [Cursor(s) for _ in self.sources] for s in self.mine}
         self._packers = {s: Packer(self.tokenizer.bos, lambda s=s: self._next_document(s)) for s in self.mine}
         self._labels: list[list[Label]] = []
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
-        rows = np.empty((self.device_batch_size, self.seq_len + 1), dtype=np.int64)
-        first = self.rows + self.rank
-        self._labels = [
-            self._packers[(first + i * self.world_size) % self.n_streams].fill(row) for i, row in enumerate(rows)
-        ]
-        self.rows += self.device_batch_size * self.world_size
+        places, done = self.turns.after(self.rows)
+        rows = np.empty((len(places), self.seq_len + 1), dtype=np.int64)
+        filled, self._labels = 0, []
+        while self._held < len(self.held) and (filled < len(places) or done % self.turns.rows_per_step == 0):
+            g = self.held[self._held]
+            packer = self._packers[g % self.n_streams]
+            if filled < len(places) and g == places[filled]:
+                self._labels.append(packer.fill(rows[filled]))
+                filled += 1
+            else:  # another rank's: packed here as well, because what follows in the stream depends on it
+                packer.fill(self._others)
+            self._held += 1
+        self._held = self._held if done % self.turns.rows_per_step else 0
+        self.rows = done
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(half)) for half in (rows[:, :-1], rows[:, 1:]))
         return Batch(inputs, targets, targets.numel())
 
@@ -258,6 +335,8 @@ class PackedBatches:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One state of all streams, the same on every rank, of the `local_state` of each rank."""
+        if not self.turns.fits(states[0]["rows"]):
+            raise ValueError(f"{len(states)} ranks stand inside a step, where their streams differ; ask for the state between two steps")
         return merge_states(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -272,13 +351,15 @@ class PackedBatches:
                 f"expected the same data; give the former --data or --data-dir, or start a new --run"
             )
         micro = self.device_batch_size * self.world_size
-        if state["n_streams"] != self.n_streams or state["rows"] % micro:
+        if state["n_streams"] != self.n_streams or not self.turns.fits(state["rows"]):
             raise UserError(
                 f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit {self.n_streams} streams "
-                f"and {micro} rows at a time; expected the former batch; give the --total-batch-size and --device-batch-size it had"
-            )
+                f"and {micro} rows at a time; expected the former batch; give the --total-batch-size and --device-batch-size it had",
+                "other-batch", rows=state["rows"], n_streams=state["n_streams"],
+            )  # fmt: skip
         self._reset()
         self.rows = state["rows"]
+        self._held = bisect_left(self.held, self.rows % self.turns.rows_per_step)
         for s in self.mine:
             saved = state["streams"][s]
             for cursor, n, taken in zip(self._cursors[s], saved["next"], saved["taken"]):
@@ -310,7 +391,7 @@ class PackedBatches:
                 held[source] += len(tokens) - 1
             for i, (n, tokens) in enumerate(zip(nexts, taken)):
                 passed[i] += (n - s) / self.n_streams * (1 - held[i] / tokens if tokens else 0)
-        return max(p * self.world_size / documents.n_documents for p, (documents, _) in zip(passed, self.sources))
+        return max(p * (self.n_streams / len(self.mine)) / documents.n_documents for p, (documents, _) in zip(passed, self.sources))
 
     def where(self) -> str:
         """The documents in the last batch, for messages."""

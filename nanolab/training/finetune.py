@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nanolab.config import BaseTrainConfig, GPTConfig, SFTConfig, UserError, from_json, nearest, read_toml
+from nanolab.data.packing import share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.training import checkpoint
@@ -129,14 +130,18 @@ class Shape(NamedTuple):
     device_batch_size: int
     total_batch_size: int  # tokens, all ranks
     world_size: int
+    shares: list[int]  # rows of each rank
 
     @property
     def rows_per_step(self) -> int:
         return self.total_batch_size // self.seq_len
 
 
-def shape_of(cfg: SFTConfig, origin: Origin, world_size: int) -> Shape:
-    """What the flags say; where they say nothing what pretraining had, the batch rounded to what the ranks can share."""
+def shape_of(cfg: SFTConfig, origin: Origin, world_size: int, batch: int = -1) -> Shape:
+    """What the flags say; where they say nothing what pretraining had, the batch rounded to whole micro-batches.
+
+    batch: that of the run when it was started, which it keeps if --total-batch-size is not given.
+    """
     longest = origin.model.sequence_len
     T = cfg.max_seq_len if cfg.max_seq_len != -1 else longest
     if not 8 <= T <= longest:
@@ -144,15 +149,10 @@ def shape_of(cfg: SFTConfig, origin: Origin, world_size: int) -> Shape:
     rows = cfg.device_batch_size if cfg.device_batch_size != -1 else origin.plan["device_batch_size"]
     if rows < 1:
         raise UserError(f"--device-batch-size is {rows}; expected at least 1")
-    unit = rows * T * world_size
-    wanted = cfg.total_batch_size if cfg.total_batch_size != -1 else origin.plan["total_batch_size"]
-    fitting = max(1, round(wanted / unit)) * unit
-    if cfg.total_batch_size != -1 and fitting != wanted:
-        raise UserError(
-            f"total batch size {wanted} is not a multiple of {unit} (device batch size {rows} x row {T} x {world_size} ranks); "
-            f"try --total-batch-size {fitting}"
-        )
-    return Shape(T, rows, fitting, world_size)
+    total = cfg.total_batch_size if cfg.total_batch_size != -1 else batch
+    if total == -1:
+        total = max(-(-world_size // rows), round(origin.plan["total_batch_size"] / (rows * T))) * rows * T
+    return Shape(T, rows, total, world_size, share_rows(total, T, rows, world_size))
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def make_plan(cfg: SFTConfig, origin: Origin, shape: Shape, stages: Sequence[tup
     shortest = min(steps for _, steps in stages)
     return FineTunePlan(
         model=origin.model, num_iterations=total, max_seconds=None, total_batch_size=shape.total_batch_size, device_batch_size=shape.device_batch_size,
-        grad_accum=shape.rows_per_step // (shape.device_batch_size * shape.world_size), world_size=shape.world_size,
+        grad_accum=-(-shape.shares[0] // shape.device_batch_size), world_size=shape.world_size,
         flops_per_token=train_flops_per_token(origin.model), recipe=recipe, batch_scale=origin.plan["batch_scale"] * law, weight_decay=0.0,
         warmup_steps=round(cfg.warmup_ratio * shortest), warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac, grad_clip=cfg.grad_clip,
         seq_len=shape.seq_len,

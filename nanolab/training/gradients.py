@@ -16,7 +16,7 @@ class Batches(Protocol):
 
     epoch: float
 
-    def next(self) -> Any: ...  # one micro-batch of this rank, with n_targets: int
+    def next(self) -> Any: ...  # one micro-batch of this rank, with inputs (B, T), perhaps of no rows, and n_targets: int
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def where(self) -> str: ...  # which documents the last micro-batch came from
@@ -39,8 +39,10 @@ def accumulate(
     """
     micro, where = [], []
     for _ in range(grad_accum):
-        micro.append(batches.next())
-        where.append(batches.where())
+        batch = batches.next()
+        if len(batch.inputs):  # the last ones of a rank with a smaller share may be empty
+            micro.append(batch)
+            where.append(batches.where())
     n_targets = torch.tensor(sum(b.n_targets for b in micro), device=runtime.device)
     n_targets = runtime.all_reduce_(n_targets)
     losses = []

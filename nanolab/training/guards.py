@@ -54,7 +54,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def out_of_memory_named(rows: int, grad_accum: int) -> Iterator[None]:
     """Turn the device's out-of-memory error into a UserError that names the flag and a smaller value that fits the batch.
 
-    rows: --device-batch-size; rows * grad_accum is what a rank does per step, so the smaller value has to divide it.
+    rows: --device-batch-size; rows * grad_accum divides the rows of a step, so a smaller value that divides it fits them too.
     """
     try:
         yield

@@ -256,7 +256,7 @@ def fit(
     """
     loop = Loop(run, model, optimizer, batches, plan, loss_fn, every)
     try:
-        with StopRequest() as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum):
+        with StopRequest() as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1):
             loop.resume()
             model.train()
             first, asked = loop.state.step, False

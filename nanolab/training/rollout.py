@@ -144,22 +144,33 @@ def make_plan(cfg: RLConfig, origin: Origin, prompts: int, world_size: int) -> R
     check_settings(cfg.temperature, cfg.top_k, 1.0)
     if cfg.temperature < COLDEST:
         raise UserError(f"--temperature is {cfg.temperature:g}: all replies to a prompt would be the same; expected above 0; try --temperature 1")
-    if P % world_size:
-        fitting = -(-P // world_size) * world_size
-        raise UserError(f"{P} prompts in a rollout cannot be shared by {world_size} ranks; expected a multiple; try --examples-per-step {fitting}")
-    mine = P * G // world_size
-    if mine % B:
+    if P < world_size:
+        fitting = next(n for n in range(world_size, world_size + B) if n * G % B == 0)
+        raise UserError(
+            f"{world_size} ranks cannot share {P} prompts of a rollout; expected at least a prompt for each; try --examples-per-step {fitting}",
+            "fewer-prompts-than-ranks", prompts=P, ranks=world_size,
+        )  # fmt: skip
+    if P * G % B:  # a batch that one rank takes, any number takes
+        mine = P * G if P % world_size else P * G // world_size
         fitting = max(n for n in range(1, B) if mine % n == 0)
-        shape = f"{P} prompts x {G} samples" + (f" / {world_size} ranks" if world_size > 1 else "")
-        raise UserError(f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try --device-batch-size {fitting}")
+        shape = f"{P} prompts x {G} samples" + (f" / {world_size} ranks" if mine != P * G else "")
+        raise UserError(
+            f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try --device-batch-size {fitting}",
+            "batch-not-a-multiple", replies=P * G, unit=B,
+        )  # fmt: skip
     steps = max(1, prompts * cfg.num_epochs // P) * cfg.updates_per_batch
     return RLPlan(
         model=origin.model, num_iterations=cfg.num_iterations if cfg.num_iterations > 0 else steps, max_seconds=None,
-        total_batch_size=P * G * cfg.max_new_tokens, device_batch_size=B, grad_accum=mine // B, world_size=world_size,
+        total_batch_size=P * G * cfg.max_new_tokens, device_batch_size=B, grad_accum=micro_batches(cfg, world_size), world_size=world_size,
         flops_per_token=train_flops_per_token(origin.model), recipe=origin.plan["recipe"], batch_scale=origin.plan["batch_scale"],
         weight_decay=cfg.weight_decay, warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
         grad_clip=cfg.grad_clip, lr_frac=cfg.init_lr_frac,
     )  # fmt: skip
+
+
+def micro_batches(cfg: RLConfig, world_size: int) -> int:
+    """Of each rank in a step: as many as the one with most prompts needs; the last ones of the others may be smaller, or empty."""
+    return -(-(-(-cfg.examples_per_step // world_size) * cfg.num_samples) // cfg.device_batch_size)
 
 
 class PolicyLoss:
@@ -340,12 +351,14 @@ class Rollouts:
         """Micro-batches of rows of like lengths, so that little is padded."""
         B, ordered = self.cfg.device_batch_size, sorted(replies, key=lambda r: (len(r.prompt) + len(r.ids), r.place))
         batches = [self._rows(ordered[i : i + B]) for i in range(0, len(ordered), B)]
+        nothing, none = torch.zeros(0, 1, dtype=torch.int64, device=self.runtime.device), torch.zeros(0, device=self.runtime.device)
+        empty = [MicroBatch([], nothing, nothing, none, 0)] * (micro_batches(self.cfg, self.runtime.world_size) - len(batches))
         if self.reference is not None:
             with torch.no_grad():
                 for batch in batches:
                     if batch.reference is None:
                         batch.reference = logprobs(self.reference, batch.inputs, batch.targets)
-        return batches
+        return batches + empty
 
     def _rows(self, replies: list[Reply]) -> MicroBatch:
         T = max(len(r.prompt) + len(r.ids) for r in replies) - 1

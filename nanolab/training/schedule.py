@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, ModelFlags, UserError, nearest
+from nanolab.data.packing import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
 from nanolab.training.recipes import RECIPES
 
@@ -25,7 +26,7 @@ class Plan:
     max_seconds: float | None
     total_batch_size: int  # tokens per optimizer step, all ranks
     device_batch_size: int  # rows per forward pass and rank
-    grad_accum: int
+    grad_accum: int  # micro-batches of each rank in a step
     world_size: int
     flops_per_token: int
     recipe: str  # an entry of RECIPES
@@ -100,17 +101,10 @@ def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int, bos: int =
     reference_tokens = ratio * n_params(reference(cfg, vocab_size))["scaling"]
 
     # Batch: the critical batch grows as D^0.383 (Power Lines, arXiv 2505.13738); the nearest power of two.
-    rows = cfg.device_batch_size * world_size
     batch = cfg.total_batch_size
     if batch == -1:
         batch = 2 ** round(math.log2(REFERENCE_BATCH * (law_tokens / reference_tokens) ** 0.383))
-    unit = rows * cfg.max_seq_len
-    if batch < 1 or batch % unit:
-        fitting = max(1, round(batch / unit)) * unit
-        raise UserError(
-            f"total batch size {batch} is not a multiple of {unit} (device batch size {cfg.device_batch_size} x row {cfg.max_seq_len} x "
-            f"{world_size} ranks); try --total-batch-size {fitting}"
-        )
+    shares = share_rows(batch, cfg.max_seq_len, cfg.device_batch_size, world_size)
 
     # Learning rate: with batch noise falling as 1/B, AdamW's best rate goes as sqrt(B); for Muon this is an assumption,
     # and far below the reference batch a bad one: --lr-scale overrides it (dev/LOG.md).
@@ -135,7 +129,7 @@ def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int, bos: int =
         seconds = cfg.max_seconds
     return Plan(
         model=model, num_iterations=steps, max_seconds=seconds, total_batch_size=batch, device_batch_size=cfg.device_batch_size,
-        grad_accum=batch // unit, world_size=world_size, flops_per_token=flops, recipe=cfg.recipe, batch_scale=batch_scale,
+        grad_accum=-(-shares[0] // cfg.device_batch_size), world_size=world_size, flops_per_token=flops, recipe=cfg.recipe, batch_scale=batch_scale,
         weight_decay=weight_decay, warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
         grad_clip=cfg.grad_clip,
     )  # fmt: skip

@@ -70,10 +70,13 @@ def rows_of(source, n: int) -> list[tuple[list[int], list[int]]]:
     """(inputs, targets) of n rows, batch by batch."""
     found = []
     while len(found) < n:
-        batch = source.next()
-        assert batch.n_targets == int((batch.targets >= 0).sum())
-        found += [(x.tolist(), y.tolist()) for x, y in zip(batch.inputs, batch.targets)]
+        found += rows_of_batch(source.next())
     return found
+
+
+def rows_of_batch(batch) -> list[tuple[list[int], list[int]]]:
+    assert batch.n_targets == int((batch.targets >= 0).sum())
+    return [(x.tolist(), y.tolist()) for x, y in zip(batch.inputs, batch.targets)]
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -234,7 +237,7 @@ def test_what_cannot_be_trained_on_is_said():
         survey(Reader(Listed([]), TOKENIZER, 8), ALONE)
     with pytest.raises(UserError, match="--long 'crob' is unknown.*--long crop"):
         Reader(Listed([]), TOKENIZER, 8, "crob")
-    with pytest.raises(UserError, match=r"6 rows a step .* 4 x 1 ranks; try --total-batch-size 192"):
+    with pytest.raises(UserError, match="144 is not a multiple of 96 .*try --total-batch-size 192"):
         batches(of_lengths([9]), rows_per_step=6, device_batch_size=4)
     with pytest.raises(UserError, match="--replay is 1; expected a share"):
         batches(of_lengths([9]), share=1.0)
@@ -267,6 +270,22 @@ def test_any_number_of_ranks_sees_the_same_rows(world_size, B):
     alone = global_rows([staged()], 96, 2)
     assert global_rows([staged(world_size, rank, B) for rank in range(world_size)], 96, B) == alone
     assert len({json.dumps(row) for row in alone}) > 50
+
+
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize("ranks", [3, 5, 7, 8])
+def test_ranks_with_unequal_shares_see_the_same_global_batches(ranks):
+    """8 rows a step: the places of rank r are r, r + W, ..., and at the end of each step all stand at the same place."""
+    alone, sources = global_rows([staged()], 96, 2), [staged(ranks, rank) for rank in range(ranks)]
+    for step in range(1, 13):
+        places: dict[int, tuple] = {}
+        for rank, source in enumerate(sources):
+            mine = []
+            while source.snapshot().rows < 8 * step:
+                mine += rows_of_batch(source.next())
+            places |= dict(zip(range(rank, 8, ranks), mine, strict=True))
+        assert [places[i] for i in range(8)] == alone[8 * step - 8 : 8 * step]
+        assert len({json.dumps(source.state_dict()) for source in sources}) == 1
 
 
 @pytest.mark.parametrize("done", [0, 8, 24, 40, 48, 64])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import defaultdict
 from functools import lru_cache
 from itertools import count
@@ -168,6 +169,92 @@ def test_ranks_see_the_same_global_batches():
         assert rows == one and other == state
 
 
+def by_step(texts, world_size: int, steps: int, *, B=4, rows_per_step=48, T=24, state=None) -> tuple[list[list[list[int]]], dict, list[set[int]]]:
+    """(the rows of each global batch, sorted; the state after them, through JSON; for each rank the rows that it had in a step)."""
+    ranks = [make(texts, T=T, B=B, rows_per_step=rows_per_step, rank=r, world_size=world_size) for r in range(world_size)]
+    if state:
+        for rank in ranks:
+            rank.load_state_dict(state)
+    begin, out, shares = ranks[0].rows, [], [set() for _ in ranks]
+    for step in range(1, steps + 1):
+        rows = []
+        for rank, seen in zip(ranks, shares):
+            mine = []
+            while rank.rows < begin + step * rows_per_step:
+                mine += (found := rows_of(rank.next()).tolist())
+                assert len(found) <= B
+            rows += mine
+            seen.add(len(mine))
+        out.append(sorted(rows))
+    return out, json.loads(json.dumps(ranks[0].merge([rank.local_state(rank.snapshot()) for rank in ranks]))), shares
+
+
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize("ranks", [3, 5, 6, 7, 12, 24, 32, 48])
+def test_any_number_of_ranks_sees_the_global_batches_of_one(ranks):
+    texts = words(300)
+    one, state, _ = by_step(texts, 1, 4)
+    many, other, shares = by_step(texts, ranks, 4)
+    assert many == one and other == state
+    assert [{48 // ranks + (rank < 48 % ranks)} for rank in range(ranks)] == shares, "as even as can be, the same in every step"
+
+
+@pytest.mark.fault("F7")
+def test_sixty_four_ranks_and_rows_that_are_a_multiple_of_nothing():
+    texts = words(300)
+    for rows, B, ranks in ((64, 1, 64), (128, 2, 64), (45, 5, 7), (10, 1, 3)):
+        (one, state, _), (many, other, _) = (by_step(texts, n, 2, B=B, rows_per_step=rows) for n in (1, ranks))
+        assert many == one and other == state
+
+
+@pytest.mark.fault("F7")
+def test_a_run_moves_between_any_numbers_of_ranks():
+    texts = [(ListDocuments(words(150, longest=80) + ["y" * 2000, None, ""], "a"), 0.7), (ListDocuments(words(40, 1), "b"), 0.3)]
+    whole, end, _ = by_step(texts, 1, 7)
+    found, state = [], None
+    for ranks, steps, B in ((3, 2, 4), (2, 1, 8), (5, 2, 3), (1, 1, 16), (32, 1, 1)):
+        rows, state, _ = by_step(texts, ranks, steps, B=B, state=state)
+        found += rows
+    assert found == whole and state == end
+
+
+# Written by commit 9e9a9b1 after 3 steps of 4 rows of words(5), T = 16, the same for 1, 2 and 4 ranks; and the rows of the next 2 steps.
+OLD_STATE = json.loads("""{"rows":12,"sources":[["list",5]],"n_streams":4,
+"streams":[
+{"next":[56],"taken":[580],"pool":[[0,12,0,58],[0,16,0,28],[0,20,0,26],[0,24,0,58],[0,28,0,26],[0,32,0,26],[0,36,0,26],[0,40,0,26],[0,44,0,58],[0,48,0,56],[0,0,16,42],[0,52,0,26],[0,4,16,34],[0,8,16,42]]},
+{"next":[57],"taken":[616],"pool":[[0,13,0,26],[0,17,0,58],[0,21,0,50],[0,25,0,28],[0,29,0,56],[0,33,0,50],[0,37,0,58],[0,41,0,50],[0,45,0,58],[0,49,0,28],[0,1,16,12],[0,5,16,10],[0,53,0,50],[0,9,16,34]]},
+{"next":[50],"taken":[594],"pool":[[0,14,0,50],[0,18,0,50],[0,22,0,56],[0,26,0,50],[0,30,0,28],[0,34,0,58],[0,38,0,56],[0,42,0,28],[0,2,16,40],[0,46,0,50],[0,6,16,40],[0,10,16,40]]},
+{"next":[59],"taken":[580],"pool":[[0,15,0,26],[0,19,0,56],[0,23,0,28],[0,27,0,58],[0,31,0,56],[0,35,0,50],[0,39,0,28],[0,43,0,56],[0,47,0,26],[0,51,0,56],[0,55,0,58],[0,3,16,10],[0,7,16,12],[0,11,16,12]]}]}""")
+OLD_ROWS = [
+    [
+        [256, 51, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 49, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 50, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 49, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+    ],
+    [
+        [256, 52, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 51, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 50, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+        [256, 48, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
+    ],
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_state_of_an_older_version_goes_on_exactly(ranks):
+    rows, _, _ = by_step(words(5), ranks, 2, B=1, rows_per_step=4, T=16, state=OLD_STATE)
+    assert rows == [sorted(step) for step in OLD_ROWS]
+
+
+def test_ranks_hold_few_streams_and_read_few_documents_twice():
+    """A rank packs the streams that its rows come from: those of no other rank where the ranks divide 16, two more elsewhere."""
+    for ranks, most in ((1, 16), (2, 8), (4, 4), (16, 1), (3, 7), (5, 5), (6, 4), (12, 3), (32, 2), (48, 1)):
+        made = [make(["a"], B=1, rows_per_step=48, rank=rank, world_size=ranks) for rank in range(ranks)]
+        assert max(len(one.mine) for one in made) <= most
+        assert {s for one in made for s in one.mine} == set(range(16))
+
+
 @settings(max_examples=25, deadline=None)
 @given(steps=st.integers(0, 12), before=st.sampled_from([1, 2, 4, 8]), after=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99))
 def test_resume_continues_with_the_very_next_row(steps, before, after, seed):
@@ -253,11 +340,20 @@ def test_mixture_weights_hold():
 
 
 def test_batches_that_do_not_divide_say_what_to_type():
-    with pytest.raises(UserError, match="--total-batch-size") as error:
-        make(["a"], rows_per_step=12, world_size=8, T=32)
-    assert int(str(error.value).split()[-1]) % (32 * 8) == 0
-    with pytest.raises(UserError, match="not a multiple of device batch size 5 x 1 ranks"):
+    with pytest.raises(UserError, match=r"not a multiple of 80 \(device batch size 5 x row 16\)") as error:
         make(["a"], rows_per_step=16, B=5)
+    for flag, value in re.findall(r"--(total|device)-batch-size (\d+)", str(error.value)):
+        make(["a"], **({"rows_per_step": int(value) // 16, "B": 5} if flag == "total" else {"rows_per_step": 16, "B": int(value)}))
+
+
+@pytest.mark.fault("F7")
+@pytest.mark.parametrize("ranks, rows, B", [(3, 2, 1), (17, 16, 4), (64, 48, 8), (5, 4, 2)])
+def test_fewer_rows_than_ranks_are_refused_with_both_numbers_and_advice_that_works(ranks, rows, B):
+    with pytest.raises(UserError) as error:
+        make(["a"], rows_per_step=rows, B=B, world_size=ranks)
+    (typed,) = re.findall(r"--total-batch-size (\d+)", str(error.value))
+    make(["a"], rows_per_step=int(typed) // 16, B=B, world_size=ranks)
+    assert error.value.code == "fewer-rows-than-ranks" and error.value.values == {"rows": rows, "ranks": ranks}
 
 
 def test_a_state_of_something_else_is_refused():

@@ -203,15 +203,19 @@ def tune_on(runtime, folder: str, run: str) -> None:
     chat_sft.train(cfg, runtime, run, find_model("plain"))
 
 
-def test_two_ranks_learn_what_one_learns(prepared, run_ranks):
-    """From the optimizer's state that one rank left."""
-    pretrained.pretrain("plain", prepared / "text", ALONE)
-    tune_on(ALONE, str(prepared), "alone")
-    run_ranks(tune_on, 2, str(prepared), "together")
-    one, two = ([{k: row[k] for k in ("train/loss", "val/loss", "val/bpb") if k in row} for row in read_metrics(runs_dir() / name)] for name in ("alone", "together"))
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.fault("F7")])])
+def test_ranks_learn_what_one_learns(prepared, run_ranks, ranks):
+    """From the optimizer's state that one rank left; three ranks have 3, 3 and 2 of the 8 rows."""
+    if not (runs_dir() / "plain").exists():
+        pretrained.pretrain("plain", prepared / "text", ALONE)
+        tune_on(ALONE, str(prepared), "alone")
+    run_ranks(tune_on, ranks, str(prepared), f"together{ranks}")
+    one, two = ([{k: row[k] for k in ("train/loss", "val/loss", "val/bpb") if k in row} for row in read_metrics(runs_dir() / name)] for name in ("alone", f"together{ranks}"))
     assert len(one) == len(two) == 6 and len(one[0]) == 3
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=1e-4), "rows are summed in another order; nothing else differs"
+    states = [checkpoint.load_meta(find_model(name).checkpoint)["batches"] for name in ("alone", f"together{ranks}")]
+    assert states[0] == states[1]
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_resumed_at_any_step_is_uninterrupted_to_the_bit(at, capsys):
     assert any(row["rl/kl"] > 0 for row in read_metrics(folder)) and any(row["rl/clipped"] > 0 for row in read_metrics(folder))
 
 
-def two_ranks(runtime: Runtime, base: str, weights: dict[str, torch.Tensor]) -> tuple:
+def some_ranks(runtime: Runtime, base: str, weights: dict[str, torch.Tensor]) -> tuple:
     """Train on these ranks; and take up the rollout that one rank was in the middle of: (its state as told by them, this rank's prompts)."""
     os.environ["NANOLAB_BASE_DIR"] = base
     GIVEN.update(weights)
@@ -388,13 +388,25 @@ def two_ranks(runtime: Runtime, base: str, weights: dict[str, torch.Tensor]) -> 
 
 def test_two_ranks_make_the_rollouts_and_the_weights_of_one(run_ranks, base_dir):
     train("alone", KL)
-    (same_0, mine_0), (same_1, mine_1) = run_ranks(two_ranks, 2, str(base_dir), taught())
+    (same_0, mine_0), (same_1, mine_1) = run_ranks(some_ranks, 2, str(base_dir), taught())
     assert same_0 and same_1 and set(mine_0) == {0, 2} and set(mine_1) == {1, 3}
     for one, two in zip(records("alone"), records("ranks"), strict=True):
         assert one == two
     last = [checkpoint.load_weights(runs_dir() / name / "checkpoints" / "step_000008") for name in ("alone", "ranks")]
     for name, value in last[0].items():
         torch.testing.assert_close(value, last[1][name], atol=2e-3, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("F7")
+def test_three_ranks_share_four_prompts(run_ranks, base_dir):
+    """One answers two of them, in two micro-batches, the others one."""
+    train("alone", KL)
+    found = run_ranks(some_ranks, 3, str(base_dir), taught())
+    assert all(same for same, _ in found) and [set(mine) for _, mine in found] == [{0, 3}, {1}, {2}]
+    assert list(records("alone")) == list(records("ranks"))
+    one, many = ([row["train/loss"] for row in read_metrics(runs_dir() / name)] for name in ("alone", "ranks"))
+    assert len(one) == 8 and one == pytest.approx(many, rel=1e-4, abs=1e-5)
 
 
 def kill_and_resume(kills: int, steps: int) -> None:
@@ -465,7 +477,7 @@ def test_bad_rewards(text, said):
         (dict(device_batch_size=5), 1, "16 replies (4 prompts x 4 samples) are not a multiple of the 5 that --device-batch-size takes at once; try --device-batch-size 4"),
         (dict(device_batch_size=32), 1, "try --device-batch-size 16"),
         (dict(device_batch_size=3), 2, "8 replies (4 prompts x 4 samples / 2 ranks)"),
-        (dict(), 3, "4 prompts in a rollout cannot be shared by 3 ranks; expected a multiple; try --examples-per-step 6"),
+        (dict(), 5, "5 ranks cannot share 4 prompts of a rollout; expected at least a prompt for each; try --examples-per-step 5"),
         (dict(updates_per_batch=0), 1, "--updates-per-batch is 0"),
         (dict(temperature=-1.0), 1, "temperature is -1"),
         (dict(temperature=0.0), 1, "--temperature is 0: all replies to a prompt would be the same"),
