@@ -181,7 +181,7 @@ class TokTrainConfig(DataConfig):
 
     vocab_size: int = 32768  # special tokens included
     max_chars: int = 2_000_000_000  # characters to read
-    doc_cap: int = 10_000  # characters read of one document
+    doc_cap: int = 10_000  # characters read of one document: of a longer one, an even sample
     tokenizer: str = ""  # folder to write tokenizer.json to; default: tokenizer/ in the base directory
     seed: int = 1
 

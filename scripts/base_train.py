@@ -55,6 +55,8 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     record.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
     for line in describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name):
         print0(line)
+    for label, facts in data.describe(tokenizer, plan.tokens):
+        print0(f"{label:<16}{facts}")
 
     with torch.device(rt.device):
         model = GPT(plan.model, rt.dtype, cfg.attn_kernel)

@@ -15,11 +15,14 @@ def run(cfg: DataBuildConfig) -> None:
     data = open_data(cfg, workers=cfg.workers)
     rows = []
     for documents, weight in [*data.train, (data.val, None)]:
-        sizes = [len(text.encode()) for text in progress(documents.iterate(), f"reading {documents.name}", documents.n_documents)]
+        sizes, marks = [], 0
+        for text in progress(documents.iterate(), f"reading {documents.name}", documents.n_documents):
+            sizes.append(len(text.encode()))
+            marks += text.count("<|endoftext|>")
         folders = sorted({str(path.parent) for path in documents.paths})
         rows.append({
             "source": documents.name, "weight": weight, "documents": len(sizes), "bytes": sum(sizes),
-            "left_out": documents.n_documents - len(sizes), "files": len(documents.paths), "where": folders,
+            "left_out": documents.n_documents - len(sizes), "files": len(documents.paths), "where": folders, "marks": marks,
         })  # fmt: skip
     print(f"{'source':<16} {'weight':>7} {'documents':>11} {'bytes':>15} {'left out':>9} {'files':>6}  where")
     for row in rows:
@@ -28,6 +31,11 @@ def run(cfg: DataBuildConfig) -> None:
         counts = f"{row['documents']:>11,} {row['bytes']:>15,} {row['left_out']:>9,} {row['files']:>6}"
         print(f"{row['source']:<16} {weight:>7} {counts}  {place}")
     print("left out: blank documents, and documents that are also in the validation text")
+    for label, facts in data.describe():
+        print(f"{label:<16} {facts}")
+    for (documents, _), row in zip(data.train, rows):
+        if row["marks"] > documents.marks:  # in parquet files, whose texts are not read before
+            print(f"{documents.name}: {row['marks']:,} marks <|endoftext|> are inside texts and stay text")
     if cfg.json:
         print(json.dumps({"sources": rows, "fingerprint": data.fingerprint, "val_fingerprint": data.val_fingerprint}))
 

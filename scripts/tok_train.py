@@ -10,14 +10,26 @@ from typing import Iterator, Sequence
 from nanolab.config import TokTrainConfig, UserError, main, parse
 
 CHECK_CHARS = 4_000_000  # validation text to measure and to round-trip
+PART_CHARS = 1000  # of a document over the cap, parts of about this size are read
+
+
+def even_parts(text: str, cap: int) -> list[str]:
+    """`text`, or `cap` characters of it: parts at even distances from its beginning to its end."""
+    if len(text) <= cap:
+        return [text]
+    n = min(max(2, cap // PART_CHARS), cap)
+    bounds = [i * cap // n for i in range(n + 1)]
+    gap = (len(text) - cap) / max(n - 1, 1)
+    return [text[a + int(i * gap) : b + int(i * gap)] for i, (a, b) in enumerate(zip(bounds, bounds[1:]))]
 
 
 class Sample:
-    """Documents for the trainer, cut and capped, with counts of what was read."""
+    """Documents for the trainer, those over the cap as even samples, with counts of what was read."""
 
     def __init__(self, sources: Sequence, max_chars: int, doc_cap: int) -> None:
         self.sources, self.max_chars, self.doc_cap = sources, max_chars, doc_cap
         self.documents = self.chars = self.bytes = 0
+        self.capped = self.seen = 0  # documents over the cap, and the characters of all documents that were looked at
 
     def __iter__(self) -> Iterator[str]:
         left = {i: documents.iterate() for i, (documents, _) in enumerate(self.sources)}
@@ -28,10 +40,17 @@ class Sample:
             if text is None:
                 del left[i]
                 continue
-            text = text[: min(self.doc_cap, self.max_chars - self.chars)]
-            taken[i] += len(text) / self.sources[i][1]
-            self.documents, self.chars, self.bytes = self.documents + 1, self.chars + len(text), self.bytes + len(text.encode())
-            yield text
+            self.capped, self.seen = self.capped + (len(text) > self.doc_cap), self.seen + len(text)
+            parts = even_parts(text, min(self.doc_cap, self.max_chars - self.chars))
+            n_chars = sum(map(len, parts))
+            taken[i] += n_chars / self.sources[i][1]
+            self.documents, self.chars, self.bytes = self.documents + 1, self.chars + n_chars, self.bytes + sum(len(part.encode()) for part in parts)
+            yield from parts
+
+    @property
+    def capped_hard(self) -> bool:
+        """Is less than half of the text of the documents read because of the cap?"""
+        return bool(self.capped) and self.chars < 0.5 * self.seen
 
 
 def run(cfg: TokTrainConfig) -> None:
@@ -45,14 +64,25 @@ def run(cfg: TokTrainConfig) -> None:
     merges = max(cfg.vocab_size - MIN_VOCAB_SIZE, 0)
     print(f"tokenizer    {cfg.vocab_size:,} tokens: 256 bytes, {merges:,} merges, {len(SPECIAL_TOKENS)} special")
     data = open_data(cfg, cfg.seed)
-    for documents, weight in data.train:
-        print(f"text         {documents.name}: weight {weight:.3g}, {documents.n_documents:,} documents in {len(documents.paths)} files")
+    for label, facts in data.describe():
+        print(f"{label:<12} {facts}")
     print(f"reading      at most {cfg.max_chars:,} characters, and {cfg.doc_cap:,} of one document")
 
     sample, start = Sample(data.train, cfg.max_chars, cfg.doc_cap), time.perf_counter()
-    tokenizer = Tokenizer.train(sample, cfg.vocab_size)
+    try:
+        tokenizer = Tokenizer.train(sample, cfg.vocab_size)
+    except UserError as error:
+        if error.code != "too-few-merges" or not sample.capped_hard:
+            raise
+        seen = f"the text that was read yields {error.values['merges']:,} merges, but a vocabulary of {cfg.vocab_size:,} tokens needs {error.values['needed']:,}"
+        read = f"{sample.capped:,} of {sample.documents:,} documents are longer than --doc-cap {cfg.doc_cap:,}, so that {sample.chars:,} of {sample.seen:,} characters were read"
+        advice = f"expected more of them; raise --doc-cap, or try --vocab-size {error.values['possible']}"
+        raise UserError(f"{seen}; {read}; {advice}", error.code, **error.values, capped=sample.capped, doc_cap=cfg.doc_cap) from error
     seconds = time.perf_counter() - start
     print(f"trained      on {sample.bytes / 1e6:,.1f} MB of {sample.documents:,} documents in {seconds:.1f} s, {sample.bytes / 1e6 / seconds:.1f} MB/s")
+    if sample.capped_hard:
+        share = f"{sample.chars / sample.seen:.1%} of their text was read, evenly spread; --doc-cap raises it"
+        print(f"capped       {sample.capped:,} of {sample.documents:,} documents are longer than {cfg.doc_cap:,} characters: {share}")
 
     path = tokenizer.save(folder)
     again, texts, chars = Tokenizer.load(path), [], 0

@@ -13,6 +13,7 @@ somebody else's tool has given to its call. Imports no torch.
 
 import gzip
 import json
+import shlex
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from nanolab.config import UserError, nearest
 from nanolab.data.encoding import HEAD, check_utf8
+from nanolab.data.kinds import check_kind
 from nanolab.data.tokenizer import Tokenizer
 
 Message = dict[str, Any]  # {"role": str, "content": str or list of Part}; with "weight": 0 where an assistant's is not trained on
@@ -244,6 +246,8 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected JSON lines; check the path", "no-file", file=str(path))
+    if path.suffix != ".gz":
+        check_kind(path, ".jsonl", reads_parquet=False)
     n = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -255,10 +259,17 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
     except UserError:  # which is a ValueError
         raise
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; brackets nested too deep
+        if n == 1 and line.lstrip()[:1] == b"[" and line.rstrip()[-1:] in b"[{,":  # spread over several lines
+            raise _json_array(path) from None
         expected = "expected one JSON value per line, in UTF-8"
         raise UserError(f"{path}:{n}: not JSON ({error}); {expected}; mend or delete the line (of one large array: jq -c '.[]' IN > OUT)", "not-json", file=str(path), line=n) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); expected one; copy or download it again") from None
+
+
+def _json_array(path: Path) -> UserError:
+    seen, advice = f"{path} is one JSON array of conversations", f"type: jq -c '.[]' {shlex.quote(str(path))} > OUT.jsonl"
+    return UserError(f"{seen}; expected one conversation per line; {advice}", "json-array", path=str(path))
 
 
 def read_conversations(path: Path | str, unread: Counter[str] | None = None) -> list[list[Message]]:
@@ -273,6 +284,8 @@ def read_conversations(path: Path | str, unread: Counter[str] | None = None) -> 
     found, bad = [], []
     try:
         for where, value in read_jsonl(path):
+            if isinstance(value, list) and value and (isinstance(value[0], list) or (isinstance(value[0], dict) and {"messages", "conversations"} & value[0].keys())):
+                raise _json_array(Path(path).expanduser())
             try:
                 messages = _messages(value, where)
                 check_messages(messages, where)

@@ -10,14 +10,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
 from nanolab.config import DataConfig, UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
-from nanolab.data.formats import SUFFIXES, find_files, index_file, locked, read_block, write_atomically, write_documents
-from nanolab.runtime import base_dir, progress
+from nanolab.data.formats import CUT_BYTES, LONG_LINE, SUFFIXES, find_files, index_file, iter_block, locked, read_block, write_atomically, write_documents
+from nanolab.runtime import base_dir, print0, progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
 SPLIT_SHARE, SPLIT_BYTES = 0.05, 10e6  # a corpus without a validation file gives up this share of its text, and at most so much
@@ -39,13 +39,14 @@ class Documents:
         """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be read."""
         self.name, self.paths, self.seed, self.held_out = name, list(paths), int(seed), held_out
         indexed = [index_file(path) for path in progress(self.paths, f"indexing {name}")]
-        self.hashes = [sha for sha, _ in indexed]
-        self.blocks = [block for _, blocks in indexed for block in blocks]
+        self.hashes = [index.identity for index in indexed]
+        self.blocks = [block for index in indexed for block in index.blocks]
         self.n_documents = sum(block.n for block in self.blocks)
+        self.n_bytes, self.marks = sum(index.n_bytes for index in indexed), sum(index.marks for index in indexed)
         self.fingerprint = hashlib.sha256("".join(self.hashes).encode()).hexdigest()
         self.block_order = lru_cache(4)(self._block_order)
         self._inside = lru_cache(256)(lambda epoch, b: self._rng(epoch, b).permutation(self.blocks[b].n))
-        self._decoded: OrderedDict[int, tuple[list[str | None], int]] = OrderedDict()
+        self._decoded: OrderedDict[int, tuple[Sequence[str | None], int]] = OrderedDict()
         self._cached_chars = 0
         self._skipped = 0  # since `get` last returned text
 
@@ -59,12 +60,12 @@ class Documents:
         order = self._rng(epoch).permutation(len(self.blocks))
         return order, np.cumsum([self.blocks[b].n for b in order])
 
-    def _texts(self, b: int) -> list[str | None]:
+    def _texts(self, b: int) -> Sequence[str | None]:
         if b in self._decoded:
             self._decoded.move_to_end(b)
             return self._decoded[b][0]
         texts = read_block(self.blocks[b])
-        chars = sum(len(t) for t in texts if t)
+        chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4  # on the disk: four at a time
         self._decoded[b] = texts, chars
         self._cached_chars += chars
         while self._cached_chars > CACHE_CHARS and len(self._decoded) > 1:
@@ -103,7 +104,7 @@ class Documents:
     def iterate(self) -> Iterator[str]:
         """One pass in file order, without blank and held-out documents."""
         for block in self.blocks:
-            yield from filter(None, map(self.kept, read_block(block)))
+            yield from filter(None, map(self.kept, iter_block(block)))
 
 
 def hold_out(sizes: dict[str, int]) -> set[str]:
@@ -131,7 +132,7 @@ def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list
     first: dict[bytes, str] = {}  # for a corpus so small that chance takes nothing
     taken = 0
     for b in progress(documents.block_order(0)[0], "drawing validation text"):
-        for text in filter(None, map(documents.kept, read_block(documents.blocks[b]))):
+        for text in filter(None, map(documents.kept, iter_block(documents.blocks[b]))):
             key = digest(text)
             if len(first) < 1000:
                 first[key] = text
@@ -186,7 +187,7 @@ def parse_mixture(data: str) -> list[tuple[str, float]]:
     out: dict[str, float] = {}
     for part in data.split(","):
         name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
-        if name not in CORPORA and "/" not in name and Path(name).suffix not in SUFFIXES:
+        if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in SUFFIXES:
             near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
             hint = f"; try --data ./{name}" if name and Path(name).exists() else near
             raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}", "unknown-corpus", name=name, try_=hint)
@@ -209,6 +210,34 @@ class Data:
     val: Documents  # read it with iterate()
     fingerprint: str  # of everything `train` gives, in order
     val_fingerprint: str
+    val_bytes: int
+    val_from: str  # where the validation text comes from
+
+    def describe(self, tokenizer: Any = None, tokens: int | None = None) -> list[tuple[str, str]]:
+        """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the passes it makes."""
+        out = []
+        for documents, weight in self.train:
+            share = f", weight {weight:.3g}" if len(self.train) > 1 else ""
+            rate = _tokens_per_byte(documents, tokenizer) if tokens else 0
+            passes = f", about {tokens * weight / (documents.n_bytes * rate):.2f} passes over it" if rate else ""
+            out.append(("data", f"{documents.name}: {_sizes(documents, documents.n_bytes)}{share}{passes}"))
+        return out + [("validation", f"{_sizes(self.val, self.val_bytes)}, {self.val_from}")]
+
+
+def _sizes(documents: Documents, n_bytes: int) -> str:
+    names = [path.name for path in documents.paths]
+    shown = ", ".join(names if len(names) <= 4 else [*names[:3], "...", names[-1]])
+    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown}), {documents.n_documents:,} documents, {n_bytes:,} bytes"
+
+
+def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
+    """Of the first documents of the first pass, bos included; 0 where they hold no text."""
+    n_tokens = n_bytes = 0
+    for n in range(min(documents.n_documents, 256)):
+        if n_bytes < 250_000 and (text := documents.get(n)):
+            text = text[:250_000]
+            n_tokens, n_bytes = n_tokens + 1 + len(tokenizer.encode(text)), n_bytes + len(text.encode())
+    return n_tokens / max(n_bytes, 1)
 
 
 def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
@@ -216,11 +245,11 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
     if cfg.num_shards < 1 and cfg.num_shards != -1:
         raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
     mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)
-    declared = {p.resolve(): p for p in find_files(cfg.val_data)} if cfg.val_data else {}
-    sources, validation = [], list(declared.values())
+    declared = {p.resolve(): p for p in _local_files(cfg.val_data)} if cfg.val_data else {}
+    sources, validation, origins = [], list(declared.values()), [f"of --val-data {cfg.val_data}"] if declared else []
     for name, weight in mixture:
         local = None if name in CORPORA and not cfg.data_dir else Path(name).expanduser().resolve()
-        train, val = (find_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
+        train, val = (_local_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
         train = [p for p in train if p.resolve() not in declared]
         if not train:
             raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
@@ -229,9 +258,31 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
                 index_file(path)
             if not declared:
                 validation += val or [_pinned_split(local, train)]
+                origins.append(f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on")
         sources.append((local.name if local else name, train, weight))
     val = Documents("validation", validation, seed)
-    held_out = frozenset(digest(text) for text in val.iterate())
+    digests, val_bytes = set(), 0
+    for text in val.iterate():
+        digests.add(digest(text))
+        val_bytes += len(text.encode())
+    held_out = frozenset(digests)
     out = [(Documents(name, train, seed, held_out), weight) for name, train, weight in sources]
+    for documents in [*(documents for documents, _ in out), val]:
+        _print_notes(documents)
     parts = json.dumps([val.fingerprint, *([documents.fingerprint, weight] for documents, weight in out)])
-    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint)
+    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins))
+
+
+def _local_files(where: str | Path) -> list[Path]:
+    files, left_out = find_files(where)
+    if left_out:
+        print0(left_out)
+    return files
+
+
+def _print_notes(documents: Documents) -> None:
+    """What in the files of a source might be meant otherwise than it is read."""
+    if documents.marks:
+        print0(f"{documents.name}: {documents.marks:,} marks <|endoftext|> are not alone on a line and stay text; to divide documents there, put each on a line of its own")
+    if cut := len({block.path for block in documents.blocks if block.kind.endswith("-cut")}):
+        print0(f"{documents.name}: {cut} .txt files have a line of {LONG_LINE // 1024} KiB or more; their lines are cut at blanks into documents of about {CUT_BYTES:,} bytes")

@@ -88,8 +88,9 @@ class Tokenizer:
         if found < vocab_size:
             raise UserError(
                 f"the text yields {len(tokens) - 256} merges (pairs that occur twice), but a vocabulary of {vocab_size} tokens needs "
-                f"{vocab_size - MIN_VOCAB_SIZE}; train on more text or try --vocab-size {found}"
-            )
+                f"{vocab_size - MIN_VOCAB_SIZE}; train on more text or try --vocab-size {found}",
+                "too-few-merges", merges=len(tokens) - 256, needed=vocab_size - MIN_VOCAB_SIZE, possible=found,
+            )  # fmt: skip
         bpe = files.BPE(files.PATTERN, {token: i for i, token in enumerate(tokens)}, merges, {})
         files.check_reachable(bpe, "the trained tokenizer")
         return cls(bpe)
