@@ -1,6 +1,7 @@
-"""Write or check dev/VARIANTS.md, the index of every architectural choice: python dev/variants.py [--check]
+"""Write or check dev/VARIANTS.md, the index of every architectural choice, and tests/contracts/rows.txt, the models that cover all pairs of choices:
+python dev/variants.py [--check]
 
-Nothing in it is typed by hand. Names come from the tables; formulas and papers from the first paragraph of an entry's
+Nothing in the index is typed by hand. Names come from the tables; formulas and papers from the first paragraph of an entry's
 docstring, "formula. Source."; what a flag sets from its comment in config.py; what is tested from tests/contracts.
 """
 
@@ -294,12 +295,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> int:
-    if "--check" not in sys.argv[1:]:
-        FILE.write_text(text())
-        return 0
-    current = FILE.exists() and FILE.read_text() == text()
-    print("dev/VARIANTS.md is current" if current else "dev/VARIANTS.md is not what the code says; type: python dev/variants.py")
-    return not current
+    files = {FILE: text(), axes.ROWS: "".join(" ".join(row.values()) + "\n" for row in axes.rows()[0])}
+    stale = [str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path) for path, new in files.items() if not path.exists() or path.read_text() != new]
+    if "--check" in sys.argv[1:]:
+        print(f"{', '.join(stale)} is not what the code says; type: python dev/variants.py" if stale else "dev/VARIANTS.md and tests/contracts/rows.txt are current")
+        return bool(stale)
+    for path, new in files.items():
+        path.write_text(new)
+    return 0
 
 
 if __name__ == "__main__":

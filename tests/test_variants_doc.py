@@ -37,6 +37,12 @@ def test_it_is_current(tool):
     assert DOCUMENT == tool.text(), "type: python dev/variants.py"
 
 
+def test_the_rows_of_pairs_are_all_written_down(tool):
+    """So that the next entry leaves those of the last one as they are."""
+    written = [line.split() for line in tool.axes.ROWS.read_text().splitlines()]
+    assert written == [list(row.values()) for row in tool.axes.rows()[0]], "type: python dev/variants.py"
+
+
 @pytest.mark.parametrize("flag", variants.AXES)
 def test_every_entry_has_a_row_that_points_at_it(flag):
     table, found = variants.AXES[flag], rows(DOCUMENT, "--" + flag.replace("_", "-"))
@@ -95,6 +101,7 @@ def test_a_new_entry_is_picked_up(tool, monkeypatch):
 
 def test_a_stale_file_is_noticed(tool, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tool, "FILE", tmp_path / "VARIANTS.md")
+    monkeypatch.setattr(tool.axes, "ROWS", tmp_path / "rows.txt")
     monkeypatch.setattr("sys.argv", ["variants.py", "--check"])
     assert tool.main() == 1
     monkeypatch.setattr("sys.argv", ["variants.py"])

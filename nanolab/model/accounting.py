@@ -3,9 +3,11 @@
 `tests/model/test_accounting.py` and the contracts hold every formula against a model that is built and measured.
 """
 
+from typing import Any
+
 from nanolab.config import GPTConfig
 from nanolab.model.attention import GATES, NORMALISERS, QK_NORMS, has_value_embedding, windows
-from nanolab.model.blocks import MLPS, SMEAR_CHANNELS
+from nanolab.model.blocks import MLPS, NORMS, SMEAR_CHANNELS
 from nanolab.model.latent import ATTENTIONS
 from nanolab.model.positions import POSITIONS
 from nanolab.model.variants import check
@@ -19,6 +21,31 @@ def attention_class(c: GPTConfig):
     return ATTENTIONS[c.attention.partition(":")[0]]
 
 
+def stated(entry: Any, *args: Any) -> tuple[int, int]:
+    """(values in matrices, values outside them) that an entry of a table states of itself; what it does not state, it does not have."""
+    matrices = entry.matrices(*args) if hasattr(entry, "matrices") else []
+    return sum(out * inputs for out, inputs in matrices), entry.n_params(*args) if hasattr(entry, "n_params") else 0
+
+
+def n_params_by_entry(c: GPTConfig) -> dict[str, tuple[int, int]]:
+    """flag -> (values in matrices, values outside them) of the entry that it chooses, over the whole model, with the biases that --bias adds to it."""
+    attention, mlp, norm = attention_class(c), MLPS[c.mlp], stated(NORMS[c.norm], c.n_embd, c.norm_gain, c.has_bias("norm"))
+    parts = [("norm", norm)] * (1 + c.embed_norm)
+    for i in range(c.n_layer):
+        parts += [
+            ("attention", stated(attention, c, i)),
+            ("attention", (0, attention.qkv_biases(c, i) * c.has_bias("qkv") + c.n_embd * c.has_bias("out"))),
+            ("gate", stated(GATES[c.gate], c)),
+            ("qk_norm", stated(QK_NORMS[c.qk_norm], c, *attention.normed_widths(c))),
+            ("normaliser", stated(NORMALISERS[c.normaliser], c)),
+            ("mlp", stated(mlp, c)),
+            ("mlp", (0, sum(out for out, _ in mlp.matrices(c)) * c.has_bias("mlp"))),
+            ("norm", norm),
+            ("norm", norm),
+        ]
+    return {flag: (sum(m for part, (m, _) in parts if part == flag), sum(v for part, (_, v) in parts if part == flag)) for flag, _ in parts}
+
+
 def n_params(c: GPTConfig) -> dict[str, int]:
     """Parameters by part: tables, head, `matrices` of the blocks, `vectors` (gains, biases, sinks), `scalars` (mixing weights).
 
@@ -26,18 +53,14 @@ def n_params(c: GPTConfig) -> dict[str, int]:
     that cannot work.
     """
     check(c)
-    V, C, L = padded_vocab(c), c.n_embd, range(c.n_layer)
-    attention, mlp = attention_class(c), MLPS[c.mlp].matrices(c)
-    norm = C * (c.norm_gain + c.has_bias("norm"))
-    per_layer = 2 * norm + NORMALISERS[c.normaliser].n_params(c) + QK_NORMS[c.qk_norm].n_params(c, *attention.normed_widths(c))
-    per_layer += C * c.has_bias("out") + sum(out for out, _ in mlp) * c.has_bias("mlp")
+    V, C, entries = padded_vocab(c), c.n_embd, n_params_by_entry(c).values()
     p = {
         "wte": V * C,
         "wpe": POSITIONS[c.positions].n_params(c),
-        "value_embeds": sum(has_value_embedding(c, i) for i in L) * V * c.n_kv_head * c.head_dim,
+        "value_embeds": sum(has_value_embedding(c, i) for i in range(c.n_layer)) * V * c.n_kv_head * c.head_dim,
         "lm_head": V * C * (not c.tied_head),
-        "matrices": sum(out * inputs for i in L for out, inputs in attention.matrices(c, i) + GATES[c.gate].matrices(c) + mlp),
-        "vectors": sum(per_layer + attention.qkv_biases(c, i) * c.has_bias("qkv") for i in L) + norm * (1 + c.embed_norm) + V * c.has_bias("head"),
+        "matrices": sum(matrices for matrices, _ in entries),
+        "vectors": sum(others for _, others in entries) + V * c.has_bias("head"),
         "scalars": 2 * c.n_layer * c.residual_scalars + (SMEAR_CHANNELS + 1) * c.smear + c.backout,
     }
     return p | {"total": sum(p.values()), "scaling": p["matrices"] + V * C}

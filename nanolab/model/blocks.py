@@ -130,6 +130,10 @@ class Norm(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
+    @staticmethod
+    def n_params(width: int, gain: bool, bias: bool) -> int:
+        return width * (gain + bias)
+
 
 class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps). Zhang and Sennrich, arXiv 1910.07467."""

@@ -5,8 +5,10 @@ only one entry of a table reads goes to `MORE`, beside that entry.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Mapping
 
+from covering import Pair, covering_rows
 from nanolab.config import Architecture, GPTConfig, UserError
 from nanolab.model import variants
 
@@ -50,7 +52,12 @@ NUMBERS: dict[str, list[Settings]] = {
     "mlp_dropout": [dict(mlp_dropout=0.0), dict(mlp_dropout=0.1)],
 }
 
-INNER = {name for table in MORE.values() for values in table.values() for value in values for name in value}  # fields that MORE sets
+# field that MORE sets -> (flag, entry) that it is beside
+INNER: dict[str, list[tuple[str, str]]] = {}
+for _flag, _table in MORE.items():
+    for _entry, _values in _table.items():
+        for _field in dict.fromkeys(name for value in _values for name in value):
+            INNER.setdefault(_field, []).append((_flag, _entry))
 
 
 def axes() -> dict[str, dict[str, Settings]]:
@@ -60,6 +67,10 @@ def axes() -> dict[str, dict[str, Settings]]:
         if flag in INNER:
             continue
         values = [{flag: getattr(entry, "example", name)} | more for name, entry in table.items() for more in [{}, *MORE.get(flag, {}).get(name, [])]]
+        for inner in INNER.keys() & variants.AXES.keys():  # a table that is on this axis: its entries that MORE does not name
+            known = {getattr(BASE, inner), *(value.get(inner) for value in values)}
+            if INNER[inner][0][0] == flag:
+                values += [{flag: INNER[inner][0][1], inner: name} for name in variants.AXES[inner] if name not in known]
         found[flag] = {label(value): value for value in values}
     for field in dataclasses.fields(Architecture):
         if field.type in (bool, "bool"):
@@ -68,12 +79,13 @@ def axes() -> dict[str, dict[str, Settings]]:
 
 
 def label(settings: Settings) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
+    """Of signs that `pytest -k` takes (not "=" and blanks)."""
+    return "/".join(f"{name}:{value}" for name, value in settings.items())
 
 
-def settings(row: Mapping[str, str]) -> Settings:
+def settings(row: Mapping[str, str], table: Mapping[str, dict[str, Settings]] | None = None) -> Settings:
     """The settings of a row: axis -> label."""
-    table = axes()
+    table = axes() if table is None else table
     return {name: value for axis, chosen in row.items() for name, value in table[axis][chosen].items()}
 
 
@@ -84,9 +96,9 @@ def config(changes: Settings) -> GPTConfig:
     return c
 
 
-def allowed(row: Mapping[str, str]) -> bool:
+def allowed(row: Mapping[str, str], table: Mapping[str, dict[str, Settings]] | None = None) -> bool:
     try:
-        config(settings(row))
+        config(settings(row, table))
     except UserError:
         return False
     return True
@@ -112,3 +124,33 @@ def uncovered(architecture: type = Architecture) -> list[str]:
     fields = [name for name, settings in given.items() if len(settings) < 2]
     entries = [(flag, getattr(entry, "example", name)) for flag, table in variants.AXES.items() for name, entry in table.items()]
     return fields + [f"{flag}={value}" for flag, value in entries if value not in given[flag]]
+
+
+ROWS = Path(__file__).parent / "rows.txt"  # a row a line, a label for each axis of its day; dev/variants.py writes it
+
+
+def rows() -> tuple[list[dict[str, str]], list[Pair]]:
+    """(rows, refused pairs) of the covering array: the rows of rows.txt, then new ones for what these leave uncovered.
+
+    So a new entry adds rows and changes none. A row that was written before an axis existed has the base model's value of it; one that names a
+    value that is gone, or that is refused by now, is left out.
+    """
+    table = axes()
+    base = {axis: next(name for name, value in values.items() if dataclasses.replace(BASE, **value) == BASE) for axis, values in table.items()}
+    axis_of = {name: axis for axis, values in table.items() for name in values}
+    written = [line.split() for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    kept = [base | {axis_of[name]: name for name in row} for row in written if set(row) <= set(axis_of)]
+
+    def fits(row: Mapping[str, str]) -> bool:
+        return allowed(row, table)
+
+    found, refused = covering_rows({axis: list(values) for axis, values in table.items()}, fits, kept=list(filter(fits, kept)))
+    return [{axis: row[axis] for axis in table} for row in found], refused
+
+
+def row_id(row: Mapping[str, str]) -> str:
+    """The entry of every table, defaults too, and what else differs from the base model: `pytest -k swiglu`, or to be exact `-k /mlp:relu/`."""
+    c = dataclasses.replace(BASE, **settings(row))
+    tables = [flag for flag in variants.AXES if flag not in INNER or any(getattr(c, outer) == entry for outer, entry in INNER[flag])]
+    rest = [f.name for f in dataclasses.fields(c) if f.name not in variants.AXES and getattr(c, f.name) != getattr(BASE, f.name)]
+    return f"/{label({name: getattr(c, name) for name in tables + rest})}/"

@@ -18,16 +18,25 @@ def every_pair(axes: Mapping[str, Sequence[str]]) -> list[Pair]:
 
 
 def covering_rows(
-    axes: Mapping[str, Sequence[str]], allowed: Callable[[Mapping[str, str]], bool], *, seed: int = 0, tries: int = 30
+    axes: Mapping[str, Sequence[str]],
+    allowed: Callable[[Mapping[str, str]], bool],
+    *,
+    kept: Sequence[Mapping[str, str]] = (),
+    seed: int = 0,
+    tries: int = 30,
 ) -> tuple[list[dict[str, str]], list[Pair]]:
     """(rows, refused): every row gives each axis a value and is allowed; every pair is in some row or in `refused`.
 
-    `allowed` is asked about two values alone (axes left out are at their defaults), then about whole rows. Raises
-    ValueError when a pair that is allowed alone fits into no row.
+    The rows begin with those of `kept`, whole rows that are allowed; what they leave uncovered is searched. The search takes axes and values by
+    name, so that their order does not matter. `allowed` is asked about two values alone (axes left out are at their defaults), then about whole
+    rows. Raises ValueError when a pair that is allowed alone fits into no row.
     """
+    axes = {axis: sorted(axes[axis]) for axis in sorted(axes)}
     refused = [pair for pair in every_pair(axes) if not allowed(dict(pair))]
     search = _Search(axes, refused, random.Random(seed))
-    rows = []
+    rows = [dict(row) for row in kept]
+    for row in rows:
+        search.cover([search.number[value] for value in row.items()])
     while any(search.uncovered):
         found = [row for row in (search.row() for _ in range(tries)) if row and allowed(search.named(row))]
         if not found:
@@ -43,7 +52,7 @@ class _Search:
 
     def __init__(self, axes: Mapping[str, Sequence[str]], refused: list[Pair], rng: random.Random):
         self.values = [(axis, value) for axis in axes for value in axes[axis]]
-        self.rng, number = rng, {value: i for i, value in enumerate(self.values)}
+        self.rng, self.number = rng, (number := {value: i for i, value in enumerate(self.values)})
         self.axes = [[number[axis, value] for value in axes[axis]] for axis in axes]
         self.axis_of = [a for a, members in enumerate(self.axes) for _ in members]
         self.fits = [sum(1 << j for j in range(len(self.values)) if self.axis_of[j] != self.axis_of[i]) for i in range(len(self.values))]

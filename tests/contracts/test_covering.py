@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import random
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ import axes
 import contracts
 from covering import covering_rows, every_pair
 from nanolab.config import Architecture, UserError
-from nanolab.model import variants
+from nanolab.model import accounting, banded, variants
+from nanolab.model.gpt import GPT
 
 TOY = {"a": ["1", "2", "3"], "b": ["1", "2", "3", "4"], "c": ["1", "2"], "d": ["1", "2", "3"], "e": ["1", "2"]}
 
@@ -45,7 +49,7 @@ def test_a_refusal_of_three_values_is_not_hidden():
 def test_every_pair_of_values_is_in_a_row_or_refused():
     """Counted by brute force. A refused pair is refused also with everything else at random; a value alone never is."""
     table = {axis: list(values) for axis, values in axes.axes().items()}
-    rows, refused = covering_rows(table, axes.allowed)
+    rows, refused = axes.rows()
     assert all(set(row) == set(table) and axes.allowed(row) for row in rows)
     wanted = {frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(table, 2) for x in table[a] for y in table[b]}
     assert pairs_in(rows) == wanted - set(refused)
@@ -56,13 +60,73 @@ def test_every_pair_of_values_is_in_a_row_or_refused():
     assert all(axes.allowed({axis: value}) for axis, values in table.items() for value in values)
 
 
+def collected():
+    """id -> settings of the rows that test_pairs.py runs now."""
+    module = runpy.run_path(str(Path(__file__).parent / "test_pairs.py"))
+    (mark,) = module["test_pairs"].pytestmark
+    return {str(i): axes.settings(row) for i, row in zip(mark.kwargs["ids"], module["ROWS"])}
+
+
+@pytest.fixture(scope="module")
+def before():
+    return collected()
+
+
+@pytest.mark.fault("V1")
+@pytest.mark.parametrize("name", ["zzz", "aaa"])
+@pytest.mark.parametrize("flag", variants.AXES)
+def test_a_new_entry_only_adds_rows(flag, name, before, monkeypatch):
+    """First or last by name and in its table: the old rows stay as they are, under the ids that they had."""
+    table = variants.AXES[flag]
+    entry = next(iter(table.values()))
+    for key, value in ([(name, entry), *table.items()] if name == "aaa" else [*table.items(), (name, entry)]):
+        monkeypatch.delitem(table, key, raising=False)
+        monkeypatch.setitem(table, key, value)
+    after = collected()
+    assert before.items() <= after.items()
+    new = {i: changes for i, changes in after.items() if i not in before}
+    assert new and all(changes.get(flag) == name for changes in new.values()), "only the new entry needs rows"
+    assert len(new) <= 15, "a row for each of the 11 values of the widest axis, and few more"
+    assert not axes.uncovered()
+
+
+@pytest.mark.fault("V1")
+def test_a_new_number_a_new_axis_and_a_refusal_only_add_rows(before, monkeypatch):
+    monkeypatch.setitem(axes.NUMBERS, "qk_gain", [*axes.NUMBERS["qk_gain"], dict(qk_gain=0.3)])
+    monkeypatch.setitem(axes.NUMBERS, "rows", [dict(sequence_len=32), dict(sequence_len=40)])
+    after = collected()
+    same = {i: {"sequence_len": 32} | changes for i, changes in before.items()}
+    assert all(after.get(i) == changes for i, changes in same.items())
+    assert pairs_in(axes.rows()[0]) == set(every_pair({axis: list(values) for axis, values in axes.axes().items()})) - set(axes.rows()[1])
+    both = dict(norm="layernorm", qk_norm="none")
+    refusal = ("--norm with --qk-norm", lambda c: both.items() <= vars(c).items(), "for this test")
+    monkeypatch.setattr(variants, "REFUSED", [*variants.REFUSED, refusal])
+    left = collected()
+    assert {i for i, changes in before.items() if not both.items() <= changes.items()} <= set(left)
+    assert not [i for i, changes in left.items() if both.items() <= changes.items()]
+
+
+@pytest.mark.fault("V3")
+def test_dash_k_finds_the_rows_of_an_entry(before):
+    """`pytest -k X` takes the tests whose id has X in it; in X may be letters, digits and : + - . [ ] / only. With /FLAG:ENTRY/ no other entry."""
+    for flag, table in variants.AXES.items():
+        for name, entry in table.items():
+            shown = getattr(entry, "example", name)
+            having = [i for i, changes in before.items() if getattr(axes.config(changes), flag) == shown]
+            if flag == "rope_layout":  # read, and named, where positions turn
+                having = [i for i in having if axes.config(before[i]).positions in ("rope", "rnope")]
+            assert having and set(having) <= {i for i in before if shown in i}, f"{flag} {shown}"
+            assert [i for i in before if f"/{flag}:{shown}/" in i] == having, f"{flag} {shown}"
+    assert all(re.fullmatch(r"[\w:+.\-/,]+", i) for i in before)
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
 def test_a_refused_pair_names_both_flags():
     table = axes.axes()
-    _, refused = covering_rows({axis: list(values) for axis, values in table.items()}, axes.allowed)
+    _, refused = axes.rows()
     assert refused
     for pair in refused:
         with pytest.raises(UserError) as error:
@@ -95,7 +159,8 @@ def test_a_new_number_is_missed_and_a_new_entry_is_found(monkeypatch):
             return -x.relu()
 
     monkeypatch.setitem(table, "throwaway", Throwaway)
-    assert "mlp=throwaway" in axes.singles() and "mlp=throwaway" in axes.axes()["mlp"] and not axes.uncovered()
+    new = axes.label({"mlp": "throwaway"})
+    assert new in axes.singles() and new in axes.axes()["mlp"] and not axes.uncovered()
     contracts.fast(axes.config({"mlp": "throwaway"}))
 
 
@@ -129,8 +194,168 @@ def test_an_entry_that_breaks_a_contract_fails(monkeypatch):
         (Draws, contracts.drops_only_in_training, "equal"),
         (Adds, contracts.init_fills, "unused"),
         (Idles, contracts.counts, "parameters"),
-        (Idles, lambda c: contracts.kernels_agree(c, []), "no gradient in 100% of h.0.mlp.unused"),
+        (Idles, contracts.gradients_arrive, "no gradient in 100% of h.0.mlp.unused"),
     ):
         monkeypatch.setitem(table, "broken", broken)
         with pytest.raises(AssertionError, match=message):
             check(axes.config({"mlp": "broken"}))
+
+
+@pytest.mark.fault("V2")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(positions="learned", window_pattern="L", normaliser="softmax_n", gate="head", qk_norm="layernorm", value_embeds=True, residual_scalars=False,
+             smear=False, mlp="gelu", bias="qkv,out,mlp,norm,head", softcap=0.0, tied_head=True, pad_vocab_to=1, init="normal02"),
+        dict(positions="nope", window_pattern="SSSL", window_size=1, normaliser="softmax_n", softmax_n=3.0, qk_norm="none", score_softcap=2.0,
+             value_embeds=True, backout=False, embed_norm=False, mlp="gelu", norm="layernorm", norm_gain=True, bias="qkv,out,mlp,norm,head", init="gpt2"),
+        dict(attention="mla", mla_kv_rank=6, mla_rope_dim=0, rope_base=10.0, rope_scaling="yarn:4", window_pattern="SSSL", window_size=1, gate="head",
+             qk_norm="layernorm", qk_gain=0.7, score_softcap=2.0, document_mask=True, residual_scalars=False, smear=False, backout=False,
+             embed_norm=False, norm="layernorm", bias="qkv,out,mlp,norm,head", tied_head=True, attn_dropout=0.1, mlp_dropout=0.1, init="gpt2"),
+        dict(attention="mla", mla_kv_rank=6, mla_rope_dim=0, rope_layout="interleaved", normaliser="softmax1", gate="elementwise", qk_norm="none",
+             score_softcap=2.0, document_mask=True, residual_scalars=False, backout=False, mlp="swiglu", norm_gain=True, tied_head=True, resid_dropout=0.1),
+    ],
+    ids=["a small gradient of c_k.bias", "a small gradient of norm_1.bias", "latents and dropout", "a scalar whose gradient cancels"],
+)  # fmt: skip
+def test_sound_models_pass(changes, monkeypatch):
+    """Models of no fault that failed: a gradient of 7e-9 was taken for none, and rounding of a sum that cancels for a wrong kernel."""
+    monkeypatch.setattr(banded, "BLOCK", 8)  # as test_pairs.py
+    contracts.fast(axes.config(changes))
+
+
+@pytest.mark.fault("V2")
+def test_a_single_number_without_effect_is_seen(monkeypatch):
+    """One column of a matrix, and one number of a vector, of one layer alone."""
+    table, layers = variants.AXES["mlp"], itertools.count()
+
+    class ColumnCut(table["relu2"]):
+        def __init__(self, c):
+            super().__init__(c)
+            self.is_cut = next(layers) % c.n_layer == 2
+
+        def forward(self, x):
+            return super().forward(x * (torch.arange(x.size(-1)) != 3) if self.is_cut else x)
+
+    class NumberCut(ColumnCut):
+        def __init__(self, c):
+            super().__init__(c)
+            self.gain = torch.nn.Parameter(torch.empty(c.n_embd))
+
+        def init_constants(self):
+            self.gain.fill_(1.0)
+
+        def forward(self, x):
+            gain = torch.cat((self.gain[:5], self.gain[5:6].detach(), self.gain[6:])) if self.is_cut else self.gain
+            return self.c_proj(self.activation(self.c_fc(x * gain.to(x.dtype))))
+
+    for broken, message in ((ColumnCut, "^no gradient in 3% of h.2.mlp.c_fc.weight$"), (NumberCut, "^no gradient in 3% of h.2.mlp.gain$")):
+        monkeypatch.setitem(table, "broken", broken)
+        with pytest.raises(AssertionError, match=message):
+            contracts.fast(axes.config({"mlp": "broken"}))
+
+
+class GatedByShare(variants.AXES["gate"]["head"]):
+    """A gate with a vector beside its matrix."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.share = torch.nn.Parameter(torch.empty(c.n_head))
+
+    def init_constants(self):
+        self.share.fill_(0.5)
+
+    def forward(self, y, x):
+        return super().forward(y, x) + self.share.to(y.dtype)[:, None] * y
+
+
+class SharedGate(GatedByShare):
+    @staticmethod
+    def n_params(c):
+        return c.n_head
+
+
+class Scaled(variants.AXES["mlp"]["gelu"]):
+    """An MLP with a vector beside its matrices."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.scale = torch.nn.Parameter(torch.empty(4 * c.n_embd))
+
+    def init_constants(self):
+        self.scale.fill_(1.0)
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_fc(x)) * self.scale.to(x.dtype))
+
+
+class ScaledMLP(Scaled):
+    @staticmethod
+    def n_params(c):
+        return 4 * c.n_embd
+
+
+class Powered(variants.AXES["norm"]["rms"]):
+    """A norm with a number of its own, whatever --norm-gain says."""
+
+    def __init__(self, width, gain, bias):
+        super().__init__(width, gain, bias)
+        self.power = torch.nn.Parameter(torch.empty(1))
+
+    def init_constants(self):
+        super().init_constants()
+        self.power.fill_(1.0)
+
+    def forward(self, x):
+        return super().forward(x) * self.power.to(x.dtype)
+
+
+class PoweredNorm(Powered):
+    @staticmethod
+    def n_params(width, gain, bias):
+        return 1 + width * (gain + bias)
+
+
+ADDED = {  # flag -> (an entry that does not state its vectors, the same that does, how many they are in the base model: 4 layers, 4 heads, width 32)
+    "gate": (GatedByShare, SharedGate, 4 * 4),
+    "mlp": (Scaled, ScaledMLP, 4 * 128),
+    "norm": (Powered, PoweredNorm, 2 * 4 + 2),
+}
+
+
+@pytest.mark.fault("V4")
+@pytest.mark.parametrize("flag", ADDED)
+def test_every_table_is_asked_for_its_counts(flag, monkeypatch):
+    silent, stating, added = ADDED[flag]
+    monkeypatch.setitem(variants.AXES[flag], "silent", silent)
+    monkeypatch.setitem(variants.AXES[flag], "stating", stating)
+    plain = axes.config({flag: {"gate": "head", "mlp": "gelu", "norm": "rms"}[flag]})
+    c = axes.config({flag: "stating"})
+    with torch.device("meta"):
+        held = sum(p.numel() for p in GPT(c).parameters())
+    assert accounting.n_params(c)["total"] == held == accounting.n_params(plain)["total"] + added
+    contracts.fast(c)
+    with pytest.raises(AssertionError, match=f"--{flag} silent: its modules have .* `n_params` say"):
+        contracts.counts(axes.config({flag: "silent"}))
+
+
+def test_a_wrong_count_is_named(monkeypatch):
+    """Of matrices too, where another entry's mistake makes up for it."""
+    gates, mlps = variants.AXES["gate"], variants.AXES["mlp"]
+
+    class Short(gates["head"]):
+        @staticmethod
+        def matrices(c):
+            return []
+
+    class Long(mlps["gelu"]):
+        @staticmethod
+        def matrices(c):
+            return [*mlps["gelu"].matrices(c), (c.n_head, c.n_embd)]
+
+    monkeypatch.setitem(gates, "short", Short)
+    monkeypatch.setitem(mlps, "long", Long)
+    c = axes.config(dict(gate="short", mlp="long"))
+    with torch.device("meta"):
+        assert accounting.n_params(c)["total"] == sum(p.numel() for p in GPT(c).parameters())
+    with pytest.raises(AssertionError, match="--gate short: its modules have 512 parameters in matrices and 0 outside them; .* say 0 and 0"):
+        contracts.counts(c)

@@ -7,12 +7,11 @@ import pytest
 
 import axes
 import contracts
-from covering import covering_rows
 from nanolab.config import UserError
 from nanolab.model import banded
 
 TABLE = {axis: list(values) for axis, values in axes.axes().items()}
-ROWS, _ = covering_rows(TABLE, axes.allowed)
+ROWS, _ = axes.rows()
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +20,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(banded, "BLOCK", 8)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+@pytest.mark.parametrize("row", ROWS, ids=map(axes.row_id, ROWS))
 def test_pairs(row):
     contracts.fast(axes.config(axes.settings(row)))
 
