@@ -50,9 +50,9 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         return 0
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
     plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
-    data = open_data(cfg, cfg.seed)
+    data = open_data(cfg, cfg.seed, pinned=record.pinned())
     core = open_core(cfg, tokenizer, rt) if cfg.core_metric_every > 0 else None
-    record.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
+    record.keep_data(data)
     for line in describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name):
         print0(line)
     for label, facts in data.describe(tokenizer, plan.tokens):

@@ -62,7 +62,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
         plan = make_plan(cfg, origin, len(task), rt.world_size)
         for line in describe(cfg, name, origin, plan, objective, task, rt):
             print0(line)
-        record.identify(origin=origin.facts(), data_fingerprint=fingerprint(task))
+        record.identify(origin=origin.facts(), data_fingerprint=fingerprint(task), questions=fingerprint(task, len(task)))
         if record.resume_from:
             with torch.device(rt.device):
                 model = GPT(origin.model, rt.dtype)

@@ -37,12 +37,13 @@ def run(cfg: SFTConfig) -> int:
 
 def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
     """Print the plan and stop."""
+    from nanolab.data.kept import Pinned
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.runtime import print0
     from nanolab.training import finetune
 
     origin = finetune.Origin.found(found)
-    parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt)
+    parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt, Pinned.of(found.run_dir))
     for line in describe(cfg, name, origin, parts, plan, rt):
         print0(line)
     print0("dry run: nothing was trained")
@@ -53,6 +54,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     import torch
 
     from nanolab.data.conversations import Staged
+    from nanolab.data.kept import Pinned
     from nanolab.data.loader import Prefetch
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.gpt import GPT
@@ -71,22 +73,24 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         record.close()
         return 0
     versions: dict[str, int] = {}
+    batch = -1
     if record.resume_from:
         meta = load_meta(record.resume_from)
-        origin, versions = finetune.Origin.of(meta), meta.get("task_versions", BEFORE_VERSIONS)
+        origin, versions, batch = finetune.Origin.of(meta), meta.get("task_versions", BEFORE_VERSIONS), meta["plan"]["total_batch_size"]
         model = GPT(origin.model, rt.dtype).to(rt.device)  # fit loads its weights
     else:
         found = found or find_model(cfg.model, kind="base")
         origin = finetune.Origin.found(found)
         model, _, _ = load_model(found, rt)
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
-    batch = load_meta(record.resume_from)["plan"]["total_batch_size"] if record.resume_from else -1
-    parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, versions, batch)
+    pinned = record.pinned() if record.resume_from else Pinned.of(found.run_dir)
+    parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, pinned, versions, batch)
     record.identify(
-        task_versions=versions,
-        origin=origin.facts(), stages=[to_json(part.stage) for part in parts], conversations=[part.batches.survey.fingerprint for part in parts],
-        **({"data_fingerprint": text.fingerprint, "val_fingerprint": text.val_fingerprint} if text else {}),
+        task_versions=versions, origin=origin.facts(), stages=[to_json(part.stage) for part in parts],
+        conversations=[part.batches.survey.fingerprint for part in parts],
     )  # fmt: skip
+    if text:
+        record.keep_data(text)
     for line in describe(cfg, name, origin, parts, plan, rt):
         print0(line)
 
@@ -118,10 +122,10 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     return 0
 
 
-def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] = {}, batch: int = -1):
+def prepare(cfg: SFTConfig, origin, tokenizer, rt, pinned, versions: Mapping[str, int] = {}, batch: int = -1):
     """(a Part for each stage, the plan, the pretraining text or None, the tasks' versions): all that is known before the first step.
 
-    versions, batch: of a run that goes on, those that it began with.
+    pinned: the validation text of the run, or of the model that it starts from. versions, batch: of a run that goes on, those that it began with.
     """
     from nanolab.data.conversations import ConversationBatches, Reader, check_share, survey
     from nanolab.data.packing import PackedBatches
@@ -131,7 +135,7 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] =
     finetune.check_chat_tokens(origin.model, tokenizer)
     stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size, batch)
     replayed = [check_share(stage.replay) > 0 for stage in stages]
-    text = open_text(cfg, origin) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
+    text = open_text(cfg, origin, pinned) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
     replay = PackedBatches(text.train, tokenizer, seq_len=shape.seq_len, device_batch_size=1, rows_per_step=shape.rows_per_step) if any(replayed) else None
     parts, began = [], {}
     for stage, with_text in zip(stages, replayed):
@@ -147,15 +151,18 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, versions: Mapping[str, int] =
     return parts, finetune.make_plan(cfg, origin, shape, [(part.stage, part.steps) for part in parts]), text, began
 
 
-def open_text(cfg: SFTConfig, origin):
+def open_text(cfg: SFTConfig, origin, pinned):
     """The corpus that the model was pretrained on."""
     from nanolab.data.corpus import open_data
 
     pretraining = origin.rates(cfg)
     try:
-        return open_data(pretraining, pretraining.seed)
+        return open_data(pretraining, pretraining.seed, pinned=pinned)
     except UserError as error:
-        raise UserError(f"{error}. It is asked for as the pretraining text of {origin.name}; to do without it type --replay 0 --no-eval-text") from None
+        raise UserError(
+            f"{error}. It is asked for as the pretraining text of {origin.name}; to do without it type --replay 0 --no-eval-text; "
+            f"if it has moved, put a link where it was: ln -s NEW OLD", "no-pretraining-text", data=pretraining.data_dir or pretraining.data,
+        ) from None  # fmt: skip
 
 
 class Judge:

@@ -7,7 +7,7 @@ directory: no training file that comes later can change it, and training skips e
 import hashlib
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ import numpy as np
 from nanolab.config import DataConfig, UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
 from nanolab.data.formats import CUT_BYTES, LONG_LINE, SUFFIXES, find_files, index_file, iter_block, locked, read_block, write_atomically, write_documents
+from nanolab.data.kept import Pinned
 from nanolab.runtime import base_dir, print0, progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
@@ -147,12 +148,23 @@ def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list
     return list(texts.values()) or [first[min(first)]], sorted(names.values())
 
 
-def _pinned_split(where: Path, files: list[Path]) -> Path:
-    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer fits."""
+def _drawn_before(wanted: str) -> Path | None:
+    """The folder of the validation text with this fingerprint, whatever the text's path was when it was drawn."""
+    for manifest in sorted((base_dir() / "corpora").glob("local-*/manifest.json")) if wanted else []:
+        if hashlib.sha256(json.loads(manifest.read_text())["sha256"].encode()).hexdigest() == wanted:
+            return manifest.parent
+    return None
+
+
+def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
+    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer fits.
+
+    wanted: the fingerprint of a split that a run was trained beside; it is taken wherever the text was when it was drawn.
+    """
     root = where if where.is_dir() else where.parent
     documents = Documents(where.name, files)
     names = {path: path.relative_to(root).as_posix() for path in files}
-    folder = base_dir() / "corpora" / _key(where)
+    folder = _drawn_before(wanted) or base_dir() / "corpora" / _key(where)
     manifest, val = folder / "manifest.json", folder / "val.parquet"
     hashes = {names[path]: sha for path, sha in zip(documents.paths, documents.hashes)}
     if not manifest.exists():
@@ -164,6 +176,9 @@ def _pinned_split(where: Path, files: list[Path]) -> Path:
     advice = f"to draw new validation text type: rm -r {folder} (or name a file with --val-data)"
     if not val.exists() or index_file(val)[0] != pinned["sha256"]:
         raise UserError(f"{val} is not the file that its manifest names; expected sha256 {pinned['sha256']}; {advice}")
+    if wanted:  # by content, whatever the files are called now
+        names = {sha: f for f, sha in pinned["drawn_from"].items()}
+        hashes = {names.get(sha, f): sha for f, sha in hashes.items()}
     changed = [f for f, sha in pinned["drawn_from"].items() if hashes.get(f, sha) != sha]
     if changed or not hashes.keys() & pinned["drawn_from"].keys():
         seen = f"{changed[0]} has changed" if changed else "none of the files are left"
@@ -212,6 +227,7 @@ class Data:
     val_fingerprint: str
     val_bytes: int
     val_from: str  # where the validation text comes from
+    drawn: dict[int, Path] = field(default_factory=dict)  # place in `train` -> the validation file that was drawn from it
 
     def describe(self, tokenizer: Any = None, tokens: int | None = None) -> list[tuple[str, str]]:
         """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the passes it makes."""
@@ -240,13 +256,17 @@ def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
     return n_tokens / max(n_bytes, 1)
 
 
-def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
-    """Make, download or find the text that `cfg` asks for. seed: of the shuffle. Raises UserError for what is missing or damaged."""
+def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned = Pinned()) -> Data:
+    """Make, download or find the text that `cfg` asks for. seed: of the shuffle. pinned: of a run that goes on.
+
+    Raises UserError for what is missing or damaged.
+    """
     if cfg.num_shards < 1 and cfg.num_shards != -1:
         raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
     mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)
     declared = {p.resolve(): p for p in _local_files(cfg.val_data)} if cfg.val_data else {}
-    sources, validation, origins = [], list(declared.values()), [f"of --val-data {cfg.val_data}"] if declared else []
+    sources, validation, drawn = [], list(declared.values()), {}
+    origins = [f"of --val-data {cfg.val_data}"] if declared else []
     for name, weight in mixture:
         local = None if name in CORPORA and not cfg.data_dir else Path(name).expanduser().resolve()
         train, val = (_local_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
@@ -257,7 +277,9 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
             for path in progress(train, f"indexing {name}"):
                 index_file(path)
             if not declared:
-                validation += val or [_pinned_split(local, train)]
+                if not val:
+                    drawn[len(sources)] = pinned.splits.get(len(sources)) or _pinned_split(local, train, pinned.val_fingerprint)
+                validation += val or [drawn[len(sources)]]
                 origins.append(f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on")
         sources.append((local.name if local else name, train, weight))
     val = Documents("validation", validation, seed)
@@ -270,7 +292,7 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2) -> Data:
     for documents in [*(documents for documents, _ in out), val]:
         _print_notes(documents)
     parts = json.dumps([val.fingerprint, *([documents.fingerprint, weight] for documents, weight in out)])
-    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins))
+    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn)
 
 
 def _local_files(where: str | Path) -> list[Path]:

@@ -345,11 +345,12 @@ class PackedBatches:
         Raises UserError for a state of other sources, another number of streams, or a place inside a micro-batch.
         """
         sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
-        if state["sources"] != sources:
+        if [n for _, n in state["sources"]] != [n for _, n in sources]:  # names may differ: a run compares the contents by fingerprint
             raise UserError(
                 f"the checkpoint was trained on {state['sources']} (name, documents), but the data is now {sources}; "
-                f"expected the same data; give the former --data or --data-dir, or start a new --run"
-            )
+                f"expected the same data; give the former --data or --data-dir, or start a new --run",
+                "data-changed", then=state["sources"], now=sources,
+            )  # fmt: skip
         micro = self.device_batch_size * self.world_size
         if state["n_streams"] != self.n_streams or not self.turns.fits(state["rows"]):
             raise UserError(

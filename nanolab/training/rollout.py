@@ -417,10 +417,10 @@ def number(*key: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 2
 
 
-def fingerprint(task: Task) -> str:
-    """Tells apart tasks that would ask other questions, from their length and a few hundred examples."""
+def fingerprint(task: Task, examples: int = 256) -> str:
+    """Tells apart tasks that would ask other questions, from their length and about so many examples."""
     n = len(task)
-    return hashlib.sha256(repr([n, *(task.example(i) for i in range(0, n, max(1, n // 256)))]).encode()).hexdigest()
+    return hashlib.sha256(repr([n, *(task.example(i) for i in range(0, n, max(1, n // examples)))]).encode()).hexdigest()
 
 
 def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:

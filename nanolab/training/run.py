@@ -5,6 +5,7 @@
     env.json         versions, hardware, commit, command line; "resumes" lists those of later starts
     metrics.jsonl    one object per logged step, flushed line by line
     tokenizer/       the run's own copy
+  data/            names and sha256 of the files it was trained on, and the validation text that was drawn from them
     checkpoints/     see checkpoint.py
     result.json      written last: a run that has it is finished
 A directory that holds a checkpoint, a metric or a result is never overwritten: the person resumes it, names another or
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from io import FileIO
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, not_read, to_json
+from nanolab.data import kept
+from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.flags import RATES
 from nanolab.runtime import Runtime, print0
@@ -37,10 +41,11 @@ T = TypeVar("T")
 # Flags that a resumed run may change: they do not shape its result. Paths may move, because fingerprints are compared.
 MAY_CHANGE = {
     "run", "resume", "dry_run", "plan_for", "device_type", "data_dir", "val_data", "tokenizer", "eval_every", "eval_tokens",
-    "sample_every", "save_every", "keep", "log_every", "log_grad_norm", "wandb", "device_batch_size", "threads",
+    "stages", "sample_every", "save_every", "keep", "log_every", "log_grad_norm", "wandb", "device_batch_size", "threads",
     "core_metric_every", "core_metric_max_per_task", "eval_bundle",
     "eval_text", "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample", "eval_split", "eval_examples", "eval_samples", "rollout_batch_size",
 }  # fmt: skip
+HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.
 MUST_KEEP = {
     "device": "--device-type {}", "dtype": "NANOLAB_DTYPE={}", "threads": "--threads {}", "attn_kernel": "--attn-kernel {}",
@@ -82,24 +87,42 @@ class Run:
         return (self.dir / "result.json").exists()
 
     def pin_tokenizer(self, load: Callable[[], Tokenizer]) -> Tokenizer:
-        """The run's own tokenizer: its copy when resuming, otherwise `load()`, copied. Called by every rank."""
-        folder = self.dir / "tokenizer"
+        """The run's own tokenizer: its copy when resuming, otherwise `load()`, copied. Called by every rank.
+
+        Where another was typed it is said that it is not read.
+        """
+        folder, typed = self.dir / "tokenizer", self.config.get("tokenizer")
         if self.resume_from is None:
             on_main(self.runtime, lambda: str(load().save(folder)))
+        elif typed and (not (there := Path(typed).expanduser().exists()) or load().hash != Tokenizer.load(folder).hash):
+            print0(f"note: --tokenizer {typed} {'is another one now' if there else 'is not there'}: the run goes on with its own copy, {folder}")
         tokenizer = Tokenizer.load(folder)
         self.identify(tokenizer_hash=tokenizer.hash)
         return tokenizer
+
+    def pinned(self) -> kept.Pinned:
+        """The validation text that a resumed run began with."""
+        return kept.Pinned.of(self.dir, checkpoint.load_meta(self.resume_from).get("val_fingerprint", "")) if self.resume_from else kept.Pinned()
+
+    def keep_data(self, data: Data) -> None:
+        """Record the data by fingerprint, and its files and validation text in the directory. A resumed run must find the same. Called by every rank."""
+        folder = self.dir / "data"
+        if self.resume_from and (folder / "files.json").exists():
+            kept.check_same(data, folder)
+        self.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
+        on_main(self.runtime, lambda: kept.keep(data, folder))
 
     def identify(self, **facts: Any) -> None:
         """Record what the run stands on (data_fingerprint, val_fingerprint, ...). A resumed run must find the same."""
         self.facts |= facts
         then = checkpoint.load_meta(self.resume_from) if self.resume_from else {}
         for key, value in facts.items():
-            if then.get(key, value) != value:
+            if without_paths(then.get(key, value)) != without_paths(value):
                 raise UserError(
                     f"run {self.name} was trained with {key} {then[key]} and finds {value} now: the files behind it have changed. Put the "
-                    f"old ones back, or start another run with --run NAME"
-                )
+                    f"old ones back, or start another run with --run NAME",
+                    "fingerprint-differs", fact=key, then=then[key], now=value,
+                )  # fmt: skip
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, flushed, and send the same to wandb. Values that are not finite become null."""
@@ -201,7 +224,9 @@ class Run:
 
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
-        flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in MAY_CHANGE and old[k] != self.config[k]}
+        may_change = MAY_CHANGE | ({"data"} if self.kind in ("sft", "rl") else set())  # there it is a folder
+        flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in may_change}
+        flags = {k: (a, b) for k, (a, b) in flags.items() if (without_paths(a) != without_paths(b) if k in HOLD_PATHS else a != b)}
         ignored = self._not_read(old) & self._not_read(self.config) if flags else set()  # an older version took flags that nothing read
         wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items() if k not in ignored]
         for key, flag in MUST_KEEP.items():
@@ -217,6 +242,19 @@ class Run:
         for key in ("world_size", "device_batch_size", "commit", "torch", "cpu"):
             if then.get(key) != now.get(key):
                 print0(f"note: {key} was {then.get(key)}, now {now.get(key)}: the same batches, but losses may differ in the last digits")
+
+
+def without_paths(value: Any) -> Any:
+    """A flag or fact without the paths in it: of "jsonl=/a/b.jsonl@9:2,gsm8k" and "/a/texts:0.3,pydocs:0.7". What lies there is compared by fingerprint."""
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if isinstance(value, dict):
+        return {k: without_paths(v) if k == "tasks" else v for k, v in value.items()}
+    if not isinstance(value, str):
+        return value
+    after = r"((?:@\d+)?(?::[\d.eE+-]+)?)$"  # a count and a weight
+    parts = [re.sub(rf"=.*?{after}", r"=\1", part.strip()) for part in value.split(",")]
+    return ",".join(re.sub(rf"^[^=:]*?[/.][^=]*?{after}", r"PATH\1", part) for part in parts)
 
 
 def check_name(name: str) -> None:

@@ -515,6 +515,15 @@ def test_a_fingerprint_is_of_the_questions_and_answers():
     assert fingerprint(Letters()) == fingerprint(Letters()) != fingerprint(Letters("d"))
     assert fingerprint(Longer()) != fingerprint(Letters())
 
+    class Many(Letters):
+        def __len__(self):
+            return 1000
+
+        def example(self, i: int) -> Example:
+            return Letters(self.answers if i == 997 else "c").example(i)
+
+    assert fingerprint(Many("c")) == fingerprint(Many("d")) and fingerprint(Many("c"), 1000) != fingerprint(Many("d"), 1000), "of so many questions it takes one in three"
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig, UserError, to_json
+from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -187,6 +187,25 @@ def test_resume_refuses_other_data_and_keeps_its_tokenizer(tokenizer):
     assert again.hash == tokenizer.hash
     with pytest.raises(UserError, match="data_fingerprint d1 and finds d2"):
         run.identify(data_fingerprint="d2")
+
+
+@pytest.mark.fault("F9")
+@pytest.mark.parametrize("kind, cfg", [("rl", RLConfig(task="gsm8k", data="/a/gsm8k")), ("sft", SFTConfig(tasks="gsm8k", data="/a/gsm8k", stages="/a/s.toml"))])
+def test_the_folder_of_a_task_may_move_and_its_questions_may_not_change(kind, cfg):
+    def begin(cfg, resume: bool) -> Run:
+        run = Run.start("a", to_json(cfg), ALONE, resume=resume, kind=kind)
+        run.identify(data_fingerprint="q1")
+        return run
+
+    run = begin(cfg, False)
+    checkpoint.save(run.checkpoints, 3, weights=GPT(MODEL).state_dict(), optimizer={}, meta=run.facts, runtime=ALONE)
+    run.close()
+    moved = replace(cfg, data="/b/elsewhere", **({"stages": "/b/s.toml"} if kind == "sft" else {}))
+    run = begin(moved, True)
+    with pytest.raises(UserError) as error:
+        run.identify(data_fingerprint="q2")
+    assert error.value.code == "fingerprint-differs" and error.value.values == {"fact": "data_fingerprint", "then": "q1", "now": "q2"}
+    run.close()
 
 
 def test_a_finished_run_knows_it(tokenizer):
