@@ -221,19 +221,20 @@ def ends(row: dict) -> str:
 
 
 def write(folder: Path, result: dict) -> None:
-    """eval_base.json, over what an earlier evaluation of the same weights found in other modes; and CORE as CSV, which is of them too."""
+    """eval_base.json, with what earlier evaluations found beside it; and CORE as CSV, which is of the same weights."""
     from nanolab.evals.core import csv_lines
+    from nanolab.evals.record import merge_base
     from nanolab.training.checkpoint import write_text
+    from nanolab.training.models import read_json
 
     path, table = folder / "eval_base.json", folder / "eval_base.csv"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if any(earlier.get(key) != result[key] for key in ("model", "step", "weights")):
-        earlier = {}
-        table.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**earlier, **result}, indent=1) + "\n")
-    if "core" in result:
-        write_text(table, "\n".join(csv_lines(result["core"])) + "\n")
+    whole = merge_base(read_json(path) if path.exists() else {}, result)
+    write_text(path, json.dumps(whole, indent=1) + "\n")
+    if "core" in whole and "tasks" in whole["core"]:
+        write_text(table, "\n".join(csv_lines(whole["core"])) + "\n")
+    else:
+        table.unlink(missing_ok=True)
 
 
 def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:

@@ -1,11 +1,14 @@
 """Evaluate a chat model: python -m scripts.chat_eval [--model NAME] [--tasks gsm8k,arc-easy] [--data FOLDER] [--max-problems N].
 
-Options are chosen by the logits of their letters, other replies sampled and graded; every number has its n and its 95 %
-interval. Results go to eval_chat.json in the run directory, beside those of other tasks of the same step and settings.
+Options are chosen by the logits of their letters, other replies sampled and graded; of conversations without answers (jsonl=FILE,
+smoltalk) the loss is measured. Every number has its n and its 95 % interval. Results go to eval_chat.json in the run directory, beside
+those of other tasks, steps and settings (nanolab/evals/record.py).
 """
 
 import json
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from nanolab.config import ChatEvalConfig, UserError, main, parse
 
@@ -28,42 +31,68 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.tools import find_tool
     from nanolab.runtime import print0
-    from nanolab.training.checkpoint import write_text
+    from nanolab.training.checkpoint import load_meta
     from nanolab.training.run import find_model, load_model
 
     check_settings(cfg.temperature, cfg.top_k, 1.0)
     tool = find_tool(cfg.tool)
-    tasks, missing = open_tasks(cfg)
     found = find_model(cfg.model)
+    tasks, missing = open_tasks(cfg, split_versions(load_meta(found.checkpoint)))
     model, tokenizer, meta = load_model(found, rt)
     engine = Engine(model, tokenizer, rt)
     if meta.get("kind", "base") == "base":
         print0("note: this is a base model, which has not learned the marks of a conversation")
-    for name, why in missing.items():
-        print0(f"missing: {name}: {why}")
-    settings = {name: getattr(cfg, name) for name in SETTINGS}
-    result = {"model": found.name, "step": found.step, "kind": meta.get("kind", "base"), "device": rt.device_name, "dtype": rt.dtype_name, "settings": settings}
-    result |= {"tasks": {spec: measure(cfg, engine, task, tool) for spec, task in tasks.items()}, "missing": missing}
-    path = found.run_dir / "eval_chat.json"
+    for line in (*(f"missing: {name}: {why}" for name, why in missing.items()), *dict.fromkeys(f"note: {note}" for task in tasks.values() for note in task.notes)):
+        print0(line)
+    made = {"device": rt.device_name, "dtype": rt.dtype_name, "settings": {name: getattr(cfg, name) for name in SETTINGS}}
+    result = {"model": found.name, "step": found.step, "kind": meta.get("kind", "base"), **made, "tasks": {}, "missing": missing}
+    path, whole = found.run_dir / "eval_chat.json", {}
+    for spec, task in tasks.items():
+        row = losses(cfg, model, tokenizer, task, rt) if task.kind == "chat" else measure(cfg, engine, task, tool)
+        result["tasks"][spec] = row | made
+        if rt.is_main:
+            whole = write(path, result)  # what is found is on disk from here on, whatever ends the evaluation
     if rt.is_main:
-        result = merged(path, result)
-        result["chatcore"] = score(result["tasks"])
-        print0(*table(result), sep="\n")
-        write_text(path, json.dumps(result, indent=1) + "\n")
-        print0(f"written: {path}")
-        if cfg.json:
-            print0(json.dumps(result))
+        print0(*table(whole), f"written: {path}", *([json.dumps(whole)] if cfg.json else []), sep="\n")
     rt.barrier()
     return 0
 
 
-def open_tasks(cfg: ChatEvalConfig) -> tuple[dict, dict[str, str]]:
+def write(path: Path, result: dict) -> dict:
+    """The file with `result` beside what it held; the whole of it."""
+    from nanolab.evals.record import merge_chat
+    from nanolab.training.checkpoint import write_text
+    from nanolab.training.models import read_json
+
+    whole = merge_chat(read_json(path) if path.exists() else {}, result)
+    whole["chatcore"] = score({spec: row for spec, row in whole["tasks"].items() if row["settings"] == result["settings"]})
+    write_text(path, json.dumps(whole, indent=1) + "\n")
+    return whole
+
+
+def split_versions(meta: dict) -> dict[str, int]:
+    """The rule by which files of conversations were split for this model, or for the one that it started from: what was held out then is so now."""
+    from nanolab.training.checkpoint import load_meta, steps
+    from nanolab.training.finetune import task_versions
+    from nanolab.training.models import runs_dir
+
+    while meta.get("kind") == "rl":
+        name, _, step = meta["origin"]["name"].partition("@")
+        saved = dict(steps(runs_dir() / name / "checkpoints"))
+        if int(step) not in saved:
+            return {}
+        meta = load_meta(saved[int(step)])
+    versions = task_versions(meta) if meta.get("kind") == "sft" else {}
+    return {name: version for name, version in versions.items() if name == "jsonl"}
+
+
+def open_tasks(cfg: ChatEvalConfig, versions: Mapping[str, int] = {}) -> tuple[dict, dict[str, str]]:
     """The tasks asked for; or all that can be graded and opened, and why each of the others cannot."""
     from tasks import TASKS, build
 
     named = [spec.strip() for spec in cfg.tasks.split(",") if spec.strip()]
     if named:
-        return {spec: build(*name_and_split(spec), cfg.data, seed=cfg.seed) for spec in named}, {}
+        return {spec: build(*name_and_split(spec), cfg.data, seed=cfg.seed, versions=versions) for spec in named}, {}
     tasks, missing = {}, {}
     for name, task in TASKS.items():
         if task.kind == "chat" or (task.argument_is and not task.argument_is.endswith("?")):
@@ -98,10 +127,35 @@ def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     )  # fmt: skip
     cut = sum(not reply.ended for reply in result.replies)
     return {
-        "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "baseline": task.baseline, "n": result.n, "k": result.k,
+        "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "measures": task.measures, "baseline": task.baseline, "n": result.n, "k": result.k,
         "accuracy": result.accuracy, "interval": result.interval, "pass_at": result.pass_at, "intervals": result.intervals,
         "too_long": result.too_long, "replies": len(result.replies), "cut": cut, "called": called(result.replies), "seconds": time.perf_counter() - began,
         "examples": [shown(task, reply, cfg.tool) for reply in result.replies[:: result.k][:SHOWN]], "outcomes": result.outcomes,
+    }  # fmt: skip
+
+
+def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
+    """The loss on the assistant's turns of conversations: nats per supervised token, in rows packed as fine-tuning packs those of its val/loss."""
+    import math
+
+    import numpy as np
+
+    from nanolab.data.conversations import Reader, packed_rows
+    from nanolab.evals.bpb import bits_per_byte
+    from nanolab.evals.score import check_some
+    from tasks import Mixture
+
+    n, began = len(task) if cfg.max_problems < 0 else min(cfg.max_problems, len(task)), time.perf_counter()
+    check_some(task, n)
+    reader = Reader(Mixture([(task, 1.0)], cfg.seed), tokenizer, model.config.sequence_len + 1)
+    read = [reader.read(i) for i in range(n)]
+    kept = [one for one, _ in read if one.ids]
+    found = bits_per_byte(model, packed_rows(reader, kept), np.ones(tokenizer.vocab_size, dtype=np.int32), rt, cfg.device_batch_size)  # bits per token
+    nats = math.log(2)
+    return {
+        "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "n": len(kept), "tokens": found.n_tokens, "loss": found.bpb * nats,
+        "interval": found.interval and [end * nats for end in found.interval], "too_long": n - len(kept),
+        "cut": sum(0 < len(one.ids) < before for one, before in read), "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
@@ -125,52 +179,55 @@ def score(tasks: dict[str, dict]) -> dict | None:
     """ChatCORE over these records, with the members that it lacks; None where fewer than two are among them."""
     from nanolab.evals.chatcore import MEMBERS, chatcore_score
 
-    by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test"}
+    by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test" and "accuracy" in row}
     total = chatcore_score([(name, row["baseline"], row["accuracy"], row["interval"]) for name, row in by_name.items()])
     return total and {"label": total.label, "value": total.value, "interval": total.interval, "lacks": [name for name in MEMBERS if name not in by_name]}
 
 
 def table(result: dict) -> list[str]:
-    """One line for each task; then ChatCORE."""
+    """One line for each task; then ChatCORE; then the losses."""
     from nanolab.evals.chatcore import centred
 
     s = result["settings"]
     replies = f"{s['num_samples']} {'reply' if s['num_samples'] == 1 else 'replies'} of at most {s['max_tokens']} tokens"
     lines = [f"chat evaluation of {result['model']}@{result['step']} ({result['kind']}): {replies}, temperature {s['temperature']:g}, tool {s['tool'] or 'none'}"]
     width = max(20, *(len(spec) + 1 for spec in result["tasks"]))
-    lines += [f"  {'task':<{width}}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"]
-    for spec, row in result["tasks"].items():
-        low, high = row["interval"]
+    graded, read = ({spec: row for spec, row in result["tasks"].items() if (key in row)} for key in ("accuracy", "loss"))
+    if graded:
+        lines += [f"  {'task':<{width}}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"]
+    for spec, row in graded.items():
         above = centred(row["accuracy"], row["baseline"])
-        lines += [f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row)}"]
+        lines += [f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f}  {ends(row['interval']):<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row, s)}"]
         for k, p in row["pass_at"].items():
             if int(k) in powers(row["k"]):  # a string in what was read from the file
-                lines += [f"  {f'  pass@{k}':<{width + 9}}{p:>10.4f}  {'{:.4f} to {:.4f}'.format(*row['intervals'][k])}"]
+                lines += [f"  {f'  pass@{k}':<{width + 9}}{p:>10.4f}  {ends(row['intervals'][k])}"]
     if result["chatcore"]:
-        label, value, (low, high), lacks = result["chatcore"].values()
-        lines += [f"  {label:<{width + 9}}{value:>10.4f}  {low:.4f} to {high:.4f}{'  without ' + ', '.join(lacks) if lacks else ''}"]
-    return lines
+        label, value, interval, lacks = result["chatcore"].values()
+        lines += [f"  {label:<{width + 9}}{value:>10.4f}  {ends(interval)}{'  without ' + ', '.join(lacks) if lacks else ''}"]
+    if read:
+        lines += [f"  {'task':<{width}}{'chats':>9}{'loss':>10}  {'95 % interval':<18}  nats per supervised token"]
+    return lines + [f"  {spec:<{width}}{row['n']:>9,}{row['loss']:>10.4f}  {ends(row['interval']):<18}  n = {row['tokens']:,}{notes(row, s)}" for spec, row in read.items()]
 
 
-def notes(row: dict) -> str:
+def ends(interval: list[float] | None) -> str:
+    return "{:.4f} to {:.4f}".format(*interval) if interval else "-"
+
+
+def notes(row: dict, settings: dict) -> str:
     """What a reader of the number should know."""
-    too_long = f"  {row['too_long']} too long for the model, counted as wrong" if row["too_long"] else ""
-    return too_long + (f"  {row['cut']} of {row['replies']} replies cut" if row["cut"] else "")
+    from nanolab.evals.card import differences
+
+    if row["kind"] == "chat":
+        said = [f"{row['too_long']} left out, too long for the model"] * bool(row["too_long"]) + [f"{row['cut']} cropped after a whole turn"] * bool(row["cut"])
+    else:
+        said = [row["measures"]] * bool(row.get("measures")) + [f"{row['too_long']} too long for the model, counted as wrong"] * bool(row["too_long"])
+        said += [f"{row['cut']} of {row['replies']} replies cut"] * bool(row["cut"])
+    return "".join(f"  {one}" for one in [*said, *filter(None, [differences(row["settings"], settings)])])
 
 
 def powers(k: int) -> list[int]:
     """2, 4, 8, ... below k, and k; none for a single reply."""
     return [2**e for e in range(1, k.bit_length()) if 2**e < k] + [k] if k > 1 else []
-
-
-def merged(path, result: dict) -> dict:
-    """`result` over what an earlier evaluation of the same step with the same settings found for other tasks."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if any(earlier.get(key) != result[key] for key in ("model", "step", "settings")):
-        return result
-    tasks = {**earlier["tasks"], **result["tasks"]}
-    missing = {name: why for name, why in {**earlier["missing"], **result["missing"]}.items() if name not in tasks}
-    return {**result, "tasks": tasks, "missing": missing}
 
 
 if __name__ == "__main__":

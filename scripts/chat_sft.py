@@ -8,7 +8,6 @@ from nanolab.config import SFTConfig, UserError, main, parse, to_json
 
 EVAL_TOKENS = {"cuda": 40 * 524288}  # held out, of conversations and of text, by device; elsewhere:
 EVAL_TOKENS_ELSEWHERE = 65536
-BEFORE_VERSIONS = {"jsonl": 1}  # of the tasks, in a run whose checkpoints do not name them
 
 
 class Part(NamedTuple):
@@ -76,7 +75,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     batch = -1
     if record.resume_from:
         meta = load_meta(record.resume_from)
-        origin, versions, batch = finetune.Origin.of(meta), meta.get("task_versions", BEFORE_VERSIONS), meta["plan"]["total_batch_size"]
+        origin, versions, batch = finetune.Origin.of(meta), finetune.task_versions(meta), meta["plan"]["total_batch_size"]
         model = GPT(origin.model, rt.dtype).to(rt.device)  # fit loads its weights
     else:
         found = found or find_model(cfg.model, kind="base")

@@ -18,6 +18,9 @@ from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError,
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
 TEXT = ("data", "data_dir", "val_data", "num_shards")
+MEANS = {  # of metrics.jsonl
+    "train/loss": ": nats per token, smoothed", "val/bpb": ": bits per byte of held-out text", "val/loss": ": nats per supervised token of held-out conversations",
+}  # fmt: skip
 DID = {
     "base": ("pretrained on", lambda c: c["data_dir"] or c["data"]),
     "sft": ("fine-tuned on", lambda c: c["stages"] or c["tasks"]),
@@ -27,13 +30,12 @@ DID = {
 
 def run(cfg: ReportConfig) -> int:
     from nanolab.evals.card import card, chain
-    from nanolab.training.checkpoint import load_meta, write_text
+    from nanolab.training.checkpoint import write_text
     from nanolab.training.models import find_model
 
     if cfg.price_per_hour < 0:
         raise UserError(f"--price-per-hour is {cfg.price_per_hour:g}; expected dollars for an hour of one device, or 0 for no costs; try --price-per-hour 2.5")
     found = find_model(cfg.model)
-    check(found, load_meta(found.checkpoint)["kind"])
     stages = chain(found)
     numbers = card(stages, cfg.price_per_hour)
     text = "\n".join(report(found, stages, numbers))
@@ -47,23 +49,6 @@ def run(cfg: ReportConfig) -> int:
     return 0
 
 
-def check(found, kind: str) -> None:
-    """Raise UserError unless the model is evaluated as its kind asks, and as it is now."""
-    from nanolab.training.models import read_json
-
-    for file, script, holds, what in (("eval_base.json", "base_eval", "val", "bits per byte"), ("eval_chat.json", "chat_eval", "tasks", "tasks")):
-        path, needed = found.run_dir / file, (kind == "base") == (script == "base_eval")
-        again = f"type: {python()} -m scripts.{script} --model {found.name}"
-        if needed and not path.exists():
-            raise UserError(f"run {found.name!r} has not been evaluated; expected {path}; {again}")
-        if not path.exists() or kind == "base" and not needed:
-            continue
-        measured = read_json(path)
-        if needed and holds not in measured or measured["step"] != found.step:
-            seen = f"step {measured['step']}" + ("" if holds in measured else f" without {what}")
-            raise UserError(f"the evaluation of run {found.name!r} is of {seen}, the model is step {found.step}; {again}")
-
-
 def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
     """The lines of report.md."""
     base, last = stages[0], stages[-1]
@@ -73,6 +58,7 @@ def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
         *([*story(stages), *brought(stages, numbers), *says(last)] if len(stages) > 1 else []),
         *trained(stages),
         *(costs(stages, numbers) if len(stages) > 1 or numbers["stages"][0]["dollars"] is not None else []),
+        *logged(stages),
         *read_text(stages, numbers),
         *where(found, stages),
         "## Three things to try next",
@@ -106,7 +92,7 @@ def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Metrics x stages, how to read them, and what is not there."""
     from nanolab.evals.card import calls, effects_table, missing
 
-    lines = ["## What each stage brought", "", *effects_table(numbers), ""]
+    lines = ["## What each stage brought", ""] + ([*effects_table(numbers), ""] if numbers["metrics"] else [])
     if any("effect" in at for row in numbers["metrics"] for at in row["stages"].values()):
         lines += [
             "In brackets: the change from the stage before, on the same problems, in percentage points, with its 95 % interval; *unresolved*: the",
@@ -115,16 +101,38 @@ def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
         ]
     if shares := calls(numbers):
         lines += [f"Replies of {stages[-1].run} that called a tool: {shares}.", ""]
-    for why, script, flags in missing(stages):
-        lines += [f"- {why}. To measure it: `{command(script, **flags)}`"]
+    lines += lacking(missing(stages))
     return lines + ([""] if lines[-1] else [])
+
+
+def lacking(found: list[tuple[str, str, dict[str, Any]]]) -> list[str]:
+    """What has not been measured, and how to do it."""
+    return [f"- {why}. To measure it: `{command(script, **flags)}`" for why, script, flags in found]
+
+
+def logged(stages: list) -> list[str]:
+    """What the runs measured themselves while they trained: metrics and result of each, up to the step that counts."""
+    from nanolab.evals.card import table
+
+    found = [stage.logged for stage in stages]
+    names = list(dict.fromkeys(name for values in found for name in values))
+    if not names:
+        return []
+
+    def cell(stage, values: dict, name: str) -> str:
+        step, value = values.get(name, (None, None))
+        return "-" if value is None else f"{value:.4f}" + ("" if step in (stage.step, stage.step - 1) else f" (step {step:,})")
+
+    rows = [[f"{name}{MEANS.get(name, '')}", *(cell(stage, values, name) for stage, values in zip(stages, found))] for name in names]
+    return ["## What training itself measured", "", "At its end, or where it looked last.", "", *table(["", *(stage.label for stage in stages)], *rows), ""]
 
 
 def says(last) -> list[str]:
     """The first replies to each task."""
     from nanolab.evals.card import exchanges
 
-    return ["## What it says", "", "The first questions of each task, as they come:", "", "```text", *exchanges(last.chat["tasks"]), "```", ""]
+    said = exchanges(last.chat["tasks"]) if last.chat else []
+    return ["## What it says", "", "The first questions of each task, as they come:", "", "```text", *said, "```", ""] if said else []
 
 
 def trained(stages: list) -> list[str]:
@@ -184,10 +192,14 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
 
 def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Bits per byte of every stage beside compressors, and how pretraining came there."""
-    from nanolab.evals.card import sized, table
+    from nanolab.evals.card import missing, sized, table
     from nanolab.training.models import read_metrics
 
     newest = next((stage.text for stage in reversed(stages) if stage.text), None)
+    points = [[f"{step:,}", f"{bpb:.4f}"] for step, bpb in curve(read_metrics(stages[0].run_dir)) if step <= stages[0].step]
+    on_the_way = [*table(["step", "bits per byte while training"], *points), ""] if points else []
+    if newest is None and len(stages) == 1:
+        return ["## How good it is", "", *on_the_way, *lacking(missing(stages)), ""]
     if newest is None:
         return []
     same = {stage.run: stage.text["val"]["bpb"] for stage in stages if stage.text and stage.text["val"]["bytes"] == newest["val"]["bytes"]}
@@ -203,8 +215,7 @@ def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
         f"{training}A compressor's figure holds everything needed to get the text back; the model's",
         "leaves out its weights.",
         "",
-        *table(["step", "bits per byte while training"], *[[f"{step:,}", f"{bpb:.4f}"] for step, bpb in curve(read_metrics(stages[0].run_dir))]),
-        "",
+        *on_the_way,
         *continuations(newest),
     ]
 
@@ -214,7 +225,7 @@ def where(found, stages: list) -> list[str]:
     from nanolab.runtime import base_dir
 
     last = stages[-1]
-    files = "eval_base.json" if len(stages) == 1 else "eval_chat.json, card.json" + (", rollouts.jsonl" if last.kind == "rl" else "")
+    files = ", ".join(name for name in ("eval_base.json", "eval_chat.json", "card.json", "rollouts.jsonl") if name == "card.json" or (last.run_dir / name).exists())
     return [
         "## Where everything lies",
         "",
@@ -254,7 +265,7 @@ def next_commands(name: str, kind: str, asked: dict[str, Any] | None, config: di
     if kind != "base":
         return [
             ("Talk to it", command("chat_cli", model=name)),
-            ("Ask it everything that there is data for", command("chat_eval", model=name, **flags_of(asked["settings"]))),
+            ("Ask it everything that there is data for", command("chat_eval", model=name, **(flags_of(asked["settings"]) if asked else {}))),
             ("Fine-tune it on your own conversations", command("chat_sft", model=name, run=f"{name}-mine", tasks="jsonl=FILE:1,identity:1")),
         ]
     row = from_preset(BaseTrainConfig, config["preset"])

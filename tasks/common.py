@@ -34,6 +34,7 @@ class Task:
 
     kind = "chat"
     baseline = 0.0
+    measures = ""  # what `correct` looks at, where it is not the answer
     version = 1
     former: tuple[int, ...] = ()  # earlier versions that it can still make, for a run that began with one
     splits: tuple[str, ...] = ("train", "test")

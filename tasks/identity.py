@@ -210,6 +210,7 @@ TOPICS = {
 
 class Identity(Task):
     kind = "generative"
+    measures = "the fact is in the reply"
     version = 3
     splits = ("train", "test", "name")
     argument_is = "FILE.toml?"

@@ -27,6 +27,7 @@ class Topic(NamedTuple):
 
 class Smalltalk(Task):
     kind = "generative"
+    measures = "no tool called; what is said is not judged"
     version = 2
     argument_is = "FILE.toml?"
 

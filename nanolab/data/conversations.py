@@ -420,8 +420,13 @@ def held_out_rows(reader: Reader, max_tokens: int = -1) -> tuple[np.ndarray, np.
         if kept.ids:
             found.append(kept)
             left -= len(kept.ids)
+    return packed_rows(reader, found)
+
+
+def packed_rows(reader: Reader, found: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
+    """The same of what `reader` kept of some conversations."""
     if not found:
-        raise UserError(f"no held-out conversation fits a row of {reader.room} tokens; expected at least one to evaluate on; try --eval-every -1 or other --tasks")
+        raise UserError(f"no held-out conversation fits a row of {reader.room} tokens; expected at least one to evaluate on; try --eval-every -1 or other --tasks", "nothing-held-out")
     rows = pack(np.array([len(one.ids) for one in found]), range(len(found)), reader.room)
     made = [side_by_side([found[i] for i in row], reader.room - 1, reader.tokenizer.bos) for row in rows]
     inputs, targets = (np.stack(half) for half in zip(*made))

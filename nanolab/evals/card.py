@@ -3,7 +3,8 @@
     chain(found) -> stages, the first one first -> card(stages): plain values, kept as card.json -> tables in Markdown
 
 A stage is a run at the step that the next one started from; an evaluation counts if it is of that step. Chat tasks are compared
-problem by problem with the stage before (score.paired), and only where both were asked with the same settings.
+problem by problem with the stage before (score.paired), and only where both were asked with the same settings. What a run measured while
+it trained is beside them.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.config import ChatEvalConfig, UserError
+from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.training import checkpoint
-from nanolab.training.models import ModelRef, read_json, runs_dir
+from nanolab.training.models import ModelRef, read_json, read_metrics, runs_dir
 
 BPB = "bits per byte"
+NATS = "nats per supervised token"
+LOGGED = ("train/loss", "val/", "eval/", "chatcore/", "rl/reward")  # what a run measures of its model while it trains, by how the names begin
 PERCENT = "share"  # the unit of what is shown in per cent; all other units are shown as they are
 EXCHANGES, LONGEST = 8, 240  # shown in all; characters of a question or a reply
 
@@ -57,6 +61,14 @@ class Stage:
         """None for rl, which records those of replies of the greatest length, and not those of drawing them."""
         return None if self.kind == "rl" else self.meta["plan"]["flops_per_token"] * self.meta["tokens"]
 
+    @property
+    def logged(self) -> dict[str, tuple[int, float]]:
+        """name -> (step, value): what the run measured last while it trained, up to this step; of a finished run with the smoothed loss of its result."""
+        rows, result = read_metrics(self.run_dir), self.run_dir / "result.json"
+        if result.exists() and (found := read_json(result)).get("step") == self.step:
+            rows.append(found)
+        return {name: (row["step"], value) for row in rows if row["step"] <= self.step for name, value in row.items() if name.startswith(LOGGED) and value is not None}
+
 
 def drawn_tokens(path: Path, step: int) -> int | None:
     """Tokens of the replies that a run drew before `step`."""
@@ -85,23 +97,17 @@ def chain(found: ModelRef) -> list[Stage]:
     return stages
 
 
-def of_step(path: Path, step: int) -> dict[str, Any] | None:
-    """An evaluation, if there is one of this step."""
-    record = read_json(path) if path.exists() else {"step": None}
-    return record if record["step"] == step else None
-
-
 def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     """{"model", "step", "seed", "stages": [...], "metrics": [...], "compressors": {...}}: all numbers of the page, as JSON.
 
-    A metric: {"metric", "unit", "n", "version", "baseline", "stages": {label: {"value", "interval", "called", "effect"}}}, where the effect
+    A metric: {"metric", "unit", "n", "version", "baseline", "measures", "asked", "stages": {label: {"value", "interval", "called", "effect"}}}, where the effect
     {"on", "difference", "interval", "verdict"} is against the stage before, if that was measured as well. What has no interval
     has no verdict. price_per_hour: of one device.
     """
     last = stages[-1]
     rows: dict[tuple, dict[str, Any]] = {}
     for stage in stages:
-        for key, row, cell, outcomes in measured(stage, last.chat and last.chat["settings"]):
+        for key, row, cell, outcomes in measured(stage, last.chat):
             metric = rows.setdefault(key, {**row, "stages": {}, "outcomes": {}})
             metric["stages"][stage.label], metric["outcomes"][stage.label] = cell, outcomes
     for row in rows.values():
@@ -116,20 +122,36 @@ def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measured(stage: Stage, settings: dict[str, Any] | None):
-    """(key, the metric's facts, the stage's cell, outcomes or None) of all that is comparable: equal keys are the same measurement."""
+def measured(stage: Stage, wanted: dict[str, Any] | None):
+    """(key, the metric's facts, the stage's cell, outcomes or None) of all that is comparable: equal keys are the same measurement.
+
+    wanted: a chat evaluation; only what was asked with its settings, or those of its earlier measurements, counts.
+    """
     if stage.text:
         val = stage.text["val"]
         row = {"metric": BPB, "unit": BPB, "n": val["bytes"], "version": None, "baseline": None}
         yield (BPB, stage.text["data"], val["bytes"]), row, {"value": val["bpb"], "interval": None}, None
-    if stage.chat and stage.chat["settings"] == settings:
-        for spec, task in stage.chat["tasks"].items():
-            row = {"metric": spec, "unit": PERCENT, "n": task["n"], "version": task["version"], "baseline": task["baseline"]}
+    if not stage.chat or not wanted:
+        return
+    known = [row["settings"] for row in chat_rows(wanted)] or [wanted["settings"]]
+    for task in chat_rows(stage.chat):
+        if task["settings"] not in known or task["step"] != stage.step:
+            continue
+        key = (task["spec"], task["split"], task["version"], task["n"], repr(sorted(task["settings"].items())))
+        row = {"metric": task["spec"], "n": task["n"], "version": task["version"], "measures": task.get("measures", ""), "asked": differences(task["settings"], wanted["settings"])}
+        if "loss" in task:
+            yield key, row | {"unit": NATS, "baseline": None}, {"value": task["loss"], "interval": task["interval"]}, None
+        else:
             cell = {"value": task["accuracy"], "interval": task["interval"], "called": task["called"]}
-            yield (spec, task["split"], task["version"], task["n"]), row, cell, task["outcomes"]
-        if score := stage.chat["chatcore"]:
-            row = {"metric": score["label"], "unit": "score", "n": None, "version": None, "baseline": None}
-            yield (score["label"], *score["lacks"]), row, {"value": score["value"], "interval": score["interval"]}, None
+            yield key, row | {"unit": PERCENT, "baseline": task["baseline"]}, cell, task["outcomes"]
+    if (score := stage.chat["chatcore"]) and stage.chat["settings"] == wanted["settings"]:
+        row = {"metric": score["label"], "unit": "score", "n": None, "version": None, "baseline": None}
+        yield (score["label"], *score["lacks"]), row, {"value": score["value"], "interval": score["interval"]}, None
+
+
+def differences(settings: dict[str, Any], others: dict[str, Any]) -> str:
+    """How a task was asked where that is not as the others were; empty where it is."""
+    return ", ".join(f"{name} {value!r}" for name, value in settings.items() if others.get(name, value) != value)
 
 
 def effect(row: dict[str, Any], before: str, after: str, outcomes: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +188,16 @@ def effects_table(found: dict[str, Any]) -> list[str]:
 
 def head(row: dict[str, Any]) -> str:
     """What a row is called: bits per byte (884 kB); arithmetic test (n = 200)."""
-    if row["unit"] == PERCENT:
-        return f"{title(row['metric'])} (n = {row['n']:,})"
+    if row["unit"] in (PERCENT, NATS):
+        said = [NATS] * (row["unit"] == NATS) + [part for part in (row.get("measures"), row.get("asked")) if part]
+        return f"{title(row['metric'])} (n = {row['n']:,}){''.join(f', {part}' for part in said)}"
     return f"{row['metric']} ({sized(row['n'])})" if row["n"] else row["metric"]
 
 
 def title(spec: str) -> str:
-    """A task as it was asked for, without a count: arithmetic@1000:test -> arithmetic test."""
-    name, split = re.fullmatch(r"(.*?)(?::([a-z]*))?", re.sub(r"@\d+(?=:|$)", "", spec)).groups()
+    """A task as it was asked for, without a count or the folder of its file: arithmetic@1000:test -> arithmetic test."""
+    spec = re.sub(r"@\d+(?=:|$)", "", re.sub(r"(?<==).*[/\\]", "", spec))
+    name, split = re.fullmatch(r"(.*?)(?::([a-z]*))?" if "=" in spec else r"([^:]*):?(.*)", spec).groups()  # a file's name may have colons
     return f"{name} {split or 'test'}"
 
 
@@ -225,7 +249,7 @@ def exchanges(tasks: dict[str, dict[str, Any]]) -> list[str]:
     """The first replies to each task, right or wrong, at most EXCHANGES in all: two of each, or one where there are many tasks."""
     each = 2 if 2 * len(tasks) <= EXCHANGES else 1
     lines = []
-    for spec, example in [(spec, example) for spec, task in tasks.items() for example in task["examples"][:each]][:EXCHANGES]:
+    for spec, example in [(spec, example) for spec, task in tasks.items() for example in task.get("examples", [])[:each]][:EXCHANGES]:
         mark = "right" if example["correct"] else f"wrong; expected: {one_line(example['reference'])}"
         lines += [f"> {one_line(example['question'])}", f"  {one_line(example['reply']) or '(nothing)'}", f"  -- {title(spec)}, {mark}", ""]
     return lines[:-1]
@@ -240,16 +264,21 @@ def one_line(text: str) -> str:
 def missing(stages: list[Stage]) -> list[tuple[str, str, dict[str, Any]]]:
     """(why a stage has no figure, the script that would give it, its flags), for each kind of evaluation that the table lacks."""
     out, chat = [], stages[-1].chat
+    asked = [row.get("settings", chat["settings"]) for row in chat["tasks"].values()] or [chat["settings"]] if chat else []
     for stage in stages:
         model = f"{stage.run}@{stage.step}"
         if stage.text is None:
             why = f"{model} has no bits per byte: {seen(stage.run_dir / 'eval_base.json')}"
             out.append((why, "base_eval", {"model": model, "modes": "bpb", **({} if stage is stages[0] else {"train_text": False})}))
-        if chat and (stage.chat is None or stage.chat["settings"] != chat["settings"]):
-            then = stage.chat["settings"] if stage.chat else {}
-            other = [f"{name} {then[name]!r} instead of {value!r}" for name, value in chat["settings"].items() if then and then[name] != value]
-            why = f"{model} was not asked the same: {', '.join(other) or seen(stage.run_dir / 'eval_chat.json')}"
-            out.append((why, "chat_eval", {"model": model, "tasks": ",".join(chat["tasks"]), **flags_of(chat["settings"])}))
+        if stage is stages[-1] and chat is None and stage.kind != "base":
+            out.append((f"{model} was asked nothing: {seen(stage.run_dir / 'eval_chat.json')}", "chat_eval", {"model": model}))
+        for settings in [settings for i, settings in enumerate(asked) if settings not in asked[:i]]:
+            specs = [spec for spec, row in chat["tasks"].items() if row.get("settings", chat["settings"]) == settings]
+            if stage.chat is None or all(row["settings"] != settings for row in chat_rows(stage.chat)):
+                then = stage.chat["settings"] if stage.chat else {}
+                other = [f"{name} {then[name]!r} instead of {value!r}" for name, value in settings.items() if then and then[name] != value]
+                why = f"{model} was not asked the same: {', '.join(other) or seen(stage.run_dir / 'eval_chat.json')}"
+                out.append((why, "chat_eval", {"model": model, "tasks": ",".join(specs), **flags_of(settings)}))
     return out
 
 

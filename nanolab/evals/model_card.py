@@ -11,7 +11,8 @@ from typing import Any
 
 from nanolab.config import GPTConfig, chosen
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, of_step, shown, table
+from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown, table
+from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
 from nanolab.training import checkpoint
 from nanolab.training.environment import git_commit
@@ -142,7 +143,7 @@ def last_parts(mixture: str) -> str:
 def quality(last: Stage, dtype: str) -> list[str]:
     """Figures of the last stage, and a few of its words."""
     lines = ["## How good it is", ""]
-    found = [(row, at) for _, row, at, _ in measured(last, last.chat and last.chat["settings"])] + list(published(of_step(last.run_dir / "eval_base.json", last.step) or {}))
+    found = [(row, at) for _, row, at, _ in measured(last, last.chat)] + list(published(of_step(last.run_dir / "eval_base.json", last.step) or {}))
     if not found:
         return [*lines, f"No evaluation of {last.run}@{last.step} is on record.", ""]
     rows = [[head(row), "-" if row["baseline"] is None else shown(row["baseline"], row["unit"]), shown(at["value"], row["unit"]), interval(row, at)] for row, at in found]

@@ -140,8 +140,12 @@ def check_problems(task: Task, indices: Sequence[int]) -> None:
     """Raises UserError where there is nothing to grade."""
     if task.kind == "chat":
         raise UserError(f"task {task.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or arithmetic")
-    if not indices:
-        raise UserError(f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data")
+    check_some(task, len(indices))
+
+
+def check_some(task: Task, n: int) -> None:
+    if not n:
+        raise UserError(f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data", "no-problems", task=task.name)
 
 
 OnReply = Callable[[Graded], None]

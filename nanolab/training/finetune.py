@@ -71,6 +71,11 @@ def check_chat_tokens(model: GPTConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def task_versions(meta: dict[str, Any]) -> dict[str, int]:
+    """Versions of the tasks that a fine-tuned model learned from. A checkpoint that does not name them has files of conversations split by the first rule."""
+    return meta.get("task_versions", {"jsonl": 1})
+
+
 @dataclass(frozen=True)
 class Stage:
     """One part of a run: what is trained on, for how long, how strongly."""

@@ -150,6 +150,34 @@ def test_modes_of_one_step_are_kept_beside_one_another_and_another_step_starts_a
     assert "val" not in json.loads(path.read_text())
 
 
+@pytest.mark.fault("N2")
+def test_no_evaluation_is_lost(world, tmp_path):
+    """Other text, another step: what was measured before is kept, and is there again for its step."""
+    from nanolab.training.models import read_json
+
+    run_dir, *_ = world
+    path, other = run_dir / "eval_base.json", tmp_path / "other.txt"
+    other.write_text("something else " * 40)
+    run(config(modes="bpb,sample", split_tokens=200))
+    first = read_json(path)
+    run(config(modes="bpb", split_tokens=200, val_data=str(other), train_text=False))
+    second = read_json(path)
+    assert second["val"] != first["val"] and "train" not in second and second["samples"] == first["samples"]
+    (kept,) = second.get("earlier", [])
+    assert {key: kept[key] for key in ("step", "weights", "bpb", "train", "val", "compressors")} == {key: first[key] for key in ("step", "weights", "bpb", "train", "val", "compressors")}
+    run(config(modes="bpb", split_tokens=200))
+    again = read_json(path)
+    assert again["val"] == first["val"] and [record["val"] for record in again["earlier"]] == [second["val"]], "each once"
+    weights, meta = (load(run_dir / "checkpoints" / "step_000007") for load in (checkpoint.load_weights, checkpoint.load_meta))
+    weights["lm_head.weight"][5] += 1
+    checkpoint.save(run_dir / "checkpoints", 8, weights=weights, optimizer=None, meta=meta, runtime=RUNTIME)
+    run(config(modes="bpb", split_tokens=100))
+    assert read_json(path)["step"] == 8 and "samples" not in read_json(path)
+    run(config(model="even@7", modes="sample"))
+    back = read_json(path)
+    assert (back["step"], back["val"]) == (7, first["val"]) and sorted(record["step"] for record in back["earlier"]) == [7, 8]
+
+
 def test_the_table_names_every_figure(world, capsys):
     run(config(split_tokens=300))
     lines = capsys.readouterr().out.splitlines()

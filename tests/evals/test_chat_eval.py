@@ -128,13 +128,69 @@ def test_a_random_subset_is_the_same_for_every_model_and_another_with_another_se
     assert any(set(questions(seed=s)) != set(first) for s in range(1, 5))
 
 
-def test_other_tasks_of_the_same_step_and_settings_are_kept_and_anything_else_starts_anew(world):
+@pytest.mark.fault("N2")
+def test_no_evaluation_is_lost(world):
+    """Other tasks, other settings, other steps: all are kept, and what is measured again the same way is there once."""
     sums = world(tasks="gsm8k")["tasks"]["gsm8k"]
     both = world(tasks="arc-easy")
     assert both["tasks"]["gsm8k"] == sums and both["chatcore"]["label"] == "ChatCORE-2 of 6"
-    assert set(world(tasks="arc-easy", seed=1)["tasks"]) == {"arc-easy"}
+    other = world(tasks="arc-easy", seed=1)
+    assert set(other["tasks"]) == {"arc-easy", "gsm8k"} and other["tasks"]["gsm8k"] == sums and other["chatcore"] is None, "not a mean over what was asked otherwise"
+    assert other["tasks"]["arc-easy"]["settings"]["seed"] == 1 and [(row["spec"], row["settings"]["seed"]) for row in other["earlier"]] == [("arc-easy", 42)]
+    again = world(tasks="arc-easy", seed=1)
+    assert len(again["earlier"]) == 1 and set(again["tasks"]) == set(other["tasks"])
     world.save(10)
-    assert set(world(tasks="gsm8k", seed=1)["tasks"]) == {"gsm8k"}
+    later = world(tasks="gsm8k", max_problems=2)
+    assert set(later["tasks"]) == {"gsm8k"} and later["step"] == 10
+    assert sorted((row["step"], row["spec"], row["n"]) for row in later["earlier"]) == [(9, "arc-easy", 3), (9, "arc-easy", 3), (9, "gsm8k", 4)]
+    back = world(model="clever@9", tasks="arc-easy")
+    assert (back["step"], set(back["tasks"])) == (9, {"arc-easy", "gsm8k"}) and [(row["step"], row["n"]) for row in back["earlier"]] == [(10, 2), (9, 3)]
+
+
+@pytest.mark.fault("N2")
+def test_what_was_measured_before_an_end_is_kept(world, monkeypatch):
+    original = TASKS["arc-easy"].correct
+    monkeypatch.setattr(TASKS["arc-easy"], "correct", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world(tasks="gsm8k,arc-easy")
+    monkeypatch.setattr(TASKS["arc-easy"], "correct", original)
+    path = world.dir / "eval_chat.json"
+    assert path.exists() and json.loads(path.read_text())["tasks"]["gsm8k"]["accuracy"] == 0.75
+
+
+@pytest.mark.fault("N3")
+def test_the_table_says_what_a_number_measures_where_it_is_not_the_answer(world, capsys):
+    result = world(tasks="smalltalk,gsm8k", max_problems=2, max_tokens=4)
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert "no tool called" in lines["smalltalk"] and "no tool called" not in lines["gsm8k"]
+    assert "no tool called" in result["tasks"]["smalltalk"]["measures"]
+
+
+def of_file(folder: Path, n: int) -> Path:
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps([{"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": str(2 * i)}]) + "\n" for i in range(n)))
+    return path
+
+
+@pytest.mark.fault("N4")
+def test_conversations_without_answers_give_a_loss(world, learned, tmp_path, capsys):
+    """One of them alone is compared with the model's own loss; tests/training/test_chat_sft.py compares many with what fine-tuning measured."""
+    _, model, tokenizer = learned
+    path = of_file(tmp_path, 60)
+    (chat,) = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()[:1]]
+    (tmp_path / "one.jsonl").write_text(json.dumps(chat))
+    ids, mask = render(tokenizer, chat)
+    targets = torch.tensor([i if trained else -1 for i, trained in zip(ids[1:], mask[1:])])
+    with torch.no_grad():
+        loss = float(torch.nn.functional.cross_entropy(model(torch.tensor([ids[:-1]]))[0].float(), targets, ignore_index=-1))
+    one = world(tasks=f"jsonl={tmp_path / 'one.jsonl'}:all")["tasks"][f"jsonl={tmp_path / 'one.jsonl'}:all"]
+    assert (one["n"], one["tokens"], one["interval"]) == (1, sum(mask), None) and one["loss"] == pytest.approx(loss, rel=1e-5)
+    row = world(tasks=f"jsonl={path}:all,gsm8k")["tasks"][f"jsonl={path}:all"]
+    assert row["n"] == 60 and row["interval"][0] < row["loss"] < row["interval"][1] and "accuracy" not in row
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  jsonl={path}"))
+    assert f"{row['loss']:.4f}" in line and f"n = {row['tokens']:,}" in line
+    held_out = world(tasks=f"jsonl={path}", max_problems=2)["tasks"][f"jsonl={path}"]
+    assert held_out["n"] == 2 and held_out["split"] == "test"
 
 
 def test_more_samples_give_pass_at_k_and_splits_have_names(world, capsys):

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import SFTConfig, UserError
+from nanolab.config import ChatEvalConfig, SFTConfig, UserError
 from nanolab.data.chat import parse_reply, render_prompt, text_of
 from nanolab.data.conversations import Reader, held_out_rows
 from nanolab.runtime import Runtime, base_dir
 from nanolab.training import checkpoint
 from nanolab.training.finetune import FineTunePlan
 from nanolab.training.models import find_model, load_model, read_json, read_metrics, runs_dir
-from scripts import chat_sft
+from scripts import chat_eval, chat_sft
 from tasks import build
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
@@ -167,6 +167,15 @@ def test_the_loss_is_of_conversations_that_are_held_out():
     with torch.no_grad():
         nats = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1)
     assert found == pytest.approx(float(nats), rel=1e-4) and (targets == tokenizer.special("<|assistant_end|>")).any()
+
+
+@pytest.mark.fault("N4")
+def test_chat_eval_finds_the_loss_that_fine_tuning_measured():
+    tasks = f"jsonl={base_dir() / 'many.jsonl'}"
+    found = tune("asked", num_iterations=2, eval_every=1)["val/loss"]
+    assert chat_eval.run(ChatEvalConfig(model="asked", tasks=tasks, device_type="cpu")) == 0
+    row = read_json(runs_dir() / "asked" / "eval_chat.json")["tasks"][tasks]
+    assert row["loss"] == pytest.approx(found, rel=1e-6) and row["n"] + row["too_long"] == len(build(tasks, "test"))
 
 
 def test_a_dry_run_writes_nothing(capsys):
