@@ -130,7 +130,8 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
         f"objective       {cfg.algorithm}{mixed}: {choices}{clip}{kl}",
         f"rollouts        {cfg.examples_per_step} prompts x {cfg.num_samples} replies of at most {cfg.max_new_tokens} tokens, "
         f"temperature {cfg.temperature:g}, top-k {cfg.top_k}{updates}",
-        f"batch           {plan.device_batch_size} replies x {plan.world_size} ranks x {plan.grad_accum} accumulation",
+        f"batch           {plan.device_batch_size} replies x {plan.world_size} ranks x {plan.grad_accum} accumulation"
+        + (f"; ranks answer {-(-cfg.examples_per_step // plan.world_size)} or {cfg.examples_per_step // plan.world_size} prompts" if cfg.examples_per_step % plan.world_size else ""),
         f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, {fall}",
         f"horizon         {plan.num_iterations:,} steps, {plan.num_iterations / cfg.updates_per_batch * cfg.examples_per_step / len(task):.2f} epochs",
     ]

@@ -88,8 +88,10 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         task_versions=versions, origin=origin.facts(), stages=[to_json(part.stage) for part in parts],
         conversations=[part.batches.survey.fingerprint for part in parts],
     )  # fmt: skip
-    if text:
+    if text and text.train:
         record.keep_data(text)
+    elif text:
+        record.identify(val_fingerprint=text.val_fingerprint)
     for line in describe(cfg, name, origin, parts, plan, rt):
         print0(line)
 
@@ -134,7 +136,7 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, pinned, versions: Mapping[str
     finetune.check_chat_tokens(origin.model, tokenizer)
     stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size, batch)
     replayed = [check_share(stage.replay) > 0 for stage in stages]
-    text = open_text(cfg, origin, pinned) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
+    text = open_text(cfg, origin, pinned, any(replayed)) if any(replayed) or (cfg.eval_text and cfg.eval_every > 0) else None
     replay = PackedBatches(text.train, tokenizer, seq_len=shape.seq_len, device_batch_size=1, rows_per_step=shape.rows_per_step) if any(replayed) else None
     parts, began = [], {}
     for stage, with_text in zip(stages, replayed):
@@ -150,14 +152,18 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, pinned, versions: Mapping[str
     return parts, finetune.make_plan(cfg, origin, shape, [(part.stage, part.steps) for part in parts]), text, began
 
 
-def open_text(cfg: SFTConfig, origin, pinned):
-    """The corpus that the model was pretrained on."""
-    from nanolab.data.corpus import open_data
+def open_text(cfg: SFTConfig, origin, pinned, replayed: bool):
+    """The corpus that the model was pretrained on; where it has gone, and is not trained on, the validation text alone that was kept of it."""
+    from nanolab.data.corpus import open_data, validation_only
+    from nanolab.runtime import print0
 
     pretraining = origin.rates(cfg)
     try:
         return open_data(pretraining, pretraining.seed, pinned=pinned)
     except UserError as error:
+        if pinned.splits and not replayed:
+            print0(f"note: {error}; bits per byte are measured on the validation text that is kept with the run")
+            return validation_only(pinned)
         raise UserError(
             f"{error}. It is asked for as the pretraining text of {origin.name}; to do without it type --replay 0 --no-eval-text; "
             f"if it has moved, put a link where it was: ln -s NEW OLD", "no-pretraining-text", data=pretraining.data_dir or pretraining.data,

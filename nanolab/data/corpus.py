@@ -295,6 +295,12 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned =
     return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn)
 
 
+def validation_only(pinned: Pinned) -> Data:
+    """The validation text that a run keeps, of data that is not there."""
+    val = Documents("validation", list(pinned.splits.values()))
+    return Data([], val, "", val.fingerprint, sum(len(text.encode()) for text in val.iterate()), "kept with the run")
+
+
 def _local_files(where: str | Path) -> list[Path]:
     files, left_out = find_files(where)
     if left_out:

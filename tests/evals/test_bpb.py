@@ -127,3 +127,22 @@ def test_two_ranks_give_the_figure_of_one(run_ranks):
 def measure(runtime: Runtime) -> tuple:
     inputs, targets, lengths = make_rows()
     return tuple(bits_per_byte(make_model(), (inputs, targets), lengths, runtime, 2))
+
+
+@pytest.mark.parametrize("ranks, n", [(3, 7), (5, 7), (7, 3)])
+def test_any_number_of_ranks_measures_what_one_measures(ranks, n):
+    """Some of seven ranks have no row at all."""
+    model, g = GPT(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_embd=32)), torch.Generator().manual_seed(0)
+    model.init_weights(1)
+    inputs, targets = (torch.randint(64, (n, 8), generator=g).numpy() for _ in range(2))
+    parts = []
+
+    class Rank(Runtime):
+        def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts.append(tensor.clone())
+            return sum(parts)
+
+    alone = bits_per_byte(model, (inputs, targets), np.ones(64, dtype=np.int32), Runtime(torch.device("cpu"), torch.float32), 2)
+    for rank in range(ranks):
+        last = bits_per_byte(model, (inputs, targets), np.ones(64, dtype=np.int32), Rank(torch.device("cpu"), torch.float32, rank=rank, world_size=ranks), 2)
+    assert last.nats == pytest.approx(alone.nats, rel=1e-6) and last[2:4] == alone[2:4]

@@ -160,6 +160,17 @@ def tune(tasks: str, **flags) -> None:
 
 
 @pytest.mark.fault("F9")
+def test_pretraining_text_that_is_only_measured_may_be_gone(text, tmp_path, monkeypatch, capsys):
+    """The validation text is kept with the run; without it the same is refused, with advice."""
+    pretrained.pretrain("b", text, ALONE, **TINY)
+    chats = write_chats(tmp_path / "chats.jsonl")
+    same = stopped(lambda: tune(f"jsonl={chats}", replay=0.0), "s")
+    moved(text)
+    tune(f"jsonl={chats}", replay=0.0, resume=True)
+    assert same() and "kept with the run" in capsys.readouterr().out
+
+
+@pytest.mark.fault("F9")
 @pytest.mark.parametrize("stages", [False, True])
 def test_a_file_of_chats_moves(text, tmp_path, stages):
     pretrained.pretrain("b", text, ALONE, **TINY)
