@@ -7,8 +7,8 @@ A conversation is a list of messages: at most one system message, first; then us
     bos [system text] (user_start text user_end assistant_start parts assistant_end)*
 
 Trained on (mask 1): the assistant's text, its tool calls with both marks, and assistant_end; nothing of an assistant's message
-with "weight": 0. Ordinary text never yields a special id, whatever it looks like. A prompt ends with assistant_start, or inside the assistant's turn: with the output that
-somebody else's tool has given to its call. Imports no torch.
+with "weight": 0. Ordinary text never yields a special id, whatever it looks like. A prompt ends with assistant_start, or inside the
+assistant's turn: with the output that somebody else's tool has given to its call. Imports no torch.
 """
 
 import gzip

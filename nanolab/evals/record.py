@@ -11,7 +11,13 @@ from nanolab.training.models import read_json
 
 Record = dict[str, Any]
 SHARED = ("model", "step", "device", "dtype", "settings")  # of a chat evaluation: once in the file, and in each row of "earlier"
-MODES = {"bpb": ("data", "bpb", "train", "val", "domains", "compressors"), "sample": ("samples", "unconditioned"), "core": ("core",), "hellaswag": ("hellaswag",), "lambada": ("lambada",)}
+MODES = {  # of base_eval -> the fields that hold what it found
+    "bpb": ("data", "bpb", "train", "val", "domains", "compressors"),
+    "sample": ("samples", "unconditioned"),
+    "core": ("core",),
+    "hellaswag": ("hellaswag",),
+    "lambada": ("lambada",),
+}
 
 
 def chat_rows(record: Record) -> list[Record]:
@@ -24,7 +30,8 @@ def merge_chat(old: Record, new: Record) -> Record:
     """`new` and what `old` holds beside it. The tasks of both are together where they are of one step, whatever their settings."""
     rows: dict[tuple, Record] = {}
     for row in chat_rows(new) + chat_rows(old):
-        rows.setdefault((row["spec"], row.get("model"), row["step"], row["split"], row["version"], row["n"], repr(sorted(row["settings"].items()))), row)
+        measured = (row["spec"], row.get("model"), row["step"], row["split"], row["version"], row["n"], repr(sorted(row["settings"].items())))
+        rows.setdefault(measured, row)
     return of_rows(new, list(rows.values()), [*old.get("tasks", {}), *new["tasks"]], old if old.get("step") == new["step"] else {})
 
 
@@ -32,7 +39,8 @@ def of_rows(record: Record, rows: list[Record], order: list[str], old: Record) -
     """An eval_chat.json of the step of `record` from all measurements, the newest first."""
     mine = [row for row in rows if (row["step"], row.get("model")) == (record["step"], record.get("model"))]
     newest = {row["spec"]: row for row in reversed(mine)}
-    tasks = {spec: {key: value for key, value in newest[spec].items() if key not in ("spec", "model", "step")} for spec in dict.fromkeys([*order, *newest]) if spec in newest}
+    specs = [spec for spec in dict.fromkeys([*order, *newest]) if spec in newest]
+    tasks = {spec: {key: value for key, value in newest[spec].items() if key not in ("spec", "model", "step")} for spec in specs}
     missing = {name: why for name, why in {**old.get("missing", {}), **record.get("missing", {})}.items() if name not in tasks}
     earlier = [row for row in rows if newest.get(row["spec"]) is not row]
     return {**record, "tasks": tasks, "missing": missing, **({"earlier": earlier} if earlier else {})}
@@ -43,7 +51,12 @@ def merge_base(old: Record, new: Record) -> Record:
     about = {key: new[key] for key in ("model", "step", "weights")}
     records = [{key: value for key, value in old.items() if key != "earlier"}, *old.get("earlier", [])] if old else []
     same = next((record for record in records if about.items() <= record.items()), {})
-    earlier = [record for record in records if record is not same and not (about.items() <= record.items() and all(_settings(record, m) == _settings(new, m) for m in _modes(record)))]
+
+    def again(record: Record) -> bool:
+        """Whether `new` holds all that this record does, measured the same way."""
+        return about.items() <= record.items() and all(_settings(record, mode) == _settings(new, mode) for mode in _modes(record))
+
+    earlier = [record for record in records if record is not same and not again(record)]
     merged = dict(same)
     for mode in _modes(new):
         if _settings(same, mode) and _settings(same, mode) != _settings(new, mode):
