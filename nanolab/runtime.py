@@ -16,6 +16,7 @@ from typing import Any, Iterable, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from nanolab.config import UserError
 
@@ -166,7 +167,7 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group(backend, device_id=device if kind == "cuda" else None)
+        dist.init_process_group(backend, store=meeting_place(rank, world), rank=rank, world_size=world, device_id=device if kind == "cuda" else None)
     torch.manual_seed(seed)
     rt = Runtime(device, torch.float32, rank, local_rank, world, backend, torch.get_num_threads())
     name = dtype or os.environ.get("NANOLAB_DTYPE", "")
@@ -176,6 +177,17 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
     if name == "float16" and kind != "cuda":
         raise UserError("compute dtype float16 needs a GPU (its loss scaling is only worth it there); try NANOLAB_DTYPE=float32")
     return Runtime(device, DTYPES[name], rank, local_rank, world, backend, torch.get_num_threads())
+
+
+def meeting_place(rank: int, world: int) -> dist.Store:
+    """The store through which the ranks find one another: in each attempt of torchrun --max-restarts another part of it.
+
+    torchrun keeps one store, and the addresses that a killed attempt left there can hang the next one. Restarts are counted on each machine by
+    itself, so that those of several machines only agree on the whole store.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world))
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
 
 
 def choose_dtype(device: torch.device) -> str:
