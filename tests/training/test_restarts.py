@@ -35,12 +35,11 @@ def test_each_attempt_meets_in_its_own_part_of_the_store(tmp_path):
     assert done.stdout.strip() == "['0', '1', '2']", done.stderr
 
 
-@pytest.mark.fault("P3")
 @pytest.mark.slow
 def test_a_killed_rank_comes_back_and_the_run_ends():
     spec = importlib.util.spec_from_file_location("nanolab_dev_restarts", ROOT / "dev" / "restarts.py")
     restarts = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(restarts)
-    for _ in range(2):
+    for _ in range(2):  # on the code before, too, most tries ended well
         found = restarts.product(150)
         assert found["passed"], json.dumps(found, indent=1)
