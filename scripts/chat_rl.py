@@ -58,7 +58,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
             found = found or find_model(cfg.model, kind="sft")
             check_talks(found, load_meta(found.checkpoint))
             origin = finetune.Origin.found(found)
-        tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
+        tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer", checked=True))
         plan = make_plan(cfg, origin, len(task), rt.world_size)
         for line in describe(cfg, name, origin, plan, objective, task, rt):
             print0(line)

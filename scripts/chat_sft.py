@@ -42,7 +42,7 @@ def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.training import finetune
 
     origin = finetune.Origin.found(found)
-    parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer"), rt, Pinned.of(found.run_dir))
+    parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer", checked=True), rt, Pinned.of(found.run_dir))
     for line in describe(cfg, name, origin, parts, plan, rt):
         print0(line)
     print0("dry run: nothing was trained")
@@ -81,7 +81,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         found = found or find_model(cfg.model, kind="base")
         origin = finetune.Origin.found(found)
         model, _, _ = load_model(found, rt)
-    tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer"))
+    tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer", checked=True))
     pinned = record.pinned() if record.resume_from else Pinned.of(found.run_dir)
     parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, pinned, versions, batch)
     record.identify(

@@ -96,9 +96,9 @@ class Tokenizer:
         return cls(bpe)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a folder or file (tokenizer.json, or vocab.json + merges.txt). Raises UserError, see `tokenizer_files.read`."""
-        return cls(files.read(Path(path)))
+    def load(cls, path: Path | str, checked: bool = False) -> "Tokenizer":
+        """Read a folder or file (tokenizer.json, or vocab.json + merges.txt). checked: it is a run's copy. Raises UserError, see `tokenizer_files.read`."""
+        return cls(files.read(Path(path), checked))
 
     def save(self, folder: Path | str) -> Path:
         """Write `folder`/tokenizer.json, whole or not at all, and return its path."""

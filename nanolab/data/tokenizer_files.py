@@ -10,17 +10,20 @@ on every text if each token, spelled out in bytes, is merged back into that one 
   always the next listed pair, and both programs take the same step.
 
 `read` checks this for every token it loads, and refuses a file that fails: a proof costs 0.1 s where a comparison on
-samples would prove nothing. Patterns other than the two below are compared on all kinds of characters (`_check_pattern`).
+samples would prove nothing. Patterns other than the two below must cut all kinds of characters alike (`_check_pattern`).
 """
 
 import json
 import os
+import re
 import unicodedata
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiktoken
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from nanolab.config import UserError
 
@@ -73,7 +76,18 @@ def to_bytes(token: str) -> bytes:
 
 
 def to_json(bpe: BPE) -> dict[str, Any]:
-    """tokenizer.json as `tokenizers` reads it. Its `encode_special_tokens` must be set for text to stay text there too."""
+    """tokenizer.json as `tokenizers` reads it. Its `encode_special_tokens` must be set for text to stay text there too.
+
+    Special tokens are in the vocabulary as well: one that is only added gets the number of tokens before it as its id there, not the id in the file.
+    Raises UserError for a special token that is written like an ordinary one, whose id it would get.
+    """
+    vocab = {to_chars(t): i for t, i in bpe.vocab.items()}
+    if shared := [s for s in bpe.specials if s in vocab]:
+        raise UserError(
+            f"the special token {shared[0]!r} ({bpe.specials[shared[0]]}) is written like the ordinary token {vocab[shared[0]]}, so `tokenizers` would take one for the other; "
+            f"expected special tokens that no text is; pass another --tokenizer or train one with scripts.tok_train",
+            "special-token-is-ordinary", token=shared[0],
+        )  # fmt: skip
     added = [
         {"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         for s, i in sorted(bpe.specials.items(), key=lambda item: item[1])
@@ -98,7 +112,7 @@ def to_json(bpe: BPE) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {to_chars(t): i for t, i in sorted(bpe.vocab.items(), key=lambda item: item[1])},
+            "vocab": dict(sorted((vocab | bpe.specials).items(), key=lambda item: item[1])),
             "merges": [[to_chars(a), to_chars(b)] for a, b in bpe.merges],
         },
     }
@@ -117,8 +131,10 @@ def write(bpe: BPE, folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> BPE:
+def read(path: Path, checked: bool = False) -> BPE:
     """Read a folder or file: tokenizer.json, or vocab.json beside merges.txt.
+
+    checked: it is a run's copy, which was checked when it was made; its pattern and its special ids are taken as they are.
 
     Raises UserError for a file that is missing, damaged, not byte-level BPE, or not certain to give the ids that
     `tokenizers` gives.
@@ -142,7 +158,9 @@ def read(path: Path) -> BPE:
     else:
         raise UserError(f"{path} is a plain vocabulary; expected merges.txt beside it, or a tokenizer.json; pass --tokenizer FOLDER")
     check_reachable(bpe, path)
-    _check_pattern(bpe, path)
+    if not checked:
+        _check_pattern(bpe.pattern, path)
+        _note_other_ids(bpe, raw, path)
     return bpe
 
 
@@ -156,8 +174,8 @@ def _load_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse(path: Path | str, seen: str) -> UserError:
-    return UserError(f"{path} {seen}; expected plain byte-level BPE, as GPT-2's; pass another --tokenizer or train one with scripts.tok_train")
+def _refuse(path: Path | str, seen: str, code: str = "", **values: Any) -> UserError:
+    return UserError(f"{path} {seen}; expected plain byte-level BPE, as GPT-2's; pass another --tokenizer or train one with scripts.tok_train", code, **values)
 
 
 def _from_tokenizer_json(raw: dict[str, Any], path: Path) -> BPE:
@@ -253,27 +271,71 @@ def check_reachable(bpe: BPE, path: Path | str) -> None:
         raise _refuse(path, f"has {len(lost)} tokens that its own merges do not reach (first {lost[0]!r}), so two encoders could differ")
 
 
-def _check_pattern(bpe: BPE, path: Path) -> None:
-    """tiktoken and `tokenizers` use different regex engines; a pattern nobody tested is compared on all kinds of characters."""
-    if bpe.pattern in (PATTERN, GPT2_PATTERN):  # compared on every code point in the tests
+def _check_pattern(pattern: str, path: Path) -> None:
+    """tiktoken and `tokenizers` use different regex engines: a pattern that the tests do not know must cut all probes alike in both."""
+    if pattern in (PATTERN, GPT2_PATTERN):  # compared on every code point in the tests
         return
     try:
-        ours, id_of_rank = encoding(bpe)
+        tiktoken.Encoding("pattern", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
     except ValueError as error:
         raise _refuse(path, f"cuts text by a pattern that tiktoken does not know ({error})") from None
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(to_json(bpe._replace(specials={}))))
-    for text in probe_texts():
-        ids = ours.encode_ordinary(text)
-        ids = ids if id_of_rank is None else [id_of_rank[rank] for rank in ids]
-        if ids != theirs.encode(text, add_special_tokens=False).ids or theirs.decode(ids) != text:
-            raise _refuse(path, f"cuts text by a pattern that loses text or is read differently by tiktoken, near {text[:20]!r}")
+    try:
+        theirs = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise _refuse(path, f"cuts text by a pattern that `tokenizers` does not know ({error})") from None
+    cut = [[piece.encode() for piece, _ in theirs.pre_tokenize_str(text)] for text in probe_texts()]
+    if (at := first_difference(pattern, cut)) is not None:
+        seen = b"|".join(at).decode(errors="replace")
+        why = " (X{1,3}+ repeats X{1,3} in `tokenizers` and is possessive in tiktoken, whose cl100k_base has it)" if re.search(r"\{\d*,?\d*\}\+", pattern) else ""
+        raise _refuse(path, f"cuts text by a pattern that loses text or is read differently by tiktoken, near {seen!r} as `tokenizers` cuts it{why}", "pattern-differs", pattern=pattern)
+
+
+def first_difference(pattern: str, cut: list[list[bytes]]) -> list[bytes] | None:
+    """Of texts cut by `tokenizers`, the first pieces that tiktoken cuts otherwise; None: there are none.
+
+    tiktoken tells its cuts by its tokens alone: a piece that is a token becomes that token, any other is merged from bytes. Without a token of two
+    bytes nothing is merged, so each longer token found is a piece. If every part of the text between those is a token too, what tiktoken cuts there
+    has at most two bytes; and given that, a second vocabulary, with all pairs, tells single bytes from pairs.
+    """
+    long = {piece for pieces in cut for piece in pieces if len(piece) > 2}
+    between = {b"".join(run) for pieces in cut for is_long, run in groupby(pieces, lambda piece: len(piece) > 2) if not is_long}
+    parts = {run[i:j] for run in between for i in range(len(run)) for j in range(i + 3, len(run) + 1)}
+    pairs = {run[i : i + 2] for run in between for i in range(len(run) - 1)}
+    bytewise = [[part for piece in pieces for part in ([piece] if len(piece) > 2 else [bytes([b]) for b in piece])] for pieces in cut]
+    texts = [b"".join(pieces).decode() for pieces in cut]
+    for tokens, expected in ((long | parts, bytewise), (long | pairs, cut)):
+        vocab = [*(bytes([b]) for b in range(256)), *(tokens - {b""})]
+        ours = tiktoken.Encoding("cuts", pat_str=pattern, mergeable_ranks={token: i for i, token in enumerate(vocab)}, special_tokens={"<|bos|>": len(vocab)})
+        for text, pieces in zip(texts, expected):
+            found = [vocab[i] for i in ours.encode_ordinary(text)]
+            if found != pieces:
+                at = next((i for i, (a, b) in enumerate(zip(found, pieces)) if a != b), min(len(found), len(pieces)))
+                return pieces[max(0, at - 1) : at + 8]
+    return None
+
+
+def _note_other_ids(bpe: BPE, raw: dict[str, Any], path: Path) -> None:
+    """Say it where `tokenizers` gives special tokens of this file other ids than the file does: the file's are used."""
+    vocab = raw["model"]["vocab"] if isinstance(raw.get("model"), dict) else raw
+    if all(vocab.get(s) == i for s, i in bpe.specials.items()):
+        return
+    try:
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise _refuse(path, f"cannot be read by `tokenizers` ({error})") from None
+    if other := [s for s, i in bpe.specials.items() if theirs.token_to_id(s) != i]:
+        from nanolab.runtime import print0
+
+        s = other[0]
+        print0(f"note: {len(other)} special tokens of {path} have other ids in `tokenizers` (first {s!r}: {bpe.specials[s]} in the file, {theirs.token_to_id(s)} there); the file's are used")
 
 
 def probe_texts(every: int = 16) -> list[str]:
-    """Text with characters of every category in contexts that patterns look at; one in `every` of the many letters."""
+    """Text with characters of every category in contexts that patterns look at; one in `every` of the many letters; and runs."""
     chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs", "Lo")]
     chars += [c for c in map(chr, range(0, 0x110000, every)) if unicodedata.category(c) == "Lo"]
-    block = 128
+    block = 16  # short texts, for the number of their parts
     blocks = [chars[i : i + block] for i in range(0, len(chars), block)]
     contexts = ("a{0}b{0}{0}1", "12{0}345 {0} ", "\'{0}s I\'LL{0}", "!{0}?\n{0}\r\n\n", "  {0}\t \n  {0}   x")
-    return ["".join(context.format(c) for c in part) for part in blocks for context in contexts]
+    runs = [(unit * 30)[:n] for unit in ("1234567890", "\u0663\u0664", "\u00bd", "aB", "\u00e9", "!", " ", "\n", "\t ") for n in range(1, 31)]
+    return [*runs, *(f"in {run} a{run}b" for run in runs), *("".join(context.format(c) for c in part) for part in blocks for context in contexts)]

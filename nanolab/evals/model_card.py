@@ -204,4 +204,6 @@ def limits(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:
         said.insert(2, "It may call a calculator between `<|python_start|>` and `<|python_end|>`. nanolab answers such calls; `generate` does not: what follows a call is made up, unless `<|python_end|>` is among its `eos_token_id`.")
     if own_code:
         said.insert(-1, "Its vocabulary cannot be resized, and attention weights and hidden states are not returned. Beam search works; assisted generation does not.")
+    else:
+        said.insert(-1, "Padding on the left shifts the positions that transformers' GPT-2 counts in `forward`: pass `position_ids` there, or pad on the right. `generate` counts them from the mask.")
     return ["## What it cannot do", "", *(f"- {line}" for line in said), ""]

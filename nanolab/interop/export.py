@@ -38,7 +38,7 @@ FILES = {"README.md", "config.json", "generation_config.json", "model.safetensor
 MARK = "\n- nanolab\n"  # the tag in the card's header, which other people's folders do not have
 LICENCE = "MIT License, Copyright (c) 2026 nanolab contributors"
 TOLERANCE = 1e-4  # of a logit in fp32
-HARD_TEXT = "It's 12,345.67\n\n\tx = {'\u00e9': '\U0001f600'}   <|bos|> \u4f60\u597d \u0627\u0644\u0633 I'LL\r\n  don't<|assistant_end|>  "
+HARD_TEXT = "It's 12,345.67\n\n\tx = {'\u00e9': '\U0001f600'}   <|bos|> \u4f60\u597d \u0627\u0644\u0633 I'LL\r\n  don't<|assistant_end|>  2018 1234567 00000000 \u0662\u0660\u0661\u0668"
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 with torch.no_grad():
     logits = model(torch.tensor(asked["ids"])).logits
 encoded = tokenizer(asked["text"], add_special_tokens=False, split_special_tokens=True).input_ids
+one, whole = [[i] for i in range(asked["vocab_size"])], dict(clean_up_tokenization_spaces=False)
+said = {
+    "tokens": tokenizer.batch_decode(one, **whole), "text": tokenizer.batch_decode(one, skip_special_tokens=True, **whole),
+    "special": {name: tokenizer.convert_tokens_to_ids(name) for name in asked["special"]},
+    "roles": {name: [getattr(tokenizer, name), getattr(model.config, name)] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+}
+json.dump(said, open(work + "/said.json", "w"))
 save_file({"logits": logits.contiguous(), "encoded": torch.tensor(encoded)}, work + "/said.safetensors")
 """
 
@@ -234,7 +241,7 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
     c = model.config
     ids = torch.randint(c.vocab_size, (2, min(64, c.sequence_len)), generator=torch.Generator().manual_seed(0))
     with writing(Path(tempfile.gettempdir()), "TMPDIR=/another/folder"), tempfile.TemporaryDirectory() as work:
-        write_json(Path(work) / "asked.json", {"ids": ids.tolist(), "text": HARD_TEXT})
+        write_json(Path(work) / "asked.json", {"ids": ids.tolist(), "text": HARD_TEXT, "special": list(tokenizer.specials), "vocab_size": tokenizer.vocab_size})
         env = os.environ | {"HF_MODULES_CACHE": f"{work}/modules", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         trust = "code" if (folder / CODE).exists() else "plain"
         command = [sys.executable, "-c", READ, str(folder.resolve()), work, trust]
@@ -242,13 +249,27 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
             raise UserError(f"transformers cannot read the folder that was written: {said[0]}; nothing was kept; try pip install -U 'nanolab[hf]'")
-        said = load_file(Path(work) / "said.safetensors")
+        said, tokens = load_file(Path(work) / "said.safetensors"), json.loads((Path(work) / "said.json").read_text(encoding="utf-8"))
     if said["encoded"].tolist() != tokenizer.encode(HARD_TEXT):
         raise UserError("transformers reads text as other ids than nanolab; expected the same; nothing was kept; try pip install -U 'nanolab[hf]'")
+    if other := other_tokens(tokens, tokenizer):
+        raise UserError(
+            f"transformers reads {len(other)} tokens otherwise than nanolab (first {other[0]}); expected the same; nothing was kept; try pip install -U 'nanolab[hf]'",
+            "export-tokens-differ", tokens=other,
+        )  # fmt: skip
     difference = (said["logits"] - model(ids)).abs().max().item()
     if not difference <= TOLERANCE:
         raise UserError(f"the logits of the folder differ by up to {difference:.2g} from the model's; expected at most {TOLERANCE:g}; nothing was kept; try pip install -U 'nanolab[hf]'")
     return difference
+
+
+def other_tokens(said: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """What READ says otherwise than `tokenizer`: ids of special tokens, the text of each id, the tokens with a part in generation."""
+    special = set(tokenizer.specials.values())
+    names = [f"{name}: id {said['special'][name]}, not {i}" for name, i in tokenizer.specials.items() if said["special"][name] != i]
+    texts = [(i, "" if i in special else tokenizer.decode([i])) for i in range(tokenizer.vocab_size)]
+    ids = [f"id {i}: {said['tokens'][i]!r}, not {text!r}" for i, text in texts if said["text"][i] != text or (i not in special and said["tokens"][i] != text)]
+    return [*names, *ids, *(f"{role}: {a} and {b}" for role, (a, b) in said["roles"].items() if a != b)]
 
 
 def check_push(repo: str) -> None:

@@ -116,6 +116,7 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
     tensors = {_full(name): tensor for name, tensor in tensors.items() if not _is_mask(name)}
     head, table = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     if c.tied_head and head is not None:
+        tensors.setdefault("transformer.wte.weight", head)  # a file may hold the one tensor under either name
         if table is not None and not torch.equal(head, table):
             raise UserError("lm_head.weight differs from wte.weight, but config.json ties them; expected equal ones; set tie_word_embeddings to false there to keep both")
         del tensors["lm_head.weight"]

@@ -88,7 +88,7 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
         """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
 
-        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats. use_cache: return the cache, which the
+        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats, without those that padding would predict. use_cache: return the cache, which the
         next call continues; without it no cache is made. It may be given as cache or as past_key_values. attention_mask: 0 at padding, before or behind each row's text; of a call
         that continues, over all columns from the first on, and 1 in each new one.
         """
@@ -108,7 +108,10 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             if logits.size(1) != labels.size(1):
                 raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100)
+            targets = labels[:, 1:].to(logits.device)
+            if attention_mask is not None:
+                targets = targets.masked_fill(attention_mask[:, -labels.size(1) : -1].to(logits.device) == 0, -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, **{PAST: cache if use_cache else None})
         return out.to_tuple() if return_dict is False else out
 

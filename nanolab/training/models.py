@@ -117,7 +117,7 @@ def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, d
     """
     found = find_model(ref) if isinstance(ref, str) else ref
     meta = checkpoint.load_meta(found.checkpoint)
-    tokenizer = Tokenizer.load(found.run_dir / "tokenizer")
+    tokenizer = Tokenizer.load(found.run_dir / "tokenizer", checked=True)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise UserError(
             f"model {found.name!r} was trained with tokenizer {meta['tokenizer_hash'][:12]}, but {found.run_dir / 'tokenizer'} holds "

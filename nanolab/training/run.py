@@ -94,9 +94,9 @@ class Run:
         folder, typed = self.dir / "tokenizer", self.config.get("tokenizer")
         if self.resume_from is None:
             on_main(self.runtime, lambda: str(load().save(folder)))
-        elif typed and (not (there := Path(typed).expanduser().exists()) or load().hash != Tokenizer.load(folder).hash):
+        elif typed and (not (there := Path(typed).expanduser().exists()) or Tokenizer.load(typed, checked=True).hash != Tokenizer.load(folder, checked=True).hash):
             print0(f"note: --tokenizer {typed} {'is another one now' if there else 'is not there'}: the run goes on with its own copy, {folder}")
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder, checked=True)
         self.identify(tokenizer_hash=tokenizer.hash)
         return tokenizer
 

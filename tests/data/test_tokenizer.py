@@ -194,7 +194,7 @@ def test_ids_out_of_rank_order_are_kept(tok, tmp_path):
     """A foreign file may number its tokens as it likes."""
     raw = json.loads(tok.save(tmp_path).read_text())
     ids = np.random.default_rng(0).permutation(VOCAB - 9).tolist()
-    raw["model"]["vocab"] = {s: ids[i] for s, i in raw["model"]["vocab"].items()}
+    raw["model"]["vocab"] = {s: i if s in tok.specials else ids[i] for s, i in raw["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     shuffled, hf = Tokenizer.load(tmp_path), hugging_face(tmp_path / "tokenizer.json")
     for text in TEXTS:
@@ -271,6 +271,102 @@ def test_other_patterns_are_accepted_when_they_read_the_same(tok, tmp_path):
     other, hf = Tokenizer.load(tmp_path), hugging_face(tmp_path / "tokenizer.json")
     same_ids(other, hf, TEXTS[0] + " 1234567")
     assert other.hash != tok.hash
+
+
+CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"  # tiktoken's cl100k_base
+
+
+@pytest.mark.fault("L3")
+def test_a_pattern_that_two_engines_cut_differently_is_refused_whatever_the_vocabulary(tok, tmp_path):
+    """This vocabulary has no token of three digits, so no token shows the difference in the pieces."""
+    raw = json.loads(tok.save(tmp_path).read_text())
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": CL100K}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert hugging_face(tmp_path / "tokenizer.json").pre_tokenizer.pre_tokenize_str("2018") == [("2018", (0, 4))]
+    with pytest.raises(UserError) as error:
+        Tokenizer.load(tmp_path)
+    assert error.value.code == "pattern-differs" and error.value.values == {"pattern": CL100K}
+
+
+PATTERNS = [r"\d", r"\d{1,2}", r"\d{1,3}", r"\d+", r"\d{2}|\d", r"\d{3}|\d{1,2}", r"\d\d(?=\d)|\d+", r"\d{4}|\d"]
+
+
+def test_cuts_are_compared_without_a_vocabulary():
+    """A text of digits cut by one pattern is what tiktoken cuts by another exactly where a plain search of Python's cuts alike."""
+    import re
+
+    text = "2018222200"
+    cuts = {p: [piece.encode() for piece in re.findall(p, text)] for p in PATTERNS}
+    for cut in cuts.values():
+        for other in PATTERNS:
+            assert (files.first_difference(other, [cut]) is None) == (cuts[other] == cut), (cut, other)
+
+
+def specials_first(folder: Path, vocab_size: int = 600) -> Path:
+    """A tokenizer as people train them with `tokenizers`: the trainer puts its special tokens first."""
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer, learner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False))
+    folder.mkdir(exist_ok=True)
+    learner.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.fault("L2")
+def test_special_tokens_keep_their_ids_wherever_they_are(tok, tmp_path):
+    """In `tokenizers`, which numbers tokens that are only added after the vocabulary: first, last, and inside a vocabulary with shuffled ids."""
+    first = specials_first(tmp_path / "first")
+    raw = json.loads(tok.save(tmp_path / "last").read_text())
+    ids = np.random.default_rng(0).permutation(VOCAB).tolist()
+    raw["model"]["vocab"] = {s: ids[i] for s, i in (raw["model"]["vocab"] | tok.specials).items()}
+    raw["added_tokens"] = [token | {"id": ids[token["id"]]} for token in raw["added_tokens"]]
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "tokenizer.json").write_text(json.dumps(raw))
+    for source in (first, tmp_path / "last" / "tokenizer.json", tmp_path / "inside" / "tokenizer.json"):
+        original, ours = hugging_face(source), Tokenizer.load(source)
+        hf = hugging_face(ours.save(tmp_path / "saved"))
+        assert {name: hf.token_to_id(name) for name in ours.specials} == ours.specials
+        assert all(original.token_to_id(name) in (None, i) for name, i in ours.specials.items())
+        assert hf.get_vocab_size() == ours.vocab_size and [hf.decode([i], skip_special_tokens=False) for i in range(ours.vocab_size)] == [ours.decode([i]) for i in range(ours.vocab_size)]
+        assert hf.decode(list(ours.specials.values())) == ""
+        for text in [*TEXTS, "<|endoftext|>I find it<|pad|>"]:
+            assert ours.encode(text) == hf.encode(text, add_special_tokens=False).ids == original.encode(text, add_special_tokens=False).ids
+        assert Tokenizer.load(tmp_path / "saved").hash == ours.hash
+    assert Tokenizer.load(first).bos == 0
+
+
+@pytest.mark.fault("L4")
+@pytest.mark.parametrize("number", [500, 1250])
+def test_special_ids_that_tokenizers_would_not_give_are_said(tok, tmp_path, capsys, number):
+    """A hole in the vocabulary, and a gap after it. The file's ids are used, and kept in `tokenizers` from then on."""
+    raw = json.loads(tok.save(tmp_path).read_text())
+    vocab = {s: i for s, i in raw["model"]["vocab"].items() if s not in tok.specials}
+    raw["model"]["vocab"] = {s: i + (i >= number) for s, i in vocab.items()}
+    raw["added_tokens"] = [raw["added_tokens"][0] | {"id": number, "content": "<|x|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    theirs = hugging_face(tmp_path / "tokenizer.json").token_to_id("<|x|>")
+    assert theirs != number
+    ours = Tokenizer.load(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{number} in the file" in said and f"{theirs} there" in said and said.count("\n") == 1
+    hf = hugging_face(ours.save(tmp_path / "again"))
+    assert hf.token_to_id("<|x|>") == ours.special("<|x|>") == number and hf.token_to_id("<|bos|>") == ours.special("<|bos|>") == max(VOCAB - 9, number) + 1
+    Tokenizer.load(tmp_path / "again")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.fault("L2")
+def test_a_special_token_written_like_an_ordinary_one_is_not_written(tok, tmp_path):
+    """`tokenizers` would give it the ordinary token's id."""
+    word = next(token for token in tok._bpe.vocab if len(token) > 3 and token.isalpha()).decode()
+    raw = json.loads(tok.save(tmp_path).read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": VOCAB, "content": word})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert hugging_face(tmp_path / "tokenizer.json").token_to_id(word) != VOCAB
+    with pytest.raises(UserError) as error:
+        Tokenizer.load(tmp_path).save(tmp_path / "again")
+    assert error.value.code == "special-token-is-ordinary" and error.value.values == {"token": word}
 
 
 def test_missing_and_damaged_files_say_so(tmp_path):

@@ -116,6 +116,62 @@ def test_token_ids_are_ours(tokenizer, tmp_path, config):
     assert theirs("<|bos|>a").input_ids[0] == tokenizer.bos
 
 
+@pytest.fixture(scope="module")
+def specials_first(tmp_path_factory):
+    """Trained with `tokenizers`, whose trainer puts special tokens first; of as many tokens as the models have."""
+    import tokenizers
+
+    learner, level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    learner.pre_tokenizer, learner.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=276, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=level.alphabet(), show_progress=False)
+    learner.train_from_iterator([TEXT], trainer)
+    path = tmp_path_factory.mktemp("first") / "tokenizer.json"
+    learner.save(str(path))
+    return learner, Tokenizer.load(path)
+
+
+@pytest.mark.fault("L2")
+@pytest.mark.parametrize("config", [DEFAULT, SQUARE], ids=["own code", "gpt2"])
+def test_special_tokens_that_are_not_the_last_keep_their_ids(specials_first, tmp_path, config):
+    original, ours = specials_first
+    folder, model = written(tmp_path, config, ours)
+    theirs, generation = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True), transformers.GenerationConfig.from_pretrained(folder)
+    assert theirs.bos_token_id == json.loads((folder / "config.json").read_text())["bos_token_id"] == generation.bos_token_id == ours.bos == 0
+    assert theirs.convert_tokens_to_ids(list(ours.specials)) == list(ours.specials.values()) and len(theirs) == 285
+    for i in range(285):
+        text = original.decode([i], skip_special_tokens=False) if i < 276 else ours.decode([i])
+        assert theirs.decode([i]) == text and theirs.decode([i], skip_special_tokens=True) == ("" if i in ours.specials.values() else text)
+    assert theirs("<|endoftext|>I find it").input_ids == original.encode("<|endoftext|>I find it").ids
+
+
+@pytest.mark.slow
+@pytest.mark.fault("L2")
+def test_the_check_compares_every_token(specials_first, tmp_path):
+    """A tokenizer.json that only adds its special tokens: text has the same ids there, but special tokens have not."""
+    _, ours = specials_first
+    folder, model = written(tmp_path, SQUARE, ours)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["vocab"] = {s: i for s, i in raw["model"]["vocab"].items() if s not in ours.specials}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError) as error:
+        export.check(folder, model, ours)
+    assert error.value.code == "export-tokens-differ"
+
+
+@torch.no_grad()
+@pytest.mark.fault("L5")
+def test_the_card_of_a_gpt2_says_how_padding_on_the_left_is_read(tokenizer, tmp_path):
+    """As it says: `forward` needs position_ids there."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(written(tmp_path, SQUARE, tokenizer)[0]).eval()
+    text = ids(SQUARE)[:1, :6]
+    padded, mask = torch.cat([torch.ones(1, 3, dtype=torch.int64), text], dim=1), torch.tensor([[0] * 3 + [1] * 6])
+    want, off = theirs(text).logits, theirs(padded, attention_mask=mask).logits[:, 3:]
+    said = theirs(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 3:]
+    assert (off - want).abs().max() > 0.1
+    torch.testing.assert_close(said, want, atol=1e-4, rtol=0)
+    assert "position_ids" in model_card(make_run("books", tokenizer), SQUARE, tokenizer, "fp32", "", export.LICENCE) and "position_ids" not in card(make_run("own", tokenizer), tokenizer)
+
+
 TALK = [{"role": "user", "content": "What is 3 times 4?"}]
 TALKS = [
     TALK,

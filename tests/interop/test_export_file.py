@@ -172,8 +172,7 @@ def test_generation_reads_each_token_once(model, idx, beams):
 
 
 @torch.no_grad()
-@pytest.mark.fault("L1")
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("name", [pytest.param("cache", marks=pytest.mark.fault("L1")), "past_key_values"])
 def test_the_cache_has_two_names(model, idx, name):
     """In `forward` and in `prepare_inputs_for_generation`, which passes on the name that came."""
     cache = model(idx[:, :7], use_cache=True).past_key_values
@@ -268,6 +267,21 @@ def test_loss_and_last_logits(model, native, idx):
     assert out.past_key_values is None and torch.equal(model(idx, labels=labels, return_dict=False)[1], out.logits)
     for keep, columns in ((1, [-1]), (3, [-3, -2, -1]), (torch.tensor([2, 0, 9]), [2, 0, 9])):
         torch.testing.assert_close(model(idx, logits_to_keep=keep).logits, out.logits[:, columns], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.fault("L5")
+@pytest.mark.parametrize("at_padding", [-100, 7])
+def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(model, native, idx, at_padding):
+    """The first token of a row that is padded on the left is predicted by padding, and so is the padding after its first column."""
+    texts = [idx[0, :7], idx[1, :24], idx[2, :15]]
+    nats = sum(torch.nn.functional.cross_entropy(native(text[None])[0, :-1], text[1:], reduction="sum") for text in texts)
+    ids, mask = left_padded(texts)
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, at_padding)).loss
+    torch.testing.assert_close(loss, nats / sum(len(text) - 1 for text in texts), atol=1e-5, rtol=0)
+    rows = [torch.stack([row.roll(len(text) - 24) for row, text in zip(x, texts)]) for x in (ids, mask)]
+    right = model(rows[0], attention_mask=rows[1], labels=rows[0].masked_fill(rows[1] == 0, -100)).loss
+    torch.testing.assert_close(right, loss, atol=1e-5, rtol=0)
 
 
 def test_gradients_are_the_native_models(model, native, idx):

@@ -95,6 +95,24 @@ def test_names_of_other_wrappers_and_of_old_versions():
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.fault("L8")
+@torch.no_grad()
+def test_a_tied_table_may_be_under_either_name(tmp_path):
+    """transformers reads such a file, and so do we."""
+    from safetensors.torch import load_file, save_file
+
+    other = theirs(**SQUARE)
+    other.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    c, state = gpt2.read_folder(tmp_path)
+    model = GPT(c).eval()
+    model.load_state_dict(state, strict=True)
+    torch.testing.assert_close(model(ids(other.config)), again(ids(other.config)).logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     "change,says",
     [
