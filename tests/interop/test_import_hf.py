@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nanolab.config import BaseEvalConfig, ChatConfig, ImportConfig, InspectConfig, SFTConfig, UserError, from_preset
 from nanolab.data.tokenizer import SPECIAL_TOKENS
-from nanolab.interop import gpt2
+from nanolab.interop import export, gpt2
 from nanolab.runtime import Runtime
 from nanolab.training.models import find_model, load_model, read_json
 from nanolab.training.schedule import gpt_config
@@ -65,6 +65,33 @@ def test_the_run_is_the_model_of_the_folder(settings, tmp_path, capsys):
     assert out.keys() == saved.keys() and all(torch.equal(out[name][:V] if name.endswith(("wte.weight", "lm_head.weight")) else out[name], saved[name]) for name in saved)
     assert (meta["kind"], meta["tokens"], read_json(find_model("tiny").run_dir / "result.json")["kind"]) == ("base", 0, "base")
     assert f"{V + 9} tokens: {V} of its own, 9 chat tokens added" in capsys.readouterr().out
+
+
+@torch.no_grad()
+@pytest.mark.fault("L2")
+def test_special_tokens_that_come_first_stay_first(folder, tmp_path):
+    """Imported and exported again: `tokenizers` gives the ids of the original file, and the weights of those ids are the same."""
+    import tokenizers
+
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    end = raw["added_tokens"][0]["id"]
+    raw["model"]["vocab"] = {s: 0 if s == tiny_gpt2.END else i + 1 for s, i in raw["model"]["vocab"].items()} | {tiny_gpt2.END: 0}
+    raw["added_tokens"][0]["id"] = 0
+    raw["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    for name in ("config.json", "generation_config.json"):
+        changed(folder / name, bos_token_id=0, eos_token_id=0)
+    original = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, tokenizer, _ = imported(folder, "g")
+    assert tokenizer.bos == model.config.bos == 0 and tokenizer.vocab_size == end + 10
+    pinned = tokenizers.Tokenizer.from_file(str(find_model("g").run_dir / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    export.write(tmp_path / "out", model, tokenizer, "base")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = original.encode("<|endoftext|>the dog isn't 345").ids
+    assert ids[0] == 0 and ids == pinned.encode("<|endoftext|>the dog isn't 345").ids == theirs("<|endoftext|>the dog isn't 345").input_ids
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(path)(torch.tensor([ids])).logits for path in (folder, tmp_path / "out"))
+    torch.testing.assert_close(after[..., : end + 1], before, atol=1e-4, rtol=0)
 
 
 def test_the_other_commands_take_it(published, tmp_path, capsys, monkeypatch):
