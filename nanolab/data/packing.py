@@ -283,8 +283,19 @@ class PackedBatches:
                     chars += len(text)
             if chars > AHEAD_CHARS:
                 break
-        for (cursor, n, _), ids in zip(found, self.tokenizer.encode_arrays([text for *_, text in found], self.threads)):
-            cursor.ready.append((n, self._document(n, ids)))
+        last = {id(text): i for i, (_, _, text) in enumerate(found)}  # a text that several streams read is tokenised once, and its ids are dropped then
+        encoded: dict[int, np.ndarray] = {}
+        for i, (cursor, n, text) in enumerate(found):
+            if id(text) not in encoded:
+                lot, chars = {}, 0
+                for _, _, other in found[i:]:
+                    if chars <= AHEAD_CHARS and id(other) not in encoded and id(other) not in lot:
+                        lot[id(other)] = other
+                        chars += len(other)
+                encoded |= zip(lot, self.tokenizer.encode_arrays(list(lot.values()), self.threads))
+            cursor.ready.append((n, self._document(n, encoded[id(text)])))
+            if last[id(text)] == i:
+                del encoded[id(text)]
 
     def _read(self, source: int, cursor: Cursor) -> tuple[int, str]:
         """The next document that holds text, and its number."""

@@ -365,14 +365,14 @@ def test_a_large_file_does_not_have_to_fit_into_memory(tmp_path):
         for i in range(400_000_000 // len(line)):
             file.write(line.replace("0.0", str(i)))
     code = f"""
-import resource
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss begins with the parent's
 from nanolab.config import DataConfig
 from nanolab.data.corpus import open_data
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 data = open_data(DataConfig(data_dir={str(path)!r}))
 documents = data.train[0][0]
 for n in range(0, documents.n_documents, 7): documents.get(n)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout.split()[-1]) < 350  # MiB: the cache of decoded text and the validation set
+    assert float(out.stdout.split()[-1]) < 500  # MiB: the cache of decoded text, of two bytes a character here, and the validation set
