@@ -97,11 +97,12 @@ def main() -> None:
         cases["few train"] = ["-m", "scripts.base_train", "--run", "few", "--data-dir", str(folder / "few.jsonl"), "--val-data", val, "--tokenizer", tokenizer, *SMALL.split()]
         found = []
         for checkout in [ROOT, args.base] if args.base else [ROOT]:
-            commit = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+            command = ["git", "rev-parse", "--short=7", "HEAD"]
+            commit = subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip() if checkout != ROOT else "here"
             for name, command in cases.items():
                 if (not args.only or name in args.only.split(",")) and (checkout == ROOT or name.startswith(("imports", "rowgroup"))):
                     mib, seconds = peak(*command, checkout=checkout)
-                    found.append({"commit": commit, "case": name, "peak_mib": mib, "seconds": seconds})
+                    found.append({"checkout": commit, "case": name, "peak_mib": mib, "seconds": seconds})
                     print(f"{commit} {name:<16} {mib:>9,.1f} MiB {seconds:>7.1f} s", flush=True)
     line = json.dumps({"bench": "memory", "python": platform.python_version(), "processors": os.cpu_count(), "cases": found})
     if args.json:

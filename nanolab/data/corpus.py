@@ -235,7 +235,7 @@ class Data:
         for documents, weight in self.train:
             share = f", weight {weight:.3g}" if len(self.train) > 1 else ""
             rate = _tokens_per_byte(documents, tokenizer) if tokens else 0
-            passes = f", about {tokens * weight / (documents.n_bytes * rate):.2f} passes over it" if rate else ""
+            passes = f", about {tokens * weight / (documents.n_bytes * rate):.3g} passes over it" if rate else ""
             out.append(("data", f"{documents.name}: {_sizes(documents, documents.n_bytes)}{share}{passes}"))
         return out + [("validation", f"{_sizes(self.val, self.val_bytes)}, {self.val_from}")]
 

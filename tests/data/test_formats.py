@@ -113,7 +113,7 @@ def test_base_train_says_what_it_trains_on(tmp_path, capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
     n_bytes = sum(map(len, found))
     passes = 3 * 256 / (n_bytes + len(found))  # each document has its bos
-    assert f"d: 2 files (LICENSE.jsonl, train.jsonl), 200 documents, {n_bytes:,} bytes, about {passes:.2f} passes over it" in lines.get("data", "")
+    assert f"d: 2 files (LICENSE.jsonl, train.jsonl), 200 documents, {n_bytes:,} bytes, about {passes:.3g} passes over it" in lines.get("data", "")
     assert f"1 file (val.jsonl), 20 documents, {sum(map(len, held_out)):,} bytes, of --val-data" in lines.get("validation", "")
 
 
