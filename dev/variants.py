@@ -25,6 +25,7 @@ from covering import every_pair  # noqa: E402
 
 from nanolab import presets  # noqa: E402
 from nanolab.config import Architecture, BaseTrainConfig, InspectConfig, UserError, from_preset  # noqa: E402
+from nanolab.config import main as run  # noqa: E402
 from nanolab.model import accounting, attention, blocks, cross_entropy, flash3, fp8, gpt, kernels, latent, positions, rules, variants  # noqa: E402
 from nanolab.training import recipes  # noqa: E402
 from nanolab.training.schedule import gpt_config  # noqa: E402
@@ -66,8 +67,18 @@ def section(flag: str, table: dict[str, Any]) -> str:
     for name, entry in table.items():
         formula, source = formula_and_source(entry)
         shown = f"`{getattr(entry, 'example', name)}`" + (" (default)" if name == default(flag) else "")
-        rows.append([shown, formula, source, place(entry), *status(flag, getattr(entry, "example", name))])
+        said = complete(f"{dashed(flag)} {name}", formula=formula, paper=source, place=place(entry))
+        rows.append([shown, *said, *status(flag, getattr(entry, "example", name))])
     return f"## {dashed(flag)}\n\n{helps()[flag]}.\n\n" + markdown(["value", "formula", "source", "place", "contracts", "refused with"], rows)
+
+
+def complete(entry: str, **cells: str) -> list[str]:
+    """The cells. Raises UserError that names the entry and what is empty."""
+    if missing := [what for what, cell in cells.items() if not cell]:
+        seen = f"{entry} has no {' and no '.join(missing)} for dev/VARIANTS.md"
+        todo = 'begin its own docstring with "Formula. Authors, arXiv 1234.56789." and write it in a file'
+        raise UserError(f"{seen}; expected all of {', '.join(cells)}; {todo}", "entry-undocumented", entry=entry, missing=missing)
+    return list(cells.values())
 
 
 def other_flags() -> str:
@@ -90,7 +101,7 @@ def kernel_section() -> str:
             module = kernel.run.__module__.rpartition(".")[2]
             tested = "every contract" if offers[0] != "does not run" else tests_of(rf"\b{module}\.")
             what = doc(kernel.run if kernel.run.__module__ == kernels.__name__ else sys.modules[kernel.run.__module__])
-            rows.append([f"`{name}`", linked(what), place(kernel.run), *offers, tested])
+            rows.append([f"`{name}`", *complete(f"--attn-kernel {name}", what=linked(what), place=place(kernel.run)), *offers, tested])
     orders = "; ".join(f"{device}: {', '.join(names)}" for device, names in kernels.PREFERENCE.items())
     head = ["kernel", "what it is", "place", "in fp32 on CPUs", "in bf16 on CUDA", "tests"]
     return (
@@ -116,7 +127,8 @@ def recipe_section() -> str:
     for name, recipe in recipes.RECIPES.items():
         shown, key = f"`{name}`" + (" (default)" if name == BaseTrainConfig.recipe else ""), f'"{name}": '
         what = [comment_above(recipes, key), doc(recipe.groups), doc(recipe.lr_shape) or recipe.lr_shape.__name__]
-        rows.append([shown, *map(linked, what), line_of(recipes, key)])
+        what, groups, rates = map(linked, what)
+        rows.append([shown, *complete(f"--recipe {name}", what=what, groups=groups, rates=rates, place=line_of(recipes, key))])
     head = ["recipe", "what it is", "groups", "rates over a run", "place"]
     return f"## --recipe\n\nHow a model is trained. Tests: {tests_of('RECIPES')}.\n\n" + markdown(head, rows)
 
@@ -221,7 +233,7 @@ def formula_and_source(entry: Any) -> tuple[str, str]:
 
     Where it has no such halves: no formula, and every paper that the docstring names.
     """
-    whole = inspect.getdoc(entry) or ""
+    whole = own_doc(entry)
     said = " ".join(whole.split("\n\n")[0].split()).rstrip(".")
     for halves in (re.fullmatch(r"(.*?\S)\. (.*)", said), re.fullmatch(r"(.*) \(([^()]*(?:\([^()]*\))?[^()]*)\)", said)):
         if halves and re.search(SOURCE, halves[2]):
@@ -239,11 +251,20 @@ def linked(text: str) -> str:
 
 def doc(entry: Any) -> str:
     """The first sentence of a docstring."""
-    return (inspect.getdoc(entry) or "").split("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+    return own_doc(entry).split("\n\n")[0].replace("\n", " ").partition(". ")[0].rstrip(".")
+
+
+def own_doc(entry: Any) -> str:
+    """Its docstring and not, as inspect.getdoc, that of a class it inherits from: another entry's formula."""
+    return inspect.cleandoc(entry.__doc__ or "")
 
 
 def place(entry: Any) -> str:
-    return link(Path(inspect.getsourcefile(entry)), inspect.getsourcelines(entry)[1])
+    """A link to the line where it is written; "" where there is none."""
+    try:
+        return link(Path(inspect.getsourcefile(entry)), inspect.getsourcelines(entry)[1])
+    except (OSError, TypeError):
+        return ""
 
 
 def line_of(module: Any, key: str) -> str:
@@ -306,4 +327,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from nanolab.config import Architecture
+from nanolab.config import Architecture, BaseTrainConfig, UserError
 from nanolab.model import variants
 from nanolab.model.kernels import KERNELS
 from nanolab.presets import PRESETS
@@ -85,6 +85,38 @@ def test_what_it_says_of_some_entries():
     assert rows(DOCUMENT, "--preset")["odyssey16m"][3] == "16,025,856"
     assert rows(DOCUMENT, "--attn-kernel")["eager"][3:5] == ["all", "all"]
     assert "sink with window" in rows(DOCUMENT, "--attn-kernel")["fa3"][4]
+
+
+@pytest.mark.fault("V5")
+@pytest.mark.parametrize(
+    "flag,doc,missing",
+    [
+        ("mlp", "W2 max(0, W1 x)^3, of no paper.", ["formula", "paper"]),
+        ("mlp", None, ["formula", "paper"]),  # and not the formula of the class that it inherits from
+        ("norm", "", ["formula", "paper"]),
+        ("init", "N(0, 1) everywhere. Of nobody.", ["formula", "paper"]),
+    ],
+)
+def test_an_entry_without_formula_or_paper_is_refused_by_name(tool, monkeypatch, flag, doc, missing):
+    table = variants.AXES[flag]
+    relative = list(table.values())[1]
+    entry = (lambda model, g: None) if flag == "init" else type("Undocumented", (relative,), {})
+    entry.__doc__ = doc
+    monkeypatch.setitem(table, "undocumented", entry)
+    monkeypatch.setattr(tool, "place", lambda entry: "somewhere")
+    with pytest.raises(UserError) as error:
+        tool.text()
+    assert (error.value.code, error.value.values) == ("entry-undocumented", {"entry": f"--{flag} undocumented", "missing": missing})
+
+
+@pytest.mark.fault("V5")
+def test_an_entry_that_is_in_no_file_is_refused_by_name(tool, monkeypatch):
+    made: dict = {}
+    exec('class Nowhere:\n    "x^2. Vaswani et al., arXiv 1706.03762."', made)
+    monkeypatch.setitem(variants.AXES["norm"], "nowhere", made["Nowhere"])
+    with pytest.raises(UserError) as error:
+        tool.text()
+    assert error.value.values == {"entry": "--norm nowhere", "missing": ["place"]}
 
 
 class Cubed(nn.Module):
