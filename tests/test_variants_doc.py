@@ -3,16 +3,20 @@
 import dataclasses
 import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
-from nanolab.config import Architecture, BaseTrainConfig, UserError
-from nanolab.model import variants
+from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, UserError, parse
+from nanolab.model import blocks, variants
+from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS
 from nanolab.presets import PRESETS
-from nanolab.training.recipes import RECIPES
+from nanolab.training.recipes import RECIPES, param_groups
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "dev" / "VARIANTS.md").read_text()
@@ -117,6 +121,72 @@ def test_an_entry_that_is_in_no_file_is_refused_by_name(tool, monkeypatch):
     with pytest.raises(UserError) as error:
         tool.text()
     assert error.value.values == {"entry": "--norm nowhere", "missing": ["place"]}
+
+
+TABLES = {"attn_kernel": KERNELS, "recipe": RECIPES}
+
+
+@pytest.mark.fault("V6")
+def test_help_readme_and_index_name_every_entry(capsys):
+    """README's table has no kernels."""
+    with pytest.raises(SystemExit):
+        parse(BaseTrainConfig, ["--help"])
+    helped, readme = re.sub(r"[│\s]+", " ", capsys.readouterr().out), (ROOT / "README.md").read_text()
+    missing = []
+    for flag, table in (variants.AXES | TABLES).items():
+        dashed = "--" + flag.replace("_", "-")
+        places = {
+            "--help": re.findall(rf"{dashed} STR .*?(?= --[a-z]|$)", helped),
+            "README.md": re.findall(rf"^\|[^|]*\|[^|]*`{dashed}`[^|]*\|.*", readme, re.M),
+            "dev/VARIANTS.md": re.findall(rf"^## {dashed}\n.*?(?=^## |\Z)", DOCUMENT, re.M | re.S),
+        }
+        for name in table:
+            named = re.compile(rf"(?<![\w-]){name}(?![\w-])")
+            missing += [f"{where}: {dashed} {name}" for where, found in places.items() if not any(map(named.search, found))]
+    assert [entry for entry in missing if not entry.startswith("README.md: --attn-kernel")] == []
+
+
+@pytest.fixture
+def guide(monkeypatch):
+    """(text of the guide to a new variant, the class that it writes), with its entry in the table."""
+    said = (ROOT / "dev" / "guides" / "a-new-variant.md").read_text()
+    (code,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", said, re.M | re.S)
+    monkeypatch.setitem(blocks.MLPS, "centred", None)
+    exec(code, dict(vars(blocks)))
+    return said, blocks.MLPS["centred"]
+
+
+def test_the_guide_names_every_table(guide):
+    for flag, table in (variants.AXES | TABLES | {"preset": PRESETS}).items():
+        (name, path), *_ = [
+            (name, path) for path in (ROOT / "nanolab").rglob("*.py") for name in re.findall(r"^([A-Z_]+)\b.*= \{", path.read_text(), re.M)
+            if getattr(sys.modules.get(".".join(path.relative_to(ROOT).with_suffix("").parts)), name, None) is table
+        ]  # fmt: skip
+        assert re.search(rf"^\|.*`{name}`.*{re.escape(str(path.relative_to(ROOT)))}", guide[0], re.M), f"the guide does not name {name} of {path}"
+
+
+@pytest.mark.fault("V6")
+def test_the_guide_says_which_optimizer_group_its_parameters_get(guide):
+    table = re.findall(r"^\| `(h\.0\.\S+)` \| `(\w+)` \| `(\w+)` \| `(\w+)` \|$", guide[0], re.M)
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32, mlp="centred")
+    with torch.device("meta"):
+        model = GPT(config)
+    assert {name for name, *_ in table} == {name for name, _ in model.named_parameters() if ".mlp." in name}
+    for i, recipe in enumerate(("dial", "adamw_cosine", "adam_constant")):
+        plan = SimpleNamespace(recipe=recipe, batch_scale=1.0, weight_decay=0.1 if RECIPES[recipe].decays else 0.0, model=config)
+        groups = param_groups(model, BaseTrainConfig(), plan)
+        group_of = {name: group for group in groups for name, _ in group["params"]}
+        for name, *said in table:
+            group = group_of[name]
+            assert group["name"] == said[i] and group["kind"] == ("muon" if said[i].startswith("muon") else "adamw"), (recipe, name)
+            assert bool(group["weight_decay"]) == (said[i].startswith("muon") or (said[i] == "matrices" and recipe == "adamw_cosine"))
+    assert group_of.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.fault("V5")
+def test_the_guides_example_has_formula_and_paper(guide, tool):
+    formula, source = tool.formula_and_source(guide[1])
+    assert formula.startswith("W2 silu(") and "arxiv.org/abs/1607.06450" in source
 
 
 class Cubed(nn.Module):
