@@ -24,7 +24,7 @@ def run(cfg: ExportConfig) -> int:
     kind = "GPT2LMHeadModel" if done.native else "NanolabForCausalLM, with its code: load it with trust_remote_code=True"
     print(f"exported        {done.folder}: {kind}; {done.bytes / 1e6:,.1f} MB")
     if done.difference is None:
-        print("checked         not: transformers is not installed; pip install 'nanolab[hf]' and export again with --overwrite")
+        print("checked         not: transformers is not installed; bash runs/setup.sh hf and export again with --overwrite")
     else:
         print(f"checked         transformers reads it: logits differ by {done.difference:.2g} at most (allowed {TOLERANCE:g}), token ids are equal")
     if cfg.push:

@@ -204,7 +204,7 @@ def hub_rows(name: str, source: Source, split: str) -> Any:
         import datasets
     except ImportError:
         seen = f"task {name} reads {source.repo} from the hub, which needs the package datasets, and it is not installed"
-        raise UserError(f"{seen}; type: pip install datasets (or give a local folder with --data)") from None
+        raise UserError(f"{seen}; type: bash runs/setup.sh tasks (or give a local folder with --data)") from None
     try:
         return datasets.load_dataset(source.repo, source.subset or None, split=split, revision=source.revision or None)
     except (OSError, ValueError) as error:  # offline, unknown revision, unknown split

@@ -71,7 +71,7 @@ def drawing() -> tuple[Any, Any]:
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("matplotlib, which draws curves, is not installed; expected the extra plots; type: pip install 'nanolab[plots]'") from error
+        raise UserError("matplotlib, which draws curves, is not installed; expected the extra plots; type: bash runs/setup.sh plots") from error
     return style, Figure
 
 

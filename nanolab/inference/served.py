@@ -72,7 +72,7 @@ def quantize(model: GPT) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise UserError("int8 weights need torchao, which is not installed; expected it beside torch; try pip install torchao, or serve without --int8") from None
+        raise UserError("int8 weights need torchao, which is not installed; expected it beside torch; try bash runs/setup.sh int8, or serve without --int8") from None
     finally:
         for logger in loggers:
             logger.removeFilter(wanted)

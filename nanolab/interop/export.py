@@ -248,18 +248,18 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
         done = subprocess.run(command, cwd=work, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-            raise UserError(f"transformers cannot read the folder that was written: {said[0]}; nothing was kept; try pip install -U 'nanolab[hf]'")
+            raise UserError(f"transformers cannot read the folder that was written: {said[0]}; nothing was kept; try bash runs/setup.sh hf")
         said, tokens = load_file(Path(work) / "said.safetensors"), json.loads((Path(work) / "said.json").read_text(encoding="utf-8"))
     if said["encoded"].tolist() != tokenizer.encode(HARD_TEXT):
-        raise UserError("transformers reads text as other ids than nanolab; expected the same; nothing was kept; try pip install -U 'nanolab[hf]'")
+        raise UserError("transformers reads text as other ids than nanolab; expected the same; nothing was kept; try bash runs/setup.sh hf")
     if other := other_tokens(tokens, tokenizer):
         raise UserError(
-            f"transformers reads {len(other)} tokens otherwise than nanolab (first {other[0]}); expected the same; nothing was kept; try pip install -U 'nanolab[hf]'",
+            f"transformers reads {len(other)} tokens otherwise than nanolab (first {other[0]}); expected the same; nothing was kept; try bash runs/setup.sh hf",
             "export-tokens-differ", tokens=other,
         )  # fmt: skip
     difference = (said["logits"] - model(ids)).abs().max().item()
     if not difference <= TOLERANCE:
-        raise UserError(f"the logits of the folder differ by up to {difference:.2g} from the model's; expected at most {TOLERANCE:g}; nothing was kept; try pip install -U 'nanolab[hf]'")
+        raise UserError(f"the logits of the folder differ by up to {difference:.2g} from the model's; expected at most {TOLERANCE:g}; nothing was kept; try bash runs/setup.sh hf")
     return difference
 
 

@@ -38,7 +38,7 @@ def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple[
     try:
         import transformers
     except ImportError:
-        raise UserError("reading a Hugging Face folder needs transformers, which is not installed; try pip install 'nanolab[hf]'") from None
+        raise UserError("reading a Hugging Face folder needs transformers, which is not installed; try bash runs/setup.sh hf") from None
     folder = Path(path)
     check_folder(folder, transformers, trust_code)
     transformers.utils.logging.disable_progress_bar()

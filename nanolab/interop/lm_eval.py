@@ -1,6 +1,6 @@
 """The adapter for lm-evaluation-harness: nanolab's runs as its model "nanolab".
 
-    pip install 'nanolab[lm_eval]'
+    bash runs/setup.sh lm_eval
     python -m scripts.lm_eval --model nanolab --model_args path=NAME --tasks hellaswag,lambada_openai --limit 100
     python -m scripts.lm_eval --model nanolab --model_args path=NAME-sft --tasks gsm8k --apply_chat_template
 
@@ -44,7 +44,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 except ImportError as error:
-    raise UserError(f"lm-evaluation-harness cannot be imported ({error}); expected it for evaluations by its tasks; type: pip install 'nanolab[lm_eval]'") from None
+    raise UserError(f"lm-evaluation-harness cannot be imported ({error}); expected it for evaluations by its tasks; type: bash runs/setup.sh lm_eval") from None
 
 ARGUMENTS = {"path": str, "add_bos_token": bool, "dtype": str, "max_gen_toks": int, "max_rows": int, "device": str}
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed"}  # of a task's generation_kwargs

@@ -414,7 +414,7 @@ def test_checkpoints_without_a_score_are_left_out(world, bundle, capsys):
 
 def test_what_draws_is_looked_for_before_the_evaluation(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'nanolab\[plots\]'"):
+    with pytest.raises(UserError, match="bash runs/setup.sh plots"):
         run(config(modes="bpb", all_checkpoints=True))
     assert not (world[0] / "eval_checkpoints.jsonl").exists()
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no point to draw"):
             draw(curves, tmp_path / "a.png", **LABELS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'nanolab\[plots\]'"):
+    with pytest.raises(UserError, match="bash runs/setup.sh plots"):
         draw({"a": RUN}, tmp_path / "a.png", **LABELS)
 
 

@@ -76,7 +76,7 @@ def test_int8_halves_the_matrices_and_stays_close(name):
 
 def test_without_torchao_int8_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match="pip install torchao"):
+    with pytest.raises(UserError, match="bash runs/setup.sh int8"):
         served(build(VARIANTS["default"], torch.float32), int8=True)
 
 

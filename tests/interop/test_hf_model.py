@@ -270,5 +270,5 @@ def test_what_is_wrong_with_a_folder_is_named(copy, breaking, said):
 
 def test_without_transformers_it_says_what_to_install(copy, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'nanolab\[hf\]'"):
+    with pytest.raises(UserError, match="bash runs/setup.sh hf"):
         load(copy, CPU)

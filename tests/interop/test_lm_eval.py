@@ -261,5 +261,5 @@ def test_a_missing_harness_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     path = Path(import_hf.__file__).parents[1] / "nanolab" / "interop" / "lm_eval.py"
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("nanolab_lm_eval_again", path))
-    with pytest.raises(UserError, match=r"pip install 'nanolab\[lm_eval\]'"):
+    with pytest.raises(UserError, match="bash runs/setup.sh lm_eval"):
         spec.loader.exec_module(module)

@@ -169,7 +169,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     with pytest.raises(UserError, match="openai/gsm8k could not be read from the hub \\(no route\\).*--data"):
         tasks.build("gsm8k", "test")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match="bash runs/setup.sh tasks"):
         tasks.build("gsm8k", "test")
 
 
