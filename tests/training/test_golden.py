@@ -1,4 +1,4 @@
-"""Golden numbers: the first optimizer steps of a tiny model, to the fifth digit. Guards every change that means to change nothing."""
+"""Golden numbers: the first optimizer steps of a tiny model. Guards every change that means to change nothing."""
 
 from types import SimpleNamespace
 
@@ -12,6 +12,9 @@ from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 
 GOLDEN = dict(before=5.704187, grad_norm=0.449677, after_one=5.433292, after_three=4.680968)
+# The gradient is the same on every processor; an update is not, because Adam and the orthogonalisation enlarge the last digits of small gradients. Seen after
+# one and three steps: 5.433292 and 4.680968 (AMD, AVX512), 5.433290 and 4.681007 (AVX2), 5.433272 and 4.681358 (Intel, AMX).
+WITHIN = dict(before=1e-5, grad_norm=1e-5, after_one=1e-4, after_three=1e-3)
 ON_CHANGE = (
     "the arithmetic of model, initialisation or optimizer has changed. If that was not meant, find out why. If it was: say so in the "
     "commit, check that the comparison with a full run still holds, and put the new numbers into GOLDEN"
@@ -36,4 +39,4 @@ def test_first_steps(kernel):
         optimizer.step()
         optimizer.zero_grad()
     got = dict(before=seen[0], grad_norm=seen[1], after_one=seen[2], after_three=seen[6])
-    assert got == {k: pytest.approx(v, abs=1e-5) for k, v in GOLDEN.items()}, f"{ON_CHANGE}: {got}"
+    assert got == {k: pytest.approx(v, abs=WITHIN[k]) for k, v in GOLDEN.items()}, f"{ON_CHANGE}: {got}"

@@ -393,6 +393,7 @@ def test_two_ranks_make_the_rollouts_and_the_weights_of_one(run_ranks, base_dir)
     for one, two in zip(records("alone"), records("ranks"), strict=True):
         assert one == two
     last = [checkpoint.load_weights(runs_dir() / name / "checkpoints" / "step_000008") for name in ("alone", "ranks")]
+    last[0].pop("backout.scale")  # of two layers it scales the last stream, which the norm undoes: its gradient is rounding, which Adam makes whole steps of
     for name, value in last[0].items():
         torch.testing.assert_close(value, last[1][name], atol=2e-3, rtol=0, msg=lambda m: f"{name}: {m}")
 
