@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, TypeVar
 
-from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition
+from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition, OneOf
 
 T = TypeVar("T")
 
@@ -615,19 +615,21 @@ def given(cfg: Any) -> frozenset[str]:
     return getattr(cfg, "_given", frozenset())
 
 
-def bounds_of(cls: type, name: str) -> Bounds | None:
-    """The bounds of a number: those of the class or of its nearest base, else those of the name (flags.py)."""
+def bounds_of(cls: type, name: str) -> Bounds | OneOf | None:
+    """The bounds of a flag: those of the class or of its nearest base, else those of the name (flags.py)."""
     return next((BOUNDS[k.__name__][name] for k in cls.__mro__ if name in BOUNDS.get(k.__name__, ())), BOUNDS[""].get(name))
 
 
 def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
-    """Raise UserError for the first number among `values` (of fields of `cls`) that is out of its bounds. where: stands before the message."""
+    """Raise UserError for the first of `values` (of fields of `cls`) that is out of its bounds. where: stands before the message."""
     for f in dataclasses.fields(cls):
         bounds, value = bounds_of(cls, f.name), values.get(f.name)
         if bounds and value is not None and not bounds.holds(value):
             flag = f.name.replace("_", "-")
-            advice = f"try --{flag} {f.default:g}" if f.default not in (dataclasses.MISSING, *bounds.also) else f"leave --{flag} out"
-            raise UserError(f"{where}--{flag} is {value:g}; expected {bounds}; {advice}", "flag-out-of-bounds", flag=f.name, value=value, bounds=str(bounds))
+            automatic = f.default in getattr(bounds, "also", ())
+            shown, advice = (f"{v:g}" if isinstance(v, float) else str(v) for v in (value, f.default))
+            advice = f"leave --{flag} out" if automatic else f"try --{flag} {advice}"
+            raise UserError(f"{where}--{flag} is {shown or 'empty'}; expected {bounds}; {advice}", "flag-out-of-bounds", flag=f.name, value=value, bounds=str(bounds))
 
 
 def not_read(cls: type, values: Mapping[str, Any], conditions: Collection[Condition] = ()) -> dict[str, Condition]:
@@ -653,6 +655,12 @@ def check_read(typed: Collection[str], missed: Mapping[str, Condition], values: 
             f"--{flag} was given, but is not read {by}; expected {row.needs}; leave --{flag} out, or change {decides}",
             "flag-not-read", flag=name, by=choice if row.by in CHOICES else row.by,
         )  # fmt: skip
+
+
+def check_given(cfg: Any, conditions: list[Condition], **known: Any) -> None:
+    """`check_read` of the flags that were typed for `cfg`, by conditions on what is `known` only later (flags.RATES, ...)."""
+    values = vars(cfg) | known
+    check_read(given(cfg), not_read(type(cfg), values, conditions), values)
 
 
 def unknown_flag(cls: type, name: str) -> str | None:

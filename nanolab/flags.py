@@ -64,6 +64,10 @@ RATES = [
     Condition("embedding_lr unembedding_lr matrix_lr scalar_lr", "recipe", lambda c: c.recipe not in ADAM, "--recipe dial"),
 ]
 
+# Of a model that is known once it is loaded (chat_cli), and of tasks once they are opened (chat_eval)
+ANSWERING = [Condition("system tool", "model", lambda c: c.answers, "a model that answers, or --chat")]
+SAMPLING = [Condition("num_samples temperature top_k max_tokens tool", "tasks", lambda c: c.sampled, "a task whose replies are sampled")]
+
 TURNING = "--positions rope, or rnope with an R in --position-pattern"
 EVALUATED, LOGGED = "--eval-every with a number of steps", "--log-every with a number of steps"
 ANOTHER_RUN = "another --run: dummy is the name of runs without wandb"
@@ -193,11 +197,24 @@ def above(low: float, *also: float) -> Bounds:
     return Bounds(low, low_too=False, also=also)
 
 
+class OneOf(NamedTuple):
+    """The values that a text may have."""
+
+    values: tuple[str, ...]
+    count: bool = False  # or a whole number from 1 on
+
+    def holds(self, value: str) -> bool:
+        return value in self.values or self.count and value.isdecimal() and int(value) >= 1
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.values)}" if not self.count else f"a whole number from 1 on, or {' or '.join(self.values)}"
+
+
 COUNT, COUNT_OR_AUTO, POSITIVE_OR_AUTO, FROM_0 = at_least(1), at_least(1, -1), above(0, -1), at_least(0)
 SHARE, SHARE_BELOW_1 = Bounds(0, 1), Bounds(0, 1, high_too=False)
 
-# config -> the bounds of its numbers; "": wherever nothing else is said of the name
-BOUNDS: dict[str, dict[str, Bounds]] = {
+# config -> the bounds of its numbers, and of texts that are checked late; "": wherever nothing else is said of the name
+BOUNDS: dict[str, dict[str, Bounds | OneOf]] = {
     "": {
         "seed": Bounds(0, 2**63, high_too=False),
         "threads": FROM_0, "workers": COUNT, "vocab_size": COUNT,
@@ -209,7 +226,7 @@ BOUNDS: dict[str, dict[str, Bounds]] = {
         "weight_decay": FROM_0, "grad_clip": POSITIVE_OR_AUTO,
         # cadences, and what is measured at them
         "eval_every": COUNT_OR_AUTO, "save_every": COUNT_OR_AUTO, "log_every": COUNT_OR_AUTO, "eval_tokens": COUNT_OR_AUTO,
-        "max_per_task": COUNT_OR_AUTO,
+        "max_per_task": COUNT_OR_AUTO, "keep": OneOf(("all",), count=True), "wandb": OneOf(("off", "offline", "online")),
         # sampling
         "temperature": FROM_0, "top_k": FROM_0, "top_p": SHARE, "max_tokens": COUNT, "num_samples": COUNT,
     },

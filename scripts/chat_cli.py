@@ -11,7 +11,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from nanolab.config import ChatConfig, UserError, main, parse
+from nanolab.config import ChatConfig, UserError, check_given, main, parse
+from nanolab.flags import ANSWERING
 from scripts import GENERATING, spin
 
 # A terminal obeys control characters, and a young model writes any byte: all but tab and line end are shown as U+FFFD.
@@ -42,6 +43,7 @@ def run(cfg: ChatConfig) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # which model it is; stdout is for the reply
         model, tokenizer, meta = load_model(cfg.model, rt)
     answers = cfg.chat or not cfg.raw and meta.get("kind", "base") != "base"
+    check_given(cfg, ANSWERING, answers=answers)
     if cfg.system and not answers:
         raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
     dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True), answers=answers, system=cfg.system)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from nanolab.config import ChatEvalConfig, UserError, main, parse
+from nanolab.config import ChatEvalConfig, UserError, check_given, main, parse
+from nanolab.flags import SAMPLING
 
 SETTINGS = ("data", "num_samples", "temperature", "top_k", "max_tokens", "tool", "max_problems", "seed")
 SHOWN = 4  # replies of each task that are kept for eyes
@@ -38,6 +39,7 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     tool = find_tool(cfg.tool)
     found = find_model(cfg.model)
     tasks, missing = open_tasks(cfg, split_versions(load_meta(found.checkpoint)))
+    check_given(cfg, SAMPLING, sampled=any(task.kind == "generative" for task in tasks.values()))
     model, tokenizer, meta = load_model(found, rt)
     engine = Engine(model, tokenizer, rt)
     if meta.get("kind", "base") == "base":

@@ -133,6 +133,7 @@ def prepare(cfg: SFTConfig, origin, tokenizer, rt, pinned, versions: Mapping[str
     from nanolab.training import finetune
     from tasks import mixture
 
+    finetune.check_rates(cfg, origin)
     finetune.check_chat_tokens(origin.model, tokenizer)
     stages, shape = finetune.stages_of(cfg), finetune.shape_of(cfg, origin, rt.world_size, batch)
     replayed = [check_share(stage.replay) > 0 for stage in stages]

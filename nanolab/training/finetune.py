@@ -7,16 +7,18 @@ of attention are shares of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nanolab.config import BaseTrainConfig, GPTConfig, SFTConfig, UserError, from_json, nearest, read_toml
+from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, check_bounds, check_given, check_read, from_json, given, nearest, read_toml
 from nanolab.data.packing import share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanolab.flags import RATES as READ_BY_RECIPE
+from nanolab.flags import Condition
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.training import checkpoint
 from nanolab.training.models import ModelRef
@@ -62,6 +64,11 @@ class Origin:
         return replace(from_json(BaseTrainConfig, self.pretraining), **given)
 
 
+def check_rates(cfg: SFTConfig | RLConfig, origin: Origin) -> None:
+    """Raise UserError for a rate that was typed and that the recipe of the model does not read."""
+    check_given(cfg, READ_BY_RECIPE, recipe=origin.plan["recipe"])
+
+
 def check_chat_tokens(model: GPTConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError for a model that has no place for the tokens that mark up conversations."""
     if missing := [name for name in SPECIAL_TOKENS if tokenizer.special(name) >= model.vocab_size]:
@@ -95,7 +102,7 @@ def stages_of(cfg: SFTConfig) -> list[Stage]:
     UserError for what cannot be read or meant.
     """
     common = {f.name: getattr(cfg, f.name) for f in fields(Stage) if f.name != "name"}
-    stages = [Stage(**common, name="sft")] if not cfg.stages else _read_stages(Path(cfg.stages).expanduser(), common)
+    stages = [Stage(**common, name="sft")] if not cfg.stages else _read_stages(Path(cfg.stages).expanduser(), common, given(cfg))
     for stage in stages:
         at = f"stage {stage.name}: " if cfg.stages else ""
         if stage.num_iterations < 1 and stage.epochs < 1:
@@ -105,7 +112,8 @@ def stages_of(cfg: SFTConfig) -> list[Stage]:
     return stages
 
 
-def _read_stages(path: Path, common: dict[str, Any]) -> list[Stage]:
+def _read_stages(path: Path, common: dict[str, Any], typed: Collection[str]) -> list[Stage]:
+    """common: the defaults of the fields, from the flags. typed: the flags that were typed, of which each has to serve a stage."""
     expected = 'expected [[stage]] tables, each with tasks = "NAME:WEIGHT,..."'
     content = read_toml(path)
     tables = content.pop("stage", [])
@@ -119,12 +127,17 @@ def _read_stages(path: Path, common: dict[str, Any]) -> list[Stage]:
                 raise UserError(f"--stages {path}, stage {i}: no field {key!r}; expected some of {', '.join(types)}{nearest(key, list(types))}")
             if not isinstance(value, (int, float) if types[key] is float else types[key]) or isinstance(value, bool):
                 raise UserError(f"--stages {path}, stage {i}: {key} is {value!r}; expected {types[key].__name__}; mend the file")
+        check_bounds(SFTConfig, table, f"--stages {path}, stage {i}: ")
         if "tasks" not in table:
             raise UserError(f"--stages {path}, stage {i}: no tasks; {expected}; add them")
         stage = Stage(**{"name": str(i)} | common | table)
         if not stage.name or set(stage.name) & set("/ ") or stage.name in [s.name for s in stages]:
             raise UserError(f"--stages {path}, stage {i}: the name {stage.name!r} is taken, or has a blank or slash; expected one of its own; mend the file")
+        if stage.num_iterations > 0:
+            check_read({"epochs"} & {*table}, {"epochs": Condition("epochs", "num_iterations", bool, f"one of the two in stage {stage.name} of {path}")}, vars(stage))
         stages.append(stage)
+    read = {name for table in tables for name in common if name not in table} - ({"epochs"} if all(s.num_iterations > 0 for s in stages) else set())
+    check_read(typed, {name: Condition(name, "stages", bool, f"a stage of {path} without it") for name in {*common} - read}, {"stages": str(path)})
     return stages
 
 
