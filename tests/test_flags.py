@@ -375,3 +375,44 @@ def test_a_run_that_was_given_unread_flags_resumes_without_them():
     start(resume=True, data_dir="texts").close()
     with pytest.raises(UserError, match="--matrix-lr was 0.02, now 0.5; --final-lr-frac was 0.05, now 0.1"):
         start(resume=True, data_dir="texts", matrix_lr=0.5, final_lr_frac=0.1)
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize(
+    "line,stages,flag,by",
+    [
+        ("--replay 0.1", ["replay = 0.2", "replay = 0.3"], "replay", "stages"),
+        ("--epochs 3", ["num_iterations = 2", "epochs = 1"], "epochs", "stages"),
+        ("", ["num_iterations = 2\nepochs = 1"], "epochs", "num_iterations"),
+        ("--num-iterations 5", ["epochs = 1"], "epochs", "num_iterations"),
+    ],
+)
+def test_flags_and_fields_that_no_stage_reads_are_refused(line, stages, flag, by, tmp_path):
+    from nanolab.training.finetune import stages_of
+
+    path = tmp_path / "s.toml"
+    path.write_text("".join(f'[[stage]]\ntasks = "identity"\n{text}\n' for text in stages))
+    with pytest.raises(UserError) as error:
+        stages_of(parse(SFTConfig, ["--stages", str(path), *line.split()]))
+    assert (error.value.code, error.value.values) == ("flag-not-read", {"flag": flag, "by": by})
+
+
+@pytest.mark.fault("F6", "P4")
+@pytest.mark.parametrize("field,value", [("init_lr_frac", "nan"), ("num_iterations", "0"), ("replay", "-0.5"), ("init_lr_frac", "inf")])
+def test_numbers_of_a_stage_have_the_same_bounds(field, value, tmp_path):
+    from nanolab.training.finetune import stages_of
+
+    path = tmp_path / "s.toml"
+    path.write_text(f'[[stage]]\ntasks = "identity"\n{field} = {value}\n')
+    with pytest.raises(UserError) as error:
+        stages_of(SFTConfig(stages=str(path)))
+    assert (error.value.code, error.value.values["flag"]) == ("flag-out-of-bounds", field)
+
+
+def test_a_flag_that_serves_one_stage_is_read(tmp_path):
+    from nanolab.training.finetune import stages_of
+
+    path = tmp_path / "s.toml"
+    path.write_text('[[stage]]\ntasks = "identity"\nreplay = 0.2\n[[stage]]\ntasks = "identity"\nnum_iterations = 3\n')
+    first, second = stages_of(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
+    assert (first.epochs, second.replay, second.num_iterations) == (4, 0.1, 3)

@@ -202,7 +202,7 @@ def test_a_stage_takes_from_the_flags_what_the_file_leaves_open(tmp_path):
         ('[[stage]]\ntasks = "x"\nepochs = "2"\n', "stage 1: epochs is '2'; expected int"),
         ('[[stage]]\ntasks = "x"\nepochs = true\n', "stage 1: epochs is True; expected int"),
         ('[[stage]]\ntasks = "x"\nname = "a"\n[[stage]]\ntasks = "x"\nname = "a"\n', "stage 2: the name 'a' is taken"),
-        ('[[stage]]\ntasks = "x"\nepochs = 0\n', "stage 1: neither epochs"),
+        ('[[stage]]\ntasks = "x"\nepochs = 0\n', "stage 1: --epochs is 0; expected at least 1"),
         ('[[stage]]\ntasks = "x"\ninit_lr_frac = 0.0\n', "stage 1: --init-lr-frac is 0; expected above 0"),
     ],
 )
