@@ -183,7 +183,6 @@ class TokTrainConfig(DataConfig):
     max_chars: int = 2_000_000_000  # characters to read
     doc_cap: int = 10_000  # characters read of one document: of a longer one, an even sample
     tokenizer: str = ""  # folder to write tokenizer.json to; default: tokenizer/ in the base directory
-    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -351,6 +350,7 @@ class RLConfig:
     model: str = ""  # NAME[@STEP|best] to start from; default: the newest finished sft run
     run: str = ""  # run directory under <base>/runs/; default: NAME-rl
     resume: bool = False  # continue from the newest valid checkpoint of --run
+    dry_run: bool = False  # print the plan and stop
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
     seed: int = 42  # governs everything random
     # what is asked, and what is a good reply

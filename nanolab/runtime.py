@@ -150,11 +150,7 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = device_type or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    if kind not in ("cuda", "mps", "cpu"):
-        raise UserError(f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu")
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try --device-type cpu")
+    kind = device_kind(device_type)
     if kind == "mps" and world > 1:
         raise UserError(f"{world} ranks on mps: there is one device and no backend for it; try --device-type cpu")
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
@@ -172,10 +168,7 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
     rt = Runtime(device, torch.float32, rank, local_rank, world, backend, torch.get_num_threads())
     name = dtype or os.environ.get("NANOLAB_DTYPE", "")
     name = name or rt.broadcast_object(choose_dtype(device) if rank == 0 else "")
-    if name not in DTYPES:
-        raise UserError(f"compute dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}; try NANOLAB_DTYPE=float32")
-    if name == "float16" and kind != "cuda":
-        raise UserError("compute dtype float16 needs a GPU (its loss scaling is only worth it there); try NANOLAB_DTYPE=float32")
+    check_dtype(name, kind)
     return Runtime(device, DTYPES[name], rank, local_rank, world, backend, torch.get_num_threads())
 
 
@@ -188,6 +181,24 @@ def meeting_place(rank: int, world: int) -> dist.Store:
     store, _, _ = next(rendezvous("env://", rank, world))
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
+
+
+def device_kind(device_type: str) -> str:
+    """cuda, mps or cpu: `device_type`, or the best there is. Raises UserError for one that is not there."""
+    kind = device_type or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu")
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try --device-type cpu")
+    return kind
+
+
+def check_dtype(name: str, kind: str) -> None:
+    """Raise UserError for a compute dtype that is unknown, or that this kind of device is not for."""
+    if name not in DTYPES:
+        raise UserError(f"compute dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}; try NANOLAB_DTYPE=float32")
+    if name == "float16" and kind != "cuda":
+        raise UserError("compute dtype float16 needs a GPU (its loss scaling is only worth it there); try NANOLAB_DTYPE=float32")
 
 
 def choose_dtype(device: torch.device) -> str:

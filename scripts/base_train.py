@@ -144,9 +144,15 @@ def dry_run(cfg: BaseTrainConfig) -> int:
     import torch
 
     from nanolab import runtime
+    from nanolab.data.corpus import parse_mixture
+    from nanolab.data.formats import find_files
     from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+    from nanolab.model.fp8 import convert
+    from nanolab.model.gpt import GPT
+    from nanolab.training.run import check_name
     from nanolab.training.schedule import make_plan
 
+    check_name(run_name(cfg))
     count, _, device = cfg.plan_for.partition("x")
     if cfg.plan_for and not (count.isdigit() and int(count) and device):
         raise UserError(f"--plan-for {cfg.plan_for!r} is not COUNTxDEVICE; try --plan-for 8xH100")
@@ -158,10 +164,21 @@ def dry_run(cfg: BaseTrainConfig) -> int:
         ranks, kind, name, dtype = int(count), "cuda", device, "bfloat16"
     else:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        kind = cfg.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = runtime.device_kind(cfg.device_type)
         name = torch.cuda.get_device_name() if kind == "cuda" else runtime.cpu_name()
         dtype = os.environ.get("NANOLAB_DTYPE") or runtime.choose_dtype(torch.device(kind))
+        runtime.check_dtype(dtype, kind)
     plan = make_plan(cfg, vocab_size, ranks, bos)
+    with torch.device("meta"):  # what the real run refuses is refused here, as far as it can be told without the data and the other machine
+        model = GPT(plan.model, runtime.DTYPES[dtype], cfg.attn_kernel)
+    if cfg.fp8:
+        convert(model)
+    if not cfg.plan_for:
+        model.kernel_names(kind)
+        if not cfg.data_dir:
+            parse_mixture(cfg.data)
+        for text in filter(None, (cfg.data_dir, cfg.val_data)):
+            find_files(text)
     for line in describe(cfg, plan, kind, name, dtype):
         runtime.print0(line)
     runtime.print0(f"tokenizer       {path if found else f'none yet: vocabulary of {vocab_size} assumed'}")
@@ -174,7 +191,7 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     from nanolab.data.packing import batch_text, share_rows
     from nanolab.model.accounting import n_params, train_memory_bytes
     from nanolab.runtime import cpu_gflops, device_peaks
-    from nanolab.training.recipes import RECIPES
+    from nanolab.training.recipes import RECIPES, warmup_warning
 
     m, p = plan.model, n_params(plan.model)
     most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]  # rows of the rank that all wait for
@@ -190,6 +207,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
     rate = f"learning rates x {scale:.4f}" if RECIPES[plan.recipe].laws else f"learning rate {cfg.learning_rate * scale:g}, betas {cfg.beta1:g} {cfg.beta2:g}"
     clip = f", gradients clipped at {plan.grad_clip:g}" if plan.grad_clip > 0 else ""
+    steps = plan.num_iterations or 0
+    slow = warmup_warning(plan, [(0, steps, 1.0)], f"try --warmup-steps {steps // 10}") if RECIPES[plan.recipe].decays else []
     return [
         f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
         f"architecture    {cfg.preset}: {', '.join(chosen(cfg)) or 'every default'}",
@@ -198,7 +217,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         f"horizon         {horizon}",
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
-        f"rates           {plan.recipe}: {rate}, {decay}{clip}",
+        f"rates           {plan.recipe}: {rate}, {RECIPES[plan.recipe].moves(plan)}; {decay}{clip}",
+        *slow,
         f"peak memory     about {memory / 2**30:.1f} GiB per rank (lower --device-batch-size if that is too much)",
         f"expected time   {time}",
     ]

@@ -9,7 +9,7 @@ def run(cfg: RLConfig) -> int:
     from nanolab import runtime
     from nanolab.training.models import find_model, recorded
 
-    found = None if cfg.resume and recorded(cfg.run) else find_model(cfg.model, kind="sft")
+    found = None if cfg.resume and not cfg.dry_run and recorded(cfg.run) else find_model(cfg.model, kind="sft")
     name = cfg.run or f"{found.name}-rl"
     before = recorded(name) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
@@ -35,8 +35,8 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.policy import objective_of
     from nanolab.training.recipes import param_groups
-    from nanolab.training.rollout import PolicyLoss, Rollouts, fingerprint, make_plan
-    from nanolab.training.run import Run
+    from nanolab.training.rollout import PolicyLoss, Rollouts, fingerprint, make_plan, reward_parts
+    from nanolab.training.run import Run, check_name
     from tasks import build
 
     objective = objective_of(cfg)
@@ -45,6 +45,18 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
     tools = TOOLS[cfg.tool] if cfg.tool else None
     task = build(cfg.task, cfg.split, cfg.data, seed=cfg.seed)
     held_out = build(cfg.task, cfg.eval_split, cfg.data, cfg.eval_examples, cfg.seed) if cfg.eval_every > 0 else None
+    if held_out is not None and not len(held_out):
+        raise UserError(f"task {cfg.task} has no example in {cfg.eval_split}; expected at least one; name another --eval-split, or type --eval-every -1")
+    if cfg.dry_run:
+        check_name(name)
+        check_talks(found, load_meta(found.checkpoint))
+        origin, first = finetune.Origin.found(found), task.example(0)
+        finetune.check_rates(cfg, origin)
+        reward_parts(cfg.reward, list(task.rewards(first, first.messages[-1]["content"])))
+        for line in describe(cfg, name, origin, make_plan(cfg, origin, len(task), rt.world_size), objective, task, rt):
+            print0(line)
+        print0("dry run: nothing was trained")
+        return 0
 
     record = Run.start(name, to_json(cfg), rt, resume=cfg.resume, kind="rl")
     if record.finished:
@@ -58,6 +70,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
             found = found or find_model(cfg.model, kind="sft")
             check_talks(found, load_meta(found.checkpoint))
             origin = finetune.Origin.found(found)
+        finetune.check_rates(cfg, origin)
         tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer", checked=True))
         plan = make_plan(cfg, origin, len(task), rt.world_size)
         for line in describe(cfg, name, origin, plan, objective, task, rt):
@@ -113,6 +126,7 @@ def passes(cfg: RLConfig, engine, task, tools) -> dict[str, float]:
 def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
     from nanolab.training.policy import ALGORITHMS
+    from nanolab.training.recipes import trapezoid_text, warmup_warning
 
     m = plan.model
     choices = f"{objective.advantage} advantages, {objective.normaliser} normaliser"
@@ -120,7 +134,7 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
     kl = f", divergence from {origin.name} x {objective.kl:g}" if objective.kl else ""
     mixed = "" if ALGORITHMS[cfg.algorithm] == objective else " with changes"
     updates = f", {cfg.updates_per_batch} updates on each" if cfg.updates_per_batch > 1 else ""
-    fall = f"falling to {cfg.final_lr_frac:g} of it over the last {cfg.warmdown_ratio:.0%}" if cfg.warmdown_ratio > 0 else "constant"
+    slow = warmup_warning(plan, [(0, plan.num_iterations, plan.lr_frac)], f"try --warmup-steps {plan.num_iterations // 10}")
     held = f"; {cfg.eval_split}: {cfg.eval_examples} x {cfg.eval_samples} every {cfg.eval_every} steps" if cfg.eval_every > 0 else ""
     return [
         f"run             {name}: from {origin.name}, depth {m.n_layer}, width {m.n_embd}, rows of {m.sequence_len}",
@@ -132,7 +146,8 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
         f"temperature {cfg.temperature:g}, top-k {cfg.top_k}{updates}",
         f"batch           {plan.device_batch_size} replies x {plan.world_size} ranks x {plan.grad_accum} accumulation"
         + (f"; ranks answer {-(-cfg.examples_per_step // plan.world_size)} or {cfg.examples_per_step // plan.world_size} prompts" if cfg.examples_per_step % plan.world_size else ""),
-        f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, {fall}",
+        f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, {trapezoid_text(plan)}",
+        *slow,
         f"horizon         {plan.num_iterations:,} steps, {plan.num_iterations / cfg.updates_per_batch * cfg.examples_per_step / len(task):.2f} epochs",
     ]
 

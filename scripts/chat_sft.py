@@ -8,6 +8,7 @@ from nanolab.config import SFTConfig, UserError, main, parse, to_json
 
 EVAL_TOKENS = {"cuda": 40 * 524288}  # held out, of conversations and of text, by device; elsewhere:
 EVAL_TOKENS_ELSEWHERE = 65536
+FEW_STEPS, ENOUGH_STEPS = 10, 20  # below the first a plan warns, and says which epochs make the second
 
 
 class Part(NamedTuple):
@@ -40,7 +41,9 @@ def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.runtime import print0
     from nanolab.training import finetune
+    from nanolab.training.run import check_name
 
+    check_name(name)
     origin = finetune.Origin.found(found)
     parts, plan, _, _ = prepare(cfg, origin, Tokenizer.load(found.run_dir / "tokenizer", checked=True), rt, Pinned.of(found.run_dir))
     for line in describe(cfg, name, origin, parts, plan, rt):
@@ -252,11 +255,26 @@ def counted(parts: list[Part], plan) -> list[str]:
     return lines
 
 
+def few_steps(cfg: SFTConfig, parts: list[Part], plan) -> list[str]:
+    """A line for each stage whose epochs make so few steps that little is learned."""
+    lines = []
+    for stage, steps, batches in parts:
+        if stage.num_iterations > 0 or steps >= FEW_STEPS:
+            continue
+        rows, flag = batches.rows_in(1), "--epochs" if not cfg.stages else f"epochs of stage {stage.name}:"
+        epochs = -(-ENOUGH_STEPS * plan.rows_per_step // rows)
+        lines.append(
+            f"warning         only {steps} {'step' if steps == 1 else 'steps'}: an epoch of {batches.survey.n_kept:,} conversations fills {rows:,} rows, and a step "
+            f"takes {plan.rows_per_step:,}; {flag} {epochs} would make {-(-batches.rows_in(epochs) // plan.rows_per_step)} steps"
+        )
+    return lines
+
+
 def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text
     from nanolab.training.console import clock
-    from nanolab.training.recipes import RECIPES
+    from nanolab.training.recipes import RECIPES, trapezoid_text, warmup_warning
 
     m, rates = plan.model, origin.rates(cfg)
     fracs = ", ".join(f"{stage.lr_frac:g}" for stage in plan.stages)
@@ -271,7 +289,9 @@ def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> 
         *dict.fromkeys(f"{'':<15} {note}" for part in parts for note in part.batches.reader.conversations.notes),
         f"horizon         {plan.num_iterations:,} steps = {plan.tokens:,} tokens",
         f"batch           {batch_text(plan.total_batch_size, plan.seq_len, plan.device_batch_size, plan.world_size)}",
-        f"rates           {plan.recipe}: {law} x {fracs}, constant, then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}; {begins}{clip}",
+        f"rates           {plan.recipe}: {law} x {fracs}, {trapezoid_text(plan)}; {begins}{clip}",
+        *warmup_warning(plan, [(stage.first, stage.steps, stage.lr_frac) for stage in plan.stages], "try a smaller --warmup-ratio"),
+        *few_steps(cfg, parts, plan),
         f"expected time   {f'about {clock(seconds).strip()} at the speed of pretraining' if seconds else 'unknown'}, evaluations not counted",
     ]
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, chosen, from_preset, main, parse
+from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, chosen, from_preset, main, not_read, parse
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
@@ -272,6 +272,8 @@ def next_commands(name: str, kind: str, asked: dict[str, Any] | None, config: di
     same = {"preset": config["preset"]} if config["preset"] != "nanolab" else {}
     same |= {f: config[f] for f in MODEL + RECIPE if config[f] != getattr(row, f)}
     text = {f: config[f] for f in TEXT if config[f] != getattr(BaseTrainConfig, f)}
+    missed = not_read(BaseTrainConfig, dataclasses.asdict(BaseTrainConfig()) | config)  # an older version recorded them
+    same, text = ({f: value for f, value in flags.items() if f not in missed} for flags in (same, text))
     tokenizer = {"tokenizer": config["tokenizer"]} if config["tokenizer"] else {}
     return [
         ("Talk to it (it is a base model: it continues what you type)", command("chat_cli", model=name)),

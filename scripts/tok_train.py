@@ -63,7 +63,7 @@ def run(cfg: TokTrainConfig) -> None:
     folder = Path(cfg.tokenizer).expanduser() if cfg.tokenizer else base_dir() / "tokenizer"
     merges = max(cfg.vocab_size - MIN_VOCAB_SIZE, 0)
     print(f"tokenizer    {cfg.vocab_size:,} tokens: 256 bytes, {merges:,} merges, {len(SPECIAL_TOKENS)} special")
-    data = open_data(cfg, cfg.seed)
+    data = open_data(cfg)  # read in file order: no seed
     for label, facts in data.describe():
         print(f"{label:<12} {facts}")
     print(f"reading      at most {cfg.max_chars:,} characters, and {cfg.doc_cap:,} of one document")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -17,9 +18,19 @@ from nanolab.config import (
     UserError, from_json, parse, to_json,
 )  # fmt: skip
 from nanolab.presets import PRESETS
-from tests.test_readme import NAMES, SHELL, blocks, commands
 
 ROOT = Path(__file__).parents[1]
+
+
+def neighbour(path: str):
+    """A file of tests as a module."""
+    spec = importlib.util.spec_from_file_location(f"nanolab_tests_{Path(path).stem}_of_flags", Path(__file__).parent / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 CONFIGS = [c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == "nanolab.config"]
 BASE, BENCH = BaseTrainConfig, BenchConfig
 
@@ -328,12 +339,12 @@ def test_rates_are_read_where_the_table_says(recipe, model):
 
 
 def written() -> list:
-    """(where, script, its words) of every command in README, the guides and the shell scripts; what is unknown before they run is 1."""
-    found = []
-    for name in [*NAMES, *SHELL]:
+    """(file, script, its words) of every command in README, the guides and the shell scripts; what is unknown before they run is 1."""
+    readme, found = neighbour("test_readme.py"), []
+    for name in [*readme.NAMES, *readme.SHELL]:
         text = (ROOT / name).read_text()
-        for block in [("sh", text)] if name in SHELL else [(b.where, b.code) for b in blocks(name, text)]:
-            for words in commands(block[1].replace("; ", " ; ")):
+        for code in [text] if name in readme.SHELL else [b.code for b in readme.blocks(name, text)]:
+            for words in readme.commands(code.replace("; ", " ; ")):
                 for at in [i for i, w in enumerate(words) if re.fullmatch(r"scripts\.(?!lm_eval)\w+", w)]:
                     end = next((i for i, w in enumerate(words) if i > at and re.match(r"[|&;>)]|2>", w)), len(words))
                     rest = [w for w in words[at + 1 : end] if w != "--" and "@]" not in w]
@@ -367,8 +378,8 @@ def test_a_script_names_the_code(flags, code, tmp_path):
 
 def test_a_run_that_was_given_unread_flags_resumes_without_them():
     """The older version took them, and kept them in its record."""
-    from tests.training.test_run import save, start
-
+    runs = neighbour("training/test_run.py")
+    save, start = runs.save, runs.start
     run = start(learning_rate=3e-4, softmax_n=7.0, data="x", data_dir="texts")
     save(run, 2)
     run.close()
@@ -416,3 +427,59 @@ def test_a_flag_that_serves_one_stage_is_read(tmp_path):
     path.write_text('[[stage]]\ntasks = "identity"\nreplay = 0.2\n[[stage]]\ntasks = "identity"\nnum_iterations = 3\n')
     first, second = stages_of(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
     assert (first.epochs, second.replay, second.num_iterations) == (4, 0.1, 3)
+
+
+# Plans: how the rates move, and what a dry run refuses.
+
+
+def plan_lines(capsys, **flags) -> str:
+    from scripts.base_train import run
+
+    assert run(BaseTrainConfig(**dict(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=8, total_batch_size=512, device_type="cpu", dry_run=True) | flags)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize(
+    "flags,rates,peak",
+    [
+        (dict(num_iterations=2000), "warm-up over 40 steps, constant, then to 0.05 over the last 65%", None),
+        (dict(num_iterations=30, warmup_steps=500), "warm-up over 500 steps", 0.02),  # the product of the rise and the fall, by a plain loop
+        (dict(num_iterations=20), "warm-up over 40 steps", 0.21),
+        (dict(num_iterations=2000, warmup_steps=0), " constant, then to 0.05", None),
+        (dict(recipe="adamw_cosine", num_iterations=100, final_lr_frac=0.1), "warm-up over 40 steps, half a cosine to 0.1", None),
+        (dict(recipe="adamw_cosine", num_iterations=20), "warm-up over 40 steps, half a cosine", 0.50),
+        (dict(recipe="adam_constant", num_iterations=20), "constant", None),
+    ],
+)
+def test_the_plan_says_how_the_rates_move(flags, rates, peak, capsys):
+    said = plan_lines(capsys, **flags)
+    assert rates in re.search(r"^rates .*", said, re.M)[0]
+    found = re.search(r"^warning .*the rates reach ([\d.]+) of the plan's", said, re.M)
+    assert (found and float(found[1])) == peak
+    if peak and "recipe" not in flags:
+        n, w = flags["num_iterations"], flags.get("warmup_steps", 40)
+        by_hand = max(min(1, (s + 1) / w) * (0.05 + 0.95 * min(1, (1 - s / n) / 0.65)) for s in range(n))
+        assert peak == pytest.approx(by_hand, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    "flags,said",
+    [
+        (dict(mlp="rleu2"), "--mlp is 'rleu2'"),
+        (dict(attn_kernel="flesh"), "flesh"),
+        (dict(run="a/b"), "run name 'a/b'"),
+        (dict(device_type="tpu"), "device type 'tpu'"),
+        (dict(data="pydcs"), "corpus 'pydcs'"),
+        (dict(data_dir="no-such-folder"), "no-such-folder"),
+        (dict(attention="mla"), "--attention mla with --value-embeds"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(flags, said, base_dir):
+    from nanolab.data.tokenizer import Tokenizer
+    from scripts.base_train import run
+
+    Tokenizer.train(["no text"], 265).save(base_dir / "tokenizer")
+    for dry in (True, False):
+        with pytest.raises(UserError, match=re.escape(said)):
+            run(BaseTrainConfig(**dict(depth=2, device_type="cpu", dry_run=dry) | flags))

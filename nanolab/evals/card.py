@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import ChatEvalConfig, UserError
+from nanolab.config import ChatEvalConfig, UserError, not_read
 from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.training import checkpoint
@@ -293,7 +293,8 @@ def seen(path: Path) -> str:
 def flags_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a chat evaluation that have to be typed."""
     default = {f.name: f.default for f in dataclasses.fields(ChatEvalConfig)}
-    return {name: value for name, value in settings.items() if value != default[name]}
+    missed = not_read(ChatEvalConfig, default | settings)
+    return {name: value for name, value in settings.items() if value != default[name] and name not in missed}
 
 
 def table(head: list[str], *rows: list[str]) -> list[str]:

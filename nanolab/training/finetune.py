@@ -136,7 +136,7 @@ def _read_stages(path: Path, common: dict[str, Any], typed: Collection[str]) -> 
         if stage.num_iterations > 0:
             check_read({"epochs"} & {*table}, {"epochs": Condition("epochs", "num_iterations", bool, f"one of the two in stage {stage.name} of {path}")}, vars(stage))
         stages.append(stage)
-    read = {name for table in tables for name in common if name not in table} - ({"epochs"} if all(s.num_iterations > 0 for s in stages) else set())
+    read = {name for table, stage in zip(tables, stages) for name in common if name not in table and (name != "epochs" or stage.num_iterations < 1)}
     check_read(typed, {name: Condition(name, "stages", bool, f"a stage of {path} without it") for name in {*common} - read}, {"stages": str(path)})
     return stages
 

@@ -20,13 +20,14 @@ from torch import nn
 from nanolab.config import UserError
 from nanolab.runtime import device_peaks, print0
 from nanolab.training import checkpoint
-from nanolab.training.console import Eta, step_line
+from nanolab.training.console import Eta, clock, step_line
 from nanolab.training.gradients import Batches, accumulate
 from nanolab.training.guards import out_of_memory_named, quiet_gc, undisturbed
 from nanolab.training.run import Run
 from nanolab.training.scaler import LossScaler
 from nanolab.training.signals import StopRequest
 
+MEASURED_AFTER = 10  # steps, after which the expected time is corrected
 SMOOTHING = 0.9  # of the loss on the console
 
 
@@ -224,6 +225,12 @@ class Loop:
             return max(0.0, self.plan.max_seconds - self.state.total_training_time)
         return self.eta.after(dt, self.plan.num_iterations - self.state.step)
 
+    def print_expected_time(self, left: float | None) -> None:
+        """The plan's expected time, corrected by what steps take here. A run by the clock takes what it was given."""
+        if self.plan.num_iterations is not None and left:
+            total = self.state.total_training_time + left
+            print0(f"expected time   measured: about {clock(total).strip()} in all, {clock(left).strip()} left (median of {MEASURED_AFTER} steps, evaluations not counted)")
+
     def result(self, last: dict[str, Any]) -> dict[str, Any]:
         """The numbers that a finished run is known by; `last` are the metrics of the final evaluation."""
         seconds = self.state.total_training_time
@@ -287,6 +294,8 @@ def fit(
                 if log_due:
                     loop.print_step(step, progress, metrics, left)
                     row = {**metrics, **row}
+                if loop.state.step - first == MEASURED_AFTER:
+                    loop.print_expected_time(left)
                 if row:
                     run.log(step, {**row, **totals})
                 loop.retain(step)

@@ -5,7 +5,7 @@ A recipe is an entry of RECIPES. Its groups are total: every parameter is in exa
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class Recipe:
 
     groups: Callable[[Named, BaseTrainConfig, Any], list[dict[str, Any]]]  # (parameters, flags, plan) -> groups, some perhaps empty
     lr_shape: Callable[[Any, int, float], float]  # (plan, step, progress) -> factor of every learning rate
+    moves: Callable[[Any], str]  # plan -> that shape in words
     laws: bool  # rates and decay are scaled by the laws of batch and horizon (schedule.py); otherwise they are the flags'
     decays: bool = True
 
@@ -109,11 +110,39 @@ def constant(plan: Any, step: int, progress: float) -> float:
     return 1.0
 
 
+def warmup_text(plan: Any) -> str:
+    return f"warm-up over {plan.warmup_steps:,} steps, " if plan.warmup_steps > 0 else ""
+
+
+def trapezoid_text(plan: Any) -> str:
+    fall = f", then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}" if plan.warmdown_ratio > 0 else ""
+    return f"{warmup_text(plan)}constant{fall}"
+
+
+def cosine_text(plan: Any) -> str:
+    return f"{warmup_text(plan)}half a cosine to {plan.final_lr_frac:g}"
+
+
+def warmup_warning(plan: Any, spans: Sequence[tuple[int, int, float]], advice: str) -> list[str]:
+    """A line where the warm-up keeps the rates well below the plan's. spans: (first step, steps, factor of the rates) of each part of the run."""
+    if not plan.num_iterations or plan.warmup_steps <= 0:
+        return []
+    peaks = []
+    for first, steps, factor in spans:
+        rising = range(first, first + min(steps, plan.warmup_steps + 1))  # what follows falls
+        peaks.append(max((plan.lr_multiplier(step, step / plan.num_iterations) for step in rising), default=0.0) / factor)
+    longer = any(plan.warmup_steps > steps for _, steps, _ in spans)
+    if not longer and min(peaks) >= 0.9:
+        return []
+    why = f"the warm-up of {plan.warmup_steps:,} steps is longer than the run of {plan.num_iterations:,}" if longer else "the rates fall before the warm-up ends"
+    return [f"warning         {why}: the rates reach {min(peaks):.2f} of the plan's at most; {advice}"]
+
+
 RECIPES: dict[str, Recipe] = {
     # Muon and AdamW, rates by the scaling laws
-    "dial": Recipe(dial_groups, trapezoid, laws=True),
+    "dial": Recipe(dial_groups, trapezoid, trapezoid_text, laws=True),
     # AdamW, arXiv 1711.05101, as GPT-2's reproductions use it
-    "adamw_cosine": Recipe(adam_groups, cosine, laws=False),
+    "adamw_cosine": Recipe(adam_groups, cosine, cosine_text, laws=False),
     # Adam, arXiv 1412.6980, and nothing else: no warm-up, no decay of rates or weights
-    "adam_constant": Recipe(adam_groups, constant, laws=False, decays=False),
+    "adam_constant": Recipe(adam_groups, constant, lambda plan: "constant", laws=False, decays=False),
 }

@@ -381,7 +381,7 @@ class Rollouts:
     def _tell(self, m: dict[str, float]) -> None:
         """One line of what the model did, as often as steps are logged; and a warning where nothing can be learnt from it."""
         parts = " | ".join(f"{k.removeprefix('rl/part/')} {v:.3f}" for k, v in m.items() if k.startswith("rl/part/"))
-        if (self.made - 1) * self.cfg.updates_per_batch % self.cfg.log_every == 0:
+        if self.cfg.log_every > 0 and (self.made - 1) * self.cfg.updates_per_batch % self.cfg.log_every == 0:
             print0(
                 f"rollout {self.made:05d} | reward {m['rl/reward']:7.4f} | {parts} | {m['rl/tokens']:5.1f} tokens | ended {m['rl/ended']:4.0%} | "
                 f"mixed groups {m['rl/mixed']:4.0%} | {m['rl/rollout_seconds']:.1f} s"

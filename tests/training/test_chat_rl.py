@@ -156,3 +156,37 @@ def test_a_base_model_is_refused():
     shutil.copytree(tokenizer, runs_dir() / "toy" / "tokenizer")
     with pytest.raises(UserError, match="toy is a base model: .*python -m scripts.chat_sft --model toy"):
         run(changed(model="toy"))
+
+
+@pytest.mark.fault("F8")
+def test_a_dry_run_prints_the_plan_and_writes_nothing(base_dir, capsys):
+    from nanolab.config import parse
+
+    before = sorted(p for p in base_dir.rglob("*") if p.name != "machine.json")
+    flags = "--model toy-sft --run dry --dry-run --task arithmetic@64 --examples-per-step 2 --num-samples 4 --device-batch-size 4 --max-new-tokens 24".split()
+    assert run(parse(RLConfig, [*flags, "--warmup-steps", "99", "--eval-every", "-1", "--device-type", "cpu"])) == 0
+    said = capsys.readouterr().out
+    assert "rollouts        2 prompts x 4 replies" in said and "horizon         32 steps" in said and said.endswith("dry run: nothing was trained\n")
+    assert "warm-up over 99 steps" in said and "warning" in said
+    assert sorted(p for p in base_dir.rglob("*") if p.name != "machine.json") == before
+    with pytest.raises(UserError, match="--reward names"):
+        run(changed(dry_run=True, reward="corect=1"))
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("every", [-1, 2])
+def test_rollouts_are_told_as_often_as_steps_are_logged(every, capsys):
+    run(changed(run=f"told{every}", log_every=every, eval_every=-1))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rollout 0")]
+    assert [int(line.split()[1]) for line in told] == ([] if every == -1 else [1, 3])
+
+
+@pytest.mark.fault("F5")
+def test_a_rate_that_the_models_recipe_does_not_read_is_refused():
+    from nanolab.config import parse
+
+    for flag in ("--learning-rate", "--learning-rate=1"):
+        line = ["--model", "toy-sft", "--run", "rate", "--task", "arithmetic@64", "--device-type", "cpu", flag, *(["1e-6"] if "=" not in flag else [])]
+        with pytest.raises(UserError) as error:
+            run(parse(RLConfig, line))
+        assert (error.value.code, error.value.values) == ("flag-not-read", {"flag": "learning_rate", "by": "dial"})

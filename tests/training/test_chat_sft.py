@@ -366,3 +366,29 @@ def test_text_that_is_gone_is_said(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     kill_and_resume(*sys.argv[1:])
+
+
+@pytest.mark.fault("N1")
+def test_few_steps_are_warned_of_with_the_epochs_that_would_make_more(capsys):
+    """The number of steps that is promised is that of the run with those epochs."""
+    flags = dict(tasks=f"jsonl={base_dir() / 'ten.jsonl'}", total_batch_size=1024, device_batch_size=4)
+    tune("few", dry_run=True, **flags)
+    said = capsys.readouterr().out
+    steps, epochs, promised = (int(word) for word in words_of(said, r"warning +only (\d+) steps?: .*; --epochs (\d+) would make (\d+) steps"))
+    assert steps == 1 and promised >= 20
+    tune("more", dry_run=True, epochs=epochs, **flags)
+    said = capsys.readouterr().out
+    assert int(words_of(said, r"horizon +([\d,]+) steps")[0]) == promised and "warning" not in said
+    tune("asked", dry_run=True, num_iterations=1, **flags)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.fault("F5")
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_rate_that_the_models_recipe_does_not_read_is_refused(dry):
+    from nanolab.config import parse
+
+    flags = ["--model", "b", "--run", "rate", "--tasks", f"jsonl={base_dir() / 'ten.jsonl'}", "--device-type", "cpu", "--no-eval-text", "--learning-rate", "1e-6", *dry]
+    with pytest.raises(UserError) as error:
+        chat_sft.run(parse(SFTConfig, flags))
+    assert (error.value.code, error.value.values) == ("flag-not-read", {"flag": "learning_rate", "by": "dial"})

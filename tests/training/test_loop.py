@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -544,3 +545,12 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     assert len(optimizer.seen) == 2
     meta = checkpoint.load_meta(checkpoint.newest_valid(run.checkpoints))
     assert meta["scaler"] == {"scale": 32768.0, "good_steps": 1}
+
+
+@pytest.mark.fault("N5")
+def test_the_expected_time_is_corrected_after_ten_steps(capsys):
+    """One line, from measured steps; none in a run that ends by then."""
+    for name, steps, lines in (("long", 12, 1), ("short", 10, 0)):
+        fit(*parts(name), ToyPlan(num_iterations=steps), nats, Every(log=-1))
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expected time")]
+        assert len(said) == lines and all(re.search(r"about [\d:]+ in all, [\d:]+ left", line) for line in said)
