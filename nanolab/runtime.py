@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, TypeVar
+from typing import Any, Callable, Iterable, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,13 @@ from torch.distributed.rendezvous import rendezvous
 from nanolab.config import UserError
 
 T = TypeVar("T")
+Stop = Callable[[], bool]  # whether this rank was asked to stop
+
+
+class Stopped(Exception):
+    """An evaluation was ended before it had a result; raised on every rank."""
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 FLOP/s and memory bytes/s by words of the lower-cased device name; the first row that matches counts.
@@ -73,6 +80,11 @@ class Runtime:
         if self.world_size == 1:
             return flag
         return self.all_reduce_(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def check_stop(self, asked: bool) -> None:
+        """Raise Stopped on every rank if `asked` is true on one. A collective call."""
+        if self.any(asked):
+            raise Stopped
 
     def broadcast_object(self, obj: T) -> T:
         """Rank 0's `obj` on every rank."""

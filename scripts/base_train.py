@@ -42,6 +42,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.training.recipes import param_groups
     from nanolab.training.run import Run
     from nanolab.training.schedule import make_plan
+    from nanolab.training.signals import StopRequest
 
     record = Run.start(run_name(cfg), to_json(cfg), rt, resume=cfg.resume, env={"attn_kernel": kernels(cfg, rt)})
     if record.finished:
@@ -73,23 +74,23 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         ),
         rt,
     )  # fmt: skip
-    rows = []
+    rows, stop = [], StopRequest()
 
     def evaluate() -> dict[str, float]:
         if not rows:  # tokenised at the first evaluation, so that training starts at once
             limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
             rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit)[:2])
         with full_precision(model):
-            return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size).bpb}
+            return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size, stop.asked).bpb}
 
-    def run_benchmark(stop) -> dict | None:
+    def run_benchmark(asked) -> dict | None:
         with full_precision(model):
-            found = core.evaluate(GPTReader(model, rt), print0, stop=stop)
+            found = core.evaluate(GPTReader(model, rt), print0, stop=asked)
         return metrics(found) if found else None
 
     def draw_samples() -> None:
         with full_precision(model):
-            print_samples(model, tokenizer, rt)
+            print_samples(model, tokenizer, rt, stop.asked)
 
     try:
         fit(
@@ -99,6 +100,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
                 log=cfg.log_every, eval=cfg.eval_every, benchmark=cfg.core_metric_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
                 grad_norm=cfg.log_grad_norm, evaluate=evaluate, run_benchmark=run_benchmark, draw_samples=draw_samples,
             ),
+            stop,
         )  # fmt: skip
     finally:
         batches.close()

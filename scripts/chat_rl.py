@@ -37,6 +37,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
     from nanolab.training.recipes import param_groups
     from nanolab.training.rollout import PolicyLoss, Rollouts, fingerprint, make_plan, reward_parts
     from nanolab.training.run import Run, check_name
+    from nanolab.training.signals import StopRequest
     from tasks import build
 
     objective = objective_of(cfg)
@@ -84,14 +85,16 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
         reference = load_model(origin.name, rt)[0].requires_grad_(False) if objective.kl else None
         engine = Engine(model, tokenizer, rt)
         batches = Rollouts(cfg, objective, model, engine, task, rt, record.dir, tools, reference)
+        stop = StopRequest()
         loss = PolicyLoss(objective, cfg.max_new_tokens, rt)
         try:
             fit(
                 record, model, MuonAdamW(param_groups(model, origin.rates(cfg), plan), rt), batches, plan, loss,
                 Every(
                     log=cfg.log_every, eval=cfg.eval_every, save=cfg.save_every, keep=cfg.keep, grad_norm=cfg.log_grad_norm,
-                    evaluate=lambda: passes(cfg, engine, held_out, tools), measure=lambda: batches.measure() | loss.measure(),
+                    evaluate=lambda: passes(cfg, engine, held_out, tools, stop.asked), measure=lambda: batches.measure() | loss.measure(),
                 ),
+                stop,
             )  # fmt: skip
         finally:
             batches.close()
@@ -111,13 +114,13 @@ def check_talks(found, meta: dict) -> None:
         )
 
 
-def passes(cfg: RLConfig, engine, task, tools) -> dict[str, float]:
+def passes(cfg: RLConfig, engine, task, tools, stop=lambda: False) -> dict[str, float]:
     """pass@k on the held-out examples, for k = 1, 2, 4, ... and --eval-samples; replies are drawn as for training."""
     from nanolab.evals.generative import evaluate
 
     result = evaluate(
         engine, task, range(len(task)), num_samples=cfg.eval_samples, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-        seed=cfg.seed, tools=tools, batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size,
+        seed=cfg.seed, tools=tools, batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size, stop=stop,
     )  # fmt: skip
     shown = sorted({2**i for i in range(cfg.eval_samples.bit_length())} | {cfg.eval_samples})
     return {f"eval/pass@{k}": result.pass_at[k] for k in shown}

@@ -68,6 +68,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
     from nanolab.training.run import Run
+    from nanolab.training.signals import StopRequest
 
     record = Run.start(name, to_json(cfg), rt, resume=cfg.resume, kind="sft")
     if record.finished:
@@ -104,7 +105,8 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
     step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
     batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt)
-    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt, versions)
+    stop = StopRequest()
+    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt, versions, stop)
     try:
         fit(
             record, model, optimizer, batches, plan,
@@ -113,6 +115,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
                 log=cfg.log_every, eval_steps=judge.loss_steps | judge.chatcore_steps, save=cfg.save_every, keep=cfg.keep,
                 grad_norm=cfg.log_grad_norm, evaluate=lambda: judge(batches.rows // plan.rows_per_step),
             ),
+            stop,
         )  # fmt: skip
         if rt.is_main:
             for line in counted(parts, plan):
@@ -177,8 +180,8 @@ def open_text(cfg: SFTConfig, origin, pinned, replayed: bool):
 class Judge:
     """What is measured on the way, and when."""
 
-    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt, versions: Mapping[str, int]) -> None:
-        self.versions = versions
+    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt, versions: Mapping[str, int], stop) -> None:
+        self.versions, self.stop = versions, stop
         self.cfg, self.parts, self.plan, self.model, self.tokenizer, self.text, self.rt = cfg, parts, plan, model, tokenizer, text, rt
         self.limit = cfg.eval_tokens if cfg.eval_tokens > 0 else EVAL_TOKENS.get(rt.device.type, EVAL_TOKENS_ELSEWHERE)
         self.loss_steps, self.chatcore_steps = (self.due(every) for every in (cfg.eval_every, cfg.chatcore_every))
@@ -204,7 +207,7 @@ class Judge:
         names = [name.strip() for name in cfg.chatcore_tasks.split(",")] if cfg.chatcore_tasks else MEMBERS
         self.tasks = self.tasks or [build(name, "test", cfg.data) for name in names]
         engine = Engine(self.model, self.tokenizer, self.rt)
-        return chatcore(engine, self.tasks, cfg.chatcore_max_cat, cfg.chatcore_max_sample, tools=calculator)
+        return chatcore(engine, self.tasks, cfg.chatcore_max_cat, cfg.chatcore_max_sample, tools=calculator, stop=self.stop.asked)
 
     def losses(self) -> dict[str, float]:
         """val/loss: nats per supervised token of the stages' held-out conversations, of each stage too if there are several; val/bpb of text."""
@@ -223,12 +226,12 @@ class Judge:
             if cfg.eval_text:
                 self.rows.append(validation_rows(self.text.val, self.tokenizer, T, self.limit)[:2])
         every_token = np.ones(self.tokenizer.vocab_size, dtype=np.int32)  # the end of a turn has no bytes, but counts
-        sums = [bits_per_byte(self.model, rows, every_token, self.rt, size) for rows in self.rows[: len(self.parts)]]
+        sums = [bits_per_byte(self.model, rows, every_token, self.rt, size, self.stop.asked) for rows in self.rows[: len(self.parts)]]
         metrics = {"val/loss": sum(s.nats for s in sums) / sum(s.n_tokens for s in sums)}
         if len(sums) > 1:
             metrics |= {f"val/loss/{part.stage.name}": s.nats / s.n_tokens for part, s in zip(self.parts, sums)}
         if cfg.eval_text:
-            metrics["val/bpb"] = bits_per_byte(self.model, self.rows[-1], self.tokenizer.token_bytes(), self.rt, size).bpb
+            metrics["val/bpb"] = bits_per_byte(self.model, self.rows[-1], self.tokenizer.token_bytes(), self.rt, size, self.stop.asked).bpb
         return metrics
 
 

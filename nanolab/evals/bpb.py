@@ -22,7 +22,7 @@ import torch
 from nanolab.config import UserError
 from nanolab.evals.score import Z95, Interval
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, Stop
 
 
 class BPB(NamedTuple):
@@ -42,14 +42,14 @@ class BPB(NamedTuple):
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32
+    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32, stop: Stop | None = None
 ) -> BPB:
     """Bits per byte of the model on rows, the same ones on every rank.
 
     rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives.
     token_bytes: (V,) bytes that each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither
     as nats nor as bytes. Rank r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of
-    `batch_size` but for rounding. Raises UserError when no byte is left to count.
+    `batch_size` but for rounding. stop: asked before each batch; Stopped is raised where a rank says so. Raises UserError when no byte is left to count.
     """
     inputs, targets = (np.asarray(half)[runtime.rank :: runtime.world_size].astype(np.int64) for half in rows)
     counted = targets >= 0
@@ -59,7 +59,9 @@ def bits_per_byte(
     device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")
     n_bytes = torch.from_numpy(np.where(counted, token_bytes[targets], 0).sum(1, dtype=np.float64)).to(device)  # of each row, as are
     nats = torch.zeros_like(n_bytes)
-    for first in range(0, len(inputs), batch_size):
+    for first in range(0, -(-len(rows[0]) // runtime.world_size), batch_size):  # as many on each rank, since they agree on `stop`
+        if stop:
+            runtime.check_stop(stop())
         if not counted[first : first + batch_size].any():
             continue
         x, y = (torch.from_numpy(half[first : first + batch_size]).to(runtime.device) for half in (inputs, targets))

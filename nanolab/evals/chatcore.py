@@ -13,6 +13,7 @@ from typing import NamedTuple
 from nanolab.evals import generative, multiple_choice
 from nanolab.evals.score import Interval, OnReply, Result, Task
 from nanolab.inference.engine import Engine
+from nanolab.runtime import Stop
 
 MEMBERS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")  # as in karpathy/nanochat
 
@@ -64,6 +65,7 @@ def evaluate(
     tools: Callable[[str], str] | None = None,
     batch_size: int = 32,
     on_reply: OnReply | None = None,
+    stop: Stop = lambda: False,
 ) -> Result:
     """The task's first `limit` problems (-1: all), by option letters or by sampling, as its kind asks.
 
@@ -71,10 +73,10 @@ def evaluate(
     """
     indices = range(len(task) if limit < 0 else min(limit, len(task)))
     if task.kind == "categorical":
-        return multiple_choice.evaluate(engine, task, indices, batch_size=batch_size, on_reply=on_reply)
+        return multiple_choice.evaluate(engine, task, indices, batch_size=batch_size, on_reply=on_reply, stop=stop)
     return generative.evaluate(
         engine, task, indices, num_samples=num_samples, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, tools=tools,
-        batch_size=batch_size, on_reply=on_reply,
+        batch_size=batch_size, on_reply=on_reply, stop=stop,
     )  # fmt: skip
 
 
@@ -87,6 +89,7 @@ def chatcore(
     max_tokens: int = 256,
     tools: Callable[[str], str] | None = None,
     batch_size: int = 32,
+    stop: Stop = lambda: False,
 ) -> dict[str, float]:
     """{"chatcore/TASK": accuracy, ..., "chatcore/LABEL": score}: greedy replies, for a look while training. On every rank.
 
@@ -94,7 +97,7 @@ def chatcore(
     kind, -1 for all. Other tasks than members are measured beside it.
     """
     limits = {"categorical": limit_categorical, "generative": limit_generative}
-    results = [(task, evaluate(engine, task, limits[task.kind], max_tokens=max_tokens, tools=tools, batch_size=batch_size)) for task in tasks]
+    results = [(task, evaluate(engine, task, limits[task.kind], max_tokens=max_tokens, tools=tools, batch_size=batch_size, stop=stop)) for task in tasks]
     score = chatcore_score([(task.name, task.baseline, r.accuracy, r.interval) for task, r in results])
     found = {f"chatcore/{task.name}": r.accuracy for task, r in results}
     return found | ({f"chatcore/{score.label}": score.value} if score else {})

@@ -16,7 +16,7 @@ from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
 from nanolab.evals.chatcore import centred, mean_centred
 from nanolab.evals.likelihood import Reader, Score
 from nanolab.evals.score import Interval, wilson
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, Stop, Stopped
 from nanolab.training.console import clock
 
 Say = Callable[[str], None]
@@ -78,12 +78,12 @@ class Core:
         yield from self._groups[task.label]
 
     def evaluate(
-        self, reader: Reader, say: Say = lambda line: None, keep: Callable[[CoreScore], None] = lambda found: None, stop: Callable[[], bool] = lambda: False
+        self, reader: Reader, say: Say = lambda line: None, keep: Callable[[CoreScore], None] = lambda found: None, stop: Stop = lambda: False
     ) -> CoreScore | None:
         """CORE of one model; called on every rank. say: gets the lines of a table, each when it is known.
 
-        keep: gets what is there after each task but the last, the others in its `failed`. stop: asked before each task; where it says so on
-        every rank, there is no result.
+        keep: gets what is there after each task but the last, the others in its `failed`. stop: asked before each pass; where it says so on
+        a rank, there is no result.
         """
         scores: dict[str, TaskScore] = {}
         failed = dict(self.failed)
@@ -93,10 +93,11 @@ class Core:
         if tasks:
             say(header())
         for i, task in enumerate(tasks):
-            if stop():
-                return None
             try:
-                scores[task.label] = self.measure(reader, task)
+                self.runtime.check_stop(stop())
+                scores[task.label] = self.measure(reader, task, stop)
+            except Stopped:
+                return None
             except UserError as error:
                 failed[task.label] = str(error)
                 continue
@@ -110,13 +111,13 @@ class Core:
             say(line)
         return found
 
-    def measure(self, reader: Reader, task: TaskSpec) -> TaskScore:
+    def measure(self, reader: Reader, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
         began, right = time.perf_counter(), icl.KINDS[task.kind].right
 
         def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, bool]:
             return right(scores, group.gold), any(score.cut for score in scores)
 
-        found = icl.judged(reader, self.groups(task), self.runtime, judge, task.label)
+        found = icl.judged(reader, self.groups(task), self.runtime, judge, task.label, stop)
         n, accuracy = len(found), sum(ok for ok, _ in found) / len(found)
         return TaskScore(
             task.kind, task.shots, n, accuracy, wilson(accuracy, n), task.baseline, centred(accuracy, task.baseline), sum(cut for _, cut in found),

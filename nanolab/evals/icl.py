@@ -16,7 +16,7 @@ import numpy as np
 
 from nanolab.config import UserError
 from nanolab.evals.likelihood import Reader, Score, Text, common, score
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, Stop, Stopped
 
 T = TypeVar("T")
 
@@ -178,20 +178,27 @@ def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[in
     return Group(index, gold, np.array(texts[0][:shared], np.int32), [np.array(text[shared:], np.int32) for text in texts], starts)
 
 
-def judged(reader: Reader, groups: Iterable[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "") -> list[T]:
+def judged(
+    reader: Reader, groups: Iterable[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "", stop: Stop = lambda: False
+) -> list[T]:
     """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
 
-    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that cannot be scored.
+    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that cannot be scored,
+    and Stopped where `stop`, which is asked before each pass, said so on one: when the others are done or were asked too.
     """
     found: list[tuple[int, T]] = []
-    why = ""
+    why: str | Stopped = ""
     try:
         for part in _chunks(sorted(groups, key=lambda group: group.n_tokens)):
-            scores = score(reader, [group.texts() for group in part], label=label)
+            scores = score(reader, [group.texts() for group in part], label=label, stop=stop)
             found += [(group.index, judge(of_group, group)) for group, of_group in zip(part, scores)]
     except UserError as error:
         why = str(error)
+    except Stopped as error:
+        why = error
     parts = runtime.gather_objects((found, why))
+    if any(isinstance(why, Stopped) for _, why in parts):
+        raise Stopped
     if why := next((why for _, why in parts if why), ""):
         raise UserError(why)
     return [result for _, result in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]

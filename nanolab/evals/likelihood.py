@@ -16,7 +16,7 @@ from torch import Tensor
 from nanolab.config import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime, progress
+from nanolab.runtime import Runtime, Stop, Stopped, progress
 
 LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
 WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
@@ -108,12 +108,12 @@ class Item(NamedTuple):
 
 
 @torch.no_grad()
-def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "") -> list[list[Score]]:
+def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "", stop: Stop = lambda: False) -> list[list[Score]]:
     """The score of every text, in the order of `groups`, whatever is read with what.
 
     groups: texts that may begin alike, such as the choices of one item. A text longer than `reader.limit` loses its first
     tokens. tokens: of one pass, padding included, where an item has no more than that; 0: as the reader says. Results depend on
-    it by rounding only. label: of the progress bar. Raises UserError for a text without a scored token, or of which none would be
+    it by rounding only. label: of the progress bar. stop: asked before each pass, Stopped is raised where it says so. Raises UserError for a text without a scored token, or of which none would be
     left before the scored ones, and where a model's loss is not a finite number.
     """
     texts = [[shortened(text, reader.limit) for text in group] for group in groups]
@@ -121,6 +121,8 @@ def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, 
     items = [item for group in texts for item in arranged(group, [next(numbers) for _ in group], reader.shares)]
     nats, greedy = np.zeros(len(flat)), np.ones(len(flat), dtype=bool)
     for batch in progress(list(batches(items, tokens or reader.tokens)), label):
+        if stop():
+            raise Stopped
         measure(reader, batch, flat, nats, greedy)
     if (bad := np.flatnonzero(~np.isfinite(nats))).size:
         raise UserError(

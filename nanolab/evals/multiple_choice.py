@@ -16,21 +16,23 @@ from nanolab.evals.likelihood import logits_at, padded
 from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
-from nanolab.runtime import progress
+from nanolab.runtime import Stop, progress
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: int = 32, on_reply: OnReply | None = None) -> Result:
+def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: int = 32, on_reply: OnReply | None = None, stop: Stop = lambda: False) -> Result:
     """Accuracy on the task's problems `indices`, the same ones on every rank; rank r of W answers indices r, r + W, ...
 
     Ties go to the first letter. on_reply is called with every graded reply of this rank. Raises UserError where an option
-    is not one token, or there is no problem.
+    is not one token, or there is no problem. stop: asked before each batch; Stopped is raised on all ranks when the others are done or asked too.
     """
     check_problems(task, indices)
-    runtime, found = engine.runtime, []
+    runtime, found, cut = engine.runtime, [], False
     prompts = readable_prompts(engine.tokenizer, task, indices[runtime.rank :: runtime.world_size], engine.limit)
     order = list(prompts)
     for batch in progress([order[lo : lo + batch_size] for lo in range(0, len(order), batch_size)], task.name):
+        if cut := stop():
+            break
         logits = last_logits(engine.model, [prompts[i] for i in batch], runtime.device).cpu()
         for i, row in zip(batch, logits):
             example = task.example(i)
@@ -38,6 +40,7 @@ def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: 
             found.append(Graded(i, 0, letter, task.correct(example, letter), True))
             if on_reply:
                 on_reply(found[-1])
+    runtime.check_stop(cut)
     return summary(task.name, indices, 1, [g for part in runtime.gather_objects(found) for g in part])
 
 

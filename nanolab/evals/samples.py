@@ -5,7 +5,7 @@ from typing import NamedTuple
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, Stop
 
 # One thing a small model picks up early or late, each: grammar, copying, enumeration, facts, arithmetic.
 PROMPTS = (
@@ -25,11 +25,11 @@ class Sample(NamedTuple):
     text: str  # the continuation, without what ended it
 
 
-def continue_prompts(model: GPT, tokenizer: Tokenizer, runtime: Runtime, max_tokens: int = 16) -> list[Sample]:
-    """Greedy continuations of PROMPTS, those that leave the model's sequence length room for a token."""
+def continue_prompts(model: GPT, tokenizer: Tokenizer, runtime: Runtime, max_tokens: int = 16, stop: Stop = lambda: False) -> list[Sample]:
+    """Greedy continuations of PROMPTS, those that leave the model's sequence length room for a token; cut where `stop` says so."""
     ids = {prompt: [tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS}
     fitting = [prompt for prompt in PROMPTS if len(ids[prompt]) < model.config.sequence_len]
-    replies = Engine(model, tokenizer, runtime).complete([ids[p] for p in fitting], max_tokens=max_tokens, temperature=0.0)
+    replies = Engine(model, tokenizer, runtime).complete([ids[p] for p in fitting], max_tokens=max_tokens, temperature=0.0, stop=stop)
     return [Sample(prompt, tokenizer.decode(reply)) for prompt, reply in zip(fitting, replies)]
 
 
@@ -39,10 +39,11 @@ def unconditioned(model: GPT, tokenizer: Tokenizer, runtime: Runtime, rows: int 
     return [tokenizer.decode(reply) for reply in engine.complete([[tokenizer.bos]] * rows, max_tokens=max_tokens, seed=seed)]
 
 
-def print_samples(model: GPT, tokenizer: Tokenizer, runtime: Runtime) -> None:
-    """Print the greedy continuations, one line each, from rank 0; for a look while training."""
+def print_samples(model: GPT, tokenizer: Tokenizer, runtime: Runtime, stop: Stop = lambda: False) -> None:
+    """Print the greedy continuations, one line each, from rank 0; for a look while training. Nothing where `stop` said so on the way."""
     if runtime.is_main:
-        for sample in continue_prompts(model, tokenizer, runtime):
+        samples = continue_prompts(model, tokenizer, runtime, stop=stop)
+        for sample in [] if stop() else samples:
             print(one_line(sample), flush=True)
 
 

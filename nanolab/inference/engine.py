@@ -19,7 +19,7 @@ from nanolab.inference.recorded import Recorder
 from nanolab.inference.request import Request, Row, Sampled
 from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, Stop
 
 __all__ = ["Engine", "Request", "Sampled"]
 
@@ -226,13 +226,16 @@ class Engine:
         seed: int | Sequence[int] = 42,
         stop_ids: Collection[int] | None = None,
         tools: Callable[[str], str] | None = None,
+        stop: Stop = lambda: False,
     ) -> list[list[int]]:
-        """`generate` to the end: each row's new tokens, forced ones too, without the stop id."""
+        """`generate` to the end, or until `stop` says so: each row's new tokens, forced ones too, without the stop id."""
         out: list[list[int]] = [[] for _ in prompts]
         steps = self.generate(
             prompts, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids, tools=tools
         )
         for step in steps:
+            if stop():
+                break
             for new in step:
                 if new.finish != "stop":
                     out[new.row].append(new.token)

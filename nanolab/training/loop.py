@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from nanolab.config import UserError
-from nanolab.runtime import device_peaks, print0
+from nanolab.runtime import Stop, Stopped, device_peaks, print0
 from nanolab.training import checkpoint
 from nanolab.training.console import Eta, clock, step_line
 from nanolab.training.gradients import Batches, accumulate
@@ -43,10 +43,11 @@ class Every:
     save: int = -1  # the last step is always saved
     keep: int | str = 2  # newest checkpoints that stay beside the best one, or "all"
     grad_norm: bool = False
-    evaluate: Callable[[], dict[str, float]] = dict  # metrics, for example {"val/bpb": 1.2}
-    # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}; it gets what says on every rank whether to stop, and
-    # is None where it did. The step is saved before it.
-    run_benchmark: Callable[[Callable[[], bool]], dict[str, Any] | None] = lambda stop: {}
+    # metrics, for example {"val/bpb": 1.2}. What looks at fit's `stop` raises Stopped, on every rank
+    evaluate: Callable[[], dict[str, float]] = dict
+    # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}; it gets what says whether this rank is to stop, and
+    # is None, on every rank, where it did. The step is saved before it.
+    run_benchmark: Callable[[Stop], dict[str, Any] | None] = lambda stop: {}
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
     draw_samples: Callable[[], None] = lambda: None
 
@@ -153,14 +154,17 @@ class Loop:
             checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
 
     def evaluate(self, last: bool, stop: StopRequest) -> dict[str, Any] | None:
-        """The metrics of what is due at this step; None where a benchmark was asked to stop."""
+        """The metrics of what is due at this step; None where a part of it was asked to stop: then none of it counts, and a resumed run makes it again."""
         metrics: dict[str, Any] = {}
         if self.eval_due(last):
-            with undisturbed(self.model, self.runtime.device):
-                metrics |= self.every.evaluate()
+            try:
+                with undisturbed(self.model, self.runtime.device):
+                    metrics |= self.every.evaluate()
+            except Stopped:
+                return None
         if self.benchmark_due(last):
             with undisturbed(self.model, self.runtime.device):
-                found = self.every.run_benchmark(lambda: self.runtime.any(stop.number > 0))
+                found = self.every.run_benchmark(stop.asked)
             if found is None:
                 return None
             metrics |= found
@@ -177,7 +181,7 @@ class Loop:
         step, plan = self.state.step, self.plan
         loss, asked = accumulate(
             self.model, self.params, self.batches, self.loss_fn, step=step, grad_accum=plan.grad_accum, runtime=self.runtime,
-            scaler=self.scaler, stop=lambda: stop.number > 0,
+            scaler=self.scaler, stop=stop.asked,
         )  # fmt: skip
         overflow = self.scaler.unscale_(self.optimizer) if self.scaler else False
         wanted = plan.grad_clip > 0 or (self.every.grad_norm and self.log_due())
@@ -252,18 +256,19 @@ class Loop:
 
 
 def fit(
-    run: Run, model: nn.Module, optimizer: Any, batches: Batches, plan: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], every: Every
-) -> dict[str, Any]:
+    run: Run, model: nn.Module, optimizer: Any, batches: Batches, plan: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], every: Every,
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train until the plan's horizon, from the run's checkpoint if it has one; finish the run and return its result.
 
     plan: a schedule.Plan or anything with its fields and schedules. loss_fn(model, micro_batch): the SUM of nats over the
-    micro-batch's targets. Raises NonFinite, and UserError when memory or the disk is full; SIGTERM and Ctrl-C save and
-    raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step` updates (val/bpb,
+    micro-batch's targets. stop: what evaluations look at, too. Raises NonFinite, and UserError when memory or the disk is full; signals (see signals.py) save
+    and raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step` updates (val/bpb,
     train/loss) and the totals up to there.
     """
     loop = Loop(run, model, optimizer, batches, plan, loss_fn, every)
     try:
-        with StopRequest() as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1):
+        with (stop or StopRequest()) as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1):
             loop.resume()
             model.train()
             first, asked = loop.state.step, False
@@ -273,13 +278,15 @@ def fit(
                 if last or asked or (step > 0 and loop.due(every.save)) or loop.benchmark_due(last):
                     loop.save()
                 row = None if asked else loop.evaluate(last, stop)
+                if row is not None and every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
+                    with undisturbed(model, run.runtime.device):
+                        every.draw_samples()
+                    row = None if run.runtime.any(stop.asked()) else row
                 if row is None:
+                    loop.save()
                     loop.retain(step)
                     loop.leave(stop)
                 totals = loop.totals()
-                if every.sample > 0 and (last or (step > 0 and loop.due(every.sample))):
-                    with undisturbed(model, run.runtime.device):
-                        every.draw_samples()
                 if last:
                     if row:
                         run.log(step, {**row, **totals})

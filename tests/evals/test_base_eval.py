@@ -256,7 +256,7 @@ def test_what_was_found_before_an_end_is_on_disk(world, bundle, monkeypatch, err
     run_dir, *_ = world
     original = icl.judged
 
-    def judged(reader, groups, runtime, judge, label=""):
+    def judged(reader, groups, runtime, judge, label="", stop=None):
         if label == "lambada_openai":
             raise error
         return original(reader, groups, runtime, judge, label)

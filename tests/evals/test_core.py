@@ -94,6 +94,14 @@ def test_it_keeps_what_is_there_after_each_task_and_stops_between_tasks_without_
     assert core.evaluate(table, keep=kept.append, stop=lambda: len(kept) == 2) is None and list(kept[-1].tasks) == labels[:2]
 
 
+@pytest.mark.fault("F17")
+def test_it_stops_inside_a_task_too(table, tokenizer, folder, monkeypatch):
+    passes, logits = [], tiny.Table.logits
+    monkeypatch.setattr(tiny.Table, "logits", lambda self, reads: passes.append(1) or logits(self, reads))
+    monkeypatch.setattr(tiny.Table, "tokens", 1)
+    assert Core(open_bundle(folder), tokenizer, CPU).evaluate(table, stop=lambda: len(passes) == 2) is None and len(passes) == 2
+
+
 def test_a_cut_takes_the_first_of_the_shuffle_and_shots_from_among_them(table, tokenizer, folder):
     bundle = open_bundle(folder)
     found = Core(bundle, tokenizer, CPU, 4).evaluate(table)
