@@ -1,8 +1,14 @@
-"""Weights & Biases beside metrics.jsonl. It may fail at any time; training never stops for it."""
+"""Weights & Biases beside metrics.jsonl. It may fail at any time; training never stops for it.
 
+wandb can take nothing back: a rewind needs its server, and a log that was synced is sent. A run that was killed after its checkpoint makes
+steps again that wandb has already, so these are not sent a second time (they are equal: resuming is exact). Which ones it has is read in
+the logs that wandb itself keeps in the run directory, online too.
+"""
+
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +25,22 @@ class WandbSink:
         if mode not in MODES:
             raise UserError(f"--wandb is {mode!r}; expected one of {', '.join(MODES)}")
         self._run: Any = None
+        self._has = -1  # the last step in wandb
         if mode != "off":
             self._run = self._try(lambda: _init(mode, name, run_id, folder, config))
+        if self.alive:
+            logs = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
+            self._has = self._try(lambda: max((step for log in logs for step in logged_steps(log)), default=-1))
+        if self.alive and self._has >= 0:
+            print(f"wandb has the steps up to {self._has} already: they are not sent again")
 
     @property
     def alive(self) -> bool:
         return self._run is not None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.alive:
-            self._try(lambda: self._run.log(metrics, step=step))
+        if self.alive and step > self._has:
+            self._try(lambda: self._run.log({"step": step, **metrics}))  # without its own `step`, for which wandb holds a row back until the next
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the wandb run; nothing is logged after it."""
@@ -40,7 +52,7 @@ class WandbSink:
         try:
             return call()
         except Exception as error:  # wandb has no common base class for what it raises: tell them by where they come from
-            if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("wandb", "requests"):
+            if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("wandb", "requests", "google"):
                 raise
             self._run = None
             print(f"wandb failed and is off for the rest of this run ({type(error).__name__}: {error}); metrics.jsonl has everything", file=sys.stderr)
@@ -50,8 +62,29 @@ class WandbSink:
 def _init(mode: str, name: str, run_id: str, folder: Path, config: dict[str, Any]) -> Any:
     import wandb
 
-    settings = wandb.Settings(init_timeout=30, console="off", silent=True)
+    settings = wandb.Settings(init_timeout=30, console="off", silent=True, x_transaction_log_flush_interval=0.5)  # seconds that a kill may lose
     project = os.environ.get("WANDB_PROJECT", "nanolab")
-    return wandb.init(
+    run = wandb.init(
         mode=mode, project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config, settings=settings
     )  # fmt: skip
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")  # the x axis: wandb's own counts rows
+    return run
+
+
+def logged_steps(log: Path) -> Iterator[int]:
+    """The steps in a .wandb file: LevelDB's log format (7 bytes, then blocks of 32 KiB) with a protobuf per record. A torn end is left out."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = log.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32768) < 7 and left:  # too little for the header of a part: zeros
+            at += left
+            continue
+        end, kind = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if end > len(data) or not kind:
+            return
+        whole, at = whole + data[at + 7 : end], end
+        if kind in (1, 4):  # whole, or the last part
+            items, whole = Record.FromString(whole).history.item, b""
+            yield from (int(json.loads(item.value_json)) for item in items if "step" in (item.key, *item.nested_key))
