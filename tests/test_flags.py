@@ -17,6 +17,7 @@ from nanolab.config import (
     BaseEvalConfig, BaseTrainConfig, BenchConfig, ChatConfig, ChatEvalConfig, DataBuildConfig, GPTConfig, InspectConfig, RLConfig, ServeConfig, SFTConfig,
     UserError, from_json, parse, to_json,
 )  # fmt: skip
+from nanolab.model.variants import AXES
 from nanolab.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -314,9 +315,18 @@ MODELS = {
 }  # fmt: skip
 
 
+ENTRIES = {f"{flag} {name}": {flag: getattr(entry, "example", name)} for flag, table in AXES.items() for name, entry in table.items()}
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_rates_of_every_entry_are_read_where_the_table_says(entry):
+    """An entry with vectors belongs into flags.has_vectors: without the stream's weights, nothing else is at --scalar-lr."""
+    test_rates_are_read_where_the_table_says("dial", entry | dict(residual_scalars=False, value_embeds=False, tied_head=True), ("scalar_lr", "embedding_lr"))
+
+
 @pytest.mark.parametrize("recipe", ["dial", "adamw_cosine", "adam_constant"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_rates_are_read_where_the_table_says(recipe, model):
+def test_rates_are_read_where_the_table_says(recipe, model, names=tuple(RATES)):
     import torch
 
     from nanolab.config import not_read
@@ -334,8 +344,8 @@ def test_rates_are_read_where_the_table_says(recipe, model):
         return [shown, [plan.lr_multiplier(step, step / 40) for step in range(41)], [plan.muon_momentum(step, step / 40) for step in range(41)] if recipe == "dial" else 0]
 
     before, told = all_numbers(cfg), not_read(BaseTrainConfig, vars(cfg))
-    for name, value in RATES.items():
-        assert (all_numbers(dataclasses.replace(cfg, **{name: value})) == before) == (name in told), name
+    for name in names:
+        assert (all_numbers(dataclasses.replace(cfg, **{name: RATES[name]})) == before) == (name in told), name
 
 
 def written() -> list:
