@@ -63,7 +63,6 @@ def old_tree(folder: Path) -> Path:
 
 
 def main(only: list[str]) -> int:
-    entries = read_toml(ROOT / "dev" / "faults.toml")
     now = outcomes(ROOT, only)
     with tempfile.TemporaryDirectory() as folder:
         tree = old_tree(Path(folder))
@@ -71,6 +70,7 @@ def main(only: list[str]) -> int:
             then = outcomes(tree, only)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+    entries = read_toml(ROOT / "dev" / "faults.toml")
     wrong, rows = [], []
     for name in only or sorted({*entries, *now}, key=lambda n: (n.rstrip("0123456789"), int(re.sub(r"\D", "", n) or 0))):
         entry, tests = entries.get(name, {}), now.get(name, {})
