@@ -3,8 +3,8 @@
     python dev/faults.py                  all of them, on two processes
     python dev/faults.py F4 L2            only these entries; nothing is written
 
-dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is nanolab, scripts, tasks, runs and dev
-of COMMIT under today's tests, in a temporary worktree. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all
+dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a temporary worktree of COMMIT with
+today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are the old ones there too. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all
 of its cases, fails now, or an entry has neither a test nor a reason.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "9e9a9b1"
-OLD_ROOMS = ("nanolab", "scripts", "tasks", "runs", "dev")
+OLD_TESTS = [f"tests/contracts/{name}.py" for name in ("axes", "contracts", "covering", "test_pairs")]
 sys.path.insert(0, str(ROOT))
 
 from nanolab.config import read_toml  # noqa: E402
@@ -59,6 +59,7 @@ def old_tree(folder: Path) -> Path:
         kept = tree / name
         shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, kept)
+    subprocess.run(["git", "checkout", "--quiet", COMMIT, "--", *OLD_TESTS], cwd=tree, check=True)
     return tree
 
 

@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     only = set(filter(None, config.getoption("--fault").split(",")))
     for item in items:
-        item.user_properties += [("fault", mark.args[0]) for mark in item.iter_markers("fault")]  # read by dev/faults.py
+        item.user_properties += [("fault", name) for mark in item.iter_markers("fault") for name in mark.args]  # read by dev/faults.py
     if only:
         other = [item for item in items if not only & {value for name, value in item.user_properties if name == "fault"}]
         config.hook.pytest_deselected(items=other)
