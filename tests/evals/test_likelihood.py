@@ -20,6 +20,7 @@ from nanolab.runtime import Runtime
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_axes", Path(__file__).parents[1] / "contracts" / "axes.py")
 axes = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+sys.path.append(str(Path(spec.origin).parent))  # axes imports its neighbours
 spec.loader.exec_module(axes)
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
