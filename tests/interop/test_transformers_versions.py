@@ -26,8 +26,10 @@ PROMPT = [[250, 5, 17, 99]]
 
 # What a reader of the folder does, with transformers alone: tokens that `forward` read, and the text.
 READ = """
-import json, sys, torch, transformers
+import sys
 sys.modules["nanolab"] = None
+sys.modules["kernels"] = None  # the installed one is younger than transformers 4.57 and its huggingface_hub, which import it; a reader of an old version has none or an old one
+import json, torch, transformers
 folder, prompt = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
