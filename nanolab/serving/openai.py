@@ -4,12 +4,12 @@ https://platform.openai.com/docs/api-reference/chat, and .../completions for the
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanolab.config import UserError, nearest
-from nanolab.data.chat import Message, awaits_more, check_messages, parts_of
+from nanolab.config import nearest
+from nanolab.data.chat import PARTS, Message, Part, awaits_more, parts_of, text_of
 from nanolab.inference.tools import TOOLS
 
 MAX_MESSAGES = 500
@@ -61,6 +61,10 @@ class Ask:
 
 class Unfit(Exception):
     """A value that a field cannot have; the text is what was expected."""
+
+    def __init__(self, expected: str, code: str = "invalid_value"):
+        super().__init__(expected)
+        self.code = code
 
 
 Check = Callable[[Any], Any]  # the value in our form; raises Unfit
@@ -151,62 +155,87 @@ def tool(entry: Any) -> tuple[str, str]:
 
 
 def messages(value: Any) -> list[Message]:
-    """Messages of OpenAI's form in that of nanolab.data.chat: a call and its output become parts of one assistant turn."""
+    """Messages of OpenAI's form in that of nanolab.data.chat, one that a model can go on from.
+
+    Blank messages are skipped, all system and developer messages become the first, neighbours of one role are joined with a blank line, a call and
+    its output become parts of one assistant turn. So a reply of this server is accepted back, whatever it was. Other keys say nothing to the model
+    and are ignored. Raises Unfit.
+    """
     if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         seen = f"{len(value)} messages" if isinstance(value, list) else type(value).__name__
         raise Unfit(f"a list of 1 to {MAX_MESSAGES} messages, found {seen}")
+    system: list[str] = []
     turns: list[Message] = []
     call = None  # the id of the call that the last turn ends with
     for i, message in enumerate(value, 1):
         at = f"message {i}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise Unfit(f"{at} to be an object with a role and content")
-        role = "system" if message["role"] == "developer" else message["role"]
-        if extra := [key for key in message if key not in MESSAGE_FIELDS and message[key]]:
-            raise Unfit(f"{at} without the field {extra[0]!r}, which is not supported")
+        role, last = message["role"], turns[-1] if turns else {"role": ""}
+        if role not in ROLES:
+            raise Unfit(f"{at} to have one of the roles {', '.join(ROLES)}, found {role[:40]!r}{nearest(role[:40], list(ROLES))}")
         if role == "tool":
             if call is None or message.get("tool_call_id") != call:
                 raise Unfit(f"{at}, a tool's, to follow the assistant's call with its id as tool_call_id")
-            turns[-1]["content"].append({"type": "python_output", "text": plain(message.get("content"), at)})
+            last["content"].append({"type": "python_output", "text": text_of(parts(message.get("content"), at))})
             call = None
         elif role == "assistant":
-            parts, call = said(message, at)
-            if turns and awaits_more(turns[-1]):
-                turns[-1]["content"] += parts
+            found, made = said(message, at)
+            if made is None and blank(found):
+                continue
+            if last["role"] == role:
+                last["content"] = parts_of([*last["content"], *([] if awaits_more(last) else [{"type": "text", "text": "\n\n"}]), *found])
             else:
-                turns.append({"role": role, "content": parts})
-        else:
-            turns.append({"role": role, "content": plain(message.get("content"), at)})
-            call = None
-    check_messages(turns, prompt=True)
-    return turns
+                turns.append({"role": role, "content": found})
+            call = made
+        elif not blank(found := parts(message.get("content"), at)):
+            if role != "user":
+                system.append(text_of(found))
+            elif last["role"] == role:
+                last["content"] += "\n\n" + text_of(found)
+            else:
+                turns.append({"role": role, "content": text_of(found)})
+                call = None
+    if all(turn["role"] != "user" for turn in turns):
+        raise Unfit("at least one user's message with text", "no_user_text")
+    if turns[-1]["role"] == "assistant" and not awaits_more(turns[-1]):
+        raise Unfit("a user's message after the assistant's last one, which this server does not continue", "assistant_last")
+    return [{"role": "system", "content": "\n\n".join(system)}] * bool(system) + turns
 
 
-# tool_calls only of the assistant; parts is what our own replies carry; name and type say nothing to a model of ours
-MESSAGE_FIELDS = ("role", "content", "name", "type", "tool_calls", "tool_call_id", "parts")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXTS = ("text", "input_text", "output_text")  # OpenAI's names for a part that is text
 
 
-def plain(content: Any, at: str) -> str:
-    """Content of anybody but the assistant: text, or parts that are all text."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-        return "".join(p["text"] for p in content)
-    raise Unfit(f"{at} to have text as content, or a list of text parts; images and the like are not supported")
+def blank(found: list[Part]) -> bool:
+    """Whether a message says nothing. One with a tool's output does, even if that is empty."""
+    return not any(part["text"].strip() or part["type"] == "python_output" for part in found)
 
 
-def said(message: dict[str, Any], at: str) -> tuple[list[dict[str, str]], str | None]:
-    """An assistant message's parts, and the id of the call that it ends with. Parts in full, where it has them, go before content."""
-    content, calls = message.get("parts") or message.get("content") or "", message.get("tool_calls") or []
-    if not isinstance(content, str):
-        check_messages([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}], at)
-    parts = [dict(part) for part in parts_of(content)]
+def parts(content: Any, at: str, kinds: Container[str] = ("text",)) -> list[Part]:
+    """The parts of a message's content, of these kinds; none of null. Only type and text of a part are read."""
+    found: list[Part] = []
+    if content is None or isinstance(content, str):
+        return parts_of(content or "")
+    for j, part in enumerate(content if isinstance(content, list) else [content], 1):
+        kind = part.get("type") if isinstance(part, dict) and isinstance(content, list) else type(part).__name__
+        kind = "text" if kind in TEXTS else kind
+        if kind not in kinds or not isinstance(part.get("text"), str):
+            seen = f"part {j} is of type {str(kind)[:40]!r}" if isinstance(content, list) else str(kind)
+            raise Unfit(f"{at} to have text as content, or a list of text parts, found {seen}; images and the like are not supported")
+        found.append({"type": kind, "text": part["text"]})
+    return parts_of(found)
+
+
+def said(message: dict[str, Any], at: str) -> tuple[list[Part], str | None]:
+    """An assistant message's parts, and the id of the call that it ends with. `parts`, in full as our own replies have them, go before content."""
+    found, calls = parts(message.get("parts") or message.get("content"), at, PARTS), message.get("tool_calls") or []
     if not calls:
-        return parts, None
+        return found, None
     try:
         (call,) = calls
         (code,) = json.loads(call["function"]["arguments"]).values()
-        return [*parts, {"type": "python", "text": text(code)}], text(call["id"])
+        return [*found, {"type": "python", "text": text(code)}], text(call["id"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Unfit):
         raise Unfit(f"{at} to have one tool call, with an id and one string among its arguments") from None
 
@@ -255,9 +284,7 @@ def read(body: Any, checks: dict[str, Check], needed: str) -> dict[str, Any]:
             given[name] = checks[name](value)
         except Unfit as error:
             shown = "" if isinstance(value, (dict, list)) else f" is {value if len(str(value)) < 40 else type(value).__name__!r}"
-            raise ApiError(400, f"{name}{shown}; expected {error}", name, "invalid_value") from None
-        except UserError as error:  # what is wrong with the conversation as such
-            raise ApiError(400, str(error), name, "invalid_value") from None
+            raise ApiError(400, f"{name}{shown}; expected {error}", name, error.code) from None
     if needed not in given:
         raise ApiError(400, f"field {needed!r} is missing; expected {'a list of messages' if needed == 'messages' else 'text to continue'}", needed, "missing_field")
     given["include_usage"] = given.pop("stream_options", False)
