@@ -56,43 +56,10 @@ READ = ("messages", "conversations", "system")
 EMPTY = (None, "", [], {})
 SHOWN = 5  # lines of a kind that an error names
 
-# The template above in Jinja, as `transformers` reads it from tokenizer_config.json.
-CHAT_TEMPLATE = """
-{{- '<|bos|>' -}}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' -%}
-    {{- message['content'] -}}
-  {%- elif message['role'] == 'user' -%}
-    {{- '<|user_start|>' + message['content'] + '<|user_end|>' -}}
-  {%- else -%}
-    {{- '<|assistant_start|>' -}}
-    {%- if message['content'] is string -%}
-      {{- message['content'] -}}
-    {%- else -%}
-      {%- for part in message['content'] -%}
-        {%- if part['type'] == 'python' -%}
-          {{- '<|python_start|>' + part['text'] + '<|python_end|>' -}}
-        {%- elif part['type'] == 'python_output' -%}
-          {{- '<|output_start|>' + part['text'] + '<|output_end|>' -}}
-        {%- else -%}
-          {{- part['text'] -}}
-        {%- endif -%}
-      {%- endfor -%}
-    {%- endif -%}
-    {%- if not (add_generation_prompt and loop.last) -%}
-      {{- '<|assistant_end|>' -}}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt and messages[-1]['role'] != 'assistant' -%}
-  {{- '<|assistant_start|>' -}}
-{%- endif -%}
-""".strip()
-
 
 def template_of(tokenizer: Tokenizer) -> str:
-    """CHAT_TEMPLATE with the name of the token that begins this tokenizer's texts."""
-    return CHAT_TEMPLATE.replace("<|bos|>", tokenizer.decode([tokenizer.bos]))
+    """The template above in Jinja, for `transformers`, with the name of the token that begins this tokenizer's texts."""
+    return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").replace("<|bos|>", tokenizer.decode([tokenizer.bos]))
 
 
 class Rendered(NamedTuple):

@@ -1,18 +1,18 @@
-"""Conversations: ids and mask by hand, the inverse, the template in Jinja, every malformed line named. Oracle: hand and jinja2."""
+"""Conversations: ids and mask by hand, the inverse, the template in Jinja, every malformed line named. Oracle: hand and transformers."""
 
 import argparse
 import gzip
 import json
 from pathlib import Path
 
-import jinja2
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanolab.config import UserError
-from nanolab.data.chat import CHAT_TEMPLATE, check_messages, parse_reply, parts_of, read_conversations, read_jsonl, render, render_prompt, template_of, text_of
+from nanolab.data.chat import check_messages, parse_reply, parts_of, read_conversations, read_jsonl, render, render_prompt, template_of, text_of
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOOL = [
@@ -33,6 +33,10 @@ CHAT = [
 @pytest.fixture(scope="module")
 def tok() -> Tokenizer:
     return Tokenizer.train([Path(argparse.__file__).read_text(encoding="utf-8")], 600)
+
+
+def templated(tok: Tokenizer, messages: list, **flags) -> str:
+    return render_jinja_template([messages], chat_template=template_of(tok), **flags)[0][0]
 
 
 def names(tok: Tokenizer, *pieces: str) -> list[int]:
@@ -70,9 +74,8 @@ def test_a_prompt_may_end_inside_the_assistants_turn(tok, tmp_path):
     assert prompt == render_prompt(tok, CHAT[:2]) + names(tok, "Let me see: ", "@python_start", "12+30", "@python_end", "@output_start", "42", "@output_end")
     assert render(tok, CHAT[:3]).ids[: len(prompt)] == prompt  # what was said afterwards follows at once
     check_messages(ANSWERED, prompt=True)
-    template = jinja2.Environment().from_string(CHAT_TEMPLATE)
-    assert template.render(messages=ANSWERED, add_generation_prompt=True) == tok.decode(prompt)
-    assert template.render(messages=ANSWERED) == tok.decode(prompt) + "<|assistant_end|>"
+    assert templated(tok, ANSWERED, add_generation_prompt=True) == tok.decode(prompt)
+    assert templated(tok, ANSWERED) == tok.decode(prompt) + "<|assistant_end|>"
     for part in (TOOL[:2], TOOL[:1]):  # a call without its output, and text, are no place to go on from
         with pytest.raises(UserError, match="expected a user's"):
             render_prompt(tok, [*CHAT[:2], {"role": "assistant", "content": part}])
@@ -82,7 +85,7 @@ def test_the_template_begins_as_the_tokenizers_texts_do(tok):
     """<|endoftext|> where the vocabulary has that."""
     other = Tokenizer(tok._bpe._replace(specials={"<|endoftext|>": len(tok._bpe.vocab)}))
     for tokenizer, first in ((tok, "<|bos|>"), (other, "<|endoftext|>")):
-        text = jinja2.Environment().from_string(template_of(tokenizer)).render(messages=CHAT)
+        text = templated(tokenizer, CHAT)
         assert text == tokenizer.decode(render(tokenizer, CHAT).ids) and text.startswith(first)
 
 
@@ -125,9 +128,8 @@ def test_special_looking_text_stays_text(tok):
 @pytest.mark.parametrize("first", [0, 1])
 def test_the_jinja_template_gives_the_same(tok, tmp_path, n, first):
     messages = CHAT[first:n]
-    template = jinja2.Environment().from_string(CHAT_TEMPLATE)
     ids = render_prompt(tok, messages) if n == 2 else render(tok, messages).ids
-    text = template.render(messages=messages, add_generation_prompt=n == 2)
+    text = templated(tok, messages, add_generation_prompt=n == 2)
     assert text == tok.decode(ids)
     hf = tokenizers.Tokenizer.from_file(str(tok.save(tmp_path)))
     assert hf.encode(text, add_special_tokens=False).ids == ids

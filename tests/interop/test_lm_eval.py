@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanolab.config import ImportConfig, UserError
-from nanolab.data.chat import CHAT_TEMPLATE, render_prompt
+from nanolab.data.chat import render_prompt, template_of
 from nanolab.evals import icl
 from nanolab.evals.likelihood import GPTReader, score
 from nanolab.interop import gpt2
@@ -61,7 +61,7 @@ def folder(run, tmp_path_factory) -> Path:
     (out / "config.json").write_text(json.dumps(gpt2.config_to_hf(model.config)))
     save_file(gpt2.to_hf(model.state_dict(), model.config), out / "model.safetensors", {"format": "pt"})
     tokenizer.save(out)
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE.replace("<|bos|>", "<|endoftext|>")}
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "chat_template": template_of(tokenizer)}
     (out / "tokenizer_config.json").write_text(json.dumps(names))
     return out
 
