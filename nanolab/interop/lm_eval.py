@@ -10,29 +10,42 @@ scripts.lm_eval does before it hands the command line over. In Python: `import n
 
     path=NAME[@STEP|best]   a run, or the folder of one
     add_bos_token=False     begin texts with nothing, as the harness's own models do; otherwise they begin as in training
+    device=cpu              cuda, mps or cpu; wins over --device, whose default cuda:0 means the machine's device
     dtype=float32           default: as NANOLAB_DTYPE or the device says
     max_gen_toks=256        tokens of a reply where the task does not say
     max_rows=64             replies that are generated at once
+    tool=calculator         calculator | python | none: what answers the calls in the replies of a conversation (--apply_chat_template)
 
 --batch_size changes nothing: texts are packed by tokens. One process reads everything. A text longer than the model reads loses its
-beginning; how many did is `cut_texts` in the results' config.
+beginning; how many did is `cut_texts` in the results' config. `unscored_texts` are those without a token to score, such as an empty choice:
+they count as the harness's own models count them, 0 nats and greedy. --use_cache takes answers of the same weights and settings only.
+
+A task's text never becomes a special token, whatever it spells. A conversation is text for the harness too; it says of itself where its
+special tokens are (see `Nanolab.apply_chat_template`).
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanolab.config import UserError, nearest
-from nanolab.data.chat import render, template_of
-from nanolab.data.tokenizer import SPECIAL_TOKENS
-from nanolab.evals.likelihood import GPTReader, Text, score
+from nanolab.data.chat import PARTS, render, template_of
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.checkpoints import weights_of
+from nanolab.evals.likelihood import GPTReader, Text, common, score
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.served import served
 from nanolab.inference.text import TextStream
+from nanolab.inference.tools import TOOLS, find_tool
 from nanolab.model.accounting import n_params
-from nanolab.runtime import progress, start
+from nanolab.runtime import device_kind, progress, start
 from nanolab.training import checkpoint
 from nanolab.training.models import WEIGHTS_ONLY, ModelRef, find_model, load_model
 
@@ -46,28 +59,44 @@ try:
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness cannot be imported ({error}); expected it for evaluations by its tasks; type: bash runs/setup.sh lm_eval") from None
 
-ARGUMENTS = {"path": str, "add_bos_token": bool, "dtype": str, "max_gen_toks": int, "max_rows": int, "device": str}
+ARGUMENTS = {"path": str, "add_bos_token": bool, "device": str, "dtype": str, "max_gen_toks": int, "max_rows": int, "tool": str}
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed"}  # of a task's generation_kwargs
+HARNESS_DEVICE = "cuda:0"  # what --device is where nobody types it
+CONVERSATION = re.compile(r"\[conversation ((?:[0-9]+:[0-9]+,?)+) ([0-9a-f]{16})\]")
+ANSWERED_BY = "nanolab: answered by"  # the entry of an answer cache that says by what
 
 
 @register_model("nanolab")
 class Nanolab(TemplateLM):
-    """One model on one device. Its arguments are explained above; `device` is cuda, mps or cpu, the harness's --device."""
+    """One model on one device. Its arguments are explained above."""
 
-    def __init__(self, path: str, add_bos_token: bool = True, dtype: str = "", max_gen_toks: int = 256, max_rows: int = 64, device: str = ""):
+    def __init__(
+        self, path: str, add_bos_token: bool = True, device: str = "", dtype: str = "", max_gen_toks: int = 256, max_rows: int = 64, tool: str = "calculator"
+    ):  # fmt: skip
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("lm_eval runs on several ranks; expected one process, which is what --model nanolab can use; start it without torchrun or accelerate")
+            raise UserError("lm_eval runs on several ranks; expected one process, which is what --model nanolab can use; start it without torchrun or accelerate", "several-ranks")
+        for name, value in (("max_gen_toks", max_gen_toks), ("max_rows", max_rows)):
+            if value < 1:
+                raise UserError(f"--model_args has {name}={value}; expected at least 1; leave it out", "model-args-value", name=name, value=value)
+        if tool not in (*TOOLS, "none"):
+            hint = nearest(tool, [*TOOLS, "none"], prefix="tool=")
+            raise UserError(f"--model_args has tool={tool}; expected one of {', '.join(TOOLS)}, none{hint}", "model-args-value", name="tool", value=tool)
         found = find_run(path)
-        self.runtime = start(device.removesuffix(":0"), dtype)
+        try:
+            self.runtime = start(kind_of(device, "device="), dtype)
+        except UserError as error:
+            if not dtype:
+                raise
+            raise UserError(f"--model_args has dtype={dtype}: {error}; of --model_args: dtype=float32", "model-args-value", name="dtype", value=dtype) from None
         model, self.tokenizer, _ = load_model(found, self.runtime)
-        self.name, self.parameters = f"{found.name}@{found.step}", n_params(model.config)["total"]
+        self.name, self.weights, self.parameters = f"{found.name}@{found.step}", weights_of(found.checkpoint), n_params(model.config)["total"]
         self.model, self.add_bos_token, self.max_gen_toks, self.max_rows = served(model), add_bos_token, max_gen_toks, max_rows
+        self.tool_name, self.tool = tool, find_tool("" if tool == "none" else tool)
         self.reader = GPTReader(self.model, self.runtime)
         self.max_length = model.config.sequence_len
         self.reader.limit = self.max_length + 1  # a text's last token is scored, not read
-        self.cut_texts = 0
-        self.marks = re.compile("|".join(re.escape(name) for name in {*SPECIAL_TOKENS, self.beginning}))
+        self.cut_texts = self.unscored_texts = 0
         self._device = self.runtime.device
 
     @classmethod
@@ -76,23 +105,24 @@ class Nanolab(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict | None = None) -> "Nanolab":
-        """From --model_args and the harness's flags, of which --device counts. Raises UserError for what is missing, unknown or of another type."""
+        """From --model_args and the harness's flags, of which --device counts where --model_args has none.
+
+        Raises UserError for what is missing, unknown or of another type.
+        """
         arguments = {name: str(value) if name == "path" else value for name, value in arg_dict.items()}  # a run may be called 12
-        if device := (additional_config or {}).get("device"):
-            arguments["device"] = device
+        if "tool" in arguments:
+            arguments["tool"] = arguments["tool"] or "none"  # which the harness reads as None
         for name, value in arguments.items():
             if name not in ARGUMENTS:
-                raise UserError(f"--model_args has {name!r}; expected some of {', '.join(ARGUMENTS)}{nearest(name, list(ARGUMENTS))}")
+                raise UserError(f"--model_args has {name!r}; expected some of {', '.join(ARGUMENTS)}{nearest(name, list(ARGUMENTS))}", "model-args-unknown", name=name)
             if type(value) is not ARGUMENTS[name]:
-                raise UserError(f"--model_args has {name}={value}; expected {ARGUMENTS[name].__name__}; see nanolab/interop/lm_eval.py")
+                expected = f"expected {ARGUMENTS[name].__name__}; see nanolab/interop/lm_eval.py"
+                raise UserError(f"--model_args has {name}={value}; {expected}", "model-args-type", name=name, value=value)
         if "path" not in arguments:
-            raise UserError("--model_args has no path; expected the name or the folder of a run; type --model_args path=NAME")
+            raise UserError("--model_args has no path; expected the name or the folder of a run; type --model_args path=NAME", "model-args-path")
+        flag = (additional_config or {}).get("device") or ""
+        arguments["device"] = kind_of(arguments["device"], "--model_args device=") if arguments.get("device") else kind_of(flag, "--device ")
         return cls(**arguments)
-
-    @property
-    def beginning(self) -> str:
-        """The token that a text begins with, by name."""
-        return self.tokenizer.decode([self.tokenizer.bos])
 
     @property
     def eot_token_id(self) -> int:
@@ -100,51 +130,117 @@ class Nanolab(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return f"nanolab-{self.tokenizer.hash[:16]}"
+        """Of the tokenizer and of how conversations are written: the harness keeps prompts under this name (--cache_requests)."""
+        return f"nanolab-2-{self.tokenizer.hash[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results' config says beside the harness's own."""
-        return {"nanolab_model": self.name, "model_num_parameters": self.parameters, "model_dtype": self.runtime.dtype_name, "cut_texts": self.cut_texts}
+        about = {"nanolab_model": self.name, "weights": self.weights, "model_num_parameters": self.parameters, "model_dtype": self.runtime.dtype_name}
+        return about | {"tool": self.tool_name, "cut_texts": self.cut_texts, "unscored_texts": self.unscored_texts}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Called when the harness has opened an answer cache (--use_cache), which it reads by the request alone. Raises UserError for one of other weights."""
+        if (answers := cache_hook.dbdict) is not None:
+            by = {"weights": self.weights, "tokenizer": self.tokenizer.hash, "bos": self.add_bos_token, "dtype": self.runtime.dtype_name}
+            by |= {"max_gen_toks": self.max_gen_toks, "tool": self.tool_name}
+            then = json.loads(answers[ANSWERED_BY]) if ANSWERED_BY in answers else None
+            if then != by and len(answers):
+                differ = [name for name in by if then is None or then.get(name) != by[name]]
+                seen = "does not say by which weights" if then is None else "was answered with another " + ", ".join(differ)
+                raise UserError(
+                    f"the answer cache {answers.filename} {seen}; expected answers of {self.name} with these settings; type --use_cache with another path, or delete the file",
+                    "answer-cache", path=answers.filename, differ=differ,
+                )  # fmt: skip
+            answers[ANSWERED_BY] = json.dumps(by)
+        super().set_cache_hook(cache_hook)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return template_of(self.tokenizer) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, special tokens by name, up to where the assistant goes on."""
+        """A conversation as text, up to where the assistant goes on, behind a bracket that says where in it the special tokens are.
+
+        The harness adds text to it and hands the whole to `tok_encode`. The bracket holds a hash, so that no other text is taken for one.
+        """
         ids = render(self.tokenizer, chat_history).ids
-        return self.tokenizer.decode([*ids, self.tokenizer.special("<|assistant_start|>")] if add_generation_prompt else ids[:-1])
+        ids = [*ids, self.tokenizer.special("<|assistant_start|>")] if add_generation_prompt else ids[:-1]
+        text, places, begun = "", [], 0
+        for i, token in enumerate(ids):
+            if token in self.tokenizer.specials.values():
+                text += self.tokenizer.decode(ids[begun:i])
+                places.append(f"{len(text)}:{token}")
+                text, begun = text + self.tokenizer.decode([token]), i + 1
+        where = ",".join(places)
+        return f"[conversation {where} {self.digest(where, text)}]{text}{self.tokenizer.decode(ids[begun:])}"
+
+    def digest(self, where: str, text: str) -> str:
+        """Of a conversation up to its last special token."""
+        return hashlib.sha256(f"{self.tokenizer.hash} {where} {text}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def conversation(self, string: str) -> list[int] | None:
+        """The ids of a text that begins with what apply_chat_template gave; None for any other."""
+        if not (head := CONVERSATION.match(string)):
+            return None
+        ids, at, text = [], 0, string[head.end() :]
+        for place, token in (map(int, pair.split(":")) for pair in head[1].split(",") if pair):
+            if token not in self.tokenizer.specials.values():
+                return None
+            ids += [*self.tokenizer.encode(text[at:place]), token]
+            at = place + len(self.tokenizer.decode([token]))
+        return ids + self.tokenizer.encode(text[at:]) if self.digest(head[1], text[:at]) == head[2] else None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Names of special tokens mean these only in a text that begins with one: it comes from the chat template."""
-        if string.startswith(self.beginning):
-            ids, at = [], 0
-            for mark in self.marks.finditer(string):
-                ids += [*self.tokenizer.encode(string[at : mark.start()]), self.tokenizer.special(mark[0])]
-                at = mark.end()
-            return ids + self.tokenizer.encode(string[at:])
+        """Special tokens are the ones that apply_chat_template put in and the beginning of a text; no other text gives any."""
+        if (ids := self.conversation(string)) is not None:
+            return ids
         begins = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return [self.tokenizer.bos] * begins + self.tokenizer.encode(string)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of continuations; what a tokenizer joins across the seam is scored with them, as in the own evaluations (evals/icl.py)."""
+        return self._loglikelihood_tokens([(request.args, *self.split(*request.args)) for request in requests], disable_tqdm)
+
+    def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens that are read, and those that are scored: from the first one that the continuation changes. Blanks at the seam belong to it."""
+        bare = context.rstrip()
+        alone, whole = self.tok_encode(bare), self.tok_encode(context + continuation)
+        start = common([alone, whole])
+        return (whole[:start], whole[start:]) if start else ([self.prefix_token_id], whole)
+
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """requests: (texts or None, context, continuation), in tokens. The choices of one context share its reading."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (_, context, _) in enumerate(requests):
-            groups.setdefault(tuple(context), []).append(i)
-        texts = [[Text([*context, *requests[i][2]], len(context)) for i in members] for context, members in groups.items()]
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for members, scores in zip(groups.values(), score(self.reader, texts, label="" if disable_tqdm else "lm_eval")):
-            for i, found in zip(members, scores):
-                answers[i] = (-found.nats, found.greedy)
-                self.cut_texts += found.cut > 0
+        groups: dict[tuple[int, ...], list[tuple[int, Text]]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            rows = self.rows([*context, *continuation], len(context))
+            groups.setdefault(tuple(context), []).extend((i, row) for row in rows)
+            self.cut_texts += len(context) + len(continuation) > self.reader.limit
+            self.unscored_texts += not continuation
+        nats, greedy = [0.0] * len(requests), [True] * len(requests)
+        groups = {context: members for context, members in groups.items() if members}
+        scores = score(self.reader, [[row for _, row in members] for members in groups.values()], label="" if disable_tqdm else "lm_eval")
+        for members, of_group in zip(groups.values(), scores):
+            for (i, _), found in zip(members, of_group):
+                nats[i], greedy[i] = nats[i] - found.nats, greedy[i] and found.greedy
+        answers = list(zip(nats, greedy))
         for (asked, _, _), answer in zip(requests, answers):
             if asked is not None:
                 self.cache_hook.add_partial("loglikelihood", asked, answer)
         return answers
 
+    def rows(self, ids: list[int], start: int) -> list[Text]:
+        """What scores each token from `start` on once: one text, or as many full ones as a continuation takes that is longer than the model reads."""
+        rows, end = [], len(ids)
+        while end > start:
+            first = max(0, end - self.reader.limit)
+            at = max(start, first + 1)
+            rows.append(Text(ids[first:end], at - first))
+            end = at
+        return rows
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: each token once, behind the beginning or a full row of those before it."""
         windows = [
-            [(None, *make_disjoint_window(pair)) for pair in get_rolling_token_windows(self.tok_encode(r.args[0], False), self.prefix_token_id, self.max_length, 1)]
+            [(None, *make_disjoint_window(pair)) for pair in get_rolling_token_windows(self.tokenizer.encode(r.args[0]), self.prefix_token_id, self.max_length, 1)]
             for r in requests
         ]
         answers = iter(self._loglikelihood_tokens([window for text in windows for window in text], disable_tqdm))
@@ -161,31 +257,71 @@ class Nanolab(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, replies[i])
         return [replies[i] for i in range(len(requests))]
 
-    def replies(self, asked: list[Request]) -> Iterator[tuple[int, str]]:
-        """(number, text) of every request, whichever is finished first."""
+    def replies(self, asked: list[tuple[Request, bool]]) -> Iterator[tuple[int, str]]:
+        """(number, text) of every request, whichever is finished first. In a conversation the text of calls and their outputs is left out, as by the server."""
         engine = Engine(self.model, self.tokenizer, self.runtime, max_rows=self.max_rows)
-        streams = {engine.add(request): TextStream(self.tokenizer, request.stop) for request in asked}
-        pieces: dict[int, str] = dict.fromkeys(streams, "")
+        said = {engine.add(replace(request, stop=())): Said(self.tokenizer, request, chat) for request, chat in asked}
         while not engine.idle:
             for new in engine.step():
-                pieces[new.row] += streams[new.row].push(new.token)
-                if new.finish:
-                    yield new.row, pieces[new.row] + streams[new.row].flush()
+                reply = said[new.row]
+                if not reply.done and reply.push(new.token, new.finish is not None):
+                    engine.cancel(new.row)  # a stop string, which ends a text and not a call
+                    yield new.row, reply.text
 
-    def request(self, context: str, wanted: dict[str, Any], seed: int) -> Request:
-        """One of generate_until, for the engine. seed: added to the task's. Raises UserError for settings that nobody here knows."""
+    def request(self, context: str, wanted: dict[str, Any], seed: int) -> tuple[Request, bool]:
+        """One of generate_until, for the engine, and whether it is a conversation. seed: added to the task's. Raises UserError for settings that nobody here knows."""
         if unknown := wanted.keys() - SETTINGS - {"max_new_tokens", "max_tokens", "max_completion_tokens"} - ({"num_beams"} if wanted.get("num_beams") == 1 else set()):
             name = min(unknown)
-            raise UserError(f"generation setting {name}={wanted[name]!r}; expected some of {', '.join(sorted(SETTINGS))}; leave it out of the task or --gen_kwargs")
+            expected = f"expected some of {', '.join(sorted(SETTINGS))}; leave it out of the task or --gen_kwargs"
+            raise UserError(f"generation setting {name}={wanted[name]!r}; {expected}", "gen-kwargs-unknown", name=name, value=wanted[name])
         settings = normalize_gen_kwargs(wanted, self.max_gen_toks)
-        n, prompt = settings["max_gen_toks"], self.tok_encode(context) or [self.prefix_token_id]
-        if n >= self.max_length:
-            raise UserError(f"replies of {n} tokens from a model that reads {self.max_length}; expected room for a question; type --gen_kwargs max_gen_toks={self.max_length // 2}")
+        n, ids = settings["max_gen_toks"], self.conversation(context)
+        if not 0 < n < self.max_length:
+            expected = f"expected at least 1 and room for a question; type --gen_kwargs max_gen_toks={self.max_length // 2}"
+            raise UserError(f"replies of {n} tokens from a model that reads {self.max_length}; {expected}", "gen-kwargs-length", tokens=n, limit=self.max_length)
+        prompt = ids or self.tok_encode(context) or [self.prefix_token_id]
         self.cut_texts += len(prompt) > self.max_length - n
-        return Request(
+        asked = Request(
             tuple(prompt[n - self.max_length :]), n, settings.get("temperature", float(settings["do_sample"])), settings.get("top_k", 0), settings.get("top_p", 1.0),
-            settings.get("repetition_penalty", 1.0), settings.get("seed", 42) + seed, stop=tuple(settings["until"]),
+            settings.get("repetition_penalty", 1.0), settings.get("seed", 42) + seed, stop=tuple(settings["until"]), tools=self.tool if ids else None,
         )  # fmt: skip
+        return asked, bool(ids)
+
+
+class Said:
+    """A reply as it grows, as the server gives it: in a conversation what is inside a call or its output is no text."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, chat: bool):
+        marks = [mark for mark in PARTS.values() if mark.start and chat]
+        self.ends = {tokenizer.special(mark.start): tokenizer.special(mark.end) for mark in marks}
+        self.stream, self.end, self.text, self.done = TextStream(tokenizer, request.stop), -1, "", False
+
+    def push(self, token: int, last: bool) -> bool:
+        """Take a token; whether the reply is over: it was the last one, or completed a stop string."""
+        if token in self.ends:
+            self.end = self.ends[token]
+        elif token == self.end:
+            self.end = -1
+        elif self.end < 0:
+            self.text += self.stream.push(token)
+        self.done = last or self.stream.stopped
+        self.text += self.stream.flush() if self.done else ""
+        return self.done
+
+
+def kind_of(device: str, flag: str) -> str:
+    """cuda, mps or cpu as start() takes them; "" for the machine's own. Raises UserError, which names the flag, for a device that is not there."""
+    if device == HARNESS_DEVICE and flag == "--device " and not torch.cuda.is_available():
+        kind = device_kind("")
+        print(f"device {kind}: the harness says {HARNESS_DEVICE} where nobody types --device, and torch {torch.__version__} sees no such device")
+        return kind
+    kind = device.removesuffix(":0")
+    there = {"": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in there:
+        raise UserError(f"{flag}{device} is unknown; expected cuda, mps or cpu (of several GPUs: CUDA_VISIBLE_DEVICES=N); type {flag}cpu", "device", flag=flag.strip(), device=device)
+    if not there[kind]:
+        raise UserError(f"{flag}{device}, but torch {torch.__version__} sees no such device; expected one that is there; type {flag}cpu", "device", flag=flag.strip(), device=device)
+    return kind
 
 
 def find_run(path: str) -> ModelRef:

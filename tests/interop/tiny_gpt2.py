@@ -11,7 +11,7 @@ TEXTS = ["the cat sat on the mat and the dog sat on the cat; ", "naïve café\n\
 END = "<|endoftext|>"
 
 
-def make(folder: Path, *, old_tokenizer: bool = False, **settings) -> Path:
+def make(folder: Path, *, old_tokenizer: bool = False, seed: int = 0, **settings) -> Path:
     """old_tokenizer: vocab.json and merges.txt instead of tokenizer.json. settings: of GPT2Config."""
     folder.mkdir(parents=True, exist_ok=True)
     learner = tokenizers.ByteLevelBPETokenizer()
@@ -24,7 +24,7 @@ def make(folder: Path, *, old_tokenizer: bool = False, **settings) -> Path:
         tokenizer = transformers.GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
         (folder / "vocab.json").unlink(), (folder / "merges.txt").unlink()
         tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     size = dict(vocab_size=end + 1, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=end, eos_token_id=end)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size | settings))
     with torch.no_grad():
