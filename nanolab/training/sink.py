@@ -8,6 +8,7 @@ the logs that wandb itself keeps in the run directory, online too.
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ class WandbSink:
         try:
             return call()
         except Exception as error:  # wandb has no common base class for what it raises: tell them by where they come from
-            if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("wandb", "requests", "google"):
+            modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+            if not isinstance(error, (OSError, ImportError)) and not {name.split(".")[0] for name in modules} & {"wandb", "google"}:
                 raise
             self._run = None
             print(f"wandb failed and is off for the rest of this run ({type(error).__name__}: {error}); metrics.jsonl has everything", file=sys.stderr)
@@ -62,7 +64,10 @@ class WandbSink:
 def _init(mode: str, name: str, run_id: str, folder: Path, config: dict[str, Any]) -> Any:
     import wandb
 
-    settings = wandb.Settings(init_timeout=30, console="off", silent=True, x_transaction_log_flush_interval=0.5)  # seconds that a kill may lose
+    # Offline only a busy machine makes its own process late. How long to wait for that one, wandb reads here alone, not in init's settings.
+    os.environ.setdefault("WANDB_X_SERVICE_WAIT", "300")
+    wait, lost = 30 if mode == "online" else 300, 0.5  # seconds; the second: what a kill may lose
+    settings = wandb.Settings(init_timeout=wait, console="off", silent=True, x_transaction_log_flush_interval=lost)
     project = os.environ.get("WANDB_PROJECT", "nanolab")
     run = wandb.init(
         mode=mode, project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=config, settings=settings
