@@ -137,6 +137,13 @@ class Tokenizer:
         """The bytes of `ids`: exact, also where an id stands for a part of a character."""
         return b"".join([self._bytes[i] for i in ids])
 
+    def name(self, i: int) -> str:
+        """A unique name: a token's text or a special token's name; where that is no whole text, or another's name, its bytes as bytes:\\xe2."""
+        data = self._bytes[i]
+        text = data.decode("utf-8", errors="ignore")
+        plain = text and text.encode() == data and not text.startswith("bytes:") and self.specials.get(text, i) == i
+        return text if plain else "bytes:" + ("".join(f"\\x{byte:02x}" for byte in data) or f"none for id {i}")
+
     def special(self, name: str) -> int:
         """The id of a special token. Raises KeyError for a name that is not one."""
         return self.specials[name]

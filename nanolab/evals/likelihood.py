@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nanolab.config import UserError
 from nanolab.inference.cache import KVCache
+from nanolab.inference.prefill import in_blocks
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, Stopped, progress
 
-LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
 WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
 ALIKE = 16  # tokens of texts that begin alike; those that were cut at different places do not
 
@@ -80,8 +80,7 @@ class GPTReader:
 def logits_at(model: GPT, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, device: torch.device, cache: KVCache | None = None) -> Iterator[Tensor]:
     """Logits (n, V) after the tokens `columns` (K,) of `rows` (K,) of ids (R, T), n places at a time."""
     at = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
-    hidden = model.hidden(torch.from_numpy(ids).to(device), cache, at)
-    yield from map(model.logits, hidden.split(max(1, LOGITS // model.config.vocab_size)))
+    yield from in_blocks(model, model.hidden(torch.from_numpy(ids).to(device), cache, at))
 
 
 def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Reading prompts: in chunks, equal prompts once, prompts of one length together, from a snapshot where there is one."""
+"""Reading prompts: in chunks, equal prompts once, prompts of one length together, from a snapshot where there is one.
+
+A prompt that is to be scored is read whole, without a snapshot: the head sees each of its places, a few at a time.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -8,13 +11,23 @@ from torch import Tensor
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefix import Prefixes
 from nanolab.inference.request import Row
+from nanolab.inference.sampling import Chosen
+from nanolab.model.gpt import GPT
+
+LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
+
+
+def in_blocks(model: GPT, hidden: Tensor) -> Iterator[Tensor]:
+    """Logits (n, V) of vectors (K, C), n places at a time."""
+    yield from map(model.logits, hidden.split(max(1, LOGITS // model.config.vocab_size)))
 
 
 class Part:
-    """Prompts of one length that are read together, and the rows that begin with each."""
+    """Prompts of one length that are read together, and the rows that begin with each. top: likeliest tokens to report at each place; -1: not scored."""
 
-    def __init__(self, prompts: list[tuple[int, ...]], rows: list[list[Row]], cache: KVCache, logits: Tensor | None = None):
-        self.prompts, self.rows, self.cache, self.logits = prompts, rows, cache, logits
+    def __init__(self, prompts: list[tuple[int, ...]], rows: list[list[Row]], cache: KVCache, logits: Tensor | None = None, top: int = -1):
+        self.prompts, self.rows, self.cache, self.logits, self.top = prompts, rows, cache, logits, top
+        self.scores = [[Chosen(prompt[0], 0.0)] if top >= 0 else [] for prompt in prompts]
         self.start = self.read = cache.lengths[0]  # tokens of each prompt that a snapshot held, and that are read
         self.length = len(prompts[0])
 
@@ -22,7 +35,7 @@ class Part:
 class Prefill:
     """Rows whose prompts are being read. new_cache: (rows, capacity) -> KVCache."""
 
-    def __init__(self, model: Callable, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: Prefixes | None):
+    def __init__(self, model: GPT, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: Prefixes | None):
         self.model, self.new_cache, self.device, self.prefixes = model, new_cache, device, prefixes
         self.parts: list[Part] = []  # the oldest first
 
@@ -31,24 +44,24 @@ class Prefill:
 
     def take(self, rows: list[Row], tokens: int) -> None:
         """Begin with these rows' prompts; `tokens` at most are read in one forward of several prompts."""
-        reading = {prompt: part.rows[i] for part in self.parts for i, prompt in enumerate(part.prompts)}
-        fresh: dict[int, list[tuple[int, ...]]] = {}  # by length
+        reading = {(prompt, part.top): part.rows[i] for part in self.parts for i, prompt in enumerate(part.prompts)}
+        fresh: dict[tuple[int, int], list[tuple[int, ...]]] = {}  # by length and top
         for row in rows:
-            prompt = row.request.prompt
-            if prompt in reading:
-                reading[prompt].append(row)
+            prompt, top = row.request.prompt, row.request.prompt_logprobs
+            if (prompt, top) in reading:
+                reading[prompt, top].append(row)
                 continue
-            reading[prompt] = [row]
-            if found := self.prefixes.find(prompt) if self.prefixes else None:
+            reading[prompt, top] = [row]
+            if found := self.prefixes.find(prompt) if self.prefixes and top < 0 else None:
                 cache = self.new_cache(1, len(prompt))
                 cache.put([0], found[0], [0])
-                self.parts.append(Part([prompt], [reading[prompt]], cache, None if found[1] is None else found[1][None]))
+                self.parts.append(Part([prompt], [reading[prompt, top]], cache, None if found[1] is None else found[1][None]))
             else:
-                fresh.setdefault(len(prompt), []).append(prompt)
-        for length, prompts in fresh.items():
+                fresh.setdefault((len(prompt), top), []).append(prompt)
+        for (length, top), prompts in fresh.items():
             size = max(1, tokens // length)
             for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-                self.parts.append(Part(some, [reading[prompt] for prompt in some], self.new_cache(len(some), length)))
+                self.parts.append(Part(some, [reading[prompt, top] for prompt in some], self.new_cache(len(some), length), top=top))
 
     def step(self, tokens: int) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         """Read up to `tokens` tokens; for each row whose prompt is through: the row, its cache and place therein, and the logits
@@ -63,16 +76,30 @@ class Prefill:
             T = min(part.length - part.read, min(most, tokens) // len(part.prompts))
             if T:
                 ids = torch.tensor([prompt[part.read : part.read + T] for prompt in part.prompts], device=self.device)
-                part.logits = self.model(ids, cache=part.cache, last_only=True)[:, -1]
+                part.logits = self.model(ids, cache=part.cache, last_only=True)[:, -1] if part.top < 0 else self._scored(part, ids)
                 part.read, tokens = part.read + T, tokens - T * len(part.prompts)
             if part.read == part.length and part in self.parts:
                 self.parts.remove(part)
                 yield from self._through(part)
 
+    def _scored(self, part: Part, ids: Tensor) -> Tensor:
+        """Read the next tokens ids (N, T) of a part, and score the one after each: the logits (N, V) behind them all."""
+        x = self.model.hidden(ids, part.cache)
+        after = [prompt[part.read + 1 : part.read + ids.size(1) + 1] for prompt in part.prompts]
+        asked = [(i, token) for i, tokens in enumerate(after) for token in tokens]
+        for logits in in_blocks(self.model, x[:, : len(after[0])].flatten(0, 1)):
+            here, asked = asked[: len(logits)], asked[len(logits) :]
+            logprobs = logits.log_softmax(-1)
+            own = logprobs[range(len(here)), [token for _, token in here]].tolist()
+            best = logprobs.topk(min(part.top, logprobs.size(-1)))
+            for (i, token), value, tokens, values in zip(here, own, best.indices.tolist(), best.values.tolist()):
+                part.scores[i].append(Chosen(token, value, tuple(zip(tokens, values))))
+        return self.model.logits(x[:, -1])
+
     def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         for i, (prompt, rows) in enumerate(zip(part.prompts, part.rows)):
             for row in rows:
-                row.cached = part.start
+                row.cached, row.scores = part.start, part.scores[i]
                 yield row, part.cache, i, part.logits[i]
             if self.prefixes and rows:
                 self.prefixes.keep(prompt, part.cache if len(part.prompts) == 1 else part.cache.snapshot(i), part.logits[i].clone())

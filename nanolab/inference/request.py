@@ -1,7 +1,7 @@
 """Request, Sampled and Row: what is asked of the engine, what it answers step by step, and where a request stands in between."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Request:
     stop_ids: tuple[int, ...] | None = None  # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
     stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
     logprobs: int = -1  # likeliest tokens to report beside the one that was taken
+    prompt_logprobs: int = -1  # as many beside each token of the prompt, with the row's first token; -1: the prompt is not scored
     tools: Callable[[str], str] | None = None  # given a call's text, returns the result, which is forced into the row
 
     def check(self, limit: int, row: int = 0) -> None:
@@ -51,6 +52,7 @@ class Sampled(NamedTuple):
     forced: bool = False
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
     cached: int = 0  # tokens of the row's prompt that were not computed, since a snapshot held them
+    scores: Sequence[Chosen] = ()  # of the prompt's tokens where they were asked for, 0 for the first, which is given
 
 
 class Row:
@@ -61,6 +63,7 @@ class Row:
         self.tokens = list(request.prompt)  # prompt and reply
         self.end = min(len(request.prompt) + request.max_tokens, limit)
         self.cached = 0
+        self.scores: Sequence[Chosen] = ()
         self.waiting: deque[int] = deque()  # tokens that a tool has put into the row
         self.unheard = False  # whether its last token is the model's own and has not been shown to the tool
         self.use = ToolUse(tokenizer, request.tools) if request.tools else None
@@ -89,7 +92,7 @@ class Row:
         self.tokens.append(chosen.token)
         if self.draws.seen is not None:
             self.draws.seen[chosen.token] = True
-        return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached)
+        return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached, self.scores)
 
     def called(self) -> str | None:
         """The text of the call that the model's last token ended, if it did."""

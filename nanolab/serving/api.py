@@ -54,12 +54,13 @@ class Api:
             ask = read(await read_json(request))
             served = self.find(ask.model)
             name = served.name
-            if served.alive and ask.n > served.places:
-                raise ApiError(400, f"n is {ask.n}; expected at most {served.places}, which is all that this server takes at once", "n", "invalid_value")
-            served.admit(ask.n)
-            prompt = await asyncio.to_thread(prompt_ids, ask, served)
-            answer = Answer(ask, name, len(prompt), served.tokenizer)
-            exchange = Exchange(served, self.rows(ask, served, prompt), answer, self.metrics, request, arrived, self.log)
+            rows = ask.prompts * ask.n
+            if served.alive and rows > served.places:
+                seen, param = (f"n is {ask.n}", "n") if ask.prompts == 1 else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
+                raise ApiError(400, f"{seen}; expected at most {served.places}, which is all that this server takes at once", param, "invalid_value")
+            served.admit(rows)
+            prompts, answer = await asyncio.to_thread(begin, ask, served)
+            exchange = Exchange(served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log)
         except (ApiError, Overloaded, Draining, Broken) as error:
             refused = refusal(error)
             self.metrics.requests.add(1, name, request.url.path, str(refused.status))
@@ -77,15 +78,18 @@ class Api:
             raise ApiError(404, f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}", "model", "model_not_found")
         return self.models[name]
 
-    def rows(self, ask: Ask, served: Served, prompt: list[int]) -> list[engine.Request]:
-        """The engine's requests, one per choice: the first has the seed itself, the others seeds made from it."""
+    def rows(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[engine.Request]:
+        """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others seeds made from it.
+
+        A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it costs no pass of the model.
+        """
         cfg, special = self.cfg, served.tokenizer.special
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if ask.tools else None
         return [
             engine.Request(
                 tuple(prompt),
-                max_tokens=ask.max_tokens or cfg.max_tokens,
+                max_tokens=cfg.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens),
                 temperature=cfg.temperature if ask.temperature is None else ask.temperature,
                 top_k=cfg.top_k if ask.top_k is None else ask.top_k,
                 top_p=cfg.top_p if ask.top_p is None else ask.top_p,
@@ -94,8 +98,10 @@ class Api:
                 stop_ids=ends,
                 stop=ask.stop,
                 logprobs=ask.logprobs,
+                prompt_logprobs=ask.logprobs if ask.echo else -1,
                 tools=self.tool if ask.chat and not ask.tools else None,
             )
+            for prompt in prompts
             for i in range(ask.n)
         ]
 
@@ -198,19 +204,34 @@ async def read_json(request: Request) -> Any:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 
 
-def prompt_ids(ask: Ask, served: Served) -> list[int]:
-    """The tokens that the model is to go on from. Raises ApiError for more than it can read, and for ids that it does not have."""
-    tokenizer, param = served.tokenizer, "messages" if ask.chat else "prompt"
-    texts = [part["text"] for message in ask.prompt for part in parts_of(message["content"])] if ask.chat else [ask.prompt]
-    least = sum(map(len, texts)) // (served.longest if ask.chat or isinstance(ask.prompt, str) else 1)  # tokens, for what is not worth tokenizing
-    ids: list[int] = []
-    if least < served.limit and isinstance(ask.prompt, str):
-        ids = [tokenizer.bos, *tokenizer.encode(ask.prompt)]
-    elif least < served.limit:
-        ids = render_prompt(tokenizer, ask.prompt) if ask.chat else ask.prompt
+def begin(ask: Ask, served: Served) -> tuple[list[list[int]], Answer]:
+    """The prompts in tokens, and the answer that is to grow. Raises what `prompt_ids` raises."""
+    prompts = prompt_ids(ask, served)
+    return prompts, Answer(ask, served.name, prompts, served.tokenizer)
+
+
+def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
+    """The tokens that the model is to go on from, for each prompt. Raises ApiError for more than it can read, and for ids that it does not have."""
+    tokenizer, longest = served.tokenizer, served.longest
+    if ask.chat:
+        size = sum(len(part["text"]) for message in ask.prompt for part in parts_of(message["content"]))
+        return [readable(served, "messages", "messages", size // longest, lambda: render_prompt(tokenizer, ask.prompt))]
+    found = []
+    for i, prompt in enumerate(ask.prompt):
+        name = f"prompt[{i}]" if ask.prompts > 1 else "prompt"
+        if isinstance(prompt, str):
+            found.append(readable(served, "prompt", name, len(prompt) // longest, lambda: [tokenizer.bos, *tokenizer.encode(prompt)]))
+        else:
+            found.append(readable(served, "prompt", name, len(prompt), lambda: prompt))
+    return found
+
+
+def readable(served: Served, param: str, name: str, least: int, encode: Callable[[], list[int]]) -> list[int]:
+    """A prompt in tokens. least: how many these are at the least, for what is not worth tokenizing."""
+    ids = encode() if least < served.limit else []
     if not 0 < len(ids) < served.limit:
         seen = f"{len(ids)} tokens" if ids else f"at least {least} tokens"
-        raise ApiError(400, f"{param} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")
-    if max(ids) >= tokenizer.vocab_size:
-        raise ApiError(400, f"prompt holds the id {max(ids)}; expected ids below {tokenizer.vocab_size}", param, "invalid_value")
+        raise ApiError(400, f"{name} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")
+    if max(ids) >= served.tokenizer.vocab_size:
+        raise ApiError(400, f"{name} holds the id {max(ids)}; expected ids below {served.tokenizer.vocab_size}", param, "invalid_value")
     return ids

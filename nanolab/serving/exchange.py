@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -15,6 +15,7 @@ from nanolab.serving.openai import ApiError
 from nanolab.serving.reply import Answer, Piece
 from nanolab.serving.worker import Draining, Served
 
+T = TypeVar("T")
 LEFT = 499  # nginx's status for a client that has closed the connection, which never gets it
 
 Step = list[tuple[int, list[Piece], bool]]  # (choice, what became certain of it, whether that is its end)
@@ -49,7 +50,7 @@ class Exchange:
                 return StreamingResponse(self._events(first, steps), media_type="text/event-stream", headers=headers)
             async for _ in steps:
                 pass
-            return reply(self.answer.whole())
+            return await self._written(lambda: reply(self.answer.whole()))
         except Gone:
             return Response(status_code=LEFT)
 
@@ -77,15 +78,19 @@ class Exchange:
         """Server-sent events: who speaks, the text as it comes, how it ended, what it took, [DONE]. A failure is the last event."""
         answer = self.answer
         try:
-            yield b"".join(map(event, answer.first())) + self._chunks(first)
+            yield b"".join(map(event, answer.first())) + await self._written(lambda: self._chunks(first))
             async for step in steps:
-                if out := self._chunks(step):
+                if out := await self._written(lambda: self._chunks(step)):
                     yield out
             yield b"".join(map(event, answer.usage())) + b"data: [DONE]\n\n"
         except ApiError as error:
             yield event(error.body)
         except Gone:
             return
+
+    async def _written(self, write: Callable[[], T]) -> T:
+        """A body. Scores of whole prompts take a while to write, and are written in another thread."""
+        return await asyncio.to_thread(write) if self.answer.ask.echo else write()
 
     def _chunks(self, step: Step) -> bytes:
         out = []

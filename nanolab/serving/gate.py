@@ -71,7 +71,11 @@ def page_headers(html: str) -> dict[str, str]:
 
 
 def as_json(body: Any) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")  # a client's half surrogates, quoted in an error, are not UTF-8
+    """One line by every reader's count: JSON itself escapes control characters, and these three separators are escaped here."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    for separator in "\x85\u2028\u2029":
+        text = text.replace(separator, f"\\u{ord(separator):04x}")
+    return text.encode("utf-8", "replace")  # a client's half surrogates, quoted in an error, are not UTF-8
 
 
 def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

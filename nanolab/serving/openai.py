@@ -14,6 +14,7 @@ from nanolab.inference.tools import TOOLS
 
 MAX_MESSAGES = 500
 MAX_ROWS = 128  # n, and OpenAI's own limit
+MAX_PROMPTS = 2048  # of one request, and OpenAI's own limit
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_TOP = 20  # alternatives per token
 WHOLE = 2**31 - 1
@@ -38,7 +39,7 @@ class ApiError(Exception):
 class Ask:
     """What a request wants. None: not said, so the server's default."""
 
-    prompt: list[Message] | str | list[int]  # messages of the chat route; text or ids of the other
+    prompt: list[Message] | list[str | list[int]]  # messages of the chat route; texts and lists of ids, each to be continued, of the other
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -51,12 +52,17 @@ class Ask:
     top_k: int | None = None
     repetition_penalty: float | None = None
     logprobs: int = -1  # -1: none; else each token's own and that many alternatives
+    echo: bool = False  # the prompt comes before its reply, and has logprobs where these are wanted
     tools: dict[str, str] = field(default_factory=dict)  # those that the client runs -> the name of their parameter
 
     @property
     def chat(self) -> bool:
         """Whether this is a conversation rather than text to continue."""
-        return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
+        return isinstance(self.prompt[0], dict)
+
+    @property
+    def prompts(self) -> int:
+        return 1 if self.chat else len(self.prompt)
 
 
 class Unfit(Exception):
@@ -125,12 +131,16 @@ def tool_choice(value: Any) -> str:
     return value
 
 
-def prompt(value: Any) -> str | list[int]:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value):
-        return value
-    raise Unfit("a string that is not empty, or a list of token ids")
+def prompt(value: Any) -> list[str | list[int]]:
+    """One prompt or several, as a list."""
+    several = value if isinstance(value, list) and value and isinstance(value[0], (str, list)) else [value]
+    if len(several) > MAX_PROMPTS or not all(map(continuable, several)):
+        raise Unfit(f"a string that is not empty, a list of token ids, or a list of at most {MAX_PROMPTS} such prompts")
+    return several
+
+
+def continuable(value: Any) -> bool:
+    return isinstance(value, (str, list)) and len(value) > 0 and (isinstance(value, str) or all(type(i) is int and i >= 0 for i in value))
 
 
 def tools(value: Any) -> dict[str, str]:
@@ -248,7 +258,7 @@ SHARED: dict[str, Check] = {
 CHAT: dict[str, Check] = SHARED | {
     "messages": messages, "max_completion_tokens": whole(1, WHOLE), "logprobs": flag, "top_logprobs": whole(0, MAX_TOP), "tools": tools, "tool_choice": tool_choice,
 }  # fmt: skip
-COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP)}
+COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP), "echo": flag, "max_tokens": whole(0, WHOLE)}
 UNREAD = ("presence_penalty", "frequency_penalty", "user", "metadata", "store")  # checked above, and that is all
 
 
@@ -266,7 +276,7 @@ def read_chat(body: Any) -> Ask:
 
 
 def read_completion(body: Any) -> Ask:
-    """The body of /v1/completions. Raises ApiError, naming the field."""
+    """The body of /v1/completions. Raises ApiError, naming the field. max_tokens 0: nothing is generated; with echo and logprobs the prompts are scored."""
     return Ask(**read(body, COMPLETION, "prompt"))
 
 

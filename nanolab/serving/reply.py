@@ -1,11 +1,18 @@
 """Sampled tokens -> what a client reads: text, steps of a tool and calls as they become certain, in OpenAI's bodies and chunks. Imports no torch.
 
 A row's tokens go into one Reply; what it hands out is never taken back: whole characters, no part of a stop string.
+
+Logprobs of /v1/completions have an entry for every token, special ones and the one that ends the reply included, but for those that
+a stop string swallowed; tokens have the names of `Tokenizer.name`, which are unique. With echo the prompt's tokens come first: the bos that
+begins a text here is not among them, lists of ids are shown as they came, and the first token shown has null for its logprob and its
+alternatives, as OpenAI's has.
 """
 
 import json
 import secrets
 import time
+from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanolab.data.chat import PARTS, Part, parts_of, text_of
@@ -16,6 +23,7 @@ from nanolab.serving.openai import Ask
 
 if TYPE_CHECKING:
     from nanolab.inference.request import Sampled
+    from nanolab.inference.sampling import Chosen
 
 LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON does not have
 
@@ -23,7 +31,7 @@ LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON do
 class Token(NamedTuple):
     """A token of the text with its alternatives, and where in the text it begins, in characters."""
 
-    new: "Sampled"
+    new: "Sampled | Chosen"
     offset: int
 
 
@@ -35,11 +43,24 @@ class Piece(NamedTuple):
     tokens: tuple[Token, ...] = ()  # of text
 
 
-class Reply:
-    """One row's tokens as a client sees them. finish: None while it goes on, then stop, length or tool_calls."""
+class Echo:
+    """A prompt as it is shown before its reply. offsets: where each token begins in its text, in characters."""
 
-    def __init__(self, tokenizer: Tokenizer, ask: Ask):
-        self.tokenizer, self.ask = tokenizer, ask
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]):
+        stream, texts, length = TextStream(tokenizer), [], 0
+        self.offsets: list[int] = []
+        for token in ids:
+            self.offsets.append(length)
+            texts.append(stream.push(token))
+            length += len(texts[-1])
+        self.text, self.unfinished = "".join(texts), stream.decoder.getstate()  # of a character that the reply may complete
+
+
+class Reply:
+    """One row's tokens as a client sees them. finish: None while it goes on, then stop, length or tool_calls. echo: comes before the first token."""
+
+    def __init__(self, tokenizer: Tokenizer, ask: Ask, echo: Echo | None = None):
+        self.tokenizer, self.ask, self.echo = tokenizer, ask, echo
         marks = {kind: mark for kind, mark in PARTS.items() if mark.start and ask.chat}
         self.opens = {tokenizer.special(mark.start): kind for kind, mark in marks.items()}
         self.closes = {tokenizer.special(mark.end): kind for kind, mark in marks.items()}
@@ -50,13 +71,19 @@ class Reply:
         self.count = self.cached = self.shown = 0  # tokens; of the prompt, not computed; characters of text handed out
         self.pending: list[Token] = []
         self._begin("text")
+        if echo:
+            self.stream.decoder.setstate(echo.unfinished)
 
     def push(self, new: "Sampled") -> list[Piece]:
         """Take the row's next token; what it makes certain."""
         if self.finish:
             return []
-        self.count, self.cached = self.count + 1, new.cached
-        pieces: list[Piece] = []
+        self.cached = new.cached
+        pieces = self._echoed(new) if self.echo and not self.count else []
+        if self.ask.max_tokens == 0:
+            self.finish = "length"
+            return pieces
+        self.count += 1
         if new.token in self.opens:
             pieces += self._end(whole=True)
             self._begin(self.opens[new.token])
@@ -72,11 +99,21 @@ class Reply:
         self.finish = self.finish or ("stop" if self.stream.stopped else new.finish)
         if self.finish in ("stop", "length"):
             pieces += self._end(whole=self.finish == "stop")
+            if self.pending and not self.ask.chat and not self.stream.stopped:
+                pieces.append(self._hand_out("", self.pending))
         return pieces
 
     @property
     def text(self) -> str:
         return text_of(self.parts)
+
+    def _echoed(self, new: "Sampled") -> list[Piece]:
+        self.shown = len(self.echo.text)
+        tokens = []
+        if self.ask.logprobs >= 0:
+            first, *others = new.scores[-len(self.echo.offsets) :]  # without the bos that is not shown
+            tokens = [Token(score, offset) for score, offset in zip([first._replace(logprob=None, top=None), *others], self.echo.offsets)]
+        return [self._hand_out(self.echo.text, tokens)]
 
     def _begin(self, kind: str) -> None:
         self.kind, self.code = kind, ""
@@ -96,16 +133,19 @@ class Reply:
         if self.kind != "text":
             self.code += text
             return []
-        if token and self.ask.logprobs >= 0 and token.new.token not in self.stream.specials:
+        if token and self.ask.logprobs >= 0 and not (self.ask.chat and token.new.token in self.stream.specials):
             self.pending.append(token)
         self.shown += len(text)
         if not text:
             return []
-        out = tuple(token for token in self.pending if token.offset < self.shown)
-        self.pending = self.pending[len(out) :]
-        self.tokens += out
+        n = sum(token.offset < self.shown for token in self.pending)
+        out, self.pending = self.pending[:n], self.pending[n:]
+        return [self._hand_out(text, out)]
+
+    def _hand_out(self, text: str, tokens: list[Token]) -> Piece:
+        self.tokens += tokens
         self.parts = parts_of([*self.parts, {"type": "text", "text": text}])
-        return [Piece("text", text, out)]
+        return Piece("text", text, tuple(tokens))
 
     def _call(self, code: str) -> list[Piece]:
         """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is Python."""
@@ -119,10 +159,11 @@ class Reply:
 class Answer:
     """The bodies of one HTTP request: `whole` for a plain answer, `first`, `chunk`, `last` and `usage` for a stream."""
 
-    def __init__(self, ask: Ask, model: str, prompt_tokens: int, tokenizer: Tokenizer):
-        self.ask, self.model, self.prompt_tokens = ask, model, prompt_tokens
-        self.tokenizer = tokenizer
-        self.replies = [Reply(tokenizer, ask) for _ in range(ask.n)]
+    def __init__(self, ask: Ask, model: str, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer):
+        self.ask, self.model, self.prompt_tokens = ask, model, sum(map(len, prompts))
+        self.tokenizer, self.name = tokenizer, cache(tokenizer.name)
+        echoes = [Echo(tokenizer, ids[isinstance(given, str) :]) if ask.echo else None for given, ids in zip(ask.prompt, prompts)]  # a text's bos is ours
+        self.replies = [Reply(tokenizer, ask, echo) for echo in echoes for _ in range(ask.n)]  # n for each prompt
         self.id, self.created = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
 
     @property
@@ -138,7 +179,7 @@ class Answer:
 
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any text: who speaks."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.ask.n)] if self.ask.chat else []
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.replies))] if self.ask.chat else []
 
     def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
         delta: dict[str, Any] = {"part": {"type": piece.kind, "text": piece.text}}
@@ -157,7 +198,7 @@ class Answer:
 
     def tokens(self) -> dict[str, Any]:
         made = sum(reply.count for reply in self.replies)
-        cached = {"cached_tokens": self.replies[0].cached}
+        cached = {"cached_tokens": sum(reply.cached for reply in self.replies[:: self.ask.n])}
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made, "prompt_tokens_details": cached}
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,11 +223,11 @@ class Answer:
         if self.ask.chat:
             entries = [self._entry(t.new.token, t.new.logprob) | {"top_logprobs": [self._entry(*top) for top in t.new.top]} for t in tokens]
             return {"content": entries, "refusal": None}
-        name = lambda token: self.tokenizer.decode([token])  # noqa: E731
+        name = self.name
         return {
             "tokens": [name(t.new.token) for t in tokens],
-            "token_logprobs": [max(LEAST, t.new.logprob) for t in tokens],
-            "top_logprobs": [{name(token): max(LEAST, logprob) for token, logprob in t.new.top} for t in tokens],
+            "token_logprobs": [None if t.new.logprob is None else max(LEAST, t.new.logprob) for t in tokens],
+            "top_logprobs": [None if t.new.top is None else {name(token): max(LEAST, logprob) for token, logprob in t.new.top} for t in tokens],
             "text_offset": [t.offset for t in tokens],
         }
 

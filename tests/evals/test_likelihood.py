@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nanolab.config import UserError
-from nanolab.evals import likelihood
 from nanolab.evals.likelihood import GPTReader, Text, score
+from nanolab.inference import prefill
 from nanolab.inference.served import served
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -116,7 +116,7 @@ def test_any_packing_finds_the_same(tokens):
 
 
 def test_the_head_reads_places_a_block_at_a_time(monkeypatch):
-    monkeypatch.setattr(likelihood, "LOGITS", 5 * V)
+    monkeypatch.setattr(prefill, "LOGITS", 5 * V)
     check(build(), GROUPS)
 
 

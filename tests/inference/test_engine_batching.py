@@ -12,6 +12,7 @@ import torch
 
 from nanolab.config import GPTConfig, UserError
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference import prefill
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.served import served
@@ -236,6 +237,50 @@ def test_sampled_rows_depend_on_their_own_seed_alone(default):
     ]  # fmt: skip
     alone = [run([request], 0)[0] for request in requests]
     assert run(requests, 0) == run(requests, 3) == alone and alone[0] != alone[1]
+
+
+@pytest.mark.fault("S5")
+def test_scores_of_a_prompt_are_those_of_the_model_without_a_cache(model, monkeypatch):
+    """Whatever is read beside it and in what chunks; equal prompts that are not scored, or with fewer alternatives, keep what is theirs."""
+    monkeypatch.setattr(prefill, "LOGITS", 7 * SMALL["vocab_size"])
+    rng, asked, found, replies = random.Random(0), {}, {}, {}
+    engine = Engine(model, None, RUNTIME, max_rows=5, prefill_tokens=17, prefix_bytes=1 << 20)
+    prompts = [ids(rng, n) for n in (1, 2, 30, 30, 95)]
+    for _ in range(24):
+        prompt, top = rng.choice(prompts), rng.choice([-1, 0, 3])
+        asked[engine.add(greedy(prompt, rng.randint(1, 3), prompt_logprobs=top))] = tuple(prompt), top
+        for new in engine.step() if rng.random() < 0.5 else ():
+            found.setdefault(new.row, new.scores)
+            replies.setdefault(new.row, []).append(new.token)
+    while not engine.idle:
+        for new in engine.step():
+            found.setdefault(new.row, new.scores)
+            replies.setdefault(new.row, []).append(new.token)
+    assert set(found) == set(asked)
+    with torch.no_grad():
+        expected = {tuple(prompt): model(torch.tensor([prompt]))[0].log_softmax(-1) for prompt in prompts}
+    for row, (prompt, top) in asked.items():
+        check_greedy(model, prompt, replies[row])
+        assert [score.token for score in found[row]] == (list(prompt) if top >= 0 else [])
+        for score, following, logprobs in zip(found[row][1:], prompt[1:], expected[prompt]):
+            assert score.logprob == pytest.approx(logprobs[following].item(), abs=TIE)
+            assert [value for _, value in score.top] == pytest.approx(logprobs.topk(top).values.tolist(), abs=TIE)
+            assert [value for _, value in score.top] == pytest.approx([logprobs[token].item() for token, _ in score.top], abs=TIE)
+
+
+@pytest.mark.fault("S5")
+def test_scoring_a_prompt_takes_turns_with_the_others_and_never_holds_all_its_logits(default, monkeypatch):
+    """A row decodes one token in each step while 90 tokens are scored eight at a time; the head sees four places at once."""
+    monkeypatch.setattr(prefill, "LOGITS", 4 * SMALL["vocab_size"])
+    engine, rng, sizes, logits = Engine(default, None, RUNTIME, prefill_tokens=8), random.Random(0), [], default.logits
+    monkeypatch.setattr(default, "logits", lambda x: sizes.append(x.numel() // x.size(-1)) or logits(x))
+    beside = engine.add(greedy(ids(rng, 3), 90))
+    engine.step()
+    long = engine.add(greedy(ids(rng, 90), 1, prompt_logprobs=0))
+    steps = [engine.step() for _ in range(12)]
+    assert [sum(new.row == beside for new in step) for step in steps] == [1] * 12
+    assert [sum(new.row == long for new in step) for step in steps] == [0] * 11 + [1] and len(steps[-1][-1].scores) == 90
+    assert max(sizes) == 4
 
 
 def test_a_prompt_that_begins_with_a_snapshot_starts_there(default):

@@ -33,6 +33,7 @@ def conversation(user: str, *parts: str) -> list[dict]:
 HELLO = conversation("hi", "é 🙂 hello")
 PRODUCT = conversation("12*34?", "12*34", "408", "It is 408.")
 PROGRAM = conversation("say", "print('a')", "a", "Said.")
+LINES = conversation("ends", "a\u2028b\u2029c\x85")
 
 
 def save(base: Path, name: str, model: GPT, tokenizer: Tokenizer, kind: str) -> None:
@@ -48,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
     """A base directory with the runs "parrot", a chat model that knows its answers by heart, and "endless", a base model that never stops."""
     base = tmp_path_factory.mktemp("served")
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
-    rows = [render(tokenizer, messages) for messages in (HELLO, PRODUCT, PROGRAM, HELLO + PRODUCT, PRODUCT + HELLO)]
+    rows = [render(tokenizer, messages) for messages in (HELLO, PRODUCT, PROGRAM, LINES, HELLO + PRODUCT, PRODUCT + HELLO)]
     T = max(len(ids) for ids, _ in rows) - 1
     x = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in rows])
     y = torch.tensor([[i if m else -1 for i, m in zip(ids[1:], mask[1:])] + [-1] * (T + 1 - len(ids)) for ids, mask in rows])

@@ -57,7 +57,7 @@ def test_a_server_counts(start_server):
     for _ in range(2):
         live.http.post("/v1/chat/completions", json=chat)
     live.http.post("/v1/completions", json={"model": "endless", "prompt": "x", "max_tokens": 3, "n": 2, "stream": True})
-    live.http.post("/v1/completions", json={"model": "endless", "prompt": "x", "max_tokens": 0})
+    live.http.post("/v1/completions", json={"model": "endless", "prompt": "x", "max_tokens": -2})
     _, values = parse(live.http.get("/metrics").text)
     requests = {key[1:]: value for key, value in values.items() if key[0] == "nanolab_requests_total"}
     chats, completions = ("route", "/v1/chat/completions"), ("route", "/v1/completions")

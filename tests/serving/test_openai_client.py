@@ -181,8 +181,8 @@ def test_completions(client, tok):
     full = client.completions.create(model="endless", prompt=[5] * 4090, max_tokens=5000)
     assert (full.usage.total_tokens, full.choices[0].finish_reason) == (4096, "length")
     logprobs = client.completions.create(model="parrot", prompt=render_prompt(tok, HI), logprobs=2).choices[0].logprobs
-    assert "".join(logprobs.tokens[-5:]) == "hello" and logprobs.text_offset[-5:] == [4, 5, 6, 7, 8]
-    assert all(len(top) == 2 and max(top.values()) == pytest.approx(own) for top, own in zip(logprobs.top_logprobs[-5:], logprobs.token_logprobs[-5:]))
+    assert logprobs.tokens[-6:] == [*"hello", "<|assistant_end|>"] and logprobs.text_offset[-6:] == [4, 5, 6, 7, 8, 9]
+    assert all(len(top) == 2 and max(top.values()) == pytest.approx(own) for top, own in zip(logprobs.top_logprobs[-6:], logprobs.token_logprobs[-6:]))
 
 
 def test_system_and_developer_messages(chat, tok):

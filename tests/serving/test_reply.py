@@ -37,7 +37,7 @@ def test_what_is_handed_out_is_the_parsed_reply(tok, found):
     reply, pieces = fed(tok, Ask(HI), [*ids, tok.special("<|assistant_end|>")], "stop")
     assert parts_of([{"type": piece.kind, "text": piece.text} for piece in pieces]) == reply.parts == parse_reply(tok, ids)
     assert (reply.finish, reply.count) == ("stop", len(ids) + 1)
-    plain, _ = fed(tok, Ask("x"), [*ids, tok.bos], "stop")  # to text that is only continued, marks mean nothing
+    plain, _ = fed(tok, Ask(["x"]), [*ids, tok.bos], "stop")  # to text that is only continued, marks mean nothing
     specials = set(tok.specials.values())
     assert plain.text == tok.decode([i for i in ids if i not in specials])
 
@@ -68,7 +68,7 @@ def test_a_reply_that_is_cut_short(tok):
 def test_a_call_with_text_before_it(tok):
     ids = [*tok.encode("so "), tok.special("<|python_start|>"), *tok.encode("1+1"), tok.special("<|python_end|>")]
     ask = Ask(HI, tools={"calculator": "expression"})
-    answer = Answer(ask, "m", 5, tok)
+    answer = Answer(ask, "m", [[5] * 5], tok)
     for at, token in enumerate(ids):
         answer.replies[0].push(Sampled(0, token, -1.0, "stop" if at == len(ids) - 1 else None))
     (choice,) = answer.whole()["choices"]

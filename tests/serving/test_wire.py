@@ -149,7 +149,7 @@ def test_a_field_at_its_limit_is_taken(live, field):
 
 
 @pytest.mark.parametrize(("field", "words"), [
-    ({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"messages": HI}, "messages"), ({"prompt": ["a", "b"]}, "list of token ids"), ({"prompt": ""}, "not empty"),
+    ({"echo": 1}, "true or false"), ({"suffix": "x"}, "suffix"), ({"messages": HI}, "messages"), ({"prompt": ["a", 5]}, "list of token ids"), ({"prompt": ""}, "not empty"),
     ({"prompt": []}, "not empty"), ({"prompt": [5, 275]}, "ids below 275"), ({"prompt": [1] * 4096}, "reads at most 4095"), ({"logprobs": True}, "whole number"),
     ({"prompt": None}, "missing"), ({"tools": []}, "not supported"),
 ])  # fmt: skip
