@@ -21,14 +21,15 @@ from nanolab.serving import api
 from nanolab.serving.worker import Served
 
 NPM = Path(__file__).parent / "npm"
-HELLO, IT_IS = "é 🙂 hello", "It is 408."
+HELLO, IT_IS, LINES = "é 🙂 hello", "It is 408.", "a\u2028b\u2029c\x85"
 # What else than model, messages, prompt and `stream: false` each client sends with its defaults, and the message keys of a reply given back
+TEXT = {"frequency_penalty": 0, "logprobs": None, "n": 1, "presence_penalty": 0, "seed": None, "top_p": 1}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 SENT = {
     "openai": [{}, {"stream": True}],
     "litellm": [{}, {"stream": True}],
     "llm": [{}, USAGE, USAGE | {"max_tokens": 1}, USAGE | {"max_tokens": 5, "temperature": 0.0}],
-    "langchain-openai": [{}, {"stream": True}],
+    "langchain-openai": [{}, {"stream": True}, TEXT | {"max_tokens": 256, "temperature": 0.7}],
     "pydantic-ai": [{}, USAGE],
     "huggingface_hub": [{}, {"stream": True}],
     "npm": [{}, {"stream": True}, {"max_tokens": 5, "stop": ["\nuser:"]}],
@@ -89,12 +90,13 @@ def alone(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize(("client", "fields"), [(client, fields) for client, sent in SENT.items() for fields in sent])
 def test_what_clients_send(live, client, fields):
-    """Recorded: the tests below see that the clients still send this. A reply given back has huggingface_hub's nulls."""
+    """Recorded: the tests below see that the clients still send this. A reply given back has huggingface_hub's nulls; a list of prompts is LangChain's."""
     message = bot(HELLO) | {"reasoning": None, "tool_call_id": None, "tool_calls": None}
-    if "stop" in fields:
-        path, prompt = "completions", {"model": "endless", "prompt": "x"}
+    if "logprobs" in fields or "stop" in fields:
+        path, prompt = "completions", {"model": "endless", "prompt": ["x"] if "logprobs" in fields else "x"}
     else:
         path, prompt = "chat/completions", {"model": "parrot", "messages": [HI, message, PRODUCT]}
     assert live.http.post(f"/v1/{path}", json=prompt | fields).status_code == 200
@@ -150,17 +152,20 @@ def test_litellm(wire, provider):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("S1", "S2")
+@pytest.mark.fault("S1", "S2", "S5")
 def test_litellm_leaves_blanks(wire):
     import litellm
 
-    ask = partial(litellm.completion, "openai/parrot", api_base=wire.url, api_key="none")
+    to = {"api_base": wire.url, "api_key": "none"}
+    ask = partial(litellm.completion, "openai/parrot", **to)
     blank = ask([PRODUCT], max_tokens=1).choices[0].message
     assert not blank.content
     wire.prompts.clear(), wire.bodies.clear()
     ask([PRODUCT, blank, HI])
     assert ask([system(""), HI]).choices[0].message.content == HELLO
     wire.check("litellm", [BOTH], [HI])
+    two = litellm.text_completion(["x", "y"], "text-completion-openai/endless", max_tokens=5, **to)
+    assert [choice.text for choice in two.choices] == ["\0" * 5] * 2
 
 
 @pytest.fixture
@@ -233,6 +238,18 @@ def test_langchain_leaves_blanks(wire):
     wire.check("langchain-openai", [BOTH], [BOTH], [BOTH], [HI], [system("a\n\nb"), HI])
 
 
+@pytest.mark.slow
+@pytest.mark.fault("S5")
+def test_langchain_completions(wire):
+    from langchain_openai import OpenAI
+
+    model = partial(OpenAI, base_url=wire.url, model="endless", max_retries=0)
+    assert len(model().invoke("x").encode()) > 0
+    wire.check_fields("langchain-openai")
+    made = model(temperature=0, max_tokens=5)
+    assert (made.invoke("x"), made.batch(["x", "yy"]), "".join(made.stream("x"))) == ("\0" * 5, ["\0" * 5] * 2, "\0" * 5)
+
+
 @pytest.fixture
 def agent(wire):
     """A function (instructions and the like) -> an agent of pydantic-ai."""
@@ -279,6 +296,15 @@ def test_huggingface_hub(wire, path):
     again = "".join(chunk.choices[0].delta.content or "" for chunk in ask([HI, bot(said), PRODUCT], stream=True))
     assert (said, again) == (HELLO, IT_IS)
     wire.check("huggingface_hub", [HI], SECOND)
+
+
+@pytest.mark.fault("S6")
+def test_huggingface_hub_streams_lines(wire):
+    from huggingface_hub import InferenceClient
+
+    ask = partial(InferenceClient(base_url=wire.url).chat_completion, [user("ends")], model="parrot")
+    assert ask().choices[0].message.content == LINES
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(stream=True)) == LINES
 
 
 # JavaScript
