@@ -542,7 +542,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Make a GPT-2 of a transformers folder a finished base run, which every command takes."""
+    """Make a GPT-2 of a transformers folder a finished run, which every command takes."""
 
     folder: str = ""  # with config.json, model.safetensors and the tokenizer's files; the first argument
     run: str = ""  # run directory under <base>/runs/; default: the folder's name

@@ -43,6 +43,12 @@ def recognise(path: Path, suffix: str = "", reads_parquet: bool = True) -> tuple
     return None
 
 
+def check_pointer(path: Path) -> None:
+    """Raises UserError for a git-lfs pointer in the place of a file."""
+    if path.is_file() and (known := recognise(path)) and known[0] == "git-lfs pointer":
+        raise UserError(f"{path} is a git-lfs pointer; expected the file that it points to; type: {known[1]}", "git-lfs-pointer", path=str(path), command=known[1])
+
+
 def check_kind(path: Path, suffix: str, reads_parquet: bool = True) -> None:
     """Raises UserError for a file that holds another kind of data than `suffix` says, naming the kind and a command that converts it."""
     if known := recognise(path, suffix, reads_parquet):

@@ -26,6 +26,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from nanolab.config import UserError
+from nanolab.data.kinds import check_pointer
 
 # Text is cut into pieces by the first alternative that matches; tokens never span pieces. In order: English contractions;
 # a run of letters with at most one other character before it (a space, a bracket); digits in groups of at most two, which
@@ -165,6 +166,7 @@ def read(path: Path, checked: bool = False) -> BPE:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
+    check_pointer(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -189,7 +191,7 @@ def _from_tokenizer_json(raw: dict[str, Any], path: Path) -> BPE:
             raise _refuse(path, f"sets {option} = {model[option]!r}")
     plain = [t["content"] for t in raw.get("added_tokens") or [] if not t["special"]]
     if plain:
-        raise _refuse(path, f"cuts text at added tokens that are not special ({', '.join(map(repr, plain[:3]))})")
+        raise _refuse(path, f"cuts text at added tokens that are not special ({', '.join(map(repr, plain[:3]))})", "added-tokens", tokens=plain)
     specials = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
     bpe = _build(_pattern(raw.get("pre_tokenizer"), path), model["vocab"], model["merges"], specials, path)
     orphans = [s for s in bpe.specials if s not in specials]

@@ -90,7 +90,8 @@ def loading(chat: bool, code: str, licence: str, bos: str, known: bool) -> list[
     if code:
         at = f" at commit {commit}" if (commit := git_commit()) else ""
         lines += [f"transformers does not have this architecture: its code is `{code}`, nanolab's own source{at} in one file. {licence}. Read it before you trust it.", ""]
-    start = "The chat template puts it there." if chat else "The tokenizer does not add it: put `tokenizer.bos_token` before a text, as above."
+    template = "The chat template puts it there; it renders conversations as nanolab's server does, and marks what nanolab trains on, for `assistant_only_loss=True` of TRL."
+    start = template if chat else "The tokenizer does not add it: put `tokenizer.bos_token` before a text, as above."
     said = f"Every text that the model was trained on begins with `{bos}`." if known else f"nanolab begins every text with `{bos}`."
     return [*lines, f"{said} {start}", ""]
 

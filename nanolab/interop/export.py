@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from nanolab.training.models import ModelRef, load_model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODE = "modeling_nanolab.py"
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", CODE}
+AUTO = {"AutoConfig": "NanolabConfig", "AutoModel": "NanolabModel", "AutoModelForCausalLM": "NanolabForCausalLM"}  # of transformers -> classes in CODE
+KIND = "nanolab_kind"  # in config.json: base, sft or rl
 MARK = "\n- nanolab\n"  # the tag in the card's header, which other people's folders do not have
 LICENCE = "MIT License, Copyright (c) 2026 nanolab contributors"
 TOLERANCE = 1e-4  # of a logit in fp32
@@ -60,6 +62,7 @@ def export(found: ModelRef, out: Path, card: Callable[..., str], dtype: str = "f
     model, tokenizer, meta = load_model(found, Runtime(torch.device("cpu"), torch.float32))
     if (source := meta.get("env", {}).get("imported")) and Path(source).resolve() == out.resolve():
         raise UserError(f"{out} is the folder that {found.name} was imported from; expected another one, since that is the original; try another --out")
+    gpt2.check_finite(model.state_dict(), f"{found.name}@{found.step}", f"export a step saved before training broke: --model {found.name}@STEP")
     text = card(found, model.config, tokenizer, dtype, CODE if brings_code(model) else "", LICENCE)
     temp = out.parent / f".tmp-{out.name}-{os.getpid()}"
     try:
@@ -120,11 +123,13 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torc
     names = castable(model)
     state = {name: tensor.to(dtype) if name in names else tensor for name, tensor in model.state_dict().items()}
     if brings_code(model):
-        config, state = nanolab_config(model), {f"gpt.{name}": tensor.contiguous() for name, tensor in state.items()}
+        rows, tables = model.config.vocab_size, {"wte", "lm_head", *(f"value_embeds.{i}" for i in model.value_embeds)}
+        state = {name: tensor[:rows] if name.rpartition(".")[0] in tables else tensor for name, tensor in state.items()}  # trainers read the head's matrix
+        config, state = nanolab_config(model), {f"model.gpt.{name}": tensor.contiguous() for name, tensor in state.items()}
         (folder / CODE).write_text(modelling_file(), encoding="utf-8")
     else:
         config, state = gpt2.config_to_hf(model.config), gpt2.to_hf(state, model.config)
-    write_json(folder / "config.json", config | common | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", config | common | {"dtype": str(dtype).removeprefix("torch."), KIND: kind})
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps its files to their owner
     tokenizer.save(folder)
@@ -151,11 +156,11 @@ def special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
 
 
 def nanolab_config(model: GPT) -> dict[str, Any]:
-    """config.json for modeling_nanolab.py."""
-    c = model.config
+    """config.json for modeling_nanolab.py. The tables have a row for each token and none to pad them."""
+    c = replace(model.config, pad_vocab_to=1)
     return {
         "model_type": "nanolab", "architectures": ["NanolabForCausalLM"],
-        "auto_map": {"AutoConfig": f"{CODE[:-3]}.NanolabConfig", "AutoModelForCausalLM": f"{CODE[:-3]}.NanolabForCausalLM"},
+        "auto_map": {auto: f"{CODE[:-3]}.{name}" for auto, name in AUTO.items()},
         "vocab_size": c.vocab_size, "max_position_embeddings": c.sequence_len, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "gpt": to_json(c),
     }  # fmt: skip

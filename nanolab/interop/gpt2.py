@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanolab.config import Architecture, GPTConfig, UserError
+from nanolab.data.kinds import check_pointer
 from nanolab.model.accounting import padded_vocab, windows
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2, PRESETS
@@ -113,6 +114,7 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
 
     Raises UserError for tensors that are missing, that nobody knows, or whose shapes are not those of the config.
     """
+    saved = {_full(name): name for name in tensors}
     tensors = {_full(name): tensor for name, tensor in tensors.items() if not _is_mask(name)}
     head, table = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     if c.tied_head and head is not None:
@@ -124,8 +126,11 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
         expected = {name: tuple(t.shape) for name, t in to_hf(GPT(c).state_dict(), c).items()}
     for what, names in (("lack", expected.keys() - tensors.keys()), ("hold", tensors.keys() - expected.keys())):
         if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"the weights {what} {first}{more}; expected those of a GPT-2 with {c.n_layer} layers, as config.json says; check that both are of one model")
+            first, more = saved.get(min(names), min(names)), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"the weights {what} {first}{more}; expected those of a GPT-2 with {c.n_layer} layers, as config.json says; check that both are of one model",
+                f"weights-{what}", tensors=sorted(saved.get(name, name) for name in names),
+            )  # fmt: skip
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{name} has the shape {tuple(tensors[name].shape)}; expected {shape} by config.json; check that both are of one model")
@@ -140,6 +145,8 @@ def from_hf(tensors: Mapping[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
 def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """(config, our weights in fp32) of a folder that save_pretrained wrote. Raises UserError for what is missing, damaged or not GPT-2."""
     index = folder / "model.safetensors.index.json"  # of large models, which are saved in parts
+    for path in sorted(folder.glob("*")):
+        check_pointer(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}; expected a folder that transformers' save_pretrained wrote; check the path")
     c = config_from_hf(_json(folder / "config.json"))
@@ -150,7 +157,17 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         others = f"; {pickled.name} is a pickle, which runs what it holds, and is not read; if you trust it: {how.strip()}" if pickled else "; copy or download it"
         raise UserError(f"no {missing[0]} in {folder}; expected the weights{others}")
     tensors = {name: tensor for file in names for name, tensor in _weights(folder / file).items()}
-    return c, {name: tensor.float() for name, tensor in from_hf(tensors, c).items()}
+    state = from_hf(tensors, c)
+    check_finite(tensors, folder, "copy or download it again, or take a step that was saved before training broke")
+    return c, {name: tensor.float() for name, tensor in state.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], of: Path | str, advice: str) -> None:
+    """Raises UserError naming the tensors that hold NaN or infinity, and how many numbers of each do."""
+    bad = {name: n for name, tensor in tensors.items() if not _is_mask(name) and (n := int((~tensor.isfinite()).sum()))}
+    if bad:
+        first = ", ".join(f"{name} ({n:,})" for name, n in list(bad.items())[:4]) + (", ..." if len(bad) > 4 else "")
+        raise UserError(f"{sum(bad.values()):,} numbers of the weights of {of} are NaN or infinite, in {first}; expected finite ones; {advice}", "weights-not-finite", tensors=bad)
 
 
 def with_rows(state: Mapping[str, Tensor], c: GPTConfig, known: int, vocab_size: int) -> tuple[dict[str, Tensor], GPTConfig]:

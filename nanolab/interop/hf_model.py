@@ -19,6 +19,8 @@ from torch import Tensor
 
 from nanolab.config import UserError
 from nanolab.data.formats import sha256_file
+from nanolab.data.kinds import check_pointer
+from nanolab.interop.gpt2 import check_finite
 from nanolab.runtime import Runtime
 
 LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configs call the tokens of a text
@@ -62,6 +64,7 @@ def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple[
             f"the tokenizer of {folder} has {ids} ids, its weights have rows for {rows}; expected one model's tokenizer and weights; put the model's own "
             "tokenizer there"
         )
+    check_finite(dict(model.named_parameters()), folder, TRY_SAVING)
     return HFReader(model.to(runtime.device).eval(), runtime), HFTokenizer(tokenizer, folder)
 
 
@@ -73,6 +76,8 @@ def weights_of(folder: Path) -> str:
 def check_folder(folder: Path, transformers: Any, trust_code: bool) -> None:
     """Raises UserError for what can be said without building a model."""
     file = folder / "config.json"
+    for path in sorted(folder.glob("*")):
+        check_pointer(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one with config.json, model.safetensors and tokenizer.json; give the path of a local model")
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The model as transformers knows models: a config, a cache and a class for AutoModelForCausalLM.
+"""The model as transformers knows models: a config, a cache, and classes for AutoModel and AutoModelForCausalLM.
 
 Exported together with what it imports of nanolab, in one file (one_file.py); nothing of nanolab imports it. Dims: B rows,
 T tokens, V vocabulary. A row is a text; where rows differ in length they are padded, and attention_mask is 0 there.
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
-from nanolab.model.gpt import GPT
+from nanolab.model.gpt import GPT, Block
 
 
 PAST = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)  # its name since transformers 5.24, and before
@@ -33,6 +34,7 @@ class NanolabConfig(PretrainedConfig):
         self.gpt = asdict(c)
         self.vocab_size, self.max_position_embeddings = c.vocab_size, c.sequence_len
         self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads = c.n_embd, c.n_layer, c.n_head, c.n_kv_head
+        self.final_logit_softcapping = c.softcap or None  # by this name trainers that compute the loss from the head's matrix find it
 
 
 class GenerationCache(KVCache):
@@ -49,30 +51,34 @@ class GenerationCache(KVCache):
         self.select(beam_idx.tolist())
 
 
-class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
-    """nanolab's GPT with the interface of transformers. Weights are computed with in the dtype they are loaded in."""
+class Layer(Block, GradientCheckpointingLayer):
+    """A block that transformers can switch to computing its activations again in the backward pass."""
+
+
+class NanolabPreTrainedModel(PreTrainedModel):
+    """What both classes share. Attention is computed by the kernel that nanolab chooses: torch's sdpa wherever that can do it."""
 
     config_class = NanolabConfig
-    base_model_prefix = "gpt"
-    _is_stateful = True  # what the cache has read cannot be taken back, which assisted generation would need
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
 
-    def __init__(self, config: NanolabConfig):
-        super().__init__(config)
-        self.gpt = GPT(GPTConfig(**config.gpt))
-        parts = {part for name, _ in self.gpt.named_parameters() for part in name.split(".")}
-        self._keep_in_fp32_modules_strict = sorted(parts & SCALARS)
-        self.post_init()
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(f"attn_implementation {attn_implementation!r} is not offered by this model; expected 'sdpa' or 'eager', which compute the same here; leave it out")
+        return attn_implementation or "sdpa"
 
     def _init_weights(self, module: nn.Module) -> None:
         """Of a model that is made from a config: all at once, when its first module comes up. Weights that were loaded stay."""
         if module is self.gpt.wte and not getattr(module.weight, "_is_hf_initialized", False):
             self.gpt.init_weights(torch.initial_seed())
 
+    def _keep_scalars(self) -> None:
+        parts = {part for name, _ in self.gpt.named_parameters() for part in name.split(".")}
+        self._keep_in_fp32_modules_strict = sorted(parts & SCALARS)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.gpt.wte
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.gpt.lm_head
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         raise NotImplementedError(
@@ -80,18 +86,23 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
             f"for instance the special ones, or train a model with a larger vocabulary in nanolab"
         )
 
+
+class NanolabModel(NanolabPreTrainedModel):
+    """nanolab's GPT up to what its head reads. Weights are computed with in the dtype they are loaded in."""
+
+    def __init__(self, config: NanolabConfig):
+        super().__init__(config)
+        self.gpt = GPT(GPTConfig(**config.gpt))
+        self.gpt.h = nn.ModuleList(Layer(self.gpt.config, i) for i in range(self.gpt.config.n_layer))
+        self._keep_scalars()
+        self.post_init()
+
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, past_key_values: GenerationCache | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
-        cache: GenerationCache | None = None,
-    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
-        """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
-
-        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats, without those that padding would predict. use_cache: return the cache, which the
-        next call continues; without it no cache is made. It may be given as cache or as past_key_values. attention_mask: 0 at padding, before or behind each row's text; of a call
-        that continues, over all columns from the first on, and 1 in each new one.
-        """
+        use_cache: bool | None = None, inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, cache: GenerationCache | None = None,
+    ) -> BaseModelOutputWithPast | tuple:  # fmt: skip
+        """input_ids (B, T) -> last_hidden_state (B, T, C), which the head reads; NanolabForCausalLM's forward describes the arguments."""
         for name, value in (("inputs_embeds", inputs_embeds is not None), ("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
                 raise ValueError(f"{name} is not offered by this model; expected input_ids, and no {name}; leave it out")
@@ -104,15 +115,7 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
             wide = dtype if input_ids.device.type != "cpu" or dtype == torch.float64 else torch.float32  # one query in bf16 takes a CPU ten times as long
             cache = self._new_cache(len(input_ids), wide, input_ids.device)
         x = self._read(input_ids, attention_mask) if cache is None else self._continue(input_ids, attention_mask, cache)
-        logits, loss = self.gpt.logits(x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]), None
-        if labels is not None:
-            if logits.size(1) != labels.size(1):
-                raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
-            targets = labels[:, 1:].to(logits.device)
-            if attention_mask is not None:
-                targets = targets.masked_fill(attention_mask[:, -labels.size(1) : -1].to(logits.device) == 0, -100)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{PAST: cache if use_cache else None})
+        out = BaseModelOutputWithPast(last_hidden_state=x, **{PAST: cache if use_cache else None})
         return out.to_tuple() if return_dict is False else out
 
     def _new_cache(self, rows: int, dtype: torch.dtype, device: torch.device) -> GenerationCache:
@@ -151,6 +154,51 @@ class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
             x = new.new_zeros(B, T, new.size(-1)) if x is None else x
             x[rows, T - length :] = new
         return x
+
+
+class NanolabForCausalLM(NanolabPreTrainedModel, GenerationMixin):
+    """NanolabModel and its head."""
+
+    _is_stateful = True  # what the cache has read cannot be taken back, which assisted generation would need
+
+    def __init__(self, config: NanolabConfig):
+        super().__init__(config)
+        self.model = NanolabModel(config)
+        self._keep_scalars()
+        self.post_init()
+
+    @property
+    def gpt(self) -> GPT:
+        return self.model.gpt
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.gpt.lm_head
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, past_key_values: GenerationCache | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        cache: GenerationCache | None = None,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+        """input_ids (B, T) -> logits (B, T, V) in fp32, or of the last `logits_to_keep` tokens, or of those columns.
+
+        labels: (B, T), as input_ids, -100 where not counted; then loss is the mean of the next tokens' nats, without those that padding would predict. use_cache: return the cache, which the
+        next call continues; without it no cache is made. It may be given as cache or as past_key_values. attention_mask: 0 at padding, before or behind each row's text; of a call
+        that continues, over all columns from the first on, and 1 in each new one.
+        """
+        past = {PAST: cache if cache is not None else past_key_values}
+        read = self.model(input_ids, attention_mask, use_cache=use_cache, inputs_embeds=inputs_embeds, output_attentions=output_attentions, output_hidden_states=output_hidden_states, **past)
+        x = read.last_hidden_state
+        logits, loss = self.gpt.logits(x[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]), None
+        if labels is not None:
+            if logits.size(1) != labels.size(1):
+                raise ValueError(f"labels of {labels.size(1)} tokens for logits of {logits.size(1)}; expected a label for each; leave logits_to_keep out")
+            targets = labels[:, 1:].to(logits.device)
+            if attention_mask is not None:
+                targets = targets.masked_fill(attention_mask[:, -labels.size(1) : -1].to(logits.device) == 0, -100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{PAST: getattr(read, PAST)})
+        return out.to_tuple() if return_dict is False else out
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: GenerationCache | None = None, attention_mask: Tensor | None = None, use_cache: bool | None = None,

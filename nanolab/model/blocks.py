@@ -42,7 +42,7 @@ class Embedding(nn.Embedding):
         pass
 
     def look_up(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(idx, self.weight).to(dtype)
+        return self(idx).to(dtype)  # by __call__: adapters hook the table
 
 
 class TiedHead(nn.Module):

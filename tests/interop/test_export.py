@@ -200,10 +200,27 @@ def test_what_ends_a_text(tokenizer, tmp_path, kind, ends, pad):
 def test_config_holds_every_field(tokenizer, tmp_path):
     folder, model = written(tmp_path, DEFAULT, tokenizer, dtype=torch.bfloat16)
     config = json.loads((folder / "config.json").read_text())
-    assert from_json(GPTConfig, config["gpt"]) == DEFAULT and config["dtype"] == "bfloat16"
+    assert from_json(GPTConfig, config["gpt"]) == dataclasses.replace(DEFAULT, pad_vocab_to=1) and config["dtype"] == "bfloat16"
     state = export.load_file(folder / "model.safetensors")
-    assert state["gpt.h.0.attn.c_q.weight"].dtype == torch.bfloat16 and state["gpt.lambdas.resid"].dtype == torch.float32
-    assert all(torch.equal(state[f"gpt.{name}"].float(), p) for name, p in model.state_dict().items())  # the model has been rounded, too
+    assert state["model.gpt.h.0.attn.c_q.weight"].dtype == torch.bfloat16 and state["model.gpt.lambdas.resid"].dtype == torch.float32
+    for name, p in model.state_dict().items():
+        rows = 285 if len(p.shape) and len(p) == 320 else None  # those of tokens
+        assert torch.equal(state[f"model.gpt.{name}"].float(), p[:rows] if rows else p)  # the model has been rounded, too
+
+
+@torch.no_grad()
+@pytest.mark.fault("S13")
+def test_auto_classes_and_attention(tokenizer, tmp_path):
+    """sdpa and eager are the one attention there is; others are refused by name."""
+    folder, model = written(tmp_path, DEFAULT, tokenizer)
+    base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    torch.testing.assert_close(base(ids(DEFAULT)).last_hidden_state, model.hidden(ids(DEFAULT)), atol=1e-5, rtol=0)
+    for name in ("sdpa", "eager"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
+        torch.testing.assert_close(theirs(ids(DEFAULT)).logits, model(ids(DEFAULT)), atol=1e-5, rtol=0)
+    for name in ("flash_attention_2", "flex_attention"):
+        with pytest.raises(ValueError, match=f"attn_implementation '{name}' is not offered by this model; expected 'sdpa' or 'eager'"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation=name)
 
 
 def test_licence_is_the_projects():

@@ -290,6 +290,62 @@ def test_gradients_are_the_native_models(model, native, idx):
         p.grad = q.grad = None
 
 
+@pytest.mark.fault("S13")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_change_no_gradient(file, config, reentrant):
+    """Each block runs again in the backward pass, and only there."""
+    model, idx, ran = exported(file, contracts.build(config)).train(), contracts.tokens(config), []
+    for block in model.gpt.h:
+        block.attn.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    found = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        ran.clear()
+        torch.manual_seed(0)
+        loss = model(idx, labels=idx).loss
+        assert len(ran) == config.n_layer
+        loss.backward()
+        assert len(ran) == config.n_layer * (1 + on)
+        found.append((loss.detach(), [p.grad for p in model.parameters()]))
+    (loss, plain), (again, checkpointed) = found
+    assert torch.equal(loss, again)
+    for (name, _), p, q in zip(model.named_parameters(), plain, checkpointed):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.fault("S13")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_learn_under_checkpointing(file, native, idx, reentrant):
+    """As PEFT asks for it: only some late weights learn, and the embeddings' output is made to need gradients."""
+    model, grads = exported(file, native).train(), []
+    model.requires_grad_(False)
+    learns = model.gpt.h[-1].mlp.c_proj.weight.requires_grad_(True)
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(idx, labels=idx).loss.backward()
+        grads.append(learns.grad)
+        learns.grad = None
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.fault("S13")
+def test_the_base_model_is_what_the_head_reads(model, native, idx):
+    base = model.base_model
+    assert base is not model and torch.equal(base(input_ids=idx).last_hidden_state, native.hidden(idx))
+    assert torch.equal(base(idx, return_dict=False)[0], native.hidden(idx))
+    first = base(idx[:, :9], use_cache=True)
+    rest = base(idx[:, 9:], use_cache=True, past_key_values=first.past_key_values).last_hidden_state
+    torch.testing.assert_close(rest, native.hidden(idx)[:, 9:], atol=2e-5, rtol=0)
+    raw = model.get_output_embeddings()(base(idx).last_hidden_state)[..., : native.config.vocab_size]
+    cap = model.config.final_logit_softcapping
+    torch.testing.assert_close(cap * torch.tanh(raw / cap), model(idx).logits, atol=2e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_saved_and_loaded(file, model, native, idx, tmp_path):
     """To the bit; and in bf16 as the native model computes in bf16, with its learned scalars in fp32."""

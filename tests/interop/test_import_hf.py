@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nanolab.config import BaseEvalConfig, ChatConfig, ImportConfig, InspectConfig, SFTConfig, UserError, from_preset
-from nanolab.data.tokenizer import SPECIAL_TOKENS
-from nanolab.interop import export, gpt2
+from nanolab.data.chat import render_prompt
+from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanolab.inference.engine import Engine
+from nanolab.interop import export, gpt2, hf_model
+from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training.models import find_model, load_model, read_json
 from nanolab.training.schedule import gpt_config
@@ -239,3 +243,111 @@ def test_names_that_cannot_be_are_named(folder):
     import_hf.run(ImportConfig(str(folder)))
     with pytest.raises(UserError, match="run 'tiny' exists already"):
         import_hf.run(ImportConfig(str(folder)))
+
+
+def make_chat(name: str, tokenizer, kind: str) -> None:
+    """A finished GPT-2 of that kind."""
+    preset = from_preset(InspectConfig, "gpt2")
+    c = dataclasses.replace(gpt_config(preset, tokenizer.vocab_size), n_layer=2, n_embd=16, n_head=2, sequence_len=64, bos=tokenizer.bos)
+    model = GPT(c)
+    model.init_weights(0)
+    import_hf.write(name, Path("none"), model.state_dict(), c, tokenizer, CPU, kind)
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize("kind", ["base", "sft", "rl"])
+def test_an_exported_folder_comes_back_as_what_it_was(kind, tmp_path, capsys, monkeypatch):
+    """Also where transformers has saved it again; an older export says it by its template."""
+    monkeypatch.setenv("NANOLAB_DTYPE", "float32")
+    tokenizer = Tokenizer.train(["three times four is 12, the fox said. " * 3], 277)
+    make_chat("m", tokenizer, kind)
+    out, again = tmp_path / "out", tmp_path / "again"
+    model, want, _ = load_model("m", CPU)
+    out.mkdir()
+    export.write(out, model, want, kind)
+    transformers.AutoModelForCausalLM.from_pretrained(out).save_pretrained(again)
+    transformers.AutoTokenizer.from_pretrained(out).save_pretrained(again)
+    for folder, name in ((out, "back"), (again, "again")):
+        back, tok, meta = imported(folder, name)
+        assert (meta["kind"], read_json(find_model(name).run_dir / "result.json")["kind"]) == (kind, kind)
+        assert tok.hash == want.hash and all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != export.KIND}))
+    assert imported(out, "older")[2]["kind"] == ("base" if kind == "base" else "sft")
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    capsys.readouterr()
+    asked = []
+    monkeypatch.setattr("nanolab.inference.engine.Engine.add", lambda engine, request, *rest, add=Engine.add: asked.append(list(request.prompt)) or add(engine, request, *rest))
+    chat_cli.run(ChatConfig(model="back", prompt="four?", max_tokens=3, device_type="cpu"))
+    assert asked == [[want.bos, *want.encode("four?")] if kind == "base" else render_prompt(want, [{"role": "user", "content": "four?"}])]
+
+
+@pytest.mark.fault("S14")
+def test_another_chat_template_makes_no_chat_model(folder, capsys):
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}")
+    assert imported(folder)[2]["kind"] == "base"
+    assert "chat template is not nanolab's, and is left out" in capsys.readouterr().out
+
+
+def renamed(folder: Path, **names: torch.Tensor) -> None:
+    save_file(load_file(folder / "model.safetensors") | names, folder / "model.safetensors")
+
+
+def poisoned(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4:7] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    tensors["transformer.ln_f.bias"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def ordinary_added_token(folder: Path) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": len(raw["model"]["vocab"]), "content": "<URL>", "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 497774208\n"
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize(
+    ("damage", "code", "values"),
+    [
+        (poisoned, "weights-not-finite", {"tensors": {"transformer.h.1.mlp.c_fc.weight": 3, "transformer.ln_f.bias": 1}}),
+        (lambda f: renamed(f, **{"score.weight": torch.zeros(2, 32)}), "weights-hold", {"tensors": ["score.weight"]}),
+        (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs-pointer", {}),
+        (lambda f: (f / "tokenizer.json").write_text(POINTER), "git-lfs-pointer", {}),
+        (ordinary_added_token, "added-tokens", {"tokens": ["<URL>"]}),
+    ],
+)
+def test_what_cannot_be_imported_is_named_as_the_file_has_it(damage, code, values, folder, base_dir):
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        import_hf.run(ImportConfig(str(folder), "r"))
+    assert error.value.code == code and values.items() <= error.value.values.items()
+    assert set(re.findall(r"--[a-z-]+", str(error.value))) <= {"--folder", "--run"} and "tok_train" not in str(error.value)
+    assert not (base_dir / "runs" / "r").exists()
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize(("damage", "code"), [(poisoned, "weights-not-finite"), (lambda f: (f / "model.safetensors").write_text(POINTER), "git-lfs-pointer")])
+def test_the_same_is_named_in_a_folder_that_is_evaluated(damage, code, folder):
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        hf_model.load(folder, CPU)
+    assert error.value.code == code
+
+
+@pytest.mark.fault("S14")
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    tokenizer = Tokenizer.train(["three times four is 12, the fox said. " * 3], 277)
+    c = dataclasses.replace(gpt_config(from_preset(InspectConfig, "gpt2"), 277), n_layer=2, n_embd=16, n_head=2, sequence_len=64, bos=tokenizer.bos)
+    model = GPT(c)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.h[1].attn.c_k.weight[2, 3] = float("nan")
+    import_hf.write("m", Path("none"), model.state_dict(), c, tokenizer, CPU)
+    with pytest.raises(UserError) as error:
+        export.export(find_model("m"), tmp_path / "out", lambda *_: "")
+    assert (error.value.code, error.value.values["tensors"]) == ("weights-not-finite", {"h.1.attn.c_k.weight": 1})
+    assert not (tmp_path / "out").exists()

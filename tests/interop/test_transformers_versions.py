@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from nanolab.config import GPTConfig
+from nanolab.data.chat import render, template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
 from nanolab.model.gpt import GPT
@@ -22,6 +23,10 @@ pytestmark = pytest.mark.slow
 VERSIONS = ["4.57.6", "5.20.0", "5.22.0", "5.23.0", pytest.param("5.24.0", marks=pytest.mark.fault("L1"))]  # the oldest that an export names; 5.24 renamed the cache
 CONFIG = GPTConfig(sequence_len=32, vocab_size=285, n_layer=2, n_head=2, n_embd=32)
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
+CHATS = [  # a text ends in a character of several tokens
+    [{"role": "user", "content": "three times four?"}, {"role": "assistant", "content": "\U0001f600"}, {"role": "user", "content": "and"}, {"role": "assistant", "content": "12", "weight": 0}],
+    [{"role": "user", "content": "3"}, {"role": "assistant", "content": [{"type": "text", "text": "\u00e9\U0001f600"}, {"type": "python", "text": "3"}, {"type": "python_output", "text": "3\u00e9"}]}],
+]
 PROMPT = [[250, 5, 17, 99]]
 
 # What a reader of the folder does, with transformers alone: tokens that `forward` read, and the text.
@@ -30,7 +35,7 @@ import sys
 sys.modules["nanolab"] = None
 sys.modules["kernels"] = None  # the installed one is younger than transformers 4.57 and its huggingface_hub, which import it; a reader of an old version has none or an old one
 import json, torch, transformers
-folder, prompt = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+folder, prompt, chats, template = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), json.loads(sys.argv[3]), sys.argv[4]
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 plain = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -49,6 +54,22 @@ try:
     said["second turn"] = {"text": again[0].tolist(), "read": list(read)}
 except ValueError as error:
     said["second turn"] = str(error)
+chat = tokenizer.apply_chat_template(chats, chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
+said["chats"] = list(zip(chat["input_ids"], chat["assistant_masks"]))
+model.train()
+said["gradients"] = []
+for kwargs in (None, {}, {"use_reentrant": True}, {"use_reentrant": False}):
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.zero_grad()
+    model(input_ids=prompt, labels=prompt).loss.backward()
+    said["gradients"].append([p.grad.norm().item() for p in model.parameters()])
+base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa")
+said["base"] = (base(prompt).last_hidden_state - model.base_model(input_ids=prompt).last_hidden_state).abs().max().item()
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="flash_attention_2")
+except ValueError as error:
+    said["flash"] = str(error)
 print(json.dumps(said))
 """
 
@@ -114,7 +135,8 @@ def test_generation_reads_each_token_once(version, beside, folder, model, tokeni
     """Also with beams and in a second turn; the text is the one without a cache, and the native model's."""
     install(version, beside)
     env = os.environ | {"PYTHONPATH": str(beside), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ, str(folder), json.dumps(PROMPT)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", READ, str(folder), json.dumps(PROMPT), json.dumps(CHATS), template_of(tokenizer)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["version"] == version
@@ -123,3 +145,7 @@ def test_generation_reads_each_token_once(version, beside, folder, model, tokeni
     assert said["beams"]["text"] == said["beams, no cache"]["text"]
     assert said["second turn"] == {"text": greedy(model, said["greedy"]["text"] + PROMPT[0], 5), "read": [5, 1, 1, 1, 1]}  # the last token of a text is not read
     assert said["vocabulary"] == [tokenizer.decode([i]) for i in range(285)]
+    assert [tuple(pair) for pair in said["chats"]] == [tuple(map(list, render(tokenizer, chat))) for chat in CHATS]
+    plain, *others = said["gradients"]
+    assert len(others) == 3 and all(gradients == pytest.approx(plain, rel=1e-4) for gradients in others)
+    assert said["base"] == 0 and "attn_implementation 'flash_attention_2' is not offered by this model" in said["flash"]
