@@ -466,7 +466,8 @@ class ServeConfig:
     port: int = 8000  # 0: one that is free
     api_key: str = ""  # what requests under /v1 must send as Authorization: Bearer KEY; empty: they need none
     api_key_env: str = "NANOLAB_API_KEY"  # environment variable that holds the key instead, where other users of the machine do not see it
-    cors: str = ""  # origin of other web pages that may use the API, for example http://localhost:3000
+    allowed_hosts: str = ""  # names that requests may call this server by, besides IP addresses and the machine's own, joined by commas; *: any
+    cors: str = ""  # origins of other web pages that may use the API, joined by commas, for example http://localhost:3000; *: all of them
     # how much at once
     max_rows: int = 32  # replies that a replica generates at once
     queue: int = 64  # replies that wait for a place; beyond them requests are refused with 429

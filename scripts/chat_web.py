@@ -13,7 +13,7 @@ def run(cfg: ServeConfig) -> int:
     from nanolab import runtime
     from nanolab.inference.sampling import check_settings
     from nanolab.serving.api import create_app
-    from nanolab.serving.gate import LOOPBACK, find_key
+    from nanolab.serving.gate import LOOPBACK, find_key, own_names
     from nanolab.serving.server import Server, bind
 
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
@@ -23,6 +23,9 @@ def run(cfg: ServeConfig) -> int:
     listening = bind(cfg.host, cfg.port)  # before the models are loaded, which takes longer
     models = {served.name: served for served in load(cfg, runtime.start(cfg.device_type))}
     app = create_app(models, cfg)
+    if cfg.host not in LOOPBACK:
+        known = ", ".join(sorted({*LOOPBACK, *own_names(cfg.host)} | {*filter(None, cfg.allowed_hosts.split(","))}))
+        print(f"note: answers to any IP address of this machine and to the names {known}; another name needs --allowed-hosts NAME", file=sys.stderr)
     if cfg.host not in LOOPBACK and not find_key(cfg):
         print(f"note: whoever reaches {cfg.host} can use this server; a key keeps others out: {cfg.api_key_env}=SECRET in the environment", file=sys.stderr)
 

@@ -24,7 +24,7 @@ from nanolab.data.chat import parts_of, render_prompt
 from nanolab.inference import engine
 from nanolab.inference.tools import find_tool
 from nanolab.serving.exchange import LEFT, Exchange
-from nanolab.serving.gate import Gate, failed, page_headers, refusal, reply
+from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key, has_key, page_headers, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ApiError, Ask, read_chat, read_completion
 from nanolab.serving.reply import Answer
@@ -32,6 +32,7 @@ from nanolab.serving.worker import Broken, Draining, Overloaded, Served
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 MAX_BODY = 4 << 20  # bytes of a request
+BODY_SECONDS = 60.0  # for all of it to arrive
 
 
 class Api:
@@ -51,6 +52,7 @@ class Api:
         """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
         arrived, name = time.perf_counter(), ""
         try:
+            self.admit_any()
             ask = read(await read_json(request))
             served = self.find(ask.model)
             name = served.name
@@ -68,6 +70,15 @@ class Api:
         except ClientDisconnect:  # in the middle of its body
             return Response(status_code=LEFT)
         return await exchange.respond()
+
+    def admit_any(self) -> None:
+        """Raise what every model would for one more row: then the body need not be read."""
+        for i, served in enumerate(self.models.values(), 1):
+            try:
+                return served.admit(1)
+            except (Overloaded, Draining, Broken):
+                if i == len(self.models):
+                    raise
 
     def find(self, name: str | None) -> Served:
         if name is None and len(self.models) == 1:
@@ -135,7 +146,7 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         html = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab again") from None
-    api, headers = Api(models, cfg), page_headers(html)
+    api, headers, key = Api(models, cfg), page_headers(html), find_key(cfg)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -148,8 +159,8 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # no documentation pages: they would load scripts from elsewhere
     app.add_middleware(Gate, cfg=cfg)
-    if cfg.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=[cfg.cors], allow_methods=["GET", "POST"], allow_headers=["*"])
+    if origins := allowed_origins(cfg):
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_exception_handler(ApiError, lambda request, error: failed(error))
     app.add_exception_handler(HTTPException, lambda request, error: failed(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")))
     app.add_exception_handler(Exception, lambda request, error: failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest")))
@@ -177,9 +188,9 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         return await api.generate(request, read_completion)
 
     @app.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         status, body = api.health()
-        return reply(body, status)
+        return reply(body if has_key(request.headers, key) else {"status": body["status"]}, status)  # the rest names models and quotes errors
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -190,16 +201,27 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
 
 
 async def read_json(request: Request) -> Any:
-    """The body. Raises ApiError for one that is too large or is not JSON."""
-    if "json" not in request.headers.get("content-type", ""):  # also keeps out the forms of other web sites
-        raise ApiError(415, "the body's Content-Type is not JSON; expected application/json; with curl: -H 'Content-Type: application/json'")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            raise ApiError(413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large")
+    """The body. Raises ApiError for one that is too large, too slow or not JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # the only one of these that a page of another site cannot send without asking first
+        wanted = "expected application/json; with curl: -H 'Content-Type: application/json'"
+        raise ApiError(415, f"the body's Content-Type is {kind[:100]!r}; {wanted}", code="unsupported_media_type")
+    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:  # h11 lets only digits through
+        raise too_large
+
+    async def read() -> bytes:
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY:
+                raise too_large
+        return bytes(data)
+
     try:
-        return json.loads(data)
+        return json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once", code="body_timeout", headers=CLOSE) from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 

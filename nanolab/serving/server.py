@@ -1,15 +1,23 @@
 """The process around the application: its port, and its end: after SIGTERM running requests finish and new ones get 503."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import Callable, Collection
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanolab.config import UserError
+from nanolab.serving.gate import CLOSE, RETRY_AFTER, failed
+from nanolab.serving.openai import ApiError
 from nanolab.serving.worker import Served
+
+MAX_CONNECTIONS = 512  # at once, or half of the files that the process may open if that is less; those beyond get 503
+HEAD_SECONDS = 20.0  # for the head of a request to arrive; a connection that takes longer, or sends nothing, is closed
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -25,6 +33,44 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on --host {host} --port {port} ({error}); {wanted}; try --port {port + 1 if 1024 <= port < 65535 else 8000}") from None
 
 
+def most_connections() -> int:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
+
+
+class Connection(H11Protocol):
+    """A client's connection: heads of requests have HEAD_SECONDS to arrive, and one connection too many is told so and closed."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            self.app = failed(ApiError(503, "too many connections at once; try again", code="too_many_connections", headers=RETRY_AFTER | CLOSE))
+        self.wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.wait()
+
+    def wait(self) -> None:
+        """Start the clock while a head, or the unread rest of a body, is awaited; an idle connection between requests has uvicorn's own clock."""
+        awaited = self.conn.our_state in (h11.IDLE, h11.DONE) and self.timeout_keep_alive_task is None
+        if awaited and self.late is None:
+            self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not awaited:
+            self.stop_clock()
+
+    def stop_clock(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.stop_clock()
+        super().connection_lost(exc)
+
+
 class Server(uvicorn.Server):
     """Answers until SIGTERM or Ctrl-C, then lets running requests finish for `drain_seconds`; a second signal ends it at once.
 
@@ -33,7 +79,8 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, models: Collection[Served], drain_seconds: float, ready: Callable[[], None]):
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=65, timeout_graceful_shutdown=1))
+        settings = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 65, "timeout_graceful_shutdown": 1}
+        super().__init__(uvicorn.Config(app, http=Connection, ws="none", **settings))
         self.models, self.drain_seconds, self.ready = models, drain_seconds, ready
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
