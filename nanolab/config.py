@@ -335,6 +335,7 @@ class SFTConfig:
     chatcore_tasks: str = ""  # names with commas; default: those of ChatCORE
     chatcore_max_cat: int = -1  # examples of each categorical task; -1: all
     chatcore_max_sample: int = 24  # examples of each generative task
+    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
     log_every: int = 1
@@ -375,6 +376,7 @@ class RLConfig:
     temperature: float = 1.0
     top_k: int = 50  # 0: off
     tool: str = "calculator"  # calculator | python: what answers a tool call; empty: nothing does
+    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     rollout_batch_size: int = 0  # replies drawn at once on one device; 0: all of a rollout
     device_batch_size: int = 8  # replies in one forward pass of training on one device
     # optimization
@@ -413,6 +415,7 @@ class ChatEvalConfig:
     top_k: int = 50  # 0: off
     max_tokens: int = 512  # of a sampled reply
     tool: str = "calculator"  # calculator | python: what answers the calls in sampled replies; empty: nothing
+    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     max_problems: int = -1  # of each task, a random subset that is the same for every model; -1: all
     device_batch_size: int = 32  # rows read or replies drawn at once on one device
     device_type: str = ""
@@ -449,6 +452,7 @@ class ChatConfig:
     chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
     raw: bool = False  # continue the text as it stands; default for base models
     tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing
+    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     temperature: float = 0.8
     top_k: int = 50  # 0: off
     top_p: float = 1.0
@@ -481,6 +485,7 @@ class ServeConfig:
     top_p: float = 1.0
     max_tokens: int = 512  # of a reply
     tool: str = "calculator"  # calculator | python: what answers the calls in chat replies; empty: nothing
+    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     log_conversations: str = ""  # JSONL file that conversations are appended to; empty: they are kept nowhere
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
 

@@ -31,6 +31,7 @@ def run(cfg: ChatConfig) -> int:
     from nanolab.inference.dialogue import Dialogue
     from nanolab.inference.engine import Engine, Request
     from nanolab.inference.sampling import check_settings
+    from nanolab.inference.sandbox import walls
     from nanolab.inference.served import served
     from nanolab.inference.tools import find_tool
     from nanolab.training.run import load_model
@@ -44,6 +45,8 @@ def run(cfg: ChatConfig) -> int:
         model, tokenizer, meta = load_model(cfg.model, rt)
     answers = cfg.chat or not cfg.raw and meta.get("kind", "base") != "base"
     check_given(cfg, ANSWERING, answers=answers)
+    for line in walls(cfg, answers and cfg.tool == "python"):
+        tell(line)
     if cfg.system and not answers:
         raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
     dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True), answers=answers, system=cfg.system)

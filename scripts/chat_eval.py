@@ -39,12 +39,13 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     tool = find_tool(cfg.tool)
     found = find_model(cfg.model)
     tasks, missing = open_tasks(cfg, split_versions(load_meta(found.checkpoint)))
+    tasks, missing, said = with_walls(cfg, tasks, missing)
     check_given(cfg, SAMPLING, sampled=any(task.kind == "generative" for task in tasks.values()))
     model, tokenizer, meta = load_model(found, rt)
     engine = Engine(model, tokenizer, rt)
     if meta.get("kind", "base") == "base":
         print0("note: this is a base model, which has not learned the marks of a conversation")
-    for line in (*(f"missing: {name}: {why}" for name, why in missing.items()), *dict.fromkeys(f"note: {note}" for task in tasks.values() for note in task.notes)):
+    for line in (*said, *(f"missing: {name}: {why}" for name, why in missing.items()), *dict.fromkeys(f"note: {note}" for task in tasks.values() for note in task.notes)):
         print0(line)
     made = {"device": rt.device_name, "dtype": rt.dtype_name, "settings": {name: getattr(cfg, name) for name in SETTINGS}}
     result = {"model": found.name, "step": found.step, "kind": meta.get("kind", "base"), **made, "tasks": {}, "missing": missing}
@@ -106,6 +107,20 @@ def open_tasks(cfg: ChatEvalConfig, versions: Mapping[str, int] = {}) -> tuple[d
     if not tasks:
         raise UserError(f"no task can be opened: {'; '.join(missing.values())}; type --tasks NAME,... with --data FOLDER")
     return tasks, missing
+
+
+def with_walls(cfg: ChatEvalConfig, tasks: dict, missing: dict[str, str]) -> tuple[dict, dict[str, str], list[str]]:
+    """The tasks, those missing, and what the sandbox is like where code of the model's runs. Without one, tasks that nobody named are missing."""
+    from nanolab.inference.sandbox import walls
+
+    safe = {name: task for name, task in tasks.items() if not task.runs_code}
+    called = cfg.tool == "python" and any(task.kind == "generative" for task in tasks.values())
+    try:
+        return tasks, missing, walls(cfg, called or len(safe) < len(tasks))
+    except UserError as error:
+        if error.code != "no-sandbox" or called or cfg.tasks or not safe:
+            raise
+        return safe, missing | {name: str(error) for name in tasks if name not in safe}, []
 
 
 def name_and_split(spec: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
 
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.inference.engine import Engine
+    from nanolab.inference.sandbox import walls
     from nanolab.inference.tools import TOOLS
     from nanolab.model.gpt import GPT
     from nanolab.runtime import print0
@@ -48,6 +49,8 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
     held_out = build(cfg.task, cfg.eval_split, cfg.data, cfg.eval_examples, cfg.seed) if cfg.eval_every > 0 else None
     if held_out is not None and not len(held_out):
         raise UserError(f"task {cfg.task} has no example in {cfg.eval_split}; expected at least one; name another --eval-split, or type --eval-every -1")
+    for line in walls(cfg, cfg.tool == "python" or task.runs_code):
+        print0(line)
     if cfg.dry_run:
         check_name(name)
         check_talks(found, load_meta(found.checkpoint))

@@ -30,9 +30,22 @@ def run(cfg: SFTConfig) -> int:
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
     rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
     try:
+        check_code(cfg)
         return dry_run(cfg, rt, name, found) if cfg.dry_run else train(cfg, rt, name, found)
     finally:
         rt.close()
+
+
+def check_code(cfg: SFTConfig) -> None:
+    """Say what the sandbox is like where evaluations on the way run code of the model's. Raises UserError where it does not hold."""
+    from nanolab.evals.chatcore import MEMBERS
+    from nanolab.inference.sandbox import walls
+    from nanolab.runtime import print0
+    from tasks import TASKS
+
+    names = [name.strip() for name in cfg.chatcore_tasks.split(",")] if cfg.chatcore_tasks else MEMBERS
+    for line in walls(cfg, cfg.chatcore_every > 0 and any(TASKS[name].runs_code for name in names if name in TASKS)):
+        print0(line)
 
 
 def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:

@@ -12,6 +12,7 @@ def run(cfg: ServeConfig) -> int:
     spin(GENERATING)
     from nanolab import runtime
     from nanolab.inference.sampling import check_settings
+    from nanolab.inference.sandbox import walls
     from nanolab.serving.api import create_app
     from nanolab.serving.gate import LOOPBACK, find_key, own_names
     from nanolab.serving.server import Server, bind
@@ -20,6 +21,8 @@ def run(cfg: ServeConfig) -> int:
     for name in ("max_rows", "replicas", "max_tokens"):
         if getattr(cfg, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
+    for line in walls(cfg, cfg.tool == "python"):
+        print(line, flush=True)
     listening = bind(cfg.host, cfg.port)  # before the models are loaded, which takes longer
     models = {served.name: served for served in load(cfg, runtime.start(cfg.device_type))}
     app = create_app(models, cfg)

@@ -36,6 +36,7 @@ class Task:
     baseline = 0.0
     measures = ""  # what `correct` looks at, where it is not the answer
     version = 1
+    runs_code = False  # whether grading runs what a model has written
     former: tuple[int, ...] = ()  # earlier versions that it can still make, for a run that began with one
     splits: tuple[str, ...] = ("train", "test")
     argument_is = ""  # what may follow "=" in a spec; ends with "?" where it may be left out; empty: nothing

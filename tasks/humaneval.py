@@ -24,6 +24,7 @@ class Problem(NamedTuple):
 class HumanEval(Task):
     kind = "generative"
     splits = ("test",)
+    runs_code = True
 
     def open(self) -> Sequence[Example]:
         return rows_of(self, SOURCE, parse)

@@ -41,9 +41,20 @@ def prctl(option: int, value: int, pointer: Any = 0) -> None:
     call(libc.prctl, option, value, pointer, 0, 0)
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
+def die_with_parent(alive: Callable[[], bool], number: int = signal.SIGKILL) -> None:
+    """alive: whether the parent is there still; it may have gone before the kernel was told what that means."""
     if LINUX:
         prctl(1, number)  # PR_SET_PDEATHSIG
+        if not alive():
+            os._exit(1)
+
+
+def held(fd: int) -> bool:
+    """Whether somebody holds the other end of this pipe, of which nothing is ever read."""
+    os.set_blocking(fd, False)
+    with suppress(BlockingIOError):
+        return bool(os.read(fd, 1))
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------ the walls
@@ -81,7 +92,10 @@ FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many there are, by version; 16 f
 
 
 def landlock(task: dict) -> None:
-    """Reads the standard library and its own folder, writes the latter alone. https://docs.kernel.org/userspace-api/landlock.html"""
+    """Reads the system's libraries, Python's own with what is installed beside them, and its own folder; writes the latter alone.
+
+    https://docs.kernel.org/userspace-api/landlock.html
+    """
     version = call(libc.syscall, 444, None, 0, 1)
     every = (1 << FS_RIGHTS.get(version, 16)) - 1
     tcp, scopes = 3 if version >= 4 else 0, 3 if version >= 6 else 0  # bind and connect; abstract sockets and signals
@@ -197,24 +211,33 @@ def build(wall: Callable[[dict], None], task: dict) -> str:
     return "on"
 
 
+def lacks(task: dict, isolation: dict[str, str]) -> bool:
+    """Whether a wall is down without which the program must not run."""
+    return any(isolation[name] != "on" for name in task["required"])
+
+
 # -------------------------------------------------------------------------------------------------------- the processes
 
 
 def warden(task: dict, job: int, report: int) -> None:
     limits(task)
     isolation = {"namespaces": build(namespaces, task)}
-    die_with_parent(signal.SIGTERM)  # set after the namespace, which clears it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is somebody to end, and a way to
+    die_with_parent(lambda: os.getppid() == task["parent"], signal.SIGTERM)  # set after the namespace, which clears it
     if LINUX:
         prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process
+    alive, kept = os.pipe()  # whose other end stays open in this process alone: in a pid namespace the keeper sees no parent
     me, child = os.getpid(), os.fork()
     if child == 0:
-        keeper(task, job, report, isolation)
+        os.close(kept)
+        keeper(task, job, report, isolation, alive)
 
     def stop(*_: Any) -> None:
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.close(job), os.close(report)
     os.waitpid(child, 0)  # of a pid namespace's first process: returns when all are gone
     with suppress(ChildProcessError, FileNotFoundError):  # no more children; a kernel that does not list them
@@ -227,22 +250,28 @@ def warden(task: dict, job: int, report: int) -> None:
     os.killpg(0, signal.SIGKILL)  # where orphans cannot be found, at least the group; and this process
 
 
-def keeper(task: dict, job: int, report: int, isolation: dict[str, str]) -> None:
-    die_with_parent()
+def keeper(task: dict, job: int, report: int, isolation: dict[str, str], alive: int) -> None:
+    die_with_parent(lambda: held(alive))
+    os.close(alive)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if LINUX:
         drop_privileges()
     isolation["landlock"] = build(landlock, task)
     questions, answers = os.pipe(), os.pipe()
-    child = os.fork()
+    me, child = os.getpid(), os.fork()
     if child == 0:
         for fd in (job, report, questions[1], answers[0]):
             os.close(fd)
-        die_with_parent()
-        build(seccomp, task)
+        die_with_parent(lambda: os.getppid() == me)
+        isolation["seccomp"] = build(seccomp, task)
+        if lacks(task, isolation):
+            os._exit(1)
         program(task, questions[0], answers[1])  # leaves by SystemExit, as any script
     os.close(questions[0]), os.close(answers[1])
     isolation["seccomp"] = build(seccomp, task)
     os.write(report, json.dumps({"isolation": isolation}).encode() + b"\n")
+    if lacks(task, isolation):
+        os._exit(1)
     if task["check"]:
         result = check(json.loads(take(job)), questions[1], answers[0])
     else:
