@@ -591,8 +591,8 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "-p" in argv and any(f.name == "prompt" for f in dataclasses.fields(cls)):
-        argv[argv.index("-p")] = "--prompt"
+    if any(f.name == "prompt" for f in dataclasses.fields(cls)):
+        argv = _joined_prompt(argv)
     flags = [(i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_")) for i, arg in enumerate(argv) if arg.startswith("--")]
     preset, horizons, typed_names = None, {}, set()
     for i, typed, name in flags:
@@ -614,6 +614,16 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     check_read(typed_names, not_read(cls, vars(cfg)), vars(cfg))
     object.__setattr__(cfg, "_given", frozenset(typed_names))
     return cfg
+
+
+def _joined_prompt(argv: list[str]) -> list[str]:
+    """`argv` with "-p TEXT", "-p=TEXT" and "--prompt TEXT" as "--prompt=TEXT": a prompt is a prompt even if it begins like a flag."""
+    found, left = [], iter(argv)
+    for arg in left:
+        if arg in ("-p", "--prompt") and (text := next(left, None)) is not None:
+            arg = f"--prompt={text}"
+        found.append("--prompt" + arg[2:] if arg == "-p" or arg.startswith("-p=") else arg)
+    return found
 
 
 def given(cfg: Any) -> frozenset[str]:

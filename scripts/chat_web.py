@@ -61,6 +61,9 @@ def load(cfg: ServeConfig, rt) -> list:
     for ref in cfg.model.split(","):
         found = find_model(ref.strip())
         name = ref.strip() if "@" in ref else found.name
+        if any(name == other.name for other in served):
+            print(f"note: --model names {name} more than once; it is served once", file=sys.stderr)
+            continue
         engines = []
         for i in range(cfg.replicas):
             place = replace(rt, device=torch.device("cuda", i)) if cuda else rt

@@ -21,6 +21,7 @@ def test_every_kind_of_value_is_parsed():
     assert cfg == BaseTrainConfig(**want)
     assert parse(BaseTrainConfig, []) == BaseTrainConfig()
     assert parse(ChatConfig, ["-p", "Once upon"]).prompt == "Once upon"
+    assert parse(ChatConfig, ["--prompt=a=b"]).prompt == "a=b"
 
 
 @pytest.mark.parametrize("argv", [["--preset", "gpt2", "--depth", "3", "--no-tied-head"], ["--depth=3", "--no-tied-head", "--preset=gpt2"]])
@@ -171,3 +172,16 @@ def test_an_error_carries_its_code_and_values(capsys):
         main(command)
     assert end.value.code == 1
     assert capsys.readouterr().err == "error [flag-not-read]: --learning-rate is not read by --recipe dial\n"
+
+
+@pytest.mark.fault("S17")
+@pytest.mark.parametrize("text", ["--find me", "--help", "-p", "--prompt", "--prompt=x", "--temperature=0", "-5+3", "-", "--", "-p=x", "a=b", "--no-chat", ""])
+def test_a_prompt_may_begin_like_a_flag(text):
+    for typed in (["-p", text], [f"-p={text}"], ["--prompt", text], [f"--prompt={text}"]):
+        cfg = parse(ChatConfig, ["--max-tokens", "5", *typed, "--temperature", "0.5"])
+        assert (cfg.prompt, cfg.max_tokens, cfg.temperature, cfg.chat) == (text, 5, 0.5, False)
+
+
+def test_a_prompt_without_its_text_is_an_error():
+    with pytest.raises(SystemExit):
+        parse(ChatConfig, ["--temperature", "0", "-p"])

@@ -23,7 +23,7 @@ class Request:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    repetition_penalty: float = 1.0  # above 1 lowers what prompt and reply have held
+    repetition_penalty: float = 1.0  # above 1 lowers what prompt and reply have held, but for special tokens: turns may end again
     seed: int = 42
     stop_ids: tuple[int, ...] | None = None  # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
     stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
@@ -74,7 +74,8 @@ class Row:
         self.draws = Draws(r.temperature, r.top_k, r.top_p, generator, r.repetition_penalty, r.logprobs)
         if r.repetition_penalty != 1:
             self.draws.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self.draws.seen[list(r.prompt)] = True
+            self.special = frozenset(tokenizer.specials.values()) if tokenizer else frozenset[int]()
+            self.draws.seen[[token for token in r.prompt if token not in self.special]] = True
 
     def force(self) -> Sampled:
         """Take the next token that a tool has put in; it stops nothing."""
@@ -90,7 +91,7 @@ class Row:
 
     def _taken(self, chosen: Chosen, forced: bool) -> Sampled:
         self.tokens.append(chosen.token)
-        if self.draws.seen is not None:
+        if self.draws.seen is not None and chosen.token not in self.special:
             self.draws.seen[chosen.token] = True
         return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached, self.scores)
 

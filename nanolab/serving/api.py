@@ -6,6 +6,7 @@ The event loop only carries: generation and tokenizing happen in other threads, 
 import asyncio
 import json
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,13 +21,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from nanolab.config import ServeConfig, UserError
-from nanolab.data.chat import parts_of, render_prompt
+from nanolab.data.chat import check_messages, parts_of, render_prompt
 from nanolab.inference import engine
 from nanolab.inference.tools import find_tool
 from nanolab.serving.exchange import LEFT, Exchange
 from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key, has_key, page_headers, refusal, reply
 from nanolab.serving.metrics import Metrics
-from nanolab.serving.openai import ApiError, Ask, read_chat, read_completion
+from nanolab.serving.openai import ROUTES, ApiError, Ask, read_chat, read_completion
 from nanolab.serving.reply import Answer
 from nanolab.serving.worker import Broken, Draining, Overloaded, Served
 
@@ -56,6 +57,8 @@ class Api:
             ask = read(await read_json(request))
             served = self.find(ask.model)
             name = served.name
+            if ask.chat and served.kind == "base":
+                raise self.no_chat(name)
             rows = ask.prompts * ask.n
             if served.alive and rows > served.places:
                 seen, param = (f"n is {ask.n}", "n") if ask.prompts == 1 else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
@@ -88,6 +91,11 @@ class Api:
         if name not in self.models:
             raise ApiError(404, f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}", "model", "model_not_found")
         return self.models[name]
+
+    def no_chat(self, name: str) -> ApiError:
+        chat = [other.name for other in self.models.values() if other.kind != "base"]
+        seen = f"{name} is a base model, which continues text and was not trained to chat"
+        return ApiError(400, f"{seen}; expected {' or '.join(chat) or 'a chat model'}; or use /v1/completions", "model", "base_model")
 
     def rows(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[engine.Request]:
         """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others seeds made from it.
@@ -122,6 +130,11 @@ class Api:
             with open(self.cfg.log_conversations, "a", encoding="utf-8") as file:
                 for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
                     messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
+                    try:
+                        check_messages(messages)  # a line that read_conversations refuses would cost the whole file
+                    except UserError as error:
+                        print(f"note: a conversation was not logged, since training does not read it: {error}", file=sys.stderr)
+                        continue
                     file.write(json.dumps({"messages": messages, "model": answer.model}) + "\n")
 
     def described(self) -> list[dict[str, Any]]:
@@ -162,7 +175,7 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
     if origins := allowed_origins(cfg):
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_exception_handler(ApiError, lambda request, error: failed(error))
-    app.add_exception_handler(HTTPException, lambda request, error: failed(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")))
+    app.add_exception_handler(HTTPException, lambda request, error: failed(no_route(error.status_code, request.method, request.url.path, error.detail)))
     app.add_exception_handler(Exception, lambda request, error: failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest")))
 
     @app.get("/")
@@ -171,6 +184,7 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         return HTMLResponse(html, headers=headers)
 
     @app.get("/v1/models")
+    @app.get("/v1/models/")
     async def all_models() -> Response:
         return reply({"object": "list", "data": api.described()})
 
@@ -198,6 +212,14 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def no_route(status: int, method: str, path: str, detail: str) -> ApiError:
+    """What a request for no route of ours is told: the route that its path ends like, or all."""
+    routes = [*ROUTES, "/v1/models"]
+    meant = [route for route in routes if path.rstrip("/").endswith(route.removeprefix("/v1"))][:1] or routes
+    hint = f"; expected {' or '.join(meant)}" if status == 404 else ""
+    return ApiError(status, f"{method} {path}: {detail}{hint}", code="no_such_route" if status == 404 else None)
 
 
 async def read_json(request: Request) -> Any:

@@ -12,6 +12,7 @@ from nanolab.config import nearest
 from nanolab.data.chat import PARTS, Message, Part, awaits_more, parts_of, text_of
 from nanolab.inference.tools import TOOLS
 
+ROUTES = ("/v1/chat/completions", "/v1/completions")
 MAX_MESSAGES = 500
 MAX_ROWS = 128  # n, and OpenAI's own limit
 MAX_PROMPTS = 2048  # of one request, and OpenAI's own limit
@@ -73,6 +74,10 @@ class Unfit(Exception):
         self.code = code
 
 
+class Unsupported(Exception):
+    """A value that a known field can have elsewhere, but not here; the text is why."""
+
+
 Check = Callable[[Any], Any]  # the value in our form; raises Unfit
 
 
@@ -108,8 +113,30 @@ def text(value: Any) -> str:
     return value
 
 
+def limit(low: int, none: int) -> Check:
+    """A whole number from `low`, or -1, which is no limit: `none`."""
+
+    def check(value: Any) -> int:
+        try:
+            return none if type(value) in (int, float) and value == -1 else whole(low, WHOLE)(value)
+        except Unfit as error:
+            raise Unfit(f"{error}, or -1 for no limit") from None
+
+    return check
+
+
 def ignored(value: Any) -> None:
     """A field about who asks, which changes nothing here."""
+
+
+def only(why: str, *nothing: Any) -> Check:
+    """A field of which only the values `nothing` are taken, since they ask for nothing."""
+
+    def check(value: Any) -> None:
+        if value not in nothing:
+            raise Unsupported(why)
+
+    return check
 
 
 def stops(value: Any) -> tuple[str, ...]:
@@ -120,15 +147,9 @@ def stops(value: Any) -> tuple[str, ...]:
 
 
 def stream_options(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() <= {"include_usage"}:
-        raise Unfit("an object with include_usage and nothing else")
-    return flag(value.get("include_usage", False))
-
-
-def tool_choice(value: Any) -> str:
-    if value not in ("auto", "none"):
-        raise Unfit('"auto" or "none"')
-    return value
+    if not isinstance(value, dict) or any(value[key] for key in value if key != "include_usage"):
+        raise Unfit("an object with include_usage, and no other that asks for something")
+    return flag(value.get("include_usage") or False)
 
 
 def prompt(value: Any) -> list[str | list[int]]:
@@ -154,7 +175,8 @@ def tool(entry: Any) -> tuple[str, str]:
     function = entry.get("function") if isinstance(entry, dict) and entry.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or name not in TOOLS:
-        raise Unfit(f"functions named {' or '.join(TOOLS)}, which is what the model can call, and not {name!r}")
+        seen = f"the function {name[:40]!r}" if isinstance(name, str) else "an entry that is not a function with a name"
+        raise Unfit(f"no other functions than {' and '.join(TOOLS)}, the only ones that models here can call, found {seen}", "unsupported_tool")
     schema = function.get("parameters") or {}
     properties = schema.get("properties", {}) if isinstance(schema, dict) else None
     if properties == {}:
@@ -250,29 +272,50 @@ def said(message: dict[str, Any], at: str) -> tuple[list[Part], str | None]:
         raise Unfit(f"{at} to have one tool call, with an id and one string among its arguments") from None
 
 
-SHARED: dict[str, Check] = {
+# Fields of OpenAI's reference, and two of other servers, that nothing here obeys: the values that ask for nothing are taken.
+NOTHING: dict[str, Check] = {
+    "response_format": only("replies cannot be constrained", {"type": "text"}),
+    "tool_choice": only("calls cannot be forced", "auto", "none"),
+    "parallel_tool_calls": only("expected true or false; models here make one call at a time", True, False),
+    "functions": only("expected tools instead", []),
+    "function_call": only("expected tools instead", "auto", "none"),
+    "logit_bias": only("the probabilities of single tokens cannot be changed", {}),
+    "presence_penalty": only("expected 0; repetition_penalty is what there is", 0),
+    "frequency_penalty": only("expected 0; repetition_penalty is what there is", 0),
+    "repeat_penalty": only("its name here is repetition_penalty", 1),
+    "min_p": only("expected 0; top_p and top_k are what there is", 0),
+    "reasoning_effort": only("models here do not reason apart from their reply", "none"),
+    "verbosity": only("the length of replies cannot be chosen", "medium"),
+    "modalities": only("models here read and write text", ["text"]),
+    "audio": only("models here read and write text"),
+    "prediction": only("replies are always generated token by token"),
+    "web_search_options": only("models here cannot search"),
+    "service_tier": only("there is one tier", "auto", "default"),
+    "best_of": only("expected 1; n gives several replies", 1),
+    "echo": only("a chat has no prompt to repeat", False),
+    "suffix": only("models here continue a text, they do not fill one in", ""),
+} | dict.fromkeys(("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), ignored)  # fmt: skip
+SHARED: dict[str, Check] = NOTHING | {
     "model": text, "stream": flag, "stream_options": stream_options, "n": whole(1, MAX_ROWS), "seed": whole(-(2**63), 2**63 - 1), "stop": stops,
-    "max_tokens": whole(1, WHOLE), "temperature": number(0, 2), "top_p": number(0, 1), "top_k": whole(0, WHOLE), "repetition_penalty": number(0.1, 10),
-    "presence_penalty": number(0, 0), "frequency_penalty": number(0, 0), "user": ignored, "metadata": ignored, "store": ignored,
+    "max_tokens": limit(1, WHOLE), "temperature": number(0, 2), "top_p": number(0, 1), "top_k": limit(0, 0), "repetition_penalty": number(0.1, 10),
 }  # fmt: skip
 CHAT: dict[str, Check] = SHARED | {
-    "messages": messages, "max_completion_tokens": whole(1, WHOLE), "logprobs": flag, "top_logprobs": whole(0, MAX_TOP), "tools": tools, "tool_choice": tool_choice,
+    "messages": messages, "max_completion_tokens": limit(1, WHOLE), "logprobs": flag, "top_logprobs": whole(0, MAX_TOP), "tools": tools,
 }  # fmt: skip
-COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP), "echo": flag, "max_tokens": whole(0, WHOLE)}
-UNREAD = ("presence_penalty", "frequency_penalty", "user", "metadata", "store")  # checked above, and that is all
+COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP), "echo": flag, "max_tokens": limit(0, WHOLE)}
 
 
 def read_chat(body: Any) -> Ask:
     """The body of /v1/chat/completions. Raises ApiError, naming the field."""
+    if isinstance(body, dict) and body.get("tool_choice") == "none":
+        body = body | {"tools": None}
     given = read(body, CHAT, "messages")
-    wanted, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
-    if top is not None and not wanted:
-        raise ApiError(400, "top_logprobs without logprobs; expected logprobs true beside it", "top_logprobs")
+    wanted, top = given.pop("logprobs", False), given.pop("top_logprobs", 0)
+    if top and not wanted:
+        raise ApiError(400, "top_logprobs without logprobs; expected logprobs true beside it", "top_logprobs", "invalid_value")
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
-    if given.pop("tool_choice", "auto") == "none":
-        given.pop("tools", None)
-    return Ask(prompt=given.pop("messages"), logprobs=(top or 0) if wanted else -1, **given)
+    return Ask(prompt=given.pop("messages"), logprobs=top if wanted else -1, **given)
 
 
 def read_completion(body: Any) -> Ask:
@@ -281,21 +324,28 @@ def read_completion(body: Any) -> Ask:
 
 
 def read(body: Any, checks: dict[str, Check], needed: str) -> dict[str, Any]:
-    """The fields of Ask that `body` sets; a null is a field that was left out."""
+    """The fields of Ask that `body` sets; a null is a field that was left out, whatever its name."""
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {type(body).__name__}; expected a JSON object with the field {needed}")
     given = {}
     for name, value in body.items():
-        if name not in checks:
-            raise ApiError(400, f"field {name[:40]!r} is not supported here{nearest(name[:40], list(checks))}", name[:40], "unsupported_parameter")
         if value is None:
             continue
+        if name not in checks:
+            hint = f": it is a field of {ROUTES[needed == 'messages']}" if name in CHAT or name in COMPLETION else nearest(name[:40], list(checks))
+            raise ApiError(400, f"field {name[:40]!r} is not supported here{hint}", name[:40], "unsupported_parameter")
         try:
-            given[name] = checks[name](value)
+            fit = checks[name](value)
         except Unfit as error:
             shown = "" if isinstance(value, (dict, list)) else f" is {value if len(str(value)) < 40 else type(value).__name__!r}"
             raise ApiError(400, f"{name}{shown}; expected {error}", name, error.code) from None
+        except Unsupported as why:
+            shown = value.get("type") if isinstance(value, dict) else value
+            shown = f" {shown if isinstance(shown, str) else json.dumps(shown)}" if isinstance(shown, (str, int, float)) and len(str(shown)) < 40 else ""
+            raise ApiError(400, f"{name}{shown} is not supported: {why}", name, "unsupported_value") from None
+        if fit is not None:
+            given[name] = fit
     if needed not in given:
         raise ApiError(400, f"field {needed!r} is missing; expected {'a list of messages' if needed == 'messages' else 'text to continue'}", needed, "missing_field")
     given["include_usage"] = given.pop("stream_options", False)
-    return {name: value for name, value in given.items() if name not in UNREAD}
+    return given

@@ -89,18 +89,18 @@ class Reply:
             self._begin(self.opens[new.token])
         elif new.token in self.closes:
             if self.closes[new.token] == self.kind:
-                called = self.kind == "python" and bool(self.ask.tools)
                 pieces += self._end(whole=True)
                 self._begin("text")
-                self.finish = "tool_calls" if called else None
         else:
             token = Token(new, self.shown + len(self.stream.held))
             pieces += self._text(self.stream.push(new.token), token)
-        self.finish = self.finish or ("stop" if self.stream.stopped else new.finish)
-        if self.finish in ("stop", "length"):
-            pieces += self._end(whole=self.finish == "stop")
+        if not self.calls and (end := "stop" if self.stream.stopped else new.finish):
+            pieces += self._end(whole=end == "stop")
+            self.finish = end
             if self.pending and not self.ask.chat and not self.stream.stopped:
                 pieces.append(self._hand_out("", self.pending))
+        if self.calls:  # whatever ended it: the reply is over, with one call
+            self.finish = "tool_calls"
         return pieces
 
     @property

@@ -325,6 +325,26 @@ def test_memory_is_flat_over_many_requests(default):
     assert max(sizes[20:]) == max(sizes[:20]) and not engine.prefill.parts and not engine.rows
 
 
+@pytest.mark.fault("outer D20")
+def test_special_tokens_are_not_penalised_for_repetition():
+    """Greedy at a penalty, against a loop without a cache that divides the logits of the text's tokens only."""
+    tokenizer = Tokenizer.train(["plain"], 265)
+    model, specials = build(GPTConfig(**{**SMALL, "vocab_size": 265, "bos": tokenizer.bos})), set(tokenizer.specials.values())
+    with torch.no_grad():  # special tokens are likely, so that replies hold some
+        model.lm_head.weight[sorted(specials)] *= 1.5
+    prompt = [tokenizer.bos, 5, 6, 7, *specials, 8, 9]
+    expected = list(prompt)
+    for _ in range(20):
+        logits = model(torch.tensor([expected]))[0, -1]
+        for i in set(expected) - specials:
+            logits[i] = logits[i] / 3 if logits[i] > 0 else logits[i] * 3
+        expected.append(int(logits.argmax()))
+    engine, replies = Engine(model, tokenizer, RUNTIME), {}
+    engine.add(greedy(prompt, 20, repetition_penalty=3.0))
+    drain(engine, replies)
+    assert replies[0] == expected[len(prompt) :] and specials & set(replies[0])
+
+
 def test_generate_runs_beside_what_was_added(default):
     engine = Engine(default, None, RUNTIME)
     number, replies = engine.add(greedy([3, 4], 6)), {}

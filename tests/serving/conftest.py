@@ -46,7 +46,7 @@ def save(base: Path, name: str, model: GPT, tokenizer: Tokenizer, kind: str) -> 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A base directory with the runs "parrot", a chat model that knows its answers by heart, and "endless", a base model that never stops."""
+    """A base directory with the runs "parrot", a chat model that knows its answers by heart, "endless", a base model that never stops, and "young", a chat model that was never trained."""
     base = tmp_path_factory.mktemp("served")
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     rows = [render(tokenizer, messages) for messages in (HELLO, PRODUCT, PROGRAM, LINES, HELLO + PRODUCT, PRODUCT + HELLO)]
@@ -64,6 +64,9 @@ def runs(tmp_path_factory) -> Path:
         optimizer.step()
     assert loss < 0.05
     save(base, "parrot", model, tokenizer, "sft")
+    young = GPT(GPTConfig(sequence_len=256, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=32))
+    young.init_weights(2)
+    save(base, "young", young, tokenizer, "sft")
     endless = GPT(GPTConfig(sequence_len=4096, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=32))
     endless.init_weights(1)
     with torch.no_grad():

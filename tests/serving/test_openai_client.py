@@ -197,7 +197,7 @@ def test_errors_are_the_clients_own(chat, client):
     assert (error.value.code, error.value.param) == ("model_not_found", "model") and "parrot, endless" in str(error.value)
     with pytest.raises(openai.BadRequestError) as error:
         chat(HI, logit_bias={"5": 1})
-    assert (error.value.param, error.value.code, error.value.type) == ("logit_bias", "unsupported_parameter", "invalid_request_error")
+    assert (error.value.param, error.value.code, error.value.type) == ("logit_bias", "unsupported_value", "invalid_request_error")
     with pytest.raises(openai.BadRequestError) as error:
         chat([{"role": "user", "content": "long words " * 30}])
     assert error.value.code == "context_length_exceeded" and "reads at most 127" in str(error.value)

@@ -17,9 +17,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 from nanolab.config import ServeConfig, UserError
 from nanolab.data.chat import read_conversations
+from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.server import bind
 from scripts import chat_web
@@ -118,18 +120,18 @@ def test_everybody_gets_their_own_answer(live):
 
 def test_a_slow_reader_blocks_nobody_and_loses_nothing(live):
     """It reads nothing until its reply is finished, which is more than all buffers between it and the server hold."""
-    body = json.dumps({"model": "endless", "messages": HI["messages"], "max_tokens": 900, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    body = json.dumps(LONG | {"max_tokens": 900, "stream": True, "logprobs": 20}).encode()
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.settimeout(20)
         s.connect(("127.0.0.1", httpx.URL(live.url).port))
-        s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n")
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n")
         s.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         live.until("nanolab_running", "endless", 1)
         assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
         live.until("nanolab_running", "endless", 0, seconds=20)
         got = b"".join(iter(lambda: s.recv(65536), b""))
-    assert got.count(b'"content":"\\u0000"') == 900 and b"data: [DONE]\n\n" in got
+    assert got.count(b'"text":"\\u0000"') == 900 and b"data: [DONE]\n\n" in got
 
 
 def test_two_replicas_share_the_work(start_server):
@@ -249,6 +251,41 @@ def test_draining_has_a_limit(start_server):
         start = time.monotonic()
         assert last_error(lines) == ("server_error", "draining")
         assert time.monotonic() - start < 1
+
+
+@pytest.mark.fault("outer D20")
+def test_a_model_that_is_named_twice_is_loaded_once(runs, monkeypatch, capsys):
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
+    models = chat_web.load(ServeConfig(model="parrot,endless, parrot,parrot@150", port=0, device_type="cpu"), Runtime(torch.device("cpu"), torch.float32))
+    assert [model.name for model in models] == ["parrot", "endless", "parrot@150"]
+    assert capsys.readouterr().err.count("parrot") == 1
+
+
+def test_a_prompt_that_lies_in_a_cached_prefix(start_server):
+    """The same request twice, one that is the beginning of an earlier one, and one that is prompt and reply of it: as without snapshots."""
+    with_cache, without = (start_server(model="parrot", prefix_mb=mb, max_rows=4, queue=4) for mb in (8, 0))
+    turns = [{"role": "user", "content": "12*34?"}, {"role": "assistant", "content": "It is 408."}, {"role": "user", "content": "hi"}]
+    ids = list(range(40, 100))
+    bodies = [("chat/completions", {"messages": turns[:n], "logprobs": True, "top_logprobs": 3}) for n in (3, 3, 1, 1, 3)]
+    bodies += [("completions", {"prompt": ids[:n], "logprobs": 3, "max_tokens": 8}) for n in (60, 60, 59, 30, 1, 30, 60)]
+    cached = []
+    for route, body in bodies:
+        found, expected = (live.http.post(f"/v1/{route}", json=body).json() for live in (with_cache, without))
+        cached.append(found["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert expected["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert rounded(found["choices"]) == rounded(expected["choices"])
+        if route == "completions" and len(body["prompt"]) == 60:  # prompt and reply together: a snapshot of them holds no logits
+            reply = without.models["parrot"].tokenizer.encode(expected["choices"][0]["text"])
+            again = {"prompt": ids + reply[:7], "logprobs": 3, "max_tokens": 8}
+            assert rounded(with_cache.http.post("/v1/completions", json=again).json()["choices"]) == rounded(without.http.post("/v1/completions", json=again).json()["choices"])
+    assert cached[0] == 0 and cached[1] == cached[4] > cached[2] and cached[6] == 60 and 0 < cached[3]
+
+
+def rounded(value):
+    """Numbers to four digits, since prompts are read in other pieces."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else pytest.approx(value, abs=2e-4) if isinstance(value, float) else value
 
 
 def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Bytes on the wire, as curl would see them: transcripts of streams, errors by name, limits, headers. Oracle: written by hand."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,6 +12,8 @@ import openai
 import pytest
 
 from nanolab.serving.api import MAX_BODY
+from nanolab.serving.openai import CHAT as CHAT_FIELDS
+from nanolab.serving.openai import ApiError, read_chat, read_completion
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -75,22 +78,20 @@ def tool(**fields) -> dict:
 BAD = [  # (body, param, words of the message)
     (chat(best_of=2), "best_of", "not supported"),
     (chat(temprature=1), "temprature", "did you mean temperature"),
-    (chat(functions=[]), "functions", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format", "not supported"),
-    (chat(logit_bias={}), "logit_bias", "not supported"),
-    (chat(frequency_penalty=0.5), "frequency_penalty", "is 0.5; expected 0"),
+    (chat(frequency_penalty=0.5), "frequency_penalty", "0.5 is not supported: expected 0"),
     (chat(presence_penalty=-1), "presence_penalty", "expected 0"),
     (chat(temperature=3), "temperature", "from 0 to 2"),
     (chat(temperature="hot"), "temperature", "'hot'; expected a number"),
     (chat(temperature=True), "temperature", "expected a number"),
     (chat(top_p=1.5), "top_p", "from 0 to 1"),
-    (chat(top_k=-1), "top_k", "whole number"),
+    (chat(top_k=-2), "top_k", "-1 for no limit"),
     (chat(top_k=1.5), "top_k", "whole number"),
     (chat(repetition_penalty=0), "repetition_penalty", "from 0.1 to 10"),
     (chat(n=0), "n", "from 1 to 128"),
     (chat(seed="7"), "seed", "whole number"),
     (chat(seed=2**63), "seed", "whole number"),
     (chat(max_tokens=0), "max_tokens", "from 1"),
+    (chat(max_tokens=-2), "max_tokens", "-1 for no limit"),
     (chat(max_completion_tokens=0), "max_completion_tokens", "from 1"),
     (chat(stream="yes"), "stream", "true or false"),
     (chat(stream_options={"x": 1}), "stream_options", "include_usage"),
@@ -100,11 +101,11 @@ BAD = [  # (body, param, words of the message)
     (chat(logprobs=2), "logprobs", "true or false"),
     (chat(top_logprobs=2), "top_logprobs", "logprobs true"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "from 0 to 20"),
-    (chat(tool_choice="required"), "tool_choice", "auto"),
-    (tool(name="search"), "tools", "not 'search'"),
+    (chat(tool_choice="required"), "tool_choice", "forced"),
+    (tool(name="search"), "tools", "than calculator and python, the only ones that models here can call, found the function 'search'"),
     (tool(name="calculator", parameters={"properties": {"a": {"type": "string"}, "b": {"type": "string"}}}), "tools", "one parameter"),
     (tool(name="python", parameters={"properties": {"a": {"type": "number"}}}), "tools", "one parameter, a string"),
-    (chat(tools=[{"type": "retrieval"}]), "tools", "calculator or python"),
+    (chat(tools=[{"type": "retrieval"}]), "tools", "calculator and python"),
     (chat(tools={}), "tools", "a list"),
     ({"model": "parrot"}, "messages", "missing"),
     (chat(messages=[]), "messages", "found 0"),
@@ -136,6 +137,100 @@ def test_a_bad_field_is_refused_by_name(live, body, param, words):
     error = answer.json()["error"]
     assert answer.status_code == 400 and error.keys() == {"message", "type", "param", "code"}
     assert (error["param"], error["type"]) == (param, "invalid_request_error") and words in error["message"]
+
+
+# What asks for nothing, by name: each of these values is taken, and so is null; the other value is refused for what it is, and nothing is guessed.
+NOTHING = {
+    "response_format": ([{"type": "text"}], {"type": "json_object"}), "parallel_tool_calls": ([True, False], "yes"), "logit_bias": ([{}], {"5": 1}),
+    "service_tier": (["auto", "default"], "priority"), "reasoning_effort": (["none"], "high"), "verbosity": (["medium"], "low"),
+    "modalities": ([["text"]], ["text", "audio"]), "audio": ([], {"voice": "alloy"}), "prediction": ([], {"type": "content", "content": "x"}),
+    "web_search_options": ([], {}), "functions": ([[]], [{"name": "f"}]), "function_call": (["none", "auto"], {"name": "f"}),
+    "tool_choice": (["none", "auto"], "required"), "frequency_penalty": ([0, 0.0], 0.1), "presence_penalty": ([0, 0.0], -1), "min_p": ([0], 0.1),
+    "repeat_penalty": ([1, 1.0], 1.1), "best_of": ([1], 2),
+}  # fmt: skip
+ANYTHING = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")  # about who asks, not about the reply
+
+
+@pytest.mark.fault("S3")
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_value_that_asks_for_nothing_is_taken_and_another_refused_for_what_it_is(name):
+    taken, other = NOTHING[name]
+    for read, body in ((read_chat, chat()), (read_completion, {"prompt": "x"})):
+        for value in (None, *taken):
+            assert read(body | {name: value}) == read(body)
+        with pytest.raises(ApiError) as error:
+            read(body | {name: other})
+        assert (error.value.status, error.value.param, error.value.code) == (400, name, "unsupported_value")
+        assert f"{name} " in error.value.message and "did you mean" not in error.value.message
+
+
+@pytest.mark.fault("S3")
+@pytest.mark.parametrize("name", [*ANYTHING, *CHAT_FIELDS, "temprature"])
+def test_null_is_a_field_left_out(name):
+    body = chat()
+    if name not in ("model", "messages"):
+        assert read_chat(body | {name: None}) == read_chat(body)
+    if name in ANYTHING:
+        assert read_chat(body | {name: "x"}) == read_chat(body)
+
+
+@pytest.mark.fault("S3")
+@pytest.mark.parametrize("body", [
+    {"messages": HI, "stream": True}, {"messages": HI, "stream": False}, {"messages": HI, "stream": True, "stream_options": {"include_usage": True}},
+    {"messages": HI, "stream": True, "stream_options": {"include_usage": None, "include_obfuscation": False}},
+    {"messages": HI, "logprobs": False, "top_logprobs": 0},
+    {"messages": [{"content": "", "role": "system"}, {"content": "hi", "role": "user"}, {"content": "", "role": "assistant"}, {"content": "b", "role": "user"}], "stream": False},
+    {"messages": [{"role": "system", "content": "brief"}, {"role": "system", "content": "be"}, *HI], "stream": False},
+    {"messages": HI, "tools": [{"type": "function", "function": {"name": "weather"}}], "tool_choice": "none"},
+    {"messages": HI, "max_tokens": -1, "top_k": -1}, {"messages": HI, "max_completion_tokens": -1.0},
+], ids=str)  # fmt: skip
+def test_what_clients_send_by_default(live, body):
+    """openai, LangChain, pydantic-ai, the ai SDK and LM Studio's sample; an empty system prompt is theirs."""
+    answer = live.http.post(CHAT, json={"model": "parrot"} | body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_minus_one_is_no_limit():
+    nothing, largest = read_chat(chat()), 2**31 - 1
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert read_chat(chat(**{name: -1})) == dataclasses.replace(nothing, max_tokens=largest)
+    assert read_chat(chat(top_k=-1)) == dataclasses.replace(nothing, top_k=0)
+
+
+@pytest.mark.parametrize(("read", "body", "route"), [
+    (read_chat, {"messages": HI, "prompt": "x"}, "/v1/completions"), (read_completion, {"prompt": "x", "messages": HI}, "/v1/chat/completions"),
+    (read_completion, {"prompt": "x", "max_completion_tokens": 5}, "/v1/chat/completions"),
+])  # fmt: skip
+def test_a_field_of_the_other_route_is_named_as_such(read, body, route):
+    with pytest.raises(ApiError) as error:
+        read(body)
+    assert error.value.code == "unsupported_parameter" and error.value.message.endswith(f"it is a field of {route}")
+
+
+@pytest.mark.fault("S15")
+def test_a_base_model_does_not_chat(live, start_server):
+    answer = live.http.post(CHAT, json=chat(model="endless"))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "base_model", "model")
+    assert "endless" in error["message"] and "parrot" in error["message"] and "/v1/completions" in error["message"]
+    assert live.http.post("/v1/completions", json={"model": "endless", "prompt": "x", "max_tokens": 1}).status_code == 200
+    alone = start_server(model="endless").http.post(CHAT, json={"messages": HI}).json()["error"]
+    assert alone["code"] == "base_model" and "parrot" not in alone["message"]
+
+
+@pytest.mark.fault("S17")
+@pytest.mark.parametrize(("method", "path", "named"), [
+    ("POST", "/chat/completions", "/v1/chat/completions"), ("POST", "/completions", "/v1/completions"), ("GET", "/models", "/v1/models"),
+    ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"), ("POST", "/v1/responses", "/v1/chat/completions"),
+])  # fmt: skip
+def test_another_route_is_told_ours(live, method, path, named):
+    answer = live.http.request(method, path, json=chat())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_such_route") and f"expected {named}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.fault("S17")
+def test_models_with_a_slash_at_the_end(live):
+    assert live.http.get("/v1/models/").json() == live.http.get("/v1/models").json()
 
 
 @pytest.mark.parametrize("field", [
