@@ -185,6 +185,21 @@ def test_bad_prompts_are_refused_by_name(live, body, status, param, code):
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
 
 
+def test_each_choice_of_each_prompt_takes_a_place(live):
+    """Eight of them: four rows run, so that four more wait and a fifth is one too many. A client that leaves while it is scored leaves nothing behind."""
+    with live.http.stream("POST", ROUTE, json={"model": "endless", "prompt": ["a", "b"], "n": 2, "max_tokens": 4000, "stream": True}) as answer:
+        lines = answer.iter_lines()  # kept: where it goes, the client leaves
+        next(lines)
+        live.until("nanolab_running", "endless", 4)
+        refused = live.http.post(ROUTE, json={"model": "endless", "prompt": ["x"] * 5, "echo": True, "logprobs": 1, "max_tokens": 0})
+        assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (429, "1", "queue_full")
+    live.until("nanolab_running", "endless", 0)
+    with live.http.stream("POST", ROUTE, json={"model": "endless", "prompt": [[5] * 400] * 3 + [[6] * 400], "echo": True, "logprobs": 1, "stream": True}):
+        pass
+    live.until("nanolab_running", "endless", 0)
+    assert live.models["endless"].replicas[0].engine.idle
+
+
 @pytest.mark.fault("S7")
 def test_every_token_has_its_own_name_and_its_own_logprob(tok):
     """A vocabulary whose tokens look like each other: parts of characters, the names of others, the character that stands for what is none."""
