@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import select
+import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,27 @@ class UserError(ValueError):
     def __init__(self, text: str, code: str = "", **values: Any) -> None:
         super().__init__(text)
         self.code, self.values = code, values
+
+
+def as_json(value: Any, where: str, indent: int | None = None) -> str:
+    """A result as JSON, which has no NaN: numbers that are not finite become null, and a line says how many did. where: the result goes to."""
+    lost = 0
+
+    def finite(x: Any) -> Any:
+        nonlocal lost
+        if isinstance(x, float) and x - x != 0:
+            lost += 1
+            return None
+        if isinstance(x, dict):
+            return {key: finite(one) for key, one in x.items()}
+        return [finite(one) for one in x] if isinstance(x, (list, tuple)) else x
+
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(finite(value), indent=indent, allow_nan=False)
+    print(f"note: {lost} number{'s' if lost > 1 else ''} of {where} {'are' if lost > 1 else 'is'} not finite and null there", file=sys.stderr)
+    return text
 
 
 @dataclass(frozen=True)

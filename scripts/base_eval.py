@@ -7,12 +7,12 @@ in the run directory. --all-checkpoints evaluates every checkpoint once and draw
 """
 
 import functools
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import BaseEvalConfig, DataConfig, UserError, check_max_per_task, main, nearest, parse
+from nanolab.config import BaseEvalConfig, DataConfig, UserError, as_json, check_max_per_task, main, nearest, parse
 
 SPLIT_TOKENS = {"cuda": 40 * 524288}  # tokens of each split, by device; elsewhere:
 SPLIT_TOKENS_ELSEWHERE = 524288
@@ -87,10 +87,12 @@ def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
 
 
 def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+    from nanolab.evals.likelihood import check_finite
     from nanolab.runtime import print0
     from nanolab.training.run import find_model
 
     subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
+    check_finite(subject.model, subject.tokenizer, rt.device, subject.about["model"])
     result = dict(subject.about)
 
     def keep(found: dict) -> None:
@@ -113,7 +115,7 @@ def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
             print0(f"failed: {mode}: {error}")
     print0(f"written: {subject.folder / 'eval_base.json'}", *([f"written: {subject.folder / 'eval_base.csv'}"] if "core" in suite.modes else []), sep="\n")
     if cfg.json:
-        print0(json.dumps(result))
+        print0(as_json(result, "the result"))
     rt.barrier()
     return 1 if any(result[mode].get("failed") for mode in suite.modes) else 0
 
@@ -148,7 +150,7 @@ def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     result["bpb"] = {"settings": settings, "device": rt.device_name}  # of all that follows
     if cfg.train_text:
         result["train"] = bpb(cfg, subject, [(source, max(1, round(weight * limit))) for source, weight in data.train], rt)
-    result["val"] = bpb(cfg, subject, [(data.val, limit)], rt)
+    result["val"] = bpb(cfg, subject, [(data.val, limit)], rt, keep=True)
     if domains := domains_of(wanted, data):
         result["domains"] = {name: bpb(cfg, subject, [(documents, limit // len(domains))], rt) for name, documents in domains.items()}
     if rt.is_main:
@@ -171,8 +173,8 @@ def split_tokens(cfg: BaseEvalConfig, rt) -> int:
     return cfg.split_tokens if cfg.split_tokens > 0 else SPLIT_TOKENS.get(rt.device.type, SPLIT_TOKENS_ELSEWHERE)
 
 
-def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt) -> dict:
-    """Of these (documents, tokens of them at most) together."""
+def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: bool = False) -> dict:
+    """Of these (documents, tokens of them at most) together. keep: nats and bytes of each row too, by which two models can be compared."""
     import numpy as np
 
     from nanolab.data.packing import validation_rows
@@ -180,8 +182,13 @@ def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt) -> dict:
 
     rows = [validation_rows(documents, subject.tokenizer, subject.seq_len, tokens) for documents, tokens in sources]
     halves = [np.concatenate(parts) for parts in list(zip(*rows))[:2]]
-    score = bits_per_byte(subject.model, halves, subject.tokenizer.token_bytes(), rt, cfg.device_batch_size)
-    return {"bpb": score.bpb, "interval": score.interval, "nats": score.nats, "bytes": score.n_bytes, "tokens": score.n_tokens}
+    each: list[tuple[float, int]] = []
+    score = bits_per_byte(subject.model, halves, subject.tokenizer.token_bytes(), rt, cfg.device_batch_size, keep=each)
+    if not math.isfinite(score.nats):
+        expected = "expected a number: its weights are damaged, or too large for their dtype; try NANOLAB_DTYPE=float32 or another @STEP"
+        raise UserError(f"the loss of {subject.about['model']} is {score.nats}; {expected}", "not-finite", model=subject.about["model"])
+    found = {"bpb": score.bpb, "interval": score.interval, "nats": score.nats, "bytes": score.n_bytes, "tokens": score.n_tokens}
+    return found | ({"rows": [[round(nats, 3), n] for nats, n in each]} if keep else {})
 
 
 def domains_of(wanted: DataConfig, data) -> dict:
@@ -230,7 +237,7 @@ def write(folder: Path, result: dict) -> None:
     path, table = folder / "eval_base.json", folder / "eval_base.csv"
     folder.mkdir(parents=True, exist_ok=True)
     whole = merge_base(read_json(path) if path.exists() else {}, result)
-    write_text(path, json.dumps(whole, indent=1) + "\n")
+    write_text(path, as_json(whole, "eval_base.json", indent=1) + "\n")
     if "core" in whole and "tasks" in whole["core"]:
         write_text(table, "\n".join(csv_lines(whole["core"])) + "\n")
     else:
@@ -279,7 +286,7 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
                 print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
         print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
         if cfg.json:
-            print0(json.dumps({"curves": {mode: [point._asdict() for point in found] for mode, found in points.items()}, "failed": failed}))
+            print0(as_json({"curves": {mode: [point._asdict() for point in found] for mode, found in points.items()}, "failed": failed}, "the result"))
     rt.barrier()
     return 1 if failed else 0
 

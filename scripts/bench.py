@@ -2,7 +2,7 @@
 
 import sys
 
-from nanolab.config import BenchConfig, UserError, main, parse, to_json
+from nanolab.config import BenchConfig, UserError, as_json, main, parse, to_json
 from scripts import GENERATING, spin
 
 WHAT = ("train", "data", "tokenizer", "infer", "eval")
@@ -32,7 +32,7 @@ def run(cfg: BenchConfig) -> int:
             spread = f"  (lowest {low:g}, highest {high:g}, n = {len(result['samples'])})" if len(result["samples"]) > 1 else ""
             runtime.print0(f"{cfg.what:9s} {name:24s} {result['median']:>12g} {result['unit']}{spread}")
         if cfg.json:
-            runtime.print0(json.dumps(document))
+            runtime.print0(as_json(document, "the result"))
     finally:
         rt.close()
     return 0

@@ -5,12 +5,13 @@ smoltalk) the loss is measured. Every number has its n and its 95 % interval. Re
 those of other tasks, steps and settings (nanolab/evals/record.py).
 """
 
-import json
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from nanolab.config import ChatEvalConfig, UserError, check_given, main, parse
+from nanolab.config import ChatEvalConfig, UserError, as_json, check_given, main, parse
 from nanolab.flags import SAMPLING
 
 SETTINGS = ("data", "num_samples", "temperature", "top_k", "max_tokens", "tool", "max_problems", "seed")
@@ -28,6 +29,7 @@ def run(cfg: ChatEvalConfig) -> int:
 
 
 def evaluate(cfg: ChatEvalConfig, rt) -> int:
+    from nanolab.evals.likelihood import check_finite
     from nanolab.inference.engine import Engine
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.tools import find_tool
@@ -42,6 +44,7 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     tasks, missing, said = with_walls(cfg, tasks, missing)
     check_given(cfg, SAMPLING, sampled=any(task.kind == "generative" for task in tasks.values()))
     model, tokenizer, meta = load_model(found, rt)
+    check_finite(model, tokenizer, rt.device, found.name)
     engine = Engine(model, tokenizer, rt)
     if meta.get("kind", "base") == "base":
         print0("note: this is a base model, which has not learned the marks of a conversation")
@@ -56,7 +59,7 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
         if rt.is_main:
             whole = write(path, result)  # what is found is on disk from here on, whatever ends the evaluation
     if rt.is_main:
-        print0(*table(whole), f"written: {path}", *([json.dumps(whole)] if cfg.json else []), sep="\n")
+        print0(*table(whole), f"written: {path}", *([as_json(whole, "the result")] if cfg.json else []), sep="\n")
     rt.barrier()
     return 0
 
@@ -69,7 +72,7 @@ def write(path: Path, result: dict) -> dict:
 
     whole = merge_chat(read_json(path) if path.exists() else {}, result)
     whole["chatcore"] = score({spec: row for spec, row in whole["tasks"].items() if row["settings"] == result["settings"]})
-    write_text(path, json.dumps(whole, indent=1) + "\n")
+    write_text(path, as_json(whole, "eval_chat.json", indent=1) + "\n")
     return whole
 
 
@@ -143,7 +146,7 @@ def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:
         seed=cfg.seed, tools=tool, batch_size=cfg.device_batch_size,
     )  # fmt: skip
     cut = sum(not reply.ended for reply in result.replies)
-    return {
+    return strict(task, result) | {
         "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "measures": task.measures, "baseline": task.baseline, "n": result.n, "k": result.k,
         "accuracy": result.accuracy, "interval": result.interval, "pass_at": result.pass_at, "intervals": result.intervals,
         "too_long": result.too_long, "replies": len(result.replies), "cut": cut, "called": called(result.replies), "seconds": time.perf_counter() - began,
@@ -151,10 +154,20 @@ def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     }  # fmt: skip
 
 
+def strict(task, result) -> dict:
+    """The accuracy where only an answer in the asked-for form counts, for tasks that know one."""
+    from nanolab.evals.score import wilson
+
+    if not hasattr(task, "strict"):
+        return {}
+    right = Counter(reply.index for reply in result.replies if task.strict(task.example(reply.index), reply.content))
+    outcomes = [right[i] / result.k for i in range(result.n)]
+    accuracy = math.fsum(outcomes) / result.n
+    return {"strict": {"accuracy": accuracy, "interval": wilson(accuracy, result.n), "outcomes": outcomes}}
+
+
 def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
     """The loss on the assistant's turns of conversations: nats per supervised token, in rows packed as fine-tuning packs those of its val/loss."""
-    import math
-
     import numpy as np
 
     from nanolab.data.conversations import Reader, packed_rows
@@ -215,6 +228,8 @@ def table(result: dict) -> list[str]:
     for spec, row in graded.items():
         above = centred(row["accuracy"], row["baseline"])
         lines += [f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f}  {ends(row['interval']):<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row, s)}"]
+        if found := row.get("strict"):
+            lines += [f"  {'  strict extract':<{width + 9}}{found['accuracy']:>10.4f}  {ends(found['interval']):<18}  only the number after ####"]
         for k, p in row["pass_at"].items():
             if int(k) in powers(row["k"]):  # a string in what was read from the file
                 lines += [f"  {f'  pass@{k}':<{width + 9}}{p:>10.4f}  {ends(row['intervals'][k])}"]

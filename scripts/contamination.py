@@ -7,7 +7,7 @@ contaminated.jsonl (set, line and splits of each such item, so that a score with
 import json
 from pathlib import Path
 
-from nanolab.config import ContaminationConfig, UserError, main, parse
+from nanolab.config import ContaminationConfig, UserError, as_json, main, parse
 
 
 def run(cfg: ContaminationConfig) -> int:
@@ -30,10 +30,10 @@ def run(cfg: ContaminationConfig) -> int:
     }  # fmt: skip
     output = Path(cfg.out).expanduser() if cfg.out else base_dir() / "contamination" / Path(cfg.eval_set).resolve().stem
     write_atomically(output / "contaminated.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(output / "contamination.json", json.dumps(document, indent=1) + "\n")
+    write_atomically(output / "contamination.json", as_json(document, "contamination.json", indent=1) + "\n")
     print(*table(document), f"written: {output}", sep="\n")
     if cfg.json:
-        print(json.dumps(document))
+        print(as_json(document, "the result"))
     return 1 if broken else 0
 
 

@@ -4,10 +4,9 @@ Any endpoint that speaks OpenAI's chat API will do (--url); its key is read from
 where an earlier one was stopped. Train on the file with the task jsonl=chats.jsonl.
 """
 
-import json
 import os
 
-from nanolab.config import GenChatConfig, UserError, main, parse
+from nanolab.config import GenChatConfig, UserError, as_json, main, parse
 
 
 def run(cfg: GenChatConfig) -> int:
@@ -40,7 +39,7 @@ def run(cfg: GenChatConfig) -> int:
         found = before + counts["kept"]
         tell(f"{found} of {cfg.num} conversations are in {cfg.output}{'; the same command continues' if found < cfg.num else ''}")
     if cfg.json:
-        print(json.dumps({"output": cfg.output, "conversations": before + counts["kept"], "tokens": tokens, **counts}))
+        print(as_json({"output": cfg.output, "conversations": before + counts["kept"], "tokens": tokens, **counts}, "the result"))
     return 0
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, fields
 from typing import Any
 
-from nanolab.config import Architecture, GPTConfig, InspectConfig, main, parse
+from nanolab.config import Architecture, GPTConfig, InspectConfig, as_json, main, parse
 
 # the first word of a parameter's name, after the block's -> what the table calls it, in this order; other words come last
 PARTS = {"wte": "token embedding", "positions": "positions", "value_embeds": "value embeddings", "attn": "attention", "mlp": "MLP", "lm_head": "head"}
@@ -33,7 +33,7 @@ def run(cfg: InspectConfig) -> int:
     }
     show(document)
     if cfg.json:
-        print(json.dumps(document))
+        print(as_json(document, "the result"))
     rt.close()
     return 0
 

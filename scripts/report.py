@@ -5,7 +5,6 @@ cost. The numbers of the page are kept in card.json in the run directory.
 """
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, chosen, from_preset, main, not_read, parse
+from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, as_json, chosen, from_preset, main, not_read, parse
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
@@ -39,7 +38,7 @@ def run(cfg: ReportConfig) -> int:
     stages = chain(found)
     numbers = card(stages, cfg.price_per_hour)
     text = "\n".join(report(found, stages, numbers))
-    for path, content in ((found.run_dir / "card.json", json.dumps(numbers, indent=1) + "\n"), (found.run_dir / "report.md", text), (Path(cfg.output), text)):
+    for path, content in ((found.run_dir / "card.json", as_json(numbers, "card.json", indent=1) + "\n"), (found.run_dir / "report.md", text), (Path(cfg.output), text)):
         try:
             write_text(path, content)
         except OSError as error:
@@ -96,7 +95,7 @@ def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
     if any("effect" in at for row in numbers["metrics"] for at in row["stages"].values()):
         lines += [
             "In brackets: the change from the stage before, on the same problems, in percentage points, with its 95 % interval; *unresolved*: the",
-            "interval holds 0. Bits per byte are of the same held-out text, lower is better; their change is measured on all of it, without an interval.",
+            "interval holds 0. Bits per byte are of the same held-out text, lower is better; their interval takes its rows as independent.",
             "",
         ]
     if shares := calls(numbers):

@@ -4,12 +4,11 @@ Bytes per token on several kinds of text (more is better), and whether each text
 come with tiktoken, which downloads their files once; where it cannot, the table says so.
 """
 
-import json
 import threading
 from itertools import islice
 from typing import Callable
 
-from nanolab.config import TokEvalConfig, main, parse
+from nanolab.config import TokEvalConfig, as_json, main, parse
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 PATIENCE = 20  # seconds that a download may take
@@ -121,7 +120,7 @@ def run(cfg: TokEvalConfig) -> int:
         print(f"{label}'s tokenizer is unreachable ({reason}); tiktoken downloads it, or finds it in TIKTOKEN_CACHE_DIR")
     if cfg.json:
         document = {"tokenizer": str(path), "hash": tokenizer.hash, "lossless": lossless, "vocab_size": sizes, "texts": rows}
-        print(json.dumps(document | {"unreachable": unreachable}))
+        print(as_json(document | {"unreachable": unreachable}, "the result"))
     return 0 if lossless else 1
 
 

@@ -8,7 +8,7 @@ from typing import Sequence
 
 from nanolab.data.chat import Part, parts_of, text_of
 from tasks.common import Content, Example, Reader, Source, Task, rows_of
-from tasks.numbers import NUMBER, same_number, to_number
+from tasks.numbers import NUMBER, marked_number, same_number, to_number
 
 SOURCE = Source(
     {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
@@ -20,6 +20,7 @@ CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 class GSM8K(Task):
     kind = "generative"
+    measures = "flexible extract: without #### the last number"
 
     def open(self) -> Sequence[Example]:
         return rows_of(self, SOURCE, parse)
@@ -27,6 +28,11 @@ class GSM8K(Task):
     def correct(self, example: Example, content: Content) -> bool:
         """The number after the last "####", or without one the last number of the text; compared as numbers."""
         return same_number(example.answer, content)
+
+    def strict(self, example: Example, content: Content) -> bool:
+        """The number after the last "####" alone, as the paper and karpathy/nanochat grade."""
+        found = marked_number(text_of(content))
+        return found is not None and found == example.answer
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the reply ends with a line "#### number"."""

@@ -22,9 +22,18 @@ def to_number(text: str) -> Fraction | None:
 def last_number(text: str) -> Fraction | None:
     """The answer of a reply: the number after the last "####" that has one, else the last number of the text, else None."""
     text = text.replace("\u2212", "-")
-    marked = [m for m in (NUMBER.search(line) for line in re.findall(r"####([^\n#]*)", text)) if m]
-    found = marked or list(NUMBER.finditer(text))
+    found = _marked(text) or list(NUMBER.finditer(text))
     return _value(found[-1].group()) if found else None
+
+
+def marked_number(text: str) -> Fraction | None:
+    """The number after the last "####" that has one, else None."""
+    found = _marked(text.replace("\u2212", "-"))
+    return _value(found[-1].group()) if found else None
+
+
+def _marked(text: str) -> list[re.Match[str]]:
+    return [m for m in (NUMBER.search(line) for line in re.findall(r"####([^\n#]*)", text)) if m]
 
 
 def _value(text: str) -> Fraction | None:

@@ -1,8 +1,9 @@
 """In-context tasks beside the reference's: python dev/bench/reference_eval.py --reference CHECKOUT --model NAME --eval-bundle DIR [flags]
 
 CHECKOUT is a checkout of karpathy/nanochat, whose model and core_eval are imported; nothing is copied. It gets the weights of NAME, a
-run whose architecture is its own, the run's tokenizer, the bundle's items in our order, and the run's sequence length as
-max_seq_len, to which it cuts texts as we do. It computes in fp32 on CPUs unless NANOCHAT_DTYPE says otherwise, nanolab in its
+run whose architecture is its own, the run's tokenizer and the bundle's items in our order. Its model has no max_seq_len and reads long texts
+whole; here it is given one, the run's sequence length, so that it cuts texts as we do: "same decisions" is about a reference changed in
+this. It computes in fp32 on CPUs unless NANOCHAT_DTYPE says otherwise, nanolab in its
 default dtype unless NANOLAB_DTYPE does. Freed memory is kept as nanolab keeps it. Measured:
   decisions  right or wrong, item by item. Where the two differ, the gap says how near to a tie the item is, from fp64: between the
              mean nats of the true text and of the best other one, or in logits between the tokens and the best others

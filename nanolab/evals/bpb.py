@@ -42,14 +42,15 @@ class BPB(NamedTuple):
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32, stop: Stop | None = None
+    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32, stop: Stop | None = None,
+    keep: list[tuple[float, int]] | None = None,
 ) -> BPB:
     """Bits per byte of the model on rows, the same ones on every rank.
 
     rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives.
     token_bytes: (V,) bytes that each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither
     as nats nor as bytes. Rank r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of
-    `batch_size` but for rounding. stop: asked before each batch; Stopped is raised where a rank says so. Raises UserError when no byte is left to count.
+    `batch_size` but for rounding. keep: gets (nats, bytes) of each row, on every rank. stop: asked before each batch; Stopped is raised where a rank says so. Raises UserError when no byte is left to count.
     """
     inputs, targets = (np.asarray(half)[runtime.rank :: runtime.world_size].astype(np.int64) for half in rows)
     counted = targets >= 0
@@ -68,7 +69,26 @@ def bits_per_byte(
         nats[first : first + batch_size] = model(x, y, reduction="none").to(device).double().sum(1)
     n_tokens = torch.tensor(float(counted.sum()), dtype=torch.float64, device=device)
     sums = torch.stack([nats.sum(), n_bytes.sum(), n_tokens, (n_bytes > 0).sum(), (nats**2).sum(), (nats * n_bytes).sum(), (n_bytes**2).sum()])
-    return _of_sums(*runtime.all_reduce_(sums).tolist())
+    found = _of_sums(*runtime.all_reduce_(sums).tolist())
+    if keep is not None:
+        keep += [(0.0, 0)] * len(rows[0])
+        for rank, part in enumerate(runtime.gather_objects((nats.tolist(), n_bytes.tolist()))):
+            keep[rank :: runtime.world_size] = [(x, int(b)) for x, b in zip(*part)]
+    return found
+
+
+def paired(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> tuple[float, Interval | None]:
+    """(bits per byte of `after` less those of `before`, its 95 % interval) from (nats, bytes) of the same rows; no interval of a single row.
+
+    The ratio's error, above, of the differences of a row's nats: what is hard in a row is hard for both.
+    """
+    rows = [(b - a, size) for (a, size), (b, _) in zip(before, after, strict=True) if size]
+    d, sizes = np.array(rows, dtype=np.float64).T
+    ratio = d.sum() / sizes.sum()
+    if (n := len(rows)) < 2:
+        return ratio / math.log(2), None
+    half = Z95 * math.sqrt(n / (n - 1) * ((d - ratio * sizes) ** 2).sum()) / sizes.sum()
+    return ratio / math.log(2), Interval((ratio - half) / math.log(2), (ratio + half) / math.log(2))
 
 
 def _of_sums(nats: float, n_bytes: float, n_tokens: float, n: float, nats2: float, product: float, n_bytes2: float) -> BPB:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.config import ChatEvalConfig, UserError, not_read
+from nanolab.evals import bpb
 from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.training import checkpoint
@@ -101,8 +102,8 @@ def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     """{"model", "step", "seed", "stages": [...], "metrics": [...], "compressors": {...}}: all numbers of the page, as JSON.
 
     A metric: {"metric", "unit", "n", "version", "baseline", "measures", "asked", "stages": {label: {"value", "interval", "called", "effect"}}}, where the effect
-    {"on", "difference", "interval", "verdict"} is against the stage before, if that was measured as well. What has no interval
-    has no verdict. price_per_hour: of one device.
+    {"on", "difference", "interval", "verdict"} is against the stage before, if that was measured as well. Where the same problems, or the same rows
+    of text, are not on record for both there is no interval and no verdict, but a "reason". price_per_hour: of one device.
     """
     last = stages[-1]
     rows: dict[tuple, dict[str, Any]] = {}
@@ -130,7 +131,8 @@ def measured(stage: Stage, wanted: dict[str, Any] | None):
     if stage.text:
         val = stage.text["val"]
         row = {"metric": BPB, "unit": BPB, "n": val["bytes"], "version": None, "baseline": None}
-        yield (BPB, stage.text["data"], val["bytes"]), row, {"value": val["bpb"], "interval": None}, None
+        rows = val.get("rows")
+        yield (BPB, stage.text["data"], val["bytes"]), row, {"value": val["bpb"], "interval": val.get("interval")}, rows and (stage.text["bpb"]["settings"]["text"], rows)
     if not stage.chat or not wanted:
         return
     known = [row["settings"] for row in chat_rows(wanted)] or [wanted["settings"]]
@@ -144,6 +146,9 @@ def measured(stage: Stage, wanted: dict[str, Any] | None):
         else:
             cell = {"value": task["accuracy"], "interval": task["interval"], "called": task["called"]}
             yield key, row | {"unit": PERCENT, "baseline": task["baseline"]}, cell, task["outcomes"]
+            if found := task.get("strict"):
+                facts = {"metric": f"{task['spec']} strict", "unit": PERCENT, "baseline": task["baseline"], "measures": "strict extract: the number after ####"}
+                yield (*key, "strict"), row | facts, cell | {"value": found["accuracy"], "interval": found["interval"]}, found["outcomes"]
     if (score := stage.chat["chatcore"]) and stage.chat["settings"] == wanted["settings"]:
         row = {"metric": score["label"], "unit": "score", "n": None, "version": None, "baseline": None}
         yield (score["label"], *score["lacks"]), row, {"value": score["value"], "interval": score["interval"]}, None
@@ -156,10 +161,28 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> str:
 
 def effect(row: dict[str, Any], before: str, after: str, outcomes: dict[str, Any]) -> dict[str, Any]:
     """What a stage changed in one metric."""
-    if outcomes[after] is None:
-        return {"on": before, "difference": row["stages"][after]["value"] - row["stages"][before]["value"], "interval": None, "verdict": None}
+    if reason := not_paired(row, outcomes[before], outcomes[after]):
+        difference = row["stages"][after]["value"] - row["stages"][before]["value"]
+        return {"on": before, "difference": difference, "interval": None, "verdict": None, "reason": reason}
+    if row["unit"] == BPB:  # lower is better
+        difference, (low, high) = bpb.paired(outcomes[before][1], outcomes[after][1])
+        return {"on": before, "difference": difference, "interval": [low, high], "verdict": "better" if high < 0 else "worse" if low > 0 else "unresolved"}
     difference, (low, high) = paired(outcomes[before], outcomes[after])
     return {"on": before, "difference": difference, "interval": [low, high], "verdict": "better" if low > 0 else "worse" if high < 0 else "unresolved"}
+
+
+def not_paired(row: dict[str, Any], before: Any, after: Any) -> str:
+    """Why two stages cannot be compared piece by piece; empty where they can."""
+    if row["unit"] not in (BPB, PERCENT):
+        return "a mean over tasks" if row["unit"] == "score" else "of each conversation no loss is on record"
+    if before is None or after is None:
+        return "of the rows of text no figures are on record; measure both stages again"
+    if row["unit"] == PERCENT:
+        return ""
+    (text, rows), (other, others) = before, after
+    if text != other or [n for _, n in rows] != [n for _, n in others]:
+        return "measured on other rows of text"
+    return "" if sum(n > 0 for _, n in rows) > 1 else "a single row of text"
 
 
 def cost(stage: Stage, price_per_hour: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
-from nanolab.config import UserError
+from nanolab.config import UserError, as_json
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
 from nanolab.training.models import WEIGHTS_ONLY, ModelRef
@@ -125,7 +125,7 @@ class Record:
         self.rows.append(row)
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a") as file:
-            file.write(("\n" if torn else "") + json.dumps(row) + "\n")
+            file.write(("\n" if torn else "") + as_json(row, RECORD) + "\n")
 
 
 def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031) by themselves, as GPT-2's reproductions and lm-evaluation-harness score them.
 
 Of a HellaSwag item the ending with the lowest loss is chosen: of the sum over its tokens (both report it), of the mean over its
-tokens (reproductions of GPT-2), or of the sum divided by its bytes (the harness's acc_bytes; its acc_norm divides by characters, which is
+tokens (reproductions of GPT-2), or of the sum divided by its characters (the harness's acc_norm) or its bytes (its acc_bytes, which is
 another number where a text is not ASCII). The texts are those of the data: the original file's as they are, which the reproductions
 read, or the bundle's, cleaned as the harness cleans them. The ending is encoded by itself, behind a blank, and all of its tokens count.
 A tokenizer that puts a blank of its own before every text would make that two; there texts are encoded whole.
@@ -20,7 +20,7 @@ from nanolab.evals.likelihood import Reader, Score, common
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
 
-RULES = ("sum", "per_token", "per_byte")
+RULES = ("sum", "per_token", "per_character", "per_byte")
 
 
 def original_items(path: Path, max_items: int = -1) -> list[icl.Item]:
@@ -42,7 +42,9 @@ def hellaswag(reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item],
     groups = encode(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
 
     def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, ...]:
-        losses = [[s.nats / size for s, size in zip(scores, sizes)] for sizes in zip(*((1, s.n_tokens, max(1, len(a.encode("utf-8", "surrogatepass")))) for s, a in zip(scores, items[group.index].answers)))]
+        answers = items[group.index].answers
+        sizes = [(1, s.n_tokens, max(1, len(a)), max(1, len(a.encode("utf-8", "surrogatepass")))) for s, a in zip(scores, answers)]
+        losses = [[s.nats / size for s, size in zip(scores, of_rule)] for of_rule in zip(*sizes)]
         return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
 
     found = icl.judged(reader, groups, runtime, judge, "hellaswag")
@@ -74,22 +76,31 @@ def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Run
     groups = icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
     found = icl.judged(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
+
+    def exp(x: float) -> float:
+        return math.exp(x) if x < 709 else math.inf  # which math.exp refuses
+
     accuracy, mean = sum(s.greedy for s in found) / n, statistics.fmean(nats)
     half = Z95 * statistics.stdev(nats) / math.sqrt(n) if n > 1 else None
-    ends = None if half is None else Interval(math.exp(mean - half), math.exp(mean + half))
+    ends = None if half is None else Interval(exp(mean - half), exp(mean + half))
     return {
-        "n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "perplexity": math.exp(mean), "perplexity_interval": ends,
+        "n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "perplexity": exp(mean), "perplexity_interval": ends,
         "cut": sum(s.cut > 0 for s in found),
     }  # fmt: skip
 
 
 def hellaswag_table(found: dict[str, Any]) -> list[str]:
     """One line for each way to choose."""
-    says = {"sum": "lowest sum of losses (acc)", "per_token": "lowest loss per token (acc_norm of GPT-2's reproductions)", "per_byte": "lowest loss per byte (acc_bytes of lm-evaluation-harness)"}
+    says = {
+        "sum": "lowest sum of losses (acc)",
+        "per_token": "lowest loss per token (acc_norm of GPT-2's reproductions)",
+        "per_character": "lowest loss per character (acc_norm of lm-evaluation-harness)",
+        "per_byte": "lowest loss per byte (acc_bytes of lm-evaluation-harness)",
+    }
     lines = [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25"]
     for rule, what in says.items():
         low, high = found[rule]["interval"]
-        lines += [f"  {what:<60}{found[rule]['accuracy']:>8.4f}  {low:.4f} to {high:.4f}"]
+        lines += [f"  {what:<64}{found[rule]['accuracy']:>8.4f}  {low:.4f} to {high:.4f}"]
     return lines
 
 

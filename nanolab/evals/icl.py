@@ -5,7 +5,8 @@
     language_modeling   one context, one answer               right: each token of the answer is the likeliest one
 
 A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by the seed
-1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv 2406.11794).
+1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv 2406.11794). A text that is
+longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads such texts whole.
 """
 
 import random

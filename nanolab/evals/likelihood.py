@@ -7,7 +7,7 @@ of a prefix, T of a row, K places that count, C width, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -135,6 +135,16 @@ def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, 
         return Score(lost, len(text.ids) - text.start, likeliest, len(whole.ids) - len(text.ids))
 
     return [[result(*pair) for pair in zip(*both)] for both in zip(texts, groups)]
+
+
+@torch.no_grad()
+def check_finite(model: Any, tokenizer: Any, device: torch.device, name: str) -> None:
+    """Raises UserError where the losses of a first sentence are not all finite numbers: nothing that the model says would mean anything."""
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode("The capital of France is")]], device=device)
+    losses = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), reduction="none")
+    if bad := int((~torch.isfinite(losses)).sum()):
+        seen = f"{name} gives losses that are not finite numbers ({bad} of {losses.numel()} tokens of a first sentence)"
+        raise UserError(f"{seen}; expected numbers: its weights are damaged, or too large for their dtype; try NANOLAB_DTYPE=float32 or another @STEP", "not-finite", model=name)
 
 
 def shortened(text: Text, limit: int) -> Text:

@@ -12,6 +12,7 @@ from typing import Any
 from nanolab.config import GPTConfig, chosen
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown, table
+from nanolab.evals.hellaswag import RULES
 from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
 from nanolab.training import checkpoint
@@ -182,7 +183,7 @@ def published(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str
         for name, task in core["tasks"].items():
             yield share(f"{name}:{task['shots']}-shot", task, task["n"], task["baseline"])
     if (found := record.get("hellaswag")) and "n" in found:
-        for rule in ("sum", "per_token", "per_byte"):
+        for rule in (rule for rule in RULES if rule in found):  # older files lack some
             yield share(f"hellaswag:by loss {rule.replace('_', ' ')}", found[rule], found["n"], 0.25)
     if (found := record.get("lambada")) and "n" in found:
         yield share("lambada:last word", found, found["n"], None)

@@ -15,6 +15,7 @@ scripts.lm_eval does before it hands the command line over. In Python: `import n
     max_gen_toks=256        tokens of a reply where the task does not say
     max_rows=64             replies that are generated at once
     tool=calculator         calculator | python | none: what answers the calls in the replies of a conversation (--apply_chat_template)
+    allow_unsandboxed=True  with tool=python: run its code even where the sandbox lacks landlock or seccomp
 
 --batch_size changes nothing: texts are packed by tokens. One process reads everything. A text longer than the model reads loses its
 beginning; how many did is `cut_texts` in the results' config. `unscored_texts` are those without a token to score, such as an empty choice:
@@ -31,6 +32,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.checkpoints import weights_of
 from nanolab.evals.likelihood import GPTReader, Text, common, score
 from nanolab.inference.engine import Engine, Request
+from nanolab.inference.sandbox import walls
 from nanolab.inference.served import served
 from nanolab.inference.text import TextStream
 from nanolab.inference.tools import TOOLS, find_tool
@@ -59,7 +62,7 @@ try:
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness cannot be imported ({error}); expected it for evaluations by its tasks; type: bash runs/setup.sh lm_eval") from None
 
-ARGUMENTS = {"path": str, "add_bos_token": bool, "device": str, "dtype": str, "max_gen_toks": int, "max_rows": int, "tool": str}
+ARGUMENTS = {"path": str, "add_bos_token": bool, "device": str, "dtype": str, "max_gen_toks": int, "max_rows": int, "tool": str, "allow_unsandboxed": bool}
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed"}  # of a task's generation_kwargs
 HARNESS_DEVICE = "cuda:0"  # what --device is where nobody types it
 CONVERSATION = re.compile(r"\[conversation ((?:[0-9]+:[0-9]+,?)+) ([0-9a-f]{16})\]")
@@ -71,7 +74,8 @@ class Nanolab(TemplateLM):
     """One model on one device. Its arguments are explained above."""
 
     def __init__(
-        self, path: str, add_bos_token: bool = True, device: str = "", dtype: str = "", max_gen_toks: int = 256, max_rows: int = 64, tool: str = "calculator"
+        self, path: str, add_bos_token: bool = True, device: str = "", dtype: str = "", max_gen_toks: int = 256, max_rows: int = 64, tool: str = "calculator",
+        allow_unsandboxed: bool = False,
     ):  # fmt: skip
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -83,6 +87,11 @@ class Nanolab(TemplateLM):
             hint = nearest(tool, [*TOOLS, "none"], prefix="tool=")
             raise UserError(f"--model_args has tool={tool}; expected one of {', '.join(TOOLS)}, none{hint}", "model-args-value", name="tool", value=tool)
         found = find_run(path)
+        try:
+            said = walls(SimpleNamespace(allow_unsandboxed=allow_unsandboxed), tool == "python")
+        except UserError as error:
+            raise UserError(f"{error} (of --model_args: allow_unsandboxed=True, tool=python)", error.code, **error.values) from None
+        print(*said, sep="\n", end="\n" if said else "")
         try:
             self.runtime = start(kind_of(device, "device="), dtype)
         except UserError as error:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import RLConfig, UserError, nearest
+from nanolab.config import RLConfig, UserError, as_json, nearest
 from nanolab.data.chat import parse_reply, render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
@@ -447,7 +447,7 @@ class RolloutLog:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(self.path, "ab")
         try:
-            self._file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._file.write("".join(as_json(row, self.path.name) + "\n" for row in rows).encode())
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.path} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error

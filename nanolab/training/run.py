@@ -23,7 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, not_read, to_json
+from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, as_json, not_read, to_json
 from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ class Run:
         if self._metrics is None:
             return
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()}
-        line = (json.dumps({"step": step, **finite}) + "\n").encode()
+        line = (json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode()
         try:
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -154,7 +154,7 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json in one step and close. Called by every rank."""
-        on_main(self.runtime, lambda: checkpoint.write_text(self.dir / "result.json", json.dumps(result, indent=1) + "\n"))
+        on_main(self.runtime, lambda: checkpoint.write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n"))
         self.close(result)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import functools
 import gzip
 import importlib.util
 import json
@@ -20,6 +21,7 @@ from nanolab.config import BaseEvalConfig, BaseTrainConfig, DataConfig, GPTConfi
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
+from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import Mode, follow
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -222,7 +224,9 @@ def test_tasks_of_the_bundle_are_scored_and_written(world, bundle, capsys):
     core, swag, words = result["core"], result["hellaswag"], result["lambada"]
     first = sum(row["gold"] == 0 for row in tiny.CHOICES) / 7
     assert {k: core["tasks"][k]["accuracy"] for k in ("copa", "hellaswag_zeroshot", "winograd")} == {"copa": first, "hellaswag_zeroshot": first, "winograd": 3 / 5}
-    assert (core["label"], len(core["missing"]), core["failed"]) == ("CORE-4 of 22", 18, {})
+    cut, n = (sum(core["tasks"][label][what] for label in core["tasks"]) for what in ("cut", "n"))
+    label = f"CORE-4 of 22@64, {100 * cut / n:.0f} % cut"
+    assert cut and (core["label"], len(core["missing"]), core["failed"]) == (label, 18, {})
     assert swag["per_token"]["accuracy"] == first and swag["n"] == 7
     shortest = [min(range(3), key=lambda i: len(tokenizer.encode(" " + row["choices"][i]))) for row in tiny.CHOICES]
     assert swag["sum"]["accuracy"] == sum(pick == row["gold"] for pick, row in zip(shortest, tiny.CHOICES)) / 7
@@ -230,8 +234,8 @@ def test_tasks_of_the_bundle_are_scored_and_written(world, bundle, capsys):
     assert words["perplexity"] == pytest.approx(tokenizer.vocab_size ** (sum(tokens) / 6), rel=1e-4)
     with open(run_dir / "eval_base.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["Task"] for row in rows] == [*core["tasks"], "CORE-4 of 22"] and float(rows[-1]["Centered"]) == pytest.approx(core["value"], abs=1e-6)
-    for text in ("CORE-4 of 22", "missing from the bundle: jeopardy", "HellaSwag, 7 items", "LAMBADA, 6 items"):
+    assert [row["Task"] for row in rows] == [*core["tasks"], label] and float(rows[-1]["Centered"]) == pytest.approx(core["value"], abs=1e-6)
+    for text in (label, "missing from the bundle: jeopardy", "HellaSwag, 7 items", "LAMBADA, 6 items"):
         assert any(text in line for line in lines), text
     run(config(modes="bpb", split_tokens=200))
     assert json.loads((run_dir / "eval_base.json").read_text())["core"] == core, "kept beside other modes of the same model"
@@ -243,7 +247,7 @@ def test_a_broken_task_is_reported_and_the_rest_is_there(world, bundle, capsys):
     assert run(config(modes="core,lambada,hellaswag", eval_bundle=str(bundle))) == 1
     out, result = capsys.readouterr().out, json.loads((run_dir / "eval_base.json").read_text())
     assert list(result["core"]["failed"]) == ["lambada_openai"] and "words.jsonl:1 is not JSON" in result["lambada"]["failed"]["lambada"]
-    assert result["core"]["label"] == "CORE-3 of 22" and result["hellaswag"]["n"] == 7
+    assert result["core"]["label"].partition("@")[0] == "CORE-3 of 22" and result["hellaswag"]["n"] == 7
     assert "failed: lambada_openai: " in out and "failed: lambada: " in out
     tiny.write(bundle)
     assert run(config(modes="lambada", eval_bundle=str(bundle))) == 0
@@ -265,7 +269,7 @@ def test_what_was_found_before_an_end_is_on_disk(world, bundle, monkeypatch, err
     with pytest.raises(error):
         run(config(modes="bpb,core", split_tokens=200, eval_bundle=str(bundle)))
     result = json.loads((run_dir / "eval_base.json").read_text())
-    assert list(result["core"]["tasks"]) == ["copa", "winograd"] and result["core"]["label"] == "CORE-2 of 22" and result["core"]["settings"] and "val" in result
+    assert list(result["core"]["tasks"]) == ["copa", "winograd"] and result["core"]["label"].partition("@")[0] == "CORE-2 of 22" and result["core"]["settings"] and "val" in result
     assert result["core"]["failed"] == dict.fromkeys(("lambada_openai", "hellaswag_zeroshot"), "the evaluation ended before it")
 
 
@@ -350,10 +354,10 @@ def test_what_fails_for_a_checkpoint_is_named_and_on_record_until_it_is_mended(w
     again = config(modes="core", all_checkpoints=True, eval_bundle=str(bundle))
     assert run(again) == 1
     out = capsys.readouterr().out
-    assert "failed: even@7: lambada_openai: " in out and "step_000006 is half-written or damaged" in out and "CORE-3 of 22, over training" in out
+    assert "failed: even@7: lambada_openai: " in out and "step_000006 is half-written or damaged" in out and "CORE-3 of 22@64, 37 % cut, over training" in out
     assert run(again) == 1
     out = capsys.readouterr().out
-    assert "even@7: core\n" not in out and "failed: even@7: lambada_openai: " in out and "CORE-3 of 22, over training" in out, "on record"
+    assert "even@7: core\n" not in out and "failed: even@7: lambada_openai: " in out and "CORE-3 of 22@64, 37 % cut, over training" in out, "on record"
     path.write_text(good)
     assert run(again) == 1 and "even@7: core\n" in capsys.readouterr().out
     (run_dir / "checkpoints" / "step_000006").rmdir()
@@ -442,3 +446,33 @@ def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle
     assert theirs["lambada"]["perplexity"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-4) and theirs["hellaswag"]["sum"] == ours["hellaswag"]["sum"]
     assert [s["text"] for s in theirs["samples"]] == [s["text"] for s in ours["samples"]] and theirs["unconditioned"] == []
     assert len(list((base_dir / "eval").glob("exported-*/eval_base.csv"))) == 1
+
+
+@pytest.mark.fault("S14")
+@pytest.mark.parametrize("modes", ["bpb", "sample", "core,hellaswag,lambada"])
+def test_a_model_that_gives_nan_is_an_error_that_names_it(world, bundle, modes):
+    run_dir, tokenizer, _ = world
+    (_, path), *_ = checkpoint.steps(run_dir / "checkpoints")
+    meta = checkpoint.load_meta(path)
+    model = GPT(GPTConfig(**meta["model_config"]))
+    model.init_weights(0)
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = float("nan")
+    meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "tokens": 7000}
+    checkpoint.save(run_dir / "checkpoints", 8, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
+    with pytest.raises(UserError) as error:
+        run(config(modes=modes, eval_bundle=str(bundle), split_tokens=200))
+    assert (error.value.code, error.value.values) == ("not-finite", {"model": "even"}) and not (run_dir / "eval_base.json").exists()
+
+
+@pytest.mark.fault("S14")
+def test_results_hold_no_nan(world, monkeypatch, capsys):
+    """What is not finite is null in every file and on stdout, and a line says so. The parser refuses NaN and Infinity."""
+    run_dir, *_ = world
+    real = bits_per_byte
+    monkeypatch.setattr("nanolab.evals.bpb.bits_per_byte", lambda *a, **k: real(*a, **k)._replace(error=float("inf")))
+    assert run(config(modes="bpb", split_tokens=200, json=True)) == 0
+    strict = functools.partial(json.loads, parse_constant=lambda name: pytest.fail(name))
+    said = capsys.readouterr()
+    assert strict((run_dir / "eval_base.json").read_text()) == strict(said.out.splitlines()[-1])
+    assert strict((run_dir / "eval_base.json").read_text())["val"]["interval"] == [None, None] and "not finite" in said.err

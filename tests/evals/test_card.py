@@ -1,11 +1,15 @@
 """The card of a chain of three hand-written runs: every number on it can be computed by hand."""
 
+import importlib.util
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,7 +133,8 @@ def test_the_numbers_of_the_page_are_kept(runs, tmp_path):
     assert (kept["model"], kept["step"], kept["seed"], kept["compressors"]) == ("b-sft", 5, 7, COMPRESSORS)
     assert [stage["label"] for stage in kept["stages"]] == ["base", "sft"] and kept["stages"][0]["dollars"] is None
     bpb, sums, names = kept["metrics"]
-    assert bpb["stages"]["sft"]["effect"] == {"on": "base", "difference": 0.25, "interval": None, "verdict": None}
+    reason = bpb["stages"]["sft"]["effect"].pop("reason")
+    assert bpb["stages"]["sft"]["effect"] == {"on": "base", "difference": 0.25, "interval": None, "verdict": None} and "rows of text" in reason
     change = sums["stages"]["sft"]["effect"]
     assert (sums["metric"], sums["n"], change["difference"], change["verdict"]) == ("sums@20:test", 20, 1.0, "better")
     assert change["interval"] == pytest.approx([0.7350, 1.0], abs=5e-5)
@@ -174,7 +179,67 @@ def test_chatcore_is_a_row_without_a_verdict(runs):
     runs.talks("b-sft", {}, chatcore={**total, "value": 0.5})
     (_, row) = card(chain(find_model("b-sft")))["metrics"]
     assert row["metric"] == "ChatCORE-1 of 6"
-    assert row["stages"]["sft"] == {"value": 0.5, "interval": [0.2, 0.3], "effect": {"on": "base", "difference": 0.25, "interval": None, "verdict": None}}
+    effect = {"on": "base", "difference": 0.25, "interval": None, "verdict": None, "reason": "a mean over tasks"}
+    assert row["stages"]["sft"] == {"value": 0.5, "interval": [0.2, 0.3], "effect": effect}
+
+
+@pytest.mark.fault("outer D17")
+def test_bits_per_byte_have_an_interval_and_a_verdict(runs, tmp_path):
+    """Of the same rows: by resampling them. Of other rows, or without: neither, and the reason."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(50, 200, 300)
+    nats = {"b": 1.1 * sizes + rng.normal(0, 12, 300)}
+    nats["b-sft"] = nats["b"] - 0.02 * sizes + rng.normal(0, 3, 300)  # better by more than the noise of the differences, and less than that of the rows
+    nats["b-rl"] = nats["b-sft"] + rng.normal(0, 3, 300)
+
+    def val(name: str) -> dict:
+        value = nats[name].sum() / sizes.sum() / math.log(2)
+        rows = [[float(x), int(n)] for x, n in zip(nats[name], sizes)]
+        return {"bpb": value, "interval": [value - 0.1, value + 0.1], "bytes": int(sizes.sum()), "tokens": 500, "rows": rows}
+
+    def reads(name: str, found: dict, text: str = "t") -> None:
+        record = {"model": name, "step": runs.step(name), "data": "books", "val": found, "bpb": {"settings": {"text": text, "tokens": 9, "dtype": "float32"}}}
+        (runs.folder / name / "eval_base.json").write_text(json.dumps(record))
+
+    for name in nats:
+        reads(name, val(name))
+    cells = card(chain(find_model("b-rl")))["metrics"][0]["stages"]
+    assert cells["base"]["interval"] == pytest.approx([cells["base"]["value"] - 0.1, cells["base"]["value"] + 0.1])
+    draws = rng.integers(0, 300, (4000, 300))
+    for before, after, label, verdict in (("b", "b-sft", "sft", "better"), ("b-sft", "b-rl", "rl", "unresolved")):
+        effect, d = cells[label]["effect"], nats[after] - nats[before]
+        drawn = d[draws].sum(1) / sizes[draws].sum(1) / math.log(2)
+        assert effect["verdict"] == verdict and effect["interval"] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.15 * np.ptp(effect["interval"]))
+        assert effect["difference"] == pytest.approx(cells[label]["value"] - cells["base" if label == "sft" else "sft"]["value"])
+    other = val("b-sft")
+    other["rows"][0][1], other["rows"][1][1] = other["rows"][0][1] + 1, other["rows"][1][1] - 1
+    for found, text in ((other, "t"), (val("b-sft"), "u")):
+        reads("b-sft", found, text)
+        effect = card(chain(find_model("b-sft")))["metrics"][0]["stages"]["sft"]["effect"]
+        assert (effect["interval"], effect["verdict"], effect["reason"]) == (None, None, "measured on other rows of text")
+
+
+@pytest.mark.fault("outer D17")
+def test_eleven_seeds_and_more_have_intervals(tmp_path):
+    """By the table of NIST/SEMATECH's handbook, 1.3.6.7.2, for n - 1 degrees of freedom, and by scipy where it is."""
+    spec = importlib.util.spec_from_file_location("nanolab_dev_seeds", SEEDS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for n, t in {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 11: 2.228, 12: 2.201, 31: 2.042, 101: 1.984}.items():
+        values = [float(i) for i in range(n)]
+        low, high = module.interval(values)
+        assert (high - low) / 2 == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=3e-4)
+
+
+@pytest.mark.fault("outer D16")
+def test_the_strict_extract_is_a_row_of_its_own_and_older_files_have_none(runs):
+    for name, strict in (("b", WRONG), ("b-sft", HALF)):
+        row = task("gsm8k", RIGHT) | {"strict": {"accuracy": sum(strict) / 20, "interval": [0.0, 1.0], "outcomes": strict}}
+        runs.talks(name, {"gsm8k": row, "sums": task("sums", RIGHT)})
+    rows = {row["metric"]: row for row in card(chain(find_model("b-sft")))["metrics"]}
+    assert set(rows) == {"bits per byte", "gsm8k", "gsm8k strict", "sums"}
+    assert rows["gsm8k strict"]["stages"]["sft"]["value"] == 0.5 and rows["gsm8k strict"]["stages"]["sft"]["effect"]["verdict"] == "better"
+    assert rows["gsm8k"]["stages"]["sft"]["value"] == 1.0 and rows["gsm8k"]["stages"]["sft"]["effect"]["verdict"] == "unresolved"
 
 
 @pytest.mark.fault("N6")

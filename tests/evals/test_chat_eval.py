@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanolab.config import ChatEvalConfig, GPTConfig, UserError, to_json
-from nanolab.data.chat import render
+from nanolab.data.chat import parts_of, render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.score import wilson
 from nanolab.model.gpt import GPT
@@ -99,7 +99,23 @@ def test_accuracies_are_those_of_what_was_learned(world, capsys):
     assert result["chatcore"]["lacks"] == ["arc-challenge", "mmlu", "humaneval", "spellingbee"]
     assert "ChatCORE-2 of 6" in out and "without arc-challenge, mmlu, humaneval, spellingbee" in out
     row = next(line for line in out.splitlines() if line.startswith("  gsm8k"))
-    assert row.split() == ["gsm8k", "4", "0.7500", "0.3006", "to", "0.9544", "0.00", "0.7500"]
+    assert row.split()[:8] == ["gsm8k", "4", "0.7500", "0.3006", "to", "0.9544", "0.00", "0.7500"]
+
+
+@pytest.mark.fault("outer D16")
+def test_gsm8k_has_both_extracts(world, monkeypatch, capsys):
+    """The same replies without their mark: the flexible figure stays, the strict one falls to nothing."""
+    from tasks.gsm8k import GSM8K
+
+    found = world(tasks="gsm8k")["tasks"]["gsm8k"]
+    assert (found["accuracy"], found["strict"]["accuracy"], found["strict"]["interval"]) == (0.75, 0.75, list(wilson(0.75, 4)))
+    real = GSM8K.strict
+    monkeypatch.setattr(GSM8K, "strict", lambda self, example, content: real(self, example, "".join(p["text"] for p in parts_of(content)).replace("####", "")))
+    capsys.readouterr()
+    found = world(tasks="gsm8k")["tasks"]["gsm8k"]
+    assert (found["accuracy"], found["strict"]["accuracy"], found["strict"]["outcomes"]) == (0.75, 0.0, [0.0] * 4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "flexible extract" in line or "strict extract" in line]
+    assert "flexible" in lines[0] and "0.7500" in lines[0] and "strict" in lines[1] and "0.0000" in lines[1]
 
 
 def test_without_a_tool_calls_stay_unanswered(world):

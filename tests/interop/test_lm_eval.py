@@ -411,6 +411,7 @@ class Chain(torch.nn.Module):
 def test_a_conversation_has_its_calculator(run, monkeypatch, tool, until, says):
     """A model that says a=, calls, says what it reads of the result up to a !. Stop strings are looked for in the text, not in the call."""
     monkeypatch.setitem(TOOLS, "python", lambda code: "9")
+    monkeypatch.setattr("nanolab.interop.lm_eval.walls", lambda cfg, runs: [], raising=False)  # nothing of the model's is run
     lm = ours(run, **({"tool": tool} if tool else {}))
     special, encode = lm.tokenizer.special, lm.tokenizer.encode
     start, end, out, done, stop = (special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end"))
@@ -430,6 +431,9 @@ def test_a_text_that_is_no_conversation_has_no_tool(run):
     a, b, stop = (*(lm.tokenizer.encode(x)[0] for x in "ab"), lm.tokenizer.bos)
     lm.model = Chain(lm.model.config, [a, start, b, end, stop])
     assert lm.generate_until(asked("generate_until", ("a", {"until": [], "max_gen_toks": 24})), disable_tqdm=True) == ["b"]
+    with pytest.raises(UserError) as error:
+        ours(run, allow_unsandboxed=True)
+    assert error.value.code == "flag-not-read"
     with pytest.raises(UserError) as error:
         ours(run, tool="calculater")
     assert (error.value.code, error.value.values) == ("model-args-value", {"name": "tool", "value": "calculater"})
