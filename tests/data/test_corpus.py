@@ -94,7 +94,7 @@ def test_order_is_a_permutation_that_depends_on_seed_and_epoch(tmp_path):
     assert list(dict.fromkeys(blocks[0])) != list(dict.fromkeys(blocks[1]))  # new order of blocks in each epoch
     assert [t for t, b in zip(first, blocks[0]) if b == 0] != [t for t, b in zip(second, blocks[1]) if b == 0]  # and inside them
     order = hashlib.sha256("".join(first).encode()).hexdigest()
-    assert order.startswith("7b145f7f24d19ae2"), "the document order changed: runs that are resumed would see other text"
+    assert order.startswith("7b145f7f24d19ae2"), "pinned: the document order changed, so runs that are resumed would see other text"
 
 
 def test_decoded_text_is_bounded(tmp_path, monkeypatch):

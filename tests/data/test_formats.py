@@ -193,7 +193,7 @@ def test_files_whose_division_changed_are_other_data(tmp_path):
 
 
 def test_ordinary_files_give_the_batches_that_they_always_gave(tmp_path):
-    """The numbers were printed by the commit before long lines were cut; runs that are resumed depend on them."""
+    """Pinned: the numbers were printed by the commit before long lines were cut; runs that are resumed depend on them."""
     found = [" ".join(f"{i}w{j}" for j in range(i * 37 % 400)) + f"\nend {i}\n\n" for i in range(900)]
     pq.write_table(pa.table({"text": found[:300]}), tmp_path / "a.parquet", row_group_size=64)
     write_lines(tmp_path / "b.jsonl", found[300:500])

@@ -158,9 +158,8 @@ def test_a_busy_endpoint_is_asked_again(work, server, fault):
 
 def test_an_answer_that_takes_too_long_is_asked_for_again(work, server):
     server.faults = ["slow"]
-    began = time.monotonic()
     work(num=1, timeout=0.3)
-    assert len(work.rows()) == 1 and len(server.requests) == 2 and time.monotonic() - began < 2
+    assert len(work.rows()) == 1 and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("fault, why", [("malformed", "not JSON"), ("prose", "not JSON"), ("length", "cut for length"), ("empty", "not what its API promises")])

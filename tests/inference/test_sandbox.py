@@ -311,9 +311,10 @@ TIME = {
 
 @pytest.mark.parametrize("program", TIME.values(), ids=TIME)
 def test_time_runs_out(program):
+    """All of them would stay a minute and a half or for ever."""
     began = time.monotonic()
     outcome = run_python(program, timeout=0.4)
-    assert outcome.status == "timeout" and time.monotonic() - began < 3
+    assert outcome.status == "timeout" and time.monotonic() - began < 60, "a guard, no measurement"
 
 
 def test_time_runs_out_in_a_check_and_in_the_checks():
@@ -423,9 +424,9 @@ def test_endless_recursion_is_an_error():
 
 @pytest.mark.parametrize("program", ["while True: print('x' * 1000)", "import sys\nwhile True: sys.stderr.write('y' * 999)", "import os\nwhile True: os.write(1, bytes(65536))", "raise Exception('z' * 10**6)"], ids=["stdout", "stderr", "bytes", "an error"])
 def test_output_is_cut_and_ends_the_program(program):
-    began = time.monotonic()
-    outcome = run_python(program, timeout=20, output_bytes=10_000)
-    assert outcome.status == "output" and time.monotonic() - began < 5
+    """Endless but for the last: who waited for the time to run out would wait here."""
+    outcome = run_python(program, timeout=600, output_bytes=10_000)
+    assert outcome.status == "output"
     assert max(len(outcome.stdout), len(outcome.stderr)) == 10_000
 
 
@@ -540,14 +541,15 @@ def test_many_files_do_not_fill_the_disk():
 
 @pytest.mark.parametrize("program", [
     "import os\nos.rmdir(os.getcwd())", "import os\nos.mkdir('a', 0)\nos.mkdir('b')\nopen('b/c', 'w').close()\nos.mkdir('d', 0o300)",
-    "import os\nos.symlink('/', 'root')\nos.symlink('..', 'up')", "import os\nfor _ in range(1200):\n  os.mkdir('d')\n  os.chdir('d')",
+    "import os\nos.symlink(OUTSIDE, 'a')\nos.symlink(OUTSIDE + '/file', 'b')\nos.symlink('..', 'up')\nos.mkdir('d', 0)", "import os\nfor _ in range(1200):\n  os.mkdir('d')\n  os.chdir('d')",
     "import os, shutil\nshutil.rmtree(os.getcwd(), ignore_errors=True)\nprint(1)",
 ], ids=["removes its folder", "folders that cannot be read", "links to everywhere", "deep", "removes all it can"])  # fmt: skip
 @pytest.mark.parametrize("layers", [LAYERS, ()], ids="+".join)
-def test_its_folder_is_gone_afterwards_whatever_is_in_it(program, layers):
+def test_its_folder_is_gone_afterwards_whatever_is_in_it(program, layers, tmp_path):
     """The fixture looks; what links point to is still there."""
-    run_python(program, layers=layers)
-    assert Path("/").exists() and Path(__file__).exists()
+    (tmp_path / "file").write_text("kept")
+    run_python(program.replace("OUTSIDE", repr(str(tmp_path))), layers=layers)
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 # --------------------------------------------------------------------------------------------------------------- network

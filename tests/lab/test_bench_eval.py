@@ -33,28 +33,37 @@ def test_examples_have_the_shapes_of_the_tasks():
 
 
 def test_rates_are_examples_over_the_clock(monkeypatch):
-    """With a clock that counts scored texts, an example takes as many ticks as it has texts."""
-    ticks = [0]
+    """The real score, under a clock that counts the places whose logits the model has given."""
+    clock, calls = [0], []
+    logits, score = bench_eval.GPTReader.logits, bench_eval.score
 
-    def score(reader, groups):
-        ticks[0] += sum(map(len, groups))
+    def counted(reader, reads):
+        for part in logits(reader, reads):
+            clock[0] += len(part)
+            yield part
 
-    monkeypatch.setattr(bench_eval, "score", score)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(ticks[0]))
+    def called(reader, groups):
+        before = clock[0]
+        if len(calls) < 3:
+            clock[0] += 10**9  # the first round, which does not count
+        scores = score(reader, groups)
+        calls.append((groups, scores, clock[0] - before))
+
+    monkeypatch.setattr(bench_eval.GPTReader, "logits", counted)
+    monkeypatch.setattr(bench_eval, "score", called)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(clock[0]))
     document = bench_eval.examples(CFG, start("cpu", "float32"))
-    samples = {name: result["samples"] for name, result in document["results"].items()}
-    texts = sum(shape.texts for shape in SHAPES.values())
-    assert samples["score_language_modeling"] == [1.0] * 2 and samples["score_schema"] == [0.5] * 2
-    assert samples["score_multiple_choice"] == [pytest.approx(7 / (texts - 6), rel=1e-3)] * 2
-    assert samples["score"] == [pytest.approx(12 / texts, rel=1e-3)] * 2
-    assert document["examples"] == {kind: 2 * n for kind, n in OF_TYPE.items()} and document["texts"] == 2 * texts
+    results = document["results"]
+    assert set(results) == {"score", *(f"score_{kind}" for kind in OF_TYPE)} and document["examples"] == {kind: 2 * n for kind, n in OF_TYPE.items()}
+    kinds, rounds = list(document["examples"]), [calls[i : i + 3] for i in (3, 6)]
+    assert len(calls) == 9 and all(ticks > len(groups) for groups, _, ticks in calls)
+    for i, kind in enumerate(kinds):
+        assert results[f"score_{kind}"]["samples"] == pytest.approx([len(one[i][0]) / one[i][2] for one in rounds], rel=1e-3)
+    assert results["score"]["samples"] == pytest.approx([24 / sum(ticks for *_, ticks in one) for one in rounds], rel=1e-3)
 
-
-def test_what_is_counted_is_what_is_read():
-    document = bench_eval.examples(CFG, start("cpu", "float32"))
-    lengths = [len(text.ids) for _, group in synthetic(CFG, 270) for text in group]
-    assert document["tokens"] == sum(min(n, 128) for n in lengths) and document["cut"] == sum(n > 128 for n in lengths) > 0
-    assert set(document["results"]) == {"score", *(f"score_{kind}" for kind in OF_TYPE)}
+    texts = [pair for groups, scores, _ in rounds[0] for pair in zip(sum(groups, []), sum(scores, []))]
+    assert document["texts"] == len(texts) and document["cut"] == sum(s.cut > 0 for _, s in texts) > 0, "by what scoring itself has cut"
+    assert document["tokens"] == sum(len(text.ids) - s.cut for text, s in texts)
     assert document["n"] == 2 and document["dtype"] == "float32" and document["kernel"]
 
 
