@@ -9,6 +9,7 @@ Rows of pretraining text can be mixed in (`replay`), evenly and at fixed places.
 """
 
 import hashlib
+import threading
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
@@ -223,6 +224,7 @@ class ConversationBatches:
         self._labels: list[list[int]] = []
         self._ends = [0]  # row of conversations at which each epoch begins
         self._layout = lru_cache(2)(self._pack_epoch)
+        self._counting = threading.Lock()  # of _ends: batches are made in a thread of their own, and the loop asks for the epoch
 
     def _pack_epoch(self, epoch: int) -> Layout:
         raw = hashlib.blake2b(repr((self.seed, epoch)).encode(), digest_size=16).digest()
@@ -234,8 +236,10 @@ class ConversationBatches:
 
     def conversation_rows(self, epochs: int) -> int:
         """Rows of conversations in the first `epochs` epochs."""
-        while len(self._ends) <= epochs:
-            self._ends.append(self._ends[-1] + len(self._layout(len(self._ends) - 1).starts) - 1)
+        if len(self._ends) <= epochs:
+            with self._counting:
+                while len(self._ends) <= epochs:
+                    self._ends.append(self._ends[-1] + len(self._layout(len(self._ends) - 1).starts) - 1)
         return self._ends[epochs]
 
     def rows_in(self, epochs: int) -> int:

@@ -3,8 +3,11 @@
 One token per byte, so that lengths are known: a conversation of a one-letter question and an answer of n letters has n + 6 tokens.
 """
 
+import contextlib
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -364,3 +367,22 @@ def test_held_out_rows_hold_the_first_conversations_once():
     assert (few >= 0).sum() == answers[0] + answers[1], "9 tokens are too few, 9 + 12 are enough"
     with pytest.raises(UserError, match="no held-out conversation fits a row of 5 tokens"):
         held_out_rows(Reader(conversations, TOKENIZER, 5))
+
+
+@pytest.mark.fault("outer D7")
+def test_two_threads_that_ask_at_once_count_every_epoch_once(monkeypatch):
+    """One makes batches, the other asks for the epoch: both are held where the rows of an epoch are counted, so that they meet there if they can."""
+    alone, both = (batches(of_lengths([10, 15, 20, 8, 9, 13, 22])) for _ in range(2))
+    expected = [alone.conversation_rows(n) for n in range(6)]
+    meet, plain = threading.Barrier(2), both._layout
+
+    def layout(epoch):
+        with contextlib.suppress(threading.BrokenBarrierError):  # where only one may be here at a time
+            meet.wait(0.2)
+        return plain(epoch)
+
+    monkeypatch.setattr(both, "_layout", layout)
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(lambda: [both.conversation_rows(n) for n in range(6)]) for _ in range(2)]
+    assert [f.result() for f in found] == [expected] * 2 and both._ends == expected
+    assert [both._epoch_of(row) for row in range(expected[-1])] == [n for n in range(5) for _ in range(expected[n + 1] - expected[n])]
