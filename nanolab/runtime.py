@@ -138,6 +138,25 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had too little memory: torch.OutOfMemoryError is a RuntimeError; CPU and MPS have no class of their own."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(t in text for t in ("out of memory", "can't allocate memory", "alloc_failed"))
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, or of the machine for a CPU; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
 def print0(*args: Any, **kwargs: Any) -> None:
     """Print on rank 0 only."""
     if is_main_process():

@@ -5,6 +5,8 @@ the layer's business: keys and values, or in MLA a rotary key and a latent. Posi
 is one more than the layer's window: a ring that holds what the next token may see. Without a window R is `limit`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,13 @@ NOWHERE = 1 << 40  # the position of a slot that holds nothing: no query sees it
 def ring_sizes(c: GPTConfig, limit: int) -> list[int]:
     """R of each layer."""
     return [min(w + 1, limit) if w < c.sequence_len else limit for w in windows(c)]
+
+
+def most_bytes(c: GPTConfig, rows: int, dtype: torch.dtype) -> int:
+    """Of the keys and values of a cache in which so many rows have come, each as long as the model reads; room for rows doubles."""
+    places = 1 << (rows - 1).bit_length()
+    values = sum(min(ring, c.sequence_len) * math.prod(shape) for pair, ring in zip(cached_shapes(c), ring_sizes(c, c.sequence_len)) for shape in pair)
+    return places * values * dtype.itemsize
 
 
 def ring_positions(newest_B: Tensor, slots: int, ring: int) -> Tensor:
@@ -51,6 +60,16 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v, *self.left.values()))
+
+    def row_bytes(self, row: int) -> int:
+        """Of a snapshot of that row."""
+        values = sum(min(self.lengths[row], ring) * math.prod(x.shape[2:]) for ring, pair in zip(self.rings, zip(self.k, self.v)) for x in pair)
+        return values * self.k[0].element_size() + sum(x[row].nbytes for x in self.left.values())
+
+    def wipe(self, row: int) -> None:
+        """Zeros in place of what the row holds, since whatever comes in its place weighs its unused slots with 0, and 0 * NaN is NaN."""
+        for x in (*self.k, *self.v):
+            x[row].zero_()
 
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new tokens of every row behind its last one; returns the keys and values (B, S, G, D) that their queries may see.

@@ -81,6 +81,7 @@ class Dialogue:
         try:
             while not self.engine.idle:
                 step = self.engine.step()
+                self.engine.check()
                 ids += [new.token for new in step]
                 yield step
             while self.engine.prepare():

@@ -4,6 +4,8 @@ A step reads a bounded number of prompt tokens of joining rows and decodes one t
 V vocabulary. A row is one request: a prompt and its continuation.
 """
 
+import logging
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,19 +13,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
+from nanolab.config import UserError
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.cache import KVCache
+from nanolab.inference.cache import KVCache, most_bytes
 from nanolab.inference.prefill import Prefill
 from nanolab.inference.prefix import Prefixes
 from nanolab.inference.recorded import Recorder
-from nanolab.inference.request import Request, Row, Sampled
+from nanolab.inference.request import Failed, Request, Row, Sampled
 from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime, Stop
+from nanolab.runtime import Runtime, Stop, out_of_memory
 
-__all__ = ["Engine", "Request", "Sampled"]
+__all__ = ["Engine", "Failed", "Request", "Sampled"]
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 0.02  # seconds that a step waits for a tool where no row has anything else to do
+REMEDIES = {"out_of_memory": "try fewer rows at once, or a shorter --max-tokens", "non_finite_logits": "expected numbers; try another checkpoint, NAME@STEP"}
 HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it doubles when a reply grows longer
 
 
@@ -35,6 +41,8 @@ class Engine:
     steps and replay them (see recorded.py). Both are for weights that do not change (served.py); `generate` never replays.
     tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a tool runs inside the step that called it, so that a
     text does not depend on how long it took. `generate` always does so.
+    A row that cannot go on is in `failed` after the step: where memory does not suffice once the snapshots are gone, the youngest rows;
+    and a row whose logits are not numbers. The others go on.
     Not to be used from several threads at once.
     """
 
@@ -51,12 +59,16 @@ class Engine:
         dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype  # one query in bf16 takes a CPU ten times as long
         # not a method: with a cycle through it, an engine's cache would stay until the garbage is collected, which training does rarely
         self._new_cache = lambda rows, capacity: KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=runtime.device)
+        self.most_bytes = most_bytes(model.config, max_rows, dtype)  # of keys and values
         self.rows: list[Row] = []  # running; row i of the cache is rows[i]
         self.cache = self._new_cache(0, 0)
         self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
         self.queue: deque[Row] = deque()
         self.tools = ThreadPoolExecutor(tool_threads) if tool_threads else None
-        self.aside: list[tuple[Row, KVCache, Future[list[int]]]] = []  # rows that wait for a tool, each with what it has read
+        self.aside: list[tuple[Row, KVCache | None, Future[list[int]]]] = []  # rows that wait for a tool, each with what it has read; None: to be read again
+        self.live: dict[int, Row] = {}  # every row that is not finished, the oldest first
+        self.failed: list[Failed] = []  # rows that ended without a token; whoever steps takes them from here
+        self.tight = False  # memory ran out since a row last ended
         self.numbers = 0
 
     @property
@@ -82,11 +94,13 @@ class Engine:
         self.numbers += 1
         row = Row(self.numbers - 1, request, self.tokenizer, self.model.config.vocab_size, self.limit, self.runtime.device, generator)
         self.queue.append(row)
+        self.live[row.number] = row
         return row.number
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Give up a row: its place is free in the next step. Nothing happens if it is finished."""
+        self.live.pop(number, None)
         for row in self.queue:
             if row.number == number:
                 self.queue.remove(row)
@@ -114,7 +128,58 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
-        """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined included."""
+        """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined included.
+
+        A step that memory does not suffice for gives no tokens. Its rows begin again by reading what they have so far.
+        """
+        try:
+            return self._step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            text = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        self._relieve(text)  # here the tensors of the step are gone
+        return []
+
+    def _relieve(self, text: str) -> None:
+        """After running out of memory: snapshots go first; where there are none, or that was not enough, the youngest quarter of the rows."""
+        snapshots, enough = len(self.prefixes.kept) if self.prefixes else 0, not self.tight
+        if self.prefixes:
+            self.prefixes.clear()
+        self.tight = True
+        waiting = {row.number for row in self.queue}
+        rows = [row for row in self.live.values() if row.number not in waiting]  # a row that only waits takes no memory
+        lost = [] if snapshots and enough else rows[-max(1, len(rows) // 4) :]
+        log.warning("out of memory (%s): %d snapshots dropped, %d of %d rows given up", text, snapshots, len(lost), len(rows))
+        for row in lost:
+            self._fail(row, "out_of_memory", "there is not enough memory for this reply beside the others")
+        self.reset()
+
+    def reset(self) -> None:
+        """Throw away all that was computed: the rows in `live` are queued, to be read again."""
+        self.rows, self.cache = [], self._new_cache(0, 0)
+        self.prefill.parts.clear()
+        if self.recorder:
+            self.recorder.release()
+        for row, _, result in self.aside:
+            if row.number not in self.live:
+                result.cancel()
+        self.aside = [(row, None, result) for row, _, result in self.aside if row.number in self.live]
+        beside = {row.number for row, *_ in self.aside}
+        self.queue = deque(row for row in self.live.values() if row.number not in beside)
+
+    def _fail(self, row: Row, code: str, text: str) -> None:
+        self.failed.append(Failed(row.number, code, text))
+        self.live.pop(row.number, None)
+
+    def check(self) -> None:
+        """Raise UserError if a row has failed."""
+        if self.failed:
+            row, code, text = self.failed[0]
+            self.failed.clear()
+            raise UserError(f"{text}; {REMEDIES[code]}", code.replace("_", "-"), row=row)
+
+    def _step(self) -> list[Sampled]:
         logits: list[Tensor] = []
         self._call_tools()
         if self.rows:
@@ -129,19 +194,32 @@ class Engine:
         if not self.rows:
             return []
         step = self._tokens(torch.cat(logits) if len(logits) > 1 else logits[0])
-        for i in reversed([i for i, new in enumerate(step) if new.finish]):
-            self._leave(i)
-        return step
+        for i in reversed([i for i, new in enumerate(step) if new is None or new.finish]):
+            row = self.rows[i]
+            if step[i]:
+                self.tight = False
+                self.live.pop(row.number, None)
+                self._leave(i)
+            else:
+                if self.prefixes:
+                    self.prefixes.forget(row.tokens)
+                self.cache.wipe(i)
+                self._remove(i)
+                self._fail(row, "non_finite_logits", "the model's logits are not finite numbers")
+        return [new for new in step if new]
 
     def _call_tools(self) -> None:
         """Answer the calls that ended in the last step, or have their rows step aside; take back those whose tool is through."""
         calls = [(i, code) for i, row in enumerate(self.rows) if (code := row.called()) is not None]
-        for i, code in reversed(calls):
-            row = self.rows[i]
-            if self.tools is None:
-                row.waiting.extend(row.use.answer(code))
-            else:
-                self.aside.append((row, self.cache.snapshot(i), self.tools.submit(row.use.answer, code)))
+        if self.tools is None:
+            for i, code in calls:
+                self.rows[i].waiting.extend(self.rows[i].use.answer(code))
+        elif calls:
+            first = len(self.aside)
+            self.aside += [(self.rows[i], None, self._begin(self.rows[i], code)) for i, code in calls]  # a call is begun once, whatever fails below
+            for place, (i, _) in reversed(list(enumerate(calls, first))):
+                row, _, result = self.aside[place]
+                self.aside[place] = row, self.cache.snapshot(i), result
                 self._remove(i)
         if self.aside and not (self.rows or self.prefill.parts or (self.queue and self.running < self.max_rows)):
             wait([result for *_, result in self.aside], PATIENCE, FIRST_COMPLETED)
@@ -149,14 +227,34 @@ class Engine:
             row, cache, result = entry
             self.aside.remove(entry)
             row.waiting.extend(result.result())
-            self._join(row, cache, 0)
+            if cache is None:
+                self.queue.appendleft(row)
+            else:
+                self._join(row, cache, 0)
 
-    def _tokens(self, logits: Tensor) -> list[Sampled]:
+    def _begin(self, row: Row, code: str) -> Future[list[int]]:
+        """The tool's answer, in a thread."""
+        try:
+            return self.tools.submit(row.use.answer, code)
+        except RuntimeError as error:  # the machine has no thread left
+            result: Future[list[int]] = Future()
+            result.set_result(row.use.failed(error))
+            return result
+
+    def _tokens(self, logits: Tensor) -> list[Sampled | None]:
+        """The next token of each row; None where the model's choice has no probability: its logits were not finite."""
         free = [i for i, row in enumerate(self.rows) if not row.waiting]
         if len(free) < len(self.rows):
             logits = logits[free]
         chosen = iter(choose(logits, [self.rows[i].draws for i in free]) if free else ())
-        return [row.force() if row.waiting else row.take(next(chosen)) for row in self.rows]
+        taken: list[Sampled | None] = []
+        for row in self.rows:
+            if row.waiting:
+                taken.append(row.force())
+            else:
+                new = next(chosen)
+                taken.append(row.take(new) if math.isfinite(new.logprob) else None)
+        return taken
 
     def _join(self, row: Row, cache: KVCache, place: int) -> None:
         if not self.rows and not (self.recorder and self.recorder.cuda):
@@ -166,7 +264,7 @@ class Engine:
 
     def _leave(self, i: int) -> None:
         if self.prefixes:
-            self.prefixes.keep(self.rows[i].tokens[: self.cache.lengths[i]], self.cache.snapshot(i))
+            self.prefixes.keep(self.rows[i].tokens[: self.cache.lengths[i]], self.cache.row_bytes(i), lambda: (self.cache.snapshot(i), None))
         self._remove(i)
 
     def _remove(self, i: int) -> None:
@@ -196,7 +294,7 @@ class Engine:
         tools: given a call's text, returns the result, which is forced into the row (see `tools.TOOLS`); None: a call is
         text like any other. Forced tokens count towards `max_tokens` and the sequence length; they never stop a row.
         Runs beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty or
-        overlong prompt or meaningless settings.
+        overlong prompt or meaningless settings; on the way for a row that fails.
         """
         stop = None if stop_ids is None else tuple(stop_ids)
         requests = [
@@ -212,7 +310,9 @@ class Engine:
 
     def _steps(self) -> Iterator[list[Sampled]]:
         while not self.idle:
-            if step := self.step():
+            step = self.step()
+            self.check()
+            if step:
                 yield step
 
     def complete(

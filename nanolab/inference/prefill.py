@@ -47,7 +47,8 @@ class Prefill:
         reading = {(prompt, part.top): part.rows[i] for part in self.parts for i, prompt in enumerate(part.prompts)}
         fresh: dict[tuple[int, int], list[tuple[int, ...]]] = {}  # by length and top
         for row in rows:
-            prompt, top = row.request.prompt, row.request.prompt_logprobs
+            again = len(row.tokens) > len(row.request.prompt)  # what was answered already is read too
+            prompt, top = tuple(row.tokens), -1 if again else row.request.prompt_logprobs
             if (prompt, top) in reading:
                 reading[prompt, top].append(row)
                 continue
@@ -99,10 +100,16 @@ class Prefill:
     def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         for i, (prompt, rows) in enumerate(zip(part.prompts, part.rows)):
             for row in rows:
-                row.cached, row.scores = part.start, part.scores[i]
+                if len(row.tokens) == len(row.request.prompt):
+                    row.cached, row.scores = part.start, part.scores[i]
                 yield row, part.cache, i, part.logits[i]
             if self.prefixes and rows:
-                self.prefixes.keep(prompt, part.cache if len(part.prompts) == 1 else part.cache.snapshot(i), part.logits[i].clone())
+                whole = len(part.prompts) == 1  # then the cache itself is the snapshot
+                self.prefixes.keep(
+                    prompt,
+                    part.cache.row_bytes(i) + part.logits[i].nbytes,
+                    lambda i=i, whole=whole: (part.cache if whole else part.cache.snapshot(i), part.logits[i].clone()),
+                )
 
     def cancel(self, number: int) -> bool:
         """Whether there was such a row; its prompt is given up unless another row waits for it too."""

@@ -1,44 +1,87 @@
 """Prefixes: snapshots of what the model has read, so that a conversation's next turn begins where the last one ended."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from nanolab.inference.cache import KVCache
+from nanolab.runtime import out_of_memory
+
+log = logging.getLogger(__name__)
+
+
+class Snapshot(NamedTuple):
+    cache: KVCache  # of one row, not to be written to
+    logits: Tensor | None  # (V,) behind the tokens, where they were kept
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
 class Prefixes:
-    """Token sequences and the cache that a row of them leaves; what was used longest ago goes first when `room` bytes are full.
+    """Token sequences and the cache that a row of them leaves, within `room` bytes.
 
-    A snapshot is worth something only to the weights that made it: whoever changes weights makes a new one of these.
+    Where there is no room, one that another begins with goes first, then what was used longest ago.
+    Snapshots are only valid for the weights that made them.
     """
 
     def __init__(self, room: int):
         self.room, self.used = room, 0
-        self.kept: OrderedDict[tuple[int, ...], tuple[KVCache, Tensor | None]] = OrderedDict()
+        self.kept: dict[tuple[int, ...], Snapshot] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
+        self.contained: set[tuple[int, ...]] = set()  # those with which a longer one begins
 
-    def find(self, prompt: tuple[int, ...]) -> tuple[KVCache, Tensor | None] | None:
-        """The longest snapshot that the prompt begins with: its cache of one row, not to be written to, and the logits (V,)
-        behind it where they were kept, without which a snapshot of the whole prompt is of no use."""
-        fitting = [ids for ids, (_, logits) in self.kept.items() if (len(ids) < len(prompt) or logits is not None) and prompt[: len(ids)] == ids]
-        if not fitting:
+    def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
+        """The longest snapshot that the prompt begins with; of the whole prompt only one with logits is of use."""
+        best: tuple[int, ...] = ()
+        for ids, found in self.kept.items():
+            if len(best) < len(ids) <= len(prompt) and begins(prompt, ids) and (len(ids) < len(prompt) or found.logits is not None):
+                best = ids
+        if not best:
             return None
-        best = max(fitting, key=len)
-        self.kept.move_to_end(best)
+        self.kept[best] = self.kept.pop(best)
         return self.kept[best]
 
-    def keep(self, tokens: Sequence[int], cache: KVCache, logits: Tensor | None = None) -> None:
-        """Take a cache of one row that has read `tokens`; one that alone is larger than the room is not kept."""
+    def keep(self, tokens: Sequence[int], nbytes: int, make: Callable[[], tuple[KVCache, Tensor | None]]) -> None:
+        """Take what `make` makes: a cache of one row that has read `tokens`, and logits. Nothing goes for one larger than the room, nor is it made."""
         ids = tuple(tokens)
         if ids in self.kept:
-            self.kept.move_to_end(ids)
+            self.kept[ids] = self.kept.pop(ids)
             return
-        self.kept[ids] = cache, logits
-        self.used += size(*self.kept[ids])
-        while self.used > self.room:
-            self.used -= size(*self.kept.popitem(last=False)[1])
+        if nbytes > self.room:
+            return
+        while self.used + nbytes > self.room:
+            self.drop(next((old for old in self.kept if old in self.contained), next(iter(self.kept))))
+        try:
+            self.kept[ids] = Snapshot(*make())
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            log.warning("no memory for a snapshot: all %d were dropped", len(self.kept))
+            return self.clear()
+        self.used += self.kept[ids].nbytes
+        for old in self.kept:
+            for short, long in ((old, ids), (ids, old)):
+                if len(short) < len(long) and begins(long, short):
+                    self.contained.add(short)
+
+    def drop(self, ids: tuple[int, ...]) -> None:
+        self.used -= self.kept.pop(ids).nbytes
+        self.contained.discard(ids)
+
+    def forget(self, tokens: Sequence[int]) -> None:
+        """Drop every snapshot that `tokens` begin with."""
+        for ids in [ids for ids in self.kept if tuple(tokens[: len(ids)]) == ids]:
+            self.drop(ids)
+
+    def clear(self) -> None:
+        self.kept.clear()
+        self.contained.clear()
+        self.used = 0
 
 
-def size(cache: KVCache, logits: Tensor | None) -> int:
-    return cache.nbytes + (0 if logits is None else logits.nbytes)
+def begins(long: tuple[int, ...], short: tuple[int, ...]) -> bool:
+    """Whether `long`, which is not shorter, begins with `short`. The last token decides most pairs without copying the others."""
+    return long[len(short) - 1] == short[-1] and long[: len(short)] == short

@@ -8,16 +8,20 @@ cast, do not change (served.py). `Engine.generate`, which training uses too, rec
 Dims: N rows of a bucket, n of them in use, S slots.
 """
 
+import logging
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from nanolab.inference.cache import KVCache, ring_positions
 from nanolab.model.gpt import GPT
+
+log = logging.getLogger(__name__)
 
 LEAST_SLOTS = 64  # of a bucket
 AFTER = 24  # steps that a bucket is run plainly first: a recording pays only where many more will come
@@ -66,9 +70,20 @@ def fixed_step(model: GPT, rings: list[int], names: list[str]) -> Step:
 
 def record_cpu(step: Step, inputs: list[Tensor]) -> Step:
     """The operators of one call, replayed by TorchScript's interpreter; for any inputs of these shapes and strides."""
-    with RECORDING, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is in maintenance; a tracer's warnings are about shapes, which are fixed here
-        return torch.jit.trace(step, tuple(inputs), check_trace=False)
+    with RECORDING, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        traced = torch.jit.trace(step, tuple(inputs), check_trace=False)
+    for warning in caught:
+        text = str(warning.message)
+        if not issubclass(warning.category, torch.jit.TracerWarning) and "is deprecated" not in text:  # shapes are fixed here; TorchScript is in maintenance
+            warn(text)
+    return traced
+
+
+@cache
+def warn(text: str) -> None:
+    """Once; Python itself shows a DeprecationWarning to nobody."""
+    log.warning("recording decode steps: %s", text)
 
 
 def record_cuda(step: Step, inputs: list[Tensor]) -> Step:
@@ -95,7 +110,10 @@ def record_cuda(step: Step, inputs: list[Tensor]) -> Step:
 
 
 class Recorder:
-    """Decode steps over one engine's cache. after: uses of a bucket before it is recorded."""
+    """Decode steps over one engine's cache. after: uses of a bucket before it is recorded.
+
+    It only makes steps faster: when recording or replaying fails it says so once, and steps are run plainly from then on.
+    """
 
     def __init__(self, model: GPT, device: torch.device, after: int = AFTER):
         self.model, self.after = model, after
@@ -105,19 +123,38 @@ class Recorder:
         self.wanted: list[tuple[int, int]] = []  # on CPUs: buckets to record when there is time
         self.memory: Tensor | None = None  # the cache's first tensor: another one means that it has moved
         self.views: dict[tuple, list[Tensor]] = {}
+        self.failed = False
+
+    def release(self) -> None:
+        """Let go of the cache, and of what was recorded over it."""
+        self.memory, self.views = None, {}
+        if self.cuda or self.failed:
+            self.steps, self.uses = {}, Counter()
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        self.wanted.clear()
+        self.release()
+        log.warning("decode steps are not recorded any more, and slower for it: %s: %s", type(error).__name__, str(error).strip().split("\n")[0][:300])
 
     def step(self, cache: KVCache, ids: Tensor) -> Tensor:
         """Logits (n, V) behind ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
         n, longest = len(ids), max(cache.lengths) + 1
         slots = max(LEAST_SLOTS, 1 << (longest - 1).bit_length())
-        if not self.cuda and (n > ROWS_ON_CPU or not self._is_recorded((n, slots))):
-            return self.model(ids, cache=cache, last_only=True)[:, -1]
+        if not self.failed and (self.cuda or (n <= ROWS_ON_CPU and self._is_recorded((n, slots)))):
+            try:
+                return self._step(cache, ids, slots)
+            except Exception as error:  # out of memory too: what was recorded is let go
+                self._fail(error)
+        return self.model(ids, cache=cache, last_only=True)[:, -1]
+
+    def _step(self, cache: KVCache, ids: Tensor, slots: int) -> Tensor:
+        n = len(ids)
         rows = 1 << (n - 1).bit_length() if self.cuda else n  # kernels on CPUs would feel the rows that are not there
         cache.reserve(min(slots, cache.limit), rows)
         if cache.k[0] is not self.memory:
-            self.memory, self.views = cache.k[0], {}
-            if self.cuda:
-                self.steps, self.uses = {}, Counter()
+            self.release()
+            self.memory = cache.k[0]
         view = rows, slots, cache.capacity
         if view not in self.views:
             self.views[view] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
@@ -147,7 +184,14 @@ class Recorder:
         """On CPUs: record one bucket that has come up often enough, over a cache like this one; whether there was one."""
         if not self.wanted:
             return False
-        rows, slots = bucket = self.wanted.pop()
+        try:
+            self._record(self.wanted.pop(), cache)
+        except Exception as error:
+            self._fail(error)
+        return True
+
+    def _record(self, bucket: tuple[int, int], cache: KVCache) -> None:
+        rows, slots = bucket
         mine = KVCache(self.model.config, rows, capacity=slots, limit=cache.limit, dtype=cache.dtype)
         ids = torch.zeros(rows, 1, dtype=torch.int64)
         self.model(ids, cache=mine)  # so that there is what a pass leaves
@@ -156,4 +200,3 @@ class Recorder:
         self.steps[bucket] = record_cpu(fixed_step(self.model, mine.rings, names), inputs)
         for _ in range(3):  # the interpreter sets itself up in its first calls
             self.steps[bucket](*inputs)
-        return True

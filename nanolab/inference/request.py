@@ -1,4 +1,4 @@
-"""Request, Sampled and Row: what is asked of the engine, what it answers step by step, and where a request stands in between."""
+"""Request, Sampled, Failed and Row: what is asked of the engine, what it answers step by step, and where a request stands in between."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -53,6 +53,14 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
     cached: int = 0  # tokens of the row's prompt that were not computed, since a snapshot held them
     scores: Sequence[Chosen] = ()  # of the prompt's tokens where they were asked for, 0 for the first, which is given
+
+
+class Failed(NamedTuple):
+    """A row that gets no further token, through no fault of its own."""
+
+    row: int
+    code: str  # out_of_memory | non_finite_logits
+    text: str
 
 
 class Row:

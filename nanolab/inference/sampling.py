@@ -64,10 +64,14 @@ class Draws:
         return self.temperature < COLDEST
 
     def uniform(self) -> float:
-        """The stream's next number in [0, 1)."""
+        """The stream's next number in [0, 1), the same one until it is `spent`: a step that fails and is done again draws what it would have drawn."""
         if not self._uniforms:
             self._uniforms = torch.rand(AT_ONCE, generator=self.generator).tolist()[::-1]
-        return self._uniforms.pop()
+        return self._uniforms[-1]
+
+    def spent(self) -> None:
+        """The number has chosen a token."""
+        self._uniforms.pop()
 
 
 class Chosen(NamedTuple):
@@ -97,6 +101,9 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
     logprobs = scaled.gather(-1, ids[:, None])[:, 0]
     tokens, values = torch.stack((ids.double(), logprobs.double())).tolist()  # both in one reading of the device
     top = likeliest(scaled, rows) if any(row.logprobs > 0 for row in rows) else [()] * len(rows)
+    for row in rows:
+        if not row.greedy:
+            row.spent()
     return [Chosen(int(token), value, best) for token, value, best in zip(tokens, values, top)]
 
 

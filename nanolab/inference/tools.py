@@ -4,6 +4,7 @@ A call is <|python_start|> code <|python_end|>; the answer is put into the reply
 Imports no torch.
 """
 
+import logging
 import operator
 import re
 from decimal import Context, Decimal
@@ -13,6 +14,8 @@ from typing import Callable, NamedTuple
 from nanolab.config import UserError, nearest
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.sandbox import run_python
+
+log = logging.getLogger(__name__)
 
 MAX_LENGTH = 1000  # characters of an expression
 MAX_NESTING = 50  # parentheses, signs and right operands inside one another
@@ -227,9 +230,16 @@ class ToolUse:
         return None
 
     def answer(self, code: str) -> list[int]:
-        """Run the tool. What it lacks of the machine (files, processes, memory) is its result, not the end of the engine."""
+        """Run the tool. Whatever it raises is logged and its result, not the end of the engine."""
         try:
-            result = self.tool(code)
-        except (OSError, MemoryError) as error:
-            result = f"error: {type(error).__name__}"
-        return [self.tokenizer.special("<|output_start|>"), *self.tokenizer.encode(result), self.tokenizer.special("<|output_end|>")]
+            return self._written(self.tokenizer.encode(self.tool(code)))
+        except (Exception, SystemExit) as error:
+            return self.failed(error)
+
+    def failed(self, error: BaseException) -> list[int]:
+        """The answer of a tool that failed."""
+        log.warning("a tool failed: %s: %s", type(error).__name__, error, exc_info=error)
+        return self._written(self.tokenizer.encode(f"error: {type(error).__name__}"))
+
+    def _written(self, ids: list[int]) -> list[int]:
+        return [self.tokenizer.special("<|output_start|>"), *ids, self.tokenizer.special("<|output_end|>")]

@@ -276,6 +276,7 @@ class Nanolab(TemplateLM):
                 if not reply.done and reply.push(new.token, new.finish is not None):
                     engine.cancel(new.row)  # a stop string, which ends a text and not a call
                     yield new.row, reply.text
+            engine.check()
 
     def request(self, context: str, wanted: dict[str, Any], seed: int) -> tuple[Request, bool]:
         """One of generate_until, for the engine, and whether it is a conversation. seed: added to the task's. Raises UserError for settings that nobody here knows."""

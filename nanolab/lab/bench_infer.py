@@ -131,6 +131,7 @@ def timed(engine: Engine, requests: list[Request], steps_between: int = 0) -> li
             rows[engine.add(coming.popleft())] = Timed(came, [])
         step = engine.step()  # tokens are numbers on the host: the device has been waited for
         now = time.perf_counter()
+        engine.check()
         for new in step:
             rows[new.row].tokens.append(now)
         steps += 1

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nanolab.config import UserError
+from nanolab.runtime import out_of_memory
 
 COLLECT_EVERY = 5000  # steps
 
@@ -58,9 +59,8 @@ def out_of_memory_named(rows: int, grad_accum: int) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; CPU and MPS have no class of their own
-        text = str(error).lower()
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(t in text for t in ("out of memory", "can't allocate memory")):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         smaller = next((n for n in range(rows // 2, 0, -1) if rows * grad_accum % n == 0), None)
         remedy = f"type --device-batch-size {smaller}" if smaller else "type half the --max-seq-len, or a smaller --depth"
