@@ -26,6 +26,7 @@ def run(cfg: ServeConfig) -> int:
     listening = bind(cfg.host, cfg.port)  # before the models are loaded, which takes longer
     models = {served.name: served for served in load(cfg, runtime.start(cfg.device_type))}
     app = create_app(models, cfg)
+    print(memory([replica.engine for served in models.values() for replica in served.replicas], cfg.prefix_mb << 20))
     if cfg.host not in LOOPBACK:
         known = ", ".join(sorted({*LOOPBACK, *own_names(cfg.host)} | {*filter(None, cfg.allowed_hosts.split(","))}))
         print(f"note: answers to any IP address of this machine and to the names {known}; another name needs --allowed-hosts NAME", file=sys.stderr)
@@ -39,6 +40,20 @@ def run(cfg: ServeConfig) -> int:
 
     Server(app, models.values(), cfg.drain_seconds, ready).run([listening])
     return 0
+
+
+def memory(engines: list, prefix_bytes: int) -> str:
+    """What full batches take beside the weights, and whether that is free now. On CUDA replicas have a device each."""
+    from nanolab.runtime import free_bytes
+
+    device = engines[0].runtime.device
+    shared = [engine for engine in engines if engine.runtime.device == device]
+    full, snapshots, free = sum(engine.most_bytes for engine in shared), prefix_bytes * len(shared), free_bytes(device)
+    gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
+    line = f"memory: up to {gib(full)} for keys and values (--max-rows {engines[0].max_rows}), {gib(snapshots)} for snapshots (--prefix-mb)"
+    if free:
+        line += f"; {gib(free)} free" + ", which is less: replies may fail with 503; lower --max-rows" * (full + snapshots > free)
+    return line
 
 
 def load(cfg: ServeConfig, rt) -> list:

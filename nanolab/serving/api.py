@@ -4,12 +4,15 @@ The event loop only carries: generation and tokenizing happen in other threads, 
 """
 
 import asyncio
+import contextlib
 import json
+import logging
+import os
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,6 +37,11 @@ from nanolab.serving.worker import Broken, Draining, Overloaded, Served
 PAGE = Path(__file__).parent / "page" / "index.html"
 MAX_BODY = 4 << 20  # bytes of a request
 BODY_SECONDS = 60.0  # for all of it to arrive
+MAX_VALUES = 1 << 18  # of a request, as far as commas tell
+AT_ONCE = 1 << 16  # bytes of a request that is read at once, in under a millisecond
+LOG_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
 
 
 class Api:
@@ -42,6 +50,8 @@ class Api:
     def __init__(self, models: dict[str, Served], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
+        self.writer = ThreadPoolExecutor(1)  # one thread: lines stay whole and in order
+        self.writes = True  # whether the last conversation could be written
         if cfg.log_conversations:
             try:
                 open(cfg.log_conversations, "a").close()
@@ -54,7 +64,7 @@ class Api:
         arrived, name = time.perf_counter(), ""
         try:
             self.admit_any()
-            ask = read(await read_json(request))
+            ask = await parsed(await read_body(request), read)
             served = self.find(ask.model)
             name = served.name
             if ask.chat and served.kind == "base":
@@ -124,18 +134,26 @@ class Api:
             for i in range(ask.n)
         ]
 
-    def log(self, answer: Answer) -> None:
-        """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it."""
-        if self.cfg.log_conversations and answer.ask.chat:
-            with open(self.cfg.log_conversations, "a", encoding="utf-8") as file:
-                for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
-                    messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
-                    try:
-                        check_messages(messages)  # a line that read_conversations refuses would cost the whole file
-                    except UserError as error:
-                        print(f"note: a conversation was not logged, since training does not read it: {error}", file=sys.stderr)
-                        continue
-                    file.write(json.dumps({"messages": messages, "model": answer.model}) + "\n")
+    async def log(self, answer: Answer) -> None:
+        """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it.
+
+        A reply waits for its lines, but no longer than LOG_SECONDS. One that cannot be written is counted, and the first of several logged.
+        """
+        if not (self.cfg.log_conversations and answer.ask.chat):
+            return
+        written = asyncio.get_running_loop().run_in_executor(self.writer, append, self.cfg.log_conversations, answer)
+        written.add_done_callback(lambda done: self._written(answer, done.exception()))
+        await asyncio.wait([written], timeout=LOG_SECONDS)
+
+    def _written(self, answer: Answer, error: BaseException | None) -> None:
+        if error:
+            self.metrics.lost.add(1, answer.model)
+        if self.writes and error:
+            log.error("--log-conversations %s cannot be written (%s); replies go on, and what is lost is counted", self.cfg.log_conversations, error)
+        elif not self.writes and not error:
+            missing = sum(self.metrics.lost.values.values())
+            log.warning("--log-conversations %s is written again; %d conversations are missing", self.cfg.log_conversations, missing)
+        self.writes = not error
 
     def described(self) -> list[dict[str, Any]]:
         cfg = self.cfg
@@ -161,7 +179,7 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         raise UserError(f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab again") from None
     api, headers, key = Api(models, cfg), page_headers(html), find_key(cfg)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for served in models.values():
             served.start(asyncio.get_running_loop().call_soon_threadsafe)
@@ -169,6 +187,7 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         for served in models.values():
             served.stop()
         await asyncio.gather(*(asyncio.to_thread(served.join) for served in models.values()))
+        await asyncio.to_thread(api.writer.shutdown)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # no documentation pages: they would load scripts from elsewhere
     app.add_middleware(Gate, cfg=cfg)
@@ -222,8 +241,31 @@ def no_route(status: int, method: str, path: str, detail: str) -> ApiError:
     return ApiError(status, f"{method} {path}: {detail}{hint}", code="no_such_route" if status == 404 else None)
 
 
-async def read_json(request: Request) -> Any:
-    """The body. Raises ApiError for one that is too large, too slow or not JSON."""
+def append(path: str, answer: Answer) -> None:
+    """The conversation's lines at the end of a file: all of them, or none and an OSError."""
+    lines = []
+    for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
+        messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
+        try:
+            check_messages(messages)  # a line that read_conversations refuses would cost the whole file
+        except UserError as error:
+            print(f"note: a conversation was not logged, since training does not read it: {error}", file=sys.stderr)
+            continue
+        lines.append({"messages": messages, "model": answer.model})
+    data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END) if file.seekable() else 0
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # not every file can be cut
+                file.truncate(before)
+            raise
+
+
+async def read_body(request: Request) -> bytes:
+    """The body. Raises ApiError for one that is too large, too slow or, by its Content-Type, not JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # the only one of these that a page of another site cannot send without asking first
         wanted = "expected application/json; with curl: -H 'Content-Type: application/json'"
@@ -241,9 +283,25 @@ async def read_json(request: Request) -> Any:
         return bytes(data)
 
     try:
-        return json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
+        return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once", code="body_timeout", headers=CLOSE) from None
+
+
+async def parsed(body: bytes, read: Callable[[Any], Ask]) -> Ask:
+    """What the body asks for; a large one is read in a thread. Raises ApiError.
+
+    json.loads stops every thread of the process until it is done: that takes milliseconds for a long text, but a second for as many numbers
+    as fit MAX_BODY, so these are counted first.
+    """
+    if (values := body.count(b",")) > MAX_VALUES:
+        raise ApiError(413, f"the body has {values} commas; expected at most {MAX_VALUES}; send less", code="request_too_large")
+    return read(loaded(body)) if len(body) < AT_ONCE else await asyncio.to_thread(lambda: read(loaded(body)))
+
+
+def loaded(body: bytes) -> Any:
+    try:
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 

@@ -1,8 +1,9 @@
 """One request at work: its rows among the workers, its answer as it grows, and an eye on whether the client is still there."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -13,7 +14,9 @@ from nanolab.serving.gate import as_json, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ApiError
 from nanolab.serving.reply import Answer, Piece
-from nanolab.serving.worker import Draining, Served
+from nanolab.serving.worker import RowFailed, Served
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 LEFT = 499  # nginx's status for a client that has closed the connection, which never gets it
@@ -32,8 +35,9 @@ class Exchange:
     """
 
     def __init__(
-        self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float, log: Callable[[Answer], None]
-    ):
+        self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float,
+        log: Callable[[Answer], Awaitable[None]],
+    ):  # fmt: skip
         self.served, self.answer, self.metrics = served, answer, metrics
         self.request, self.arrived, self.log, self.status = request, arrived, log, 200
         self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()  # holds the rows' max_tokens at most
@@ -62,13 +66,24 @@ class Exchange:
                 new.append(self.inbox.get_nowait())
             for _, item in new:
                 if isinstance(item, Exception):
-                    self.status = LEFT if isinstance(item, Gone) else 503 if isinstance(item, Draining) else 500
-                    raise item if isinstance(item, Gone) else refusal(item)
+                    raise self._failure(item)
             if self.arrived:
                 self.metrics.first_token.observe(time.perf_counter() - self.arrived, self.served.name)
                 self.arrived = 0.0
             yield [self._take(i, item) for i, item in new]
-        self.log(self.answer)
+        await self.log(self.answer)
+
+    def _failure(self, error: Exception) -> Exception:
+        """What the client is told, if it is there; a failure of this request alone is logged by its id."""
+        if isinstance(error, Gone):
+            self.status = LEFT
+            return error
+        if isinstance(error, RowFailed):
+            error = RowFailed(error.code, f"{error}; request {self.answer.id}")
+            log.error("%s: %s: %s", self.served.name, error.code, error)
+        refused = refusal(error)
+        self.status = refused.status
+        return refused
 
     def _take(self, i: int, new: engine.Sampled) -> tuple[int, list[Piece], bool]:
         reply, going = self.answer.replies[i], not self.answer.replies[i].finish

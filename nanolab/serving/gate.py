@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanolab.config import ServeConfig, UserError
 from nanolab.serving.openai import ApiError
-from nanolab.serving.worker import Broken, Draining, Overloaded
+from nanolab.serving.worker import Broken, Draining, Overloaded, RowFailed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEPT_BY_KEY = ("/v1/", "/metrics")  # what needs the key, where there is one
@@ -165,6 +165,10 @@ def refusal(error: Exception) -> ApiError:
             return ApiError(503, "the server is about to leave", code="draining", headers=RETRY_AFTER)
         case Broken():
             return ApiError(500, f"generation has failed ({error}); the server has to be started again", code="engine_failed")
+        case RowFailed(code="out_of_memory"):
+            return ApiError(503, f"{error}; try again", code="out_of_memory", headers=RETRY_AFTER)
+        case RowFailed():
+            return ApiError(500, str(error), code=error.code)
         case ApiError():
             return error
     raise error

@@ -58,12 +58,13 @@ class Metrics:
         self.requests = Counter("nanolab_requests_total", "Requests answered, by HTTP status.", "model", "route", "status")
         self.tokens = Counter("nanolab_tokens_total", "Tokens of prompts, of replies, and of prompts that were not computed again.", "model", "kind")
         self.cancellations = Counter("nanolab_cancellations_total", "Requests whose client left before the end.", "model")
+        self.lost = Counter("nanolab_conversations_lost_total", "Conversations that could not be written to the log.", "model")
         self.first_token = Histogram("nanolab_time_to_first_token_seconds", "From the arrival of a request to its first token.", "model")
 
     def text(self, queued: dict[str, int], running: dict[str, int]) -> str:
         """The whole page; `queued` and `running` are the rows of each model now."""
         lines: list[str] = []
-        for metric in (self.requests, self.tokens, self.cancellations, self.first_token):
+        for metric in (self.requests, self.tokens, self.cancellations, self.lost, self.first_token):
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}", *metric.lines()]
         for name, help, rows in (
             ("nanolab_queue_depth", "Rows that wait for a place in a batch.", queued),

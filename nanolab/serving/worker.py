@@ -1,8 +1,10 @@
 """Worker threads: one per replica runs its engine; one queue stands in front of all replicas of a model.
 
 Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens over.
+No lock is held while an engine computes, so that the event loop never waits for one.
 """
 
+import logging
 import threading
 import traceback
 from collections import deque
@@ -12,6 +14,11 @@ from typing import Any
 import torch
 
 from nanolab.inference.engine import Engine, Request, Sampled
+from nanolab.runtime import out_of_memory
+
+log = logging.getLogger(__name__)
+
+FAILURES = 20
 
 Post = Callable[..., Any]  # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
 Deliver = Callable[[int, "Sampled | Exception"], None]  # (row of the submission, its next token, or why there will be none)
@@ -29,12 +36,24 @@ class Broken(Exception):
     """The engine's thread has died of an error; the text is the error."""
 
 
+class RowFailed(Exception):
+    """This row gets no further token; the engine goes on. code: out_of_memory, non_finite_logits or engine_failed."""
+
+    def __init__(self, code: str, text: str):
+        super().__init__(text)
+        self.code = code
+
+
 class Job:
-    """One row from the queue to its last token. replica: None while it waits. done: nothing will be delivered any more."""
+    """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none yet.
+
+    done: nothing will be delivered any more.
+    """
 
     def __init__(self, request: Request, index: int, deliver: Deliver):
         self.request, self.index, self.deliver = request, index, deliver
         self.replica: Replica | None = None
+        self.number = -1
         self.done = False
 
     def hand_over(self, item: "Sampled | Exception") -> None:
@@ -134,14 +153,20 @@ class Served:
 
 
 class Replica(threading.Thread):
-    """An engine and its thread. Of several replicas the one with the fewest rows takes the next from the queue."""
+    """An engine and its thread. Of several replicas the one with the fewest rows takes the next from the queue.
+
+    A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and after FAILURES
+    such steps without a reply that came to its end.
+    """
 
     def __init__(self, served: Served, engine: Engine):
         super().__init__(daemon=True, name=f"engine of {served.name}")
         self.served, self.engine = served, engine
-        self.jobs: dict[int, Job] = {}  # by the engine's number of the row
+        self.jobs: list[Job] = []
         self.cancelled: list[Job] = []
+        self.rows: dict[int, Job] = {}  # by the engine's number of the row; of this thread alone
         self.error = ""
+        self.failures = 0  # steps that failed since a reply came to its end
 
     def run(self) -> None:
         if self.engine.runtime.device.type == "cuda":
@@ -149,20 +174,48 @@ class Replica(threading.Thread):
         served = self.served
         try:
             while self._exchange():
-                step = self.engine.step()
-                out = [(self.jobs[new.row], new) for new in step]
-                with self.served.changed:
-                    for new in step:
-                        if new.finish:
-                            del self.jobs[new.row]
-                self._post(out)
+                try:
+                    self._step()
+                except Exception as error:
+                    self._recover(error)
                 while not (self.jobs or served.queue or served.stopping) and self.engine.prepare():
                     pass
-        except Exception as error:
+        except BaseException as error:
             traceback.print_exception(error)
             self._fail(error)
         finally:
             self.engine.close()
+
+    def _step(self) -> None:
+        step = self.engine.step()
+        failed, self.engine.failed = self.engine.failed, []
+        out = [(self.rows[new.row], new) for new in step] + [(self.rows[row], RowFailed(code, text)) for row, code, text in failed]
+        if any(new.finish for new in step):
+            self.failures = 0
+        self._drop([job for job, new in out if isinstance(new, Exception) or new.finish])
+        self._post(out)
+
+    def _recover(self, error: Exception) -> None:
+        """Begin anew without the rows of the step that failed."""
+        self.failures += 1
+        if self.failures >= FAILURES:
+            raise error
+        traceback.print_exception(error)
+        self.engine.live.clear()
+        self.engine.reset()
+        jobs = list(self.rows.values())
+        self._drop(jobs)
+        self._post([(job, RowFailed("engine_failed", described(error))) for job in jobs])
+
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Give the places of these jobs free."""
+        if not jobs:
+            return
+        for job in jobs:
+            self.rows.pop(job.number, None)
+        gone = {id(job) for job in jobs}
+        with self.served.changed:
+            self.jobs = [job for job in self.jobs if id(job) not in gone]
 
     def _exchange(self) -> bool:
         """Wait for something to do; drop the rows that were cancelled, take new ones. False: time to end."""
@@ -170,24 +223,30 @@ class Replica(threading.Thread):
         with served.changed:
             served.changed.wait_for(lambda: served.stopping or self.jobs or (served.queue and self._is_next))
             if served.stopping:
-                self._post([(job, Draining()) for job in (*self.jobs.values(), *served.queue)])
+                self._post([(job, Draining()) for job in (*self.jobs, *served.queue)])
                 self.jobs.clear()
                 served.queue.clear()
                 return False
-            gone = {id(job) for job in self.cancelled}
-            self.cancelled.clear()
-            for number in [number for number, job in self.jobs.items() if id(job) in gone]:
-                self.engine.cancel(number)
-                del self.jobs[number]
+            cancelled, self.cancelled = self.cancelled, []
+        for job in cancelled:
+            self.engine.cancel(job.number)
+        self._drop(cancelled)
+        taken: list[Job] = []
+        with served.changed:
             while served.queue and len(self.jobs) < self.engine.max_rows and self._is_next:
                 job = served.queue.popleft()
                 job.replica = self
-                try:
-                    self.jobs[self.engine.add(job.request)] = job
-                except Exception as error:  # it is in neither list by now
-                    self._post([(job, Broken(described(error)))])
-                    raise
+                self.jobs.append(job)
+                taken.append(job)
                 served.changed.notify_all()
+        for job in taken:
+            try:
+                job.number = self.engine.add(job.request)
+                self.rows[job.number] = job
+            except Exception as error:
+                log.error("a request could not be taken", exc_info=error)
+                self._drop([job])
+                self._post([(job, RowFailed("out_of_memory" if out_of_memory(error) else "engine_failed", described(error)))])
         return True
 
     @property
@@ -198,13 +257,12 @@ class Replica(threading.Thread):
         if out:
             self.served.post(hand_over, out)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Tell everybody whose row this engine had, and those in the queue too if no other engine is left."""
         served = self.served
         with served.changed:
             self.error = described(error)
-            jobs = list(self.jobs.values())
-            self.jobs.clear()
+            jobs, self.jobs = self.jobs, []
             if not served.alive:
                 jobs += served.queue
                 served.queue.clear()
@@ -212,7 +270,7 @@ class Replica(threading.Thread):
         self._post([(job, Broken(self.error)) for job in jobs])
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

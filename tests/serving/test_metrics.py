@@ -36,6 +36,7 @@ def test_the_text_format():
     kinds, values = parse(metrics.text({"a": 2, "b": 0}, {"a": 4, "b": 0}))
     assert kinds == {
         "nanolab_requests_total": "counter", "nanolab_tokens_total": "counter", "nanolab_cancellations_total": "counter",
+        "nanolab_conversations_lost_total": "counter",
         "nanolab_time_to_first_token_seconds": "histogram", "nanolab_queue_depth": "gauge", "nanolab_running": "gauge",
     }  # fmt: skip
     route = ("route", "/v1/completions")
