@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, TypeVar
 
 from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition, OneOf
+from nanolab.terminal import harmless
 
 T = TypeVar("T")
 
@@ -754,7 +755,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
         raise UserError(f"{path} cannot be read as TOML ({error}); expected lines like name = \"nanolab\"; mend it or name another") from None
 
 
@@ -770,7 +771,7 @@ def main(command: Callable[[], Any]) -> None:
         try:
             code = command()
         except UserError as error:
-            print(f"error{f' [{error.code}]' if error.code else ''}: {error}", file=sys.stderr)
+            print(f"error{f' [{error.code}]' if error.code else ''}: {harmless(str(error))}", file=sys.stderr)  # it may quote what others wrote
             code = 1
         except KeyboardInterrupt:
             code = 130

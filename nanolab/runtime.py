@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanolab.config import UserError
+from nanolab.terminal import harmless
 
 T = TypeVar("T")
 Stop = Callable[[], bool]  # whether this rank was asked to stop
@@ -158,9 +159,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def print0(*args: Any, **kwargs: Any) -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, texts without control characters: some are a model's, or a file's."""
     if is_main_process():
-        print(*args, **kwargs, flush=True)
+        print(*(harmless(arg) if isinstance(arg, str) else arg for arg in args), **kwargs, flush=True)
 
 
 def progress(items: Iterable[T], description: str, total: float | None = None) -> Iterable[T]:

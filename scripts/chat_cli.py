@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 
 from nanolab.config import ChatConfig, UserError, check_given, main, parse
 from nanolab.flags import ANSWERING
+from nanolab.terminal import harmless
 from scripts import GENERATING, spin
 
-# A terminal obeys control characters, and a young model writes any byte: all but tab and line end are shown as U+FFFD.
-CONTROL = {i: 0xFFFD for i in (*range(32), 127, *range(128, 160)) if chr(i) not in "\t\n"}
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 BASE = "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
 CHAT = "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
@@ -147,7 +146,7 @@ def call_marks(tokenizer, tool) -> dict[int, str]:
 
 def show(piece: str) -> None:
     """Write text of the model's."""
-    write(piece.translate(CONTROL) if sys.stdout.isatty() else piece)
+    write(harmless(piece) if sys.stdout.isatty() else piece)
 
 
 def write(text: str) -> None:

@@ -7,10 +7,11 @@ where an earlier one was stopped. Train on the file with the task jsonl=chats.js
 import os
 
 from nanolab.config import GenChatConfig, UserError, as_json, main, parse
+from nanolab.terminal import harmless
 
 
 def run(cfg: GenChatConfig) -> int:
-    from nanolab.data.synthesis import Collection, Endpoint, generate, read_spec
+    from nanolab.data.synthesis import Collection, Endpoint, exposed_to, generate, read_spec
 
     if not cfg.spec or not cfg.output:
         raise UserError("--spec or --output is not given; expected a TOML file and a JSONL file; type --spec runs/gen_chat.toml --output chats.jsonl")
@@ -25,6 +26,8 @@ def run(cfg: GenChatConfig) -> int:
     combinations = " x ".join(f"{len(entries)} {name}s" for name, entries in spec.axes.items())
     before = sum(i < cfg.num for i in collection.done)
     tell(f"{cfg.num} conversations of {cfg.model} at {endpoint.url}, {before} of them in {cfg.output} already; {combinations}")
+    if key and (host := exposed_to(cfg.url)):
+        tell(f"warning: the key goes to {host} over plain http, where everybody on the way can read it; type --url https://... if the endpoint has it")
     if not key:
         tell(f"note: no key is sent: {cfg.api_key_env or '--api-key-env'} is not set")
     counts, tokens = {"kept": 0, "again": 0, "given up": 0}, 0
@@ -44,7 +47,7 @@ def run(cfg: GenChatConfig) -> int:
 
 
 def tell(line: str) -> None:
-    print(line, flush=True)
+    print(harmless(line), flush=True)  # some of it is the endpoint's
 
 
 if __name__ == "__main__":

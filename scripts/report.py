@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.config import BaseTrainConfig, ModelFlags, ReportConfig, UserError, as_json, chosen, from_preset, main, not_read, parse
+from nanolab.terminal import harmless
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
@@ -43,7 +44,7 @@ def run(cfg: ReportConfig) -> int:
             write_text(path, content)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}; expected a place for the report; try --output FILE") from None
-    print(text)
+    print(harmless(text))  # it has samples of the model's
     print(f"report: {Path(cfg.output).resolve()}")
     return 0
 

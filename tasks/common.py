@@ -3,6 +3,8 @@
 Example i of a task depends on (name, version, split, seed, i) and its rows alone, never on how many examples are asked for.
 """
 
+import json
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -154,7 +156,7 @@ class Source:
     files: dict[str, str]  # our split -> path under the folder
     repo: str
     subset: str
-    revision: str  # commit; empty: the newest
+    revision: str  # commit; empty: the newest at the first use, then kept (`revision_of`)
     hub: dict[str, str]  # our split -> the hub's
 
 
@@ -185,7 +187,7 @@ def rows_of(task: Task, source: Source, parse: Callable[[Reader], Example]) -> S
     if task.data:
         examples = [parse(Reader(row, where)) for where, row in read_jsonl(local_path(task, source))]
         return task.shuffled(len(examples), examples.__getitem__)
-    table = hub_rows(task.name, source, source.hub[task.split])
+    table = hub_rows(task, source)
     return task.shuffled(len(table), lambda i: parse(Reader(table[i], f"{source.repo} {source.hub[task.split]} row {i}")))
 
 
@@ -199,15 +201,44 @@ def local_path(task: Task, source: Source) -> Path:
     return path
 
 
-def hub_rows(name: str, source: Source, split: str) -> Any:
-    """The hub's table of one split, downloaded at the first use."""
+def revision_of(task: Task, source: Source) -> str | None:
+    """The commit of the dataset that is read: the one in the code, or the newest at the first use, kept in the base directory; None where the hub cannot say.
+
+    One that is not in the code is a note of the task.
+    """
+    if source.revision:
+        return source.revision
+    from nanolab.data.formats import locked, write_atomically
+    from nanolab.runtime import base_dir
+
+    path = base_dir() / "revisions.json"
+    with locked("revisions"):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if source.repo not in known:
+            import huggingface_hub
+            from huggingface_hub.errors import HTTPError
+
+            try:
+                known[source.repo] = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT")).dataset_info(source.repo, timeout=30).sha
+                write_atomically(path, json.dumps(known, indent=1) + "\n")
+            except (OSError, ValueError, HTTPError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                task.notes.append(f"{task.name}: which revision of {source.repo} is read is not known ({reason}): what is on this machine, or the newest")
+                return None
+    task.notes.append(f"{task.name}: {source.repo} at revision {known[source.repo]}, the newest at its first use here ({path})")
+    return known[source.repo]
+
+
+def hub_rows(task: Task, source: Source) -> Any:
+    """The hub's table of the task's split, downloaded at the first use."""
+    name, split = task.name, source.hub[task.split]
     try:
         import datasets
     except ImportError:
         seen = f"task {name} reads {source.repo} from the hub, which needs the package datasets, and it is not installed"
         raise UserError(f"{seen}; type: bash runs/setup.sh tasks (or give a local folder with --data)") from None
     try:
-        return datasets.load_dataset(source.repo, source.subset or None, split=split, revision=source.revision or None)
+        return datasets.load_dataset(source.repo, source.subset or None, split=split, revision=revision_of(task, source))
     except (OSError, ValueError) as error:  # offline, unknown revision, unknown split
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"task {name}: {source.repo} could not be read from the hub ({reason}); expected a network; try a local folder with --data") from None

@@ -17,7 +17,7 @@ class SmolTalk(Task):
         if self.data:
             chats = read_conversations(local_path(self, SOURCE))
             return self.shuffled(len(chats), lambda i: Example(chats[i]))
-        table = hub_rows(self.name, SOURCE, SOURCE.hub[self.split])
+        table = hub_rows(self, SOURCE)
         return self.shuffled(len(table), lambda i: parse(Reader(table[i], f"{SOURCE.repo} {self.split} row {i}")))
 
 

@@ -16,7 +16,7 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 
 # A room may import itself and rooms of a lower level.
 LEVEL = {
-    "presets": 0, "flags": 0, "config": 1, "runtime": 2, "data": 3, "model": 4, "training": 5, "inference": 5,
+    "presets": 0, "flags": 0, "terminal": 0, "config": 1, "runtime": 2, "data": 3, "model": 4, "training": 5, "inference": 5,
     "evals": 6, "serving": 6, "interop": 6, "lab": 6, "tasks": 7, "scripts": 8,
 }  # fmt: skip
 SIDEWAYS = {("nanolab.training.rollout", "inference"), ("nanolab.interop.lm_eval", "evals"), ("nanolab.lab.bench_eval", "evals")}  # arrows on one level that the house allows

@@ -27,6 +27,8 @@ from nanolab.data.tokenizer import Tokenizer
 Message = dict[str, Any]  # {"role": str, "content": str or list of Part}; with "weight": 0 where an assistant's is not trained on
 Part = dict[str, str]  # {"type": str, "text": str}
 
+MAX_LINE = 64_000_000  # bytes of a line, unpacked
+
 
 class Mark(NamedTuple):
     start: str  # special token before the part's text; empty: none
@@ -218,7 +220,9 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
     n = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for n, line in enumerate(file, 1):
+            for n, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{path}:{n} has more than {MAX_LINE:,} bytes; expected at most that; divide or delete the line", "line-too-long", file=str(path), line=n)
                 if n == 1:
                     check_utf8(path, line[:HEAD])
                 if line.strip():

@@ -218,11 +218,13 @@ def _json_text(line: bytes, path: Path, offset: int) -> str | None:
     text = _decode(line.removeprefix(codecs.BOM_UTF8), path, offset)
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        if text.lstrip().startswith("["):  # spread over several lines
+    except (ValueError, RecursionError) as error:  # JSONDecodeError; a number of thousands of digits; brackets nested too deep
+        if text.lstrip().startswith("[") and isinstance(error, json.JSONDecodeError):  # spread over several lines
             raise _json_array(path, None) from error
-        seen = f"{path}: the line at byte {offset} is not JSON ({error.msg})"
-        raise UserError(f"{seen}; expected one object with a text field per line; mend or delete the line") from error
+        line = _line_at(path, offset)
+        seen = f"{path}:{line}: the line at byte {offset} is not JSON that can be read ({getattr(error, 'msg', error)})"
+        expected = "expected one object with a text field per line"
+        raise UserError(f"{seen}; {expected}; mend or delete the line", "not-json", file=str(path), line=line, byte=offset) from error
     if isinstance(record, dict) and "text" in record and record["text"] is None:
         return None  # a blank document, as in a parquet file
     if isinstance(record, list):
@@ -231,6 +233,15 @@ def _json_text(line: bytes, path: Path, offset: int) -> str | None:
         saw = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise UserError(f"{path}: the line at byte {offset} has {saw}; expected an object with a string field text; rename the field")
     return record["text"].encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be encoded
+
+
+def _line_at(path: Path, offset: int) -> int:
+    """The number of the line that begins at byte `offset`."""
+    n, left = 1, offset
+    with open(path, "rb") as file:
+        while part := file.read(min(left, 1 << 20)):
+            n, left = n + part.count(b"\n"), left - len(part)
+    return n
 
 
 def _json_array(path: Path, items: list[Any] | None) -> UserError:

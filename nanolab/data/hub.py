@@ -76,6 +76,7 @@ def _pin(name: str, corpus: HubCorpus, folder: Path) -> dict:
             f"{corpus.repo} at {revision} has {len(train)} training files like {corpus.train} and {len(val)} validation files like "
             f"{corpus.val}; expected {corpus.n_train or 'some'} and 1; pin another revision in nanolab/data/hub.py"
         )
+    print0(f"{name}: {corpus.repo} at revision {revision}" + ", the newest today, which this machine keeps to from now on" * (not corpus.revision))
     manifest = {"repo": corpus.repo, "revision": revision, "val": val[0], "train": train, "files": {f: files[f] for f in train + val}}
     write_atomically(folder / "manifest.json", json.dumps(manifest))
     return manifest

@@ -16,6 +16,7 @@ chat.read_conversations reads. What is in the file already is not asked for agai
 import fcntl
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import queue
@@ -25,6 +26,7 @@ import threading
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ from typing import Any, NamedTuple
 
 from nanolab.config import UserError, nearest, read_toml
 from nanolab.data.chat import Message, check_messages, text_of
+from nanolab.terminal import harmless
 
 AXES = {"topics": "topic", "personas": "persona", "openings": "opening", "dynamics": "dynamic"}  # field -> its placeholder
 ASK = (
@@ -112,6 +115,17 @@ class Answer(NamedTuple):
     tokens: int  # of prompt and answer, as the endpoint counts them; 0 where it does not say
 
 
+def exposed_to(url: str) -> str:
+    """The host that is asked over plain http, if that is not this machine; else ""."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        here = host == "localhost" or host.endswith(".localhost")
+    return "" if here or parts.scheme != "http" else host
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: urllib would hand the key to wherever it leads."""
 
@@ -182,13 +196,13 @@ class Endpoint:
         return b"".join(parts)
 
     def _shown(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of an error's body, or where it redirects."""
+        """The beginning of an error's body, or where it redirects, as a terminal may be shown it."""
         if location := error.headers.get("Location"):
             return self._hidden(f"a redirect to {location}, which is not followed")
         return self._hidden(" ".join(error.read(2000).decode(errors="replace").split()))[:300]
 
     def _hidden(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        return harmless(text.replace(self._key, "[key]") if self._key else text)
 
 
 def answer_of(body: bytes) -> Answer:

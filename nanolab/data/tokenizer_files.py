@@ -169,7 +169,7 @@ def _load_json(path: Path) -> dict[str, Any]:
     check_pointer(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; brackets nested too deep
         raise UserError(f"{path} is not JSON ({error}); expected a tokenizer.json; write it again or pass another --tokenizer") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a JSON {type(raw).__name__}; expected the object of a tokenizer.json or vocab.json")

@@ -133,8 +133,9 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                raise UserError(f"{path}:{n} is not JSON ({error}); expected one object per line; mend the line or copy the file again") from None
+            except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
+                expected = "expected one object per line; mend the line or copy the file again"
+                raise UserError(f"{path}:{n} is not JSON ({error}); {expected}", "not-json", file=str(path), line=n) from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{n} holds a {type(row).__name__}; expected an object; mend the line")
             rows.append((n, row))

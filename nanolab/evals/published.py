@@ -20,6 +20,7 @@ from nanolab.data.hub import TIMEOUT, fetch
 from nanolab.runtime import base_dir, print0
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MOST_BYTES, MOST_FILES = 4 << 30, 10_000  # of the unpacked archive, many times what it holds
 ELSE = "type --eval-bundle DIR with a copy of it"
 
 
@@ -66,6 +67,10 @@ def unpack(archive: Path, folder: Path) -> Path:
     a file is damaged, is a link or would lie elsewhere."""
     try:
         with zipfile.ZipFile(archive) as content:
+            size, n = sum(info.file_size for info in content.infolist()), len(content.infolist())  # no more than what is declared is ever unpacked
+            if size > MOST_BYTES or n > MOST_FILES:
+                expected = f"expected at most {MOST_BYTES:,} in {MOST_FILES:,}"
+                raise UserError(f"the archive of {URL} would unpack to {size:,} bytes in {n:,} files; {expected}; {ELSE}", "archive-too-large", bytes=size, files=n)
             for info in content.infolist():
                 path = PurePosixPath(info.filename)
                 if path.is_absolute() or ".." in path.parts or "\\" in info.filename or stat.S_ISLNK(info.external_attr >> 16):

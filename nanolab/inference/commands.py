@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from nanolab.config import UserError, nearest
 from nanolab.inference.dialogue import Dialogue
+from nanolab.terminal import harmless
 
 if TYPE_CHECKING:
     from nanolab.inference.request import Request, Sampled
@@ -159,4 +160,4 @@ COMMANDS = {
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(harmless(line), file=sys.stderr, flush=True)  # an error may quote a file

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import GenChatConfig, UserError
+from nanolab.config import GenChatConfig, UserError, main
 from nanolab.data import synthesis
 from nanolab.data.chat import read_conversations
 from nanolab.data.synthesis import NEAR, Endpoint, Refused, Seen, messages_of, read_spec, shingles
@@ -393,3 +393,54 @@ def test_likeness_is_the_shared_part_of_all_runs_of_five_words():
 def test_case_punctuation_and_encodings_do_not_matter():
     assert shingles(chat("Café, TWO; three", "four five!")) == shingles(chat("cafe\u0301 two", "Ｔhree -- four... five"))
     assert shingles(chat("!?", "...")) != shingles(chat("?!", "..."))  # without a word, signs are words
+
+
+# --- what others see, and what is shown of others ---------------------------------------------------------------------
+
+ESCAPES = b"\x1b[2J\x1b]0;owned\x07 denied \xc2\x9b31m \x00\x08\r"
+
+
+@pytest.mark.fault("outer D22")
+@pytest.mark.parametrize("status", [400, 302, 503])
+def test_a_terminal_gets_no_control_characters_of_an_endpoint(work, server, monkeypatch, capsys, status):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.reply(status, ESCAPES, {"Location": "http://x.example/\x1b]0;y\x07"} if status == 302 else {"Retry-After": "0"})
+
+    monkeypatch.setattr(Handler, "do_POST", do_POST)
+    monkeypatch.setattr(synthesis, "TRIES", 2)
+    with pytest.raises(SystemExit) as end:
+        main(lambda: work(num=1, workers=1))
+    told = capsys.readouterr()
+    assert end.value.code == 1 and ("denied" in told.err or status == 302)
+    assert {c for c in told.out + told.err if ord(c) < 32 or 127 <= ord(c) < 160} <= {"\n", "\t"}
+
+
+@pytest.mark.fault("outer D22")
+@pytest.mark.parametrize(("url", "host"), [
+    ("http://127.0.0.1:8000/v1", ""), ("http://localhost/v1", ""), ("http://[::1]:8000/v1", ""), ("http://127.9.9.9/v1", ""), ("https://api.example/v1", ""),
+    ("http://api.example/v1", "api.example"), ("http://192.168.0.9:8000/v1", "192.168.0.9"), ("http://localhost.example/v1", "localhost.example"), ("http://[fe80::1]/v1", "fe80::1"),
+])  # fmt: skip
+def test_a_key_over_plain_http_is_warned_about(work, monkeypatch, capsys, url, host):
+    monkeypatch.setattr(synthesis, "generate", lambda *_, **__: iter(()))
+    work(url=url)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the key")]
+    assert [host in line for line in warned] == [True] * bool(host)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    work(url=url)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.fault("outer D22")
+def test_what_models_and_files_say_is_printed_without_control_characters(capsys):
+    from nanolab.runtime import print0
+
+    def failing() -> int:
+        raise UserError(f"{said} cannot be read")
+
+    said = "a\x1b[2J\x9bb\x7f\tc\nd"
+    print0(said, 3)
+    with pytest.raises(SystemExit):
+        main(failing)
+    told = capsys.readouterr()
+    assert told.out == "a\ufffd[2J\ufffdb\ufffd\tc\nd 3\n" and told.err == "error: a\ufffd[2J\ufffdb\ufffd\tc\nd cannot be read\n"

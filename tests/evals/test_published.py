@@ -116,6 +116,22 @@ def test_an_archive_that_reaches_out_is_refused(server, tmp_path, base_dir, name
     assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"] and not list(tmp_path.rglob("outside.txt"))
 
 
+@pytest.mark.fault("outer D21")
+@pytest.mark.parametrize("limit", [{"MOST_BYTES": 5000}, {"MOST_FILES": 3}])
+def test_an_archive_that_would_fill_the_disk_is_not_unpacked(server, base_dir, monkeypatch, limit):
+    out = io.BytesIO(server.body)
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as file:
+        for i in range(4):
+            file.writestr(f"eval_bundle/zeros{i}", bytes(10**6))  # some kB in the archive
+    server.body = out.getvalue()
+    for name, value in limit.items():
+        monkeypatch.setattr(published, name, value, raising=False)
+    with pytest.raises(UserError) as error:
+        published.ensure()
+    assert error.value.code == "archive-too-large" and error.value.values["bytes"] > 4 * 10**6
+    assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"]
+
+
 def test_without_a_network_the_flag_is_named(monkeypatch, base_dir):
     monkeypatch.setattr(published, "URL", "http://127.0.0.1:9/eval_bundle.zip")
     with pytest.raises(UserError, match=r"is not in .*eval_bundle, and http.* cannot be downloaded \(.*refused.*\); expected a network; type --eval-bundle DIR"):

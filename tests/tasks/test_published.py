@@ -8,8 +8,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import types
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -155,10 +157,39 @@ def test_the_hub_gives_the_same_examples(local, monkeypatch, spec):
         return [row]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no hub to ask for the newest revision
     task = tasks.build(spec, ROWS[spec][0])
     assert task.example(0) == local(spec).example(0)
     assert (asked["name"], asked["split"]) == (subset, split)
     assert spec == "smoltalk" or re.fullmatch("[0-9a-f]{40}", asked["revision"])
+
+
+@pytest.mark.fault("outer D21")
+def test_the_newest_revision_is_asked_for_once_kept_and_said(monkeypatch, base_dir):
+    """Of a dataset without one in the code; the hub is a server of this machine's."""
+    asked, commits = [], iter(["a" * 40, "b" * 40])
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"id": "HuggingFaceTB/smol-smoltalk", "sha": next(commits)}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            """Says nothing."""
+
+    row = HUB["smoltalk"][2]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda repo, name, *, split, revision: asked.append(revision) or [row]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        built = [tasks.build("smoltalk", "train") for _ in range(2)]
+        server.shutdown()
+    assert asked == ["a" * 40] * 2 and json.loads((base_dir / "revisions.json").read_text()) == {"HuggingFaceTB/smol-smoltalk": "a" * 40}
+    assert all(any("a" * 40 in note for note in task.notes) for task in built)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
