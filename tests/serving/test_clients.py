@@ -64,17 +64,18 @@ class Wire:
 @pytest.fixture
 def wire(live, runs, monkeypatch) -> Wire:
     found = Wire(live.url, Tokenizer.load(runs / "runs" / "parrot" / "tokenizer"))
-    read_json, submit = api.read_json, Served.submit
+    read_body, submit = api.read_body, Served.submit
 
     async def read(*arguments, **named):
-        found.bodies.append(await read_json(*arguments, **named))
-        return found.bodies[-1]
+        body = await read_body(*arguments, **named)
+        found.bodies.append(json.loads(body))
+        return body
 
     def take(served, requests, *arguments, **named):
         found.prompts += [tuple(request.prompt) for request in requests]
         return submit(served, requests, *arguments, **named)
 
-    monkeypatch.setattr(api, "read_json", read)
+    monkeypatch.setattr(api, "read_body", read)
     monkeypatch.setattr(Served, "submit", take)
     return found
 
