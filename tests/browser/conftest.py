@@ -51,6 +51,7 @@ class Scripted:
         self.tokenizer, self.name = tokenizer, name
         self.rows: dict[int, Iterator[Sampled]] = {}
         self.added = self.cancelled = 0
+        self.failed: list[tuple[int, str, str]] = []  # rows that an engine gave up; a script has none
         self.bursts: dict[int, int] = {}
 
     def add(self, request: Request) -> int:
