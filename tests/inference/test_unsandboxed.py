@@ -87,13 +87,13 @@ def folders(tmp_path, monkeypatch) -> Path:
 def test_without_a_wall_the_program_does_not_run(folders, change, what, tmp_path):
     *changes, layers = MISSING[what]
     change(*changes)
-    for run in (lambda code: sandbox.run_python(code), lambda code: sandbox.check_program(code, "assert f()")):
+    for run in (lambda code: sandbox.run_python(code, timeout=30), lambda code: sandbox.check_program(code, "assert f()", timeout=30)):
         with pytest.raises(UserError) as error:
             run(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nprint('ran')\ndef f(): return True")
         assert (error.value.code, set(error.value.values["missing"])) == ("no-sandbox", layers)
     assert not (tmp_path / "ran").exists()
     asked = [name for name in sandbox.LAYERS if name not in layers]
-    assert sandbox.run_python("print('ran')", layers=asked).stdout == "ran\n"  # who asks for the others alone gets them
+    assert sandbox.run_python("print('ran')", layers=asked, timeout=30).stdout == "ran\n"  # who asks for the others alone gets them
 
 
 ADD = {
@@ -149,7 +149,7 @@ def test_the_state_of_the_sandbox_is_one_line_at_the_start(world, change, monkey
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(world[0]))
     monkeypatch.setattr(sandbox, "required", (), raising=False)  # put back afterwards
     command, config, flags = commands(world[1])[name]
-    stands = sandbox.run_python("").isolation
+    stands = sandbox.run_python("", timeout=30).isolation
 
     def line() -> str:
         told = capsys.readouterr()
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_the_jail_and_closes_its_pipes(folders):
 def test_a_jail_whose_parent_has_gone_while_it_started_runs_nothing(folders, monkeypatch):
     """The kernel is told of the parent after the start: here another one is there by then."""
     monkeypatch.setattr(sandbox.os, "getpid", lambda: 1)
-    outcome = sandbox.run_python("print('ran')")
+    outcome = sandbox.run_python("print('ran')", timeout=30)
     assert (outcome.stdout, outcome.isolation) == ("", {})
 
 
