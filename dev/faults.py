@@ -1,7 +1,7 @@
 """Shows that every test marked fault(NAME) fails on the code in which the fault was found and passes now; writes dev/results/faults.md.
 
     python dev/faults.py                  all of them, on two processes
-    python dev/faults.py F4 L2            only these entries; nothing is written
+    python dev/faults.py F4 L2            only these entries; the rows of the others stay as they are
 
 dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a temporary worktree of COMMIT with
 today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are the old ones there too. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all
@@ -39,7 +39,7 @@ def outcomes(tree: Path, only: list[str]) -> dict[str, dict[str, list[bool]]]:
             if case.find("skipped") is not None:
                 continue
             passed = case.find("failure") is None and case.find("error") is None
-            test = f"{case.get('classname')}::{re.sub(r'[[].*', '', case.get('name', ''))}"
+            test = f"{case.get('classname')}::{case.get('name', '').partition('[')[0]}"
             for entry in (p.get("value", "") for p in case.iter("property") if p.get("name") == "fault"):
                 found[entry][test].append(passed)
     return found
@@ -72,8 +72,9 @@ def main(only: list[str]) -> int:
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
     entries = read_toml(ROOT / "dev" / "faults.toml")
-    wrong, rows = [], []
-    for name in only or sorted({*entries, *now}, key=lambda n: (n.rstrip("0123456789"), int(re.sub(r"\D", "", n) or 0))):
+    wrong, names, path = [], only or {*entries, *now}, ROOT / "dev" / "results" / "faults.md"
+    rows = dict(re.findall(r"^(?=[|] ([^|]+) [|])(.*)$", path.read_text(encoding="utf-8"), re.M)) if only else {}
+    for name in names:
         entry, tests = entries.get(name, {}), now.get(name, {})
         if not entry or not (tests or entry.get("open") or entry.get("not_reproduced")):
             wrong.append(f"{name}: no {'test and no reason' if entry else 'entry in dev/faults.toml'}")
@@ -88,15 +89,15 @@ def main(only: list[str]) -> int:
         says = entry.get("open") or entry.get("not_reproduced") or entry.get("now", "")
         if state == "open" and entry.get("now"):
             state, says = "partly fixed", f"{entry['now']} Open: {says}"
-        rows.append(f"| {name} | {entry.get('was', '')} | {state} | {says} | {'<br>'.join(lines) or '-'} |")
-    if not only:
-        text = f"# Faults that users of other projects met, tried here on {COMMIT}\n\nWritten by `python dev/faults.py` from dev/faults.toml and two runs of the tests that are marked with the entry's\n"
-        text += f"name: on the code of {COMMIT} (how many cases failed) and on today's (how many pass).\n\n| entry | what happened | state | what happens now, or why not | tests |\n|---|---|---|---|---|\n"
-        (ROOT / "dev" / "results" / "faults.md").write_text(text + "\n".join(rows) + "\n", encoding="utf-8")
+        rows[name] = f"| {name} | {entry.get('was', '')} | {state} | {says} | {'<br>'.join(lines) or '-'} |"
+    text = f"# Faults that users of other projects met, tried here on {COMMIT}\n\nWritten by `python dev/faults.py` from dev/faults.toml and two runs of the tests that are marked with the entry's\n"
+    text += f"name: on the code of {COMMIT} (how many cases failed) and on today's (how many pass).\n\n| entry | what happened | state | what happens now, or why not | tests |\n|---|---|---|---|---|\n"
+    order = sorted(entries.keys() & rows, key=lambda n: (n.rstrip("0123456789"), int(re.sub(r"\D", "", n) or 0)))
+    path.write_text(text + "".join(rows[name] + "\n" for name in order), encoding="utf-8")
     for line in wrong:
         print(line, file=sys.stderr)
     n = sum(len(tests) for tests in now.values())
-    print(json.dumps({"entries": len(rows), "tests": n, "wrong": len(wrong), "commit_of_the_old_code": COMMIT}))
+    print(json.dumps({"entries": len(names), "tests": n, "wrong": len(wrong), "commit_of_the_old_code": COMMIT}))
     return int(bool(wrong))
 
 

@@ -1,30 +1,26 @@
 """How long /health takes while clients come and leave at once: python dev/bench/health.py [--tree CHECKOUT] [--clients 200] [--probes 1000] > health.json
 
 Starts scripts.chat_web of --tree (default: this one) with a model of --depth 4 and random weights, and lets so many clients ask for long
-replies, every second one as a stream, and leave after 50 to 500 ms, all at once and again until the probes are made. Each probe is a GET of
-/health on a connection of its own, from this process. The last line of stdout is one JSON document.
+replies and leave all at once, wave after wave, from a process of their own. Each probe is a GET of /health on a connection of its own, from
+another. The last line of stdout is one JSON document.
 """
 
 import argparse
 import asyncio
-import importlib.util
+import itertools
 import json
 import os
-import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from http.client import HTTPConnection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-spec = importlib.util.spec_from_file_location("nanolab_dev_flood", Path(__file__).parent / "flood.py")
-flood = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(flood)
 
 
 def make_model(base: Path) -> str:
@@ -46,35 +42,53 @@ def make_model(base: Path) -> str:
     return "d4"
 
 
-async def probe(port: int) -> float:
-    """Seconds from connecting to the whole answer. Raises AssertionError unless it is 200."""
+async def crowd(port: int, clients: int) -> None:
+    """Waves of clients, one a second: all ask for a long reply, half of them as a stream, and half a second later all leave at once."""
+    body = [json.dumps({"prompt": "def f(x):" * (1 + i % 40), "max_tokens": 1500, "stream": i % 2 == 0}).encode() for i in range(clients)]
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+
+    async def one(i: int) -> asyncio.StreamWriter:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.format(len(body[i])).encode() + body[i])
+        return writer
+
+    for wave in itertools.count(1):
+        next_wave = asyncio.sleep(1)
+        writers = await asyncio.gather(*map(one, range(clients)))
+        await asyncio.sleep(0.5)
+        for writer in writers:
+            writer.transport.abort()
+        print(wave, flush=True)
+        await next_wave
+
+
+def probe(port: int) -> tuple[float, int]:
+    """Milliseconds from connecting to the whole answer, and its status."""
     start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    answer = await reader.read()
-    writer.close()
-    assert b" 200 " in answer[:15], answer
-    return time.perf_counter() - start
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/health")
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return 1000 * (time.perf_counter() - start), answer.status
 
 
-async def measure(port: int, clients: int, probes: int) -> dict:
-    for n in (1, 8):
-        await flood.many(port, 40, n)
-    rng, outcomes, times, done = random.Random(1), Counter(), [], asyncio.Event()
-
-    async def crowd() -> None:
-        while not done.is_set():
-            outcomes.update(await asyncio.gather(*(flood.ask(port, 1500, rng.uniform(0.05, 0.5), stream=i % 2 == 0) for i in range(clients))))
-
-    crowding = asyncio.create_task(crowd())
-    while len(times) < probes:
-        times.append(await probe(port))
-        await asyncio.sleep(0.005)
-    done.set()
-    await crowding
-    cuts = statistics.quantiles(times, n=1000)
-    ms = {name: round(1000 * value, 2) for name, value in (("p50", cuts[499]), ("p90", cuts[899]), ("p99", cuts[989]), ("worst", max(times)))}
-    return {"n": len(times), "clients": clients, "floods": sum(outcomes.values()) // clients, "outcomes": dict(outcomes), "ms": ms}
+def measure(port: int, clients: int, probes: int) -> dict:
+    command = [sys.executable, __file__, "--crowd", str(port), "--clients", str(clients)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowding:
+        try:
+            crowding.stdout.readline()  # the first wave has left
+            answers = []
+            for _ in range(probes):
+                answers.append(probe(port))
+                time.sleep(0.005)
+        finally:
+            crowding.terminate()
+        waves = len(crowding.stdout.readlines())
+    times = sorted(ms for ms, _ in answers)
+    at = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "worst": 1}
+    ms = {name: round(times[min(len(times) - 1, int(share * len(times)))], 2) for name, share in at.items()}
+    return {"n": len(times), "clients": clients, "waves": waves, "answers": dict(Counter(status for _, status in answers)), "ms": ms}
 
 
 def main() -> None:
@@ -82,14 +96,17 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=ROOT)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--probes", type=int, default=1000)
+    parser.add_argument("--crowd", type=int, default=0, help="only the clients, against this port")
     args = parser.parse_args()
+    if args.crowd:
+        return asyncio.run(crowd(args.crowd, args.clients))
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "scripts.chat_web", "--model", make_model(Path(folder)), "--port", "0", "--device-type", "cpu"]
         env = os.environ | {"NANOLAB_BASE_DIR": folder, "PYTHONPATH": str(args.tree)}
         with subprocess.Popen(command, cwd=args.tree, env=env, stdout=subprocess.PIPE, text=True) as process:
             try:
                 line = next(line for line in process.stdout if line.startswith("nanolab serves"))
-                result = asyncio.run(measure(int(re.search(r"127\.0\.0\.1:([0-9]+)", line)[1]), args.clients, args.probes))
+                result = measure(int(re.search(r"127\.0\.0\.1:([0-9]+)", line)[1]), args.clients, args.probes)
             finally:
                 process.kill()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.tree, capture_output=True, text=True).stdout.strip()

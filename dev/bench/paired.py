@@ -4,6 +4,8 @@ Each arm is a fresh process in its checkout (default: this one), by --what:
 
     train    `scripts.bench train FLAGS`, milliseconds of a step
     data     `scripts.bench data FLAGS`, microseconds of the whole loader for one token
+    decode   `scripts.bench infer FLAGS`, microseconds for one token of one row
+    clients  the same, microseconds for one token of several clients together
     start    `scripts.base_train FLAGS --run NEW`, milliseconds from the start of the process to the first step's line; it is ended then
 
 The order turns round after every pair, so that a drift of the machine hits both sides alike. The first arm is the base; a
@@ -26,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-UNITS = {"train": "ms a step", "data": "us a token", "start": "ms to the first step"}
+UNITS = {"train": "ms a step", "data": "us a token", "decode": "us a token", "clients": "us a token", "start": "ms to the first step"}
+RESULTS = {"train": ("train", "step"), "data": ("data", "loader"), "decode": ("infer", "decode_b1"), "clients": ("infer", "clients_total")}  # of scripts.bench
 
 
 def run(what: str, checkout: Path, flags: str) -> list[float]:
@@ -34,9 +37,10 @@ def run(what: str, checkout: Path, flags: str) -> list[float]:
     env = os.environ | {"PYTHONPATH": str(checkout)}
     if what == "start":
         return [start(checkout, flags, env)]
-    command = [sys.executable, "-m", "scripts.bench", what, "--json", *shlex.split(flags)]
+    bench, name = RESULTS[what]
+    command = [sys.executable, "-m", "scripts.bench", bench, "--json", *shlex.split(flags)]
     results = json.loads(subprocess.run(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])["results"]
-    return results["step"]["samples"] if what == "train" else [1e6 / rate for rate in results["loader"]["samples"]]
+    return results[name]["samples"] if what == "train" else [1e6 / rate for rate in results[name]["samples"]]
 
 
 def start(checkout: Path, flags: str, env: dict[str, str]) -> float:
