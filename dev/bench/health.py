@@ -43,7 +43,7 @@ def make_model(base: Path) -> str:
 
 
 async def crowd(port: int, clients: int) -> None:
-    """Waves of clients, one a second: all ask for a long reply, half of them as a stream, and half a second later all leave at once."""
+    """A wave of clients every two seconds: all ask for a long reply, half of them as a stream, and a second later all leave at once."""
     body = [json.dumps({"prompt": "def f(x):" * (1 + i % 40), "max_tokens": 1500, "stream": i % 2 == 0}).encode() for i in range(clients)]
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
@@ -53,9 +53,9 @@ async def crowd(port: int, clients: int) -> None:
         return writer
 
     for wave in itertools.count(1):
-        next_wave = asyncio.sleep(1)
+        next_wave = asyncio.ensure_future(asyncio.sleep(2))
         writers = await asyncio.gather(*map(one, range(clients)))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         for writer in writers:
             writer.transport.abort()
         print(wave, flush=True)

@@ -1,6 +1,6 @@
 """The HTTP interface: OpenAI's routes, the page, health and metrics, in front of the models' worker threads.
 
-The event loop only carries: generation and tokenizing happen in other threads, so every route answers at any time.
+The event loop only carries: generation, and tokenizing what is not short, happen in other threads, so every route answers at any time.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ PAGE = Path(__file__).parent / "page" / "index.html"
 MAX_BODY = 4 << 20  # bytes of a request
 BODY_SECONDS = 60.0  # for all of it to arrive
 MAX_VALUES = 1 << 18  # of a request, as far as commas tell
+SHORT = 1 << 12  # bytes of a request whose prompt is tokenized at once: in less time than another thread takes to begin
 AT_ONCE = 1 << 16  # bytes of a request that is read at once, in under a millisecond
 LOG_SECONDS = 2.0
 
@@ -50,6 +51,7 @@ class Api:
     def __init__(self, models: dict[str, Served], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
+        self.seeds = Random(secrets.randbits(62))  # the system's own would be asked for each request, and the interpreter let go of for that
         self.writer = ThreadPoolExecutor(1)  # one thread: lines stay whole and in order
         self.writes = True  # whether the last conversation could be written
         if cfg.log_conversations:
@@ -64,7 +66,8 @@ class Api:
         arrived, name = time.perf_counter(), ""
         try:
             self.admit_any()
-            ask = await parsed(await read_body(request), read)
+            body = await read_body(request)
+            ask = await parsed(body, read)
             served = self.find(ask.model)
             name = served.name
             if ask.chat and served.kind == "base":
@@ -74,7 +77,7 @@ class Api:
                 seen, param = (f"n is {ask.n}", "n") if ask.prompts == 1 else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
                 raise ApiError(400, f"{seen}; expected at most {served.places}, which is all that this server takes at once", param, "invalid_value")
             served.admit(rows)
-            prompts, answer = await asyncio.to_thread(begin, ask, served)
+            prompts, answer = begin(ask, served) if len(body) < SHORT else await asyncio.to_thread(begin, ask, served)
             exchange = Exchange(served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log)
         except (ApiError, Overloaded, Draining, Broken) as error:
             refused = refusal(error)
@@ -113,7 +116,7 @@ class Api:
         A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it costs no pass of the model.
         """
         cfg, special = self.cfg, served.tokenizer.special
-        seed = secrets.randbits(62) if ask.seed is None else ask.seed
+        seed = self.seeds.getrandbits(62) if ask.seed is None else ask.seed
         ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if ask.tools else None
         return [
             engine.Request(
@@ -193,9 +196,19 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
     app.add_middleware(Gate, cfg=cfg)
     if origins := allowed_origins(cfg):
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
-    app.add_exception_handler(ApiError, lambda request, error: failed(error))
-    app.add_exception_handler(HTTPException, lambda request, error: failed(no_route(error.status_code, request.method, request.url.path, error.detail)))
-    app.add_exception_handler(Exception, lambda request, error: failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest")))
+
+    # coroutines, since Starlette calls other functions in a thread, which takes longer than all else that a refused request does
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return failed(error)
+
+    @app.exception_handler(HTTPException)
+    async def not_routed(request: Request, error: HTTPException) -> Response:
+        return failed(no_route(error.status_code, request.method, request.url.path, error.detail))
+
+    @app.exception_handler(Exception)
+    async def crashed(request: Request, error: Exception) -> Response:
+        return failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest"))
 
     @app.get("/")
     @app.get("/compare")
