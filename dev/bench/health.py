@@ -1,6 +1,6 @@
 """How long /health takes while clients come and leave at once: python dev/bench/health.py [--tree CHECKOUT] [--clients 200] [--probes 1000] > health.json
 
-Starts scripts.chat_web of --tree (default: this one) with a model of --depth 4 and random weights, and lets so many clients ask for long
+Starts scripts.chat_web of --tree (default: this one) with a model of --depth 4, random weights and room for all clients, and lets these ask for long
 replies and leave all at once, wave after wave, from a process of their own. Each probe is a GET of /health on a connection of its own, from
 another. The last line of stdout is one JSON document.
 """
@@ -43,7 +43,7 @@ def make_model(base: Path) -> str:
 
 
 async def crowd(port: int, clients: int) -> None:
-    """A wave of clients every two seconds: all ask for a long reply, half of them as a stream, and a second later all leave at once."""
+    """A wave of clients every five seconds: all ask for a long reply, half of them as a stream, and four seconds later all leave at once."""
     body = [json.dumps({"prompt": "def f(x):" * (1 + i % 40), "max_tokens": 1500, "stream": i % 2 == 0}).encode() for i in range(clients)]
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
@@ -53,9 +53,9 @@ async def crowd(port: int, clients: int) -> None:
         return writer
 
     for wave in itertools.count(1):
-        next_wave = asyncio.ensure_future(asyncio.sleep(2))
+        next_wave = asyncio.ensure_future(asyncio.sleep(5))
         writers = await asyncio.gather(*map(one, range(clients)))
-        await asyncio.sleep(1)
+        await asyncio.sleep(4)
         for writer in writers:
             writer.transport.abort()
         print(wave, flush=True)
@@ -101,7 +101,7 @@ def main() -> None:
     if args.crowd:
         return asyncio.run(crowd(args.crowd, args.clients))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "scripts.chat_web", "--model", make_model(Path(folder)), "--port", "0", "--device-type", "cpu"]
+        command = [sys.executable, "-m", "scripts.chat_web", "--model", make_model(Path(folder)), "--port", "0", "--queue", str(args.clients), "--device-type", "cpu"]
         env = os.environ | {"NANOLAB_BASE_DIR": folder, "PYTHONPATH": str(args.tree)}
         with subprocess.Popen(command, cwd=args.tree, env=env, stdout=subprocess.PIPE, text=True) as process:
             try:
