@@ -136,7 +136,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
         if self._sink:
-            self._sink.log(step, {k: v for k, v in finite.items() if v is not None})
+            self._sink.log(step, finite)
 
     def sync(self) -> None:
         """Flush metrics.jsonl to the disk, so that a checkpoint never outlives the lines before it."""
@@ -197,7 +197,7 @@ class Run:
         checkpoint.write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
         checkpoint.write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
         mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")  # the reference's name for a run without wandb
-        self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config)
+        self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config, read_metrics(self.dir))
         self._metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         return env, source
 

@@ -1,15 +1,16 @@
 """Weights & Biases beside metrics.jsonl. It may fail at any time; training never stops for it.
 
 wandb can take nothing back: a rewind needs its server, and a log that was synced is sent. A run that was killed after its checkpoint makes
-steps again that wandb has already, so these are not sent a second time (they are equal: resuming is exact). Which ones it has is read in
-the logs that wandb itself keeps in the run directory, online too.
+steps again that wandb has already, so these are not sent a second time (they are equal: resuming is exact). wandb writes its log twice a second,
+so a kill can also take steps from it that the checkpoint has: these are sent from metrics.jsonl. Which ones it has is read in the logs that wandb
+itself keeps in the run directory, online too.
 """
 
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,30 @@ MODES = ("off", "offline", "online")
 class WandbSink:
     """Sends metrics to wandb until its first failure, which is reported in one line; does nothing when off."""
 
-    def __init__(self, mode: str, name: str, run_id: str, folder: Path, config: dict[str, Any]):
-        """run_id: the same one after a resume, so that curves go on. Project: WANDB_PROJECT, default nanolab."""
+    def __init__(self, mode: str, name: str, run_id: str, folder: Path, config: dict[str, Any], made: Sequence[dict[str, Any]] = ()):
+        """run_id: the same one after a resume, so that curves go on. made: metrics.jsonl up to there. Project: WANDB_PROJECT, default nanolab."""
         if mode not in MODES:
             raise UserError(f"--wandb is {mode!r}; expected one of {', '.join(MODES)}")
         self._run: Any = None
-        self._has = -1  # the last step in wandb
+        self._has: set[int] = set()  # the steps that wandb had before this start
+        logs = list(folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb"))
         if mode != "off":
             self._run = self._try(lambda: _init(mode, name, run_id, folder, config))
-        if self.alive:
-            logs = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
-            self._has = self._try(lambda: max((step for log in logs for step in logged_steps(log)), default=-1))
-        if self.alive and self._has >= 0:
-            print(f"wandb has the steps up to {self._has} already: they are not sent again")
+        if self.alive and logs:
+            self._has = self._try(lambda: {step for log in logs for step in logged_steps(log)}) or set()
+            lost = [row for row in made if row["step"] not in self._has]
+            for row in lost:
+                self.log(row["step"], row)
+            print(f"wandb has {len(self._has):,} steps already: they are not sent again; {len(lost):,} that a kill took from it are")
 
     @property
     def alive(self) -> bool:
         return self._run is not None
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.alive and step > self._has:
-            self._try(lambda: self._run.log({"step": step, **metrics}))  # without its own `step`, for which wandb holds a row back until the next
+        if self.alive and step not in self._has:
+            known = {"step": step} | {k: v for k, v in metrics.items() if v is not None}
+            self._try(lambda: self._run.log(known))  # without its own `step`, for which wandb holds a row back until the next
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the wandb run; nothing is logged after it."""

@@ -156,8 +156,8 @@ def locked_site(tokenizer) -> Iterator[Site]:
     yield from serve({"ada": Scripted(tokenizer, "ada")}, {}, api_key="open sesame")
 
 
-@pytest.fixture(scope="session")
-def browser():
+@pytest.fixture(scope="module")
+def browser():  # not for the session: while it is open, asyncio has a running loop in this thread, also for the tests of other folders
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
