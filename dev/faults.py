@@ -4,8 +4,9 @@
     python dev/faults.py F4 L2            only these entries; the rows of the others stay as they are
 
 dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a temporary worktree of COMMIT with
-today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are the old ones there too. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all
-of its cases, fails now, or an entry has neither a test nor a reason.
+today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are the old ones there too. A test that hangs fails after two
+minutes. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all of its cases, fails now, or an entry has
+neither a test nor a reason.
 """
 
 import json
@@ -30,7 +31,7 @@ def outcomes(tree: Path, only: list[str]) -> dict[str, dict[str, list[bool]]]:
     """{entry: {test: passed, by case}} of the marked tests in `tree`. A test that cannot be collected is absent."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "fault and not gpu", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", "-p", "no:cacheprovider", "--tb=no"]
+        command = [sys.executable, "-m", "pytest", "-m", "fault and not gpu", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", "-p", "no:cacheprovider", "--tb=no", "--timeout=120"]
         if only:
             command += ["--fault", ",".join(only)]
         subprocess.run(command, cwd=tree, stdout=sys.stderr, env=_environment(tree))
