@@ -10,7 +10,8 @@
 # NANOLAB_PYTHON=/opt/x/bin/python  use this Python as it is and install nothing (conda, a container, a cluster)
 #
 # On Linux x86-64 with Python 3.10 to 3.13 every version is the one in runs/lock.txt (dev/lock.sh writes it); elsewhere only
-# torch's is, and a line says so. With an NVIDIA GPU torch is the registry's newest, and the extra gpu is added.
+# torch's is, and a line says so. With an NVIDIA GPU torch is the registry's CUDA build, what it brings is in runs/lock-gpu.txt,
+# and the extra gpu is added.
 # Packages come from wherever pip is configured to look. On Linux the default registry has only the CUDA build of torch
 # (some GB); if PIP_EXTRA_INDEX_URL names PyTorch's CPU index (its "Get started" page shows the address), the CPU build of
 # about 200 MB is taken.
@@ -33,7 +34,7 @@ if [ -n "${NANOLAB_PYTHON:-}" ]; then
 fi
 
 # The stamp says what .venv was last made for; the path is in it because an editable install points here.
-want=$( (pwd && cat pyproject.toml runs/lock.txt runs/setup.sh) | cksum | tr ' ' -)
+want=$( (pwd && cat pyproject.toml runs/lock.txt runs/lock-gpu.txt runs/setup.sh) | cksum | tr ' ' -)
 stamp=$venv/nanolab-setup
 have='' extras=''
 if [ $venv = .venv ] && [ -x .venv/bin/python ] && [ -f $stamp ]; then read -r have extras <$stamp || true; fi
@@ -64,16 +65,20 @@ if [ $venv != .venv ] || ! { suitable .venv/bin/python && .venv/bin/python -m pi
     fi
 fi
 
-# What holds versions: the lock's lines say themselves for which Python and system they are. torch's is for machines without a GPU.
+# What holds versions: the lock's lines say themselves for which Python and system they are.
 lock=runs/lock.txt constraints=$venv/constraints.txt
-if [ $venv = .venv ]; then cp $lock $constraints; else grep '^torch==' $lock >$constraints; fi
-torch=$(grep '^torch==' $lock) why="no NVIDIA GPU seen"
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    sed -i.bak '/^torch==/d' $constraints && rm $constraints.bak
-    torch="the newest torch" why=$(nvidia-smi -L | head -n 1)
-    add gpu
-fi
 here=$($venv/bin/python -c 'import platform, sys; print(platform.system(), platform.machine(), "%d.%d" % sys.version_info[:2])')
+if [ $venv = .venv ]; then cp $lock $constraints; else grep '^torch==' $lock >$constraints; fi
+torch=$(grep '^torch==' $lock) why="no NVIDIA GPU seen" gpu=
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    gpu=$(nvidia-smi -L | head -n 1)
+    why=$gpu
+    add gpu
+    case "$venv $here" in
+    ".venv Linux x86_64 "*) cat runs/lock-gpu.txt >>$constraints && lock="$lock and runs/lock-gpu.txt" ;;
+    *) sed -i.bak '/^torch==/d' $constraints && rm $constraints.bak && torch="the newest torch" ;; # which build another system has is not known here
+    esac
+fi
 case "$venv $here" in
 ".venv Linux x86_64 3.1"[0-3]) versions="locked by $lock" ;;
 ".venv "*) versions="not locked except torch: $lock is for Linux x86_64 with Python 3.10 to 3.13, this is $here" ;;
@@ -94,4 +99,9 @@ case $versions in locked*) # what is left of an earlier set-up and nothing asks 
     ;;
 esac
 printf '%s\n' "$want $extras" "versions: $versions" >$stamp
+if [ -n "$gpu" ] && ! $venv/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    build=$($venv/bin/python -c 'import torch; print(torch.version.cuda and f"for CUDA {torch.version.cuda}" or "a CPU build")')
+    echo "setup: $gpu is there, but torch does not see it: its build is $build, and the driver is $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)." >&2
+    echo "A newer driver helps, or a Python with a torch of your own: NANOLAB_PYTHON=/path/to/python" >&2
+fi
 echo "setup: done; python is $venv/bin/python, torch $($venv/bin/python -c 'import torch; print(torch.__version__)')"

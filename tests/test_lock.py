@@ -17,17 +17,17 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-LOCK = ROOT / "runs" / "lock.txt"
+LOCK, GPU_LOCK = ROOT / "runs" / "lock.txt", ROOT / "runs" / "lock-gpu.txt"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
-def locked(python: str = "%d.%d" % sys.version_info[:2]) -> dict[str, list[str]]:
+def locked(python: str = "%d.%d" % sys.version_info[:2], file: Path = LOCK) -> dict[str, list[str]]:
     """Name -> versions in the lock, of the lines that apply to this Python on Linux x86-64."""
-    assert LOCK.exists(), "there is no lock: set-up takes whatever was released last"
+    assert file.exists(), "there is no lock: set-up takes whatever was released last"
     environment = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix",
                    "platform_system": "Linux", "platform_python_implementation": "CPython", "implementation_name": "cpython"}  # fmt: skip
     found: dict[str, list[str]] = {}
-    for line in LOCK.read_text().splitlines():
+    for line in file.read_text().splitlines():
         if line and not line.startswith("#"):
             one = Requirement(line)
             [exact] = one.specifier
@@ -64,6 +64,14 @@ def test_no_cuda_package_is_locked(python):
     assert [name for name in locked(python) if re.match("nvidia|cuda|triton", name)] == []
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_with_a_gpu_what_the_cuda_build_brings_is_locked_too(python):
+    """By the metadata of the registry's torch 2.13.0: these it asks for by name."""
+    found = locked(python, GPU_LOCK)
+    assert {"triton", "cuda-toolkit", "cuda-bindings", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13", "nvidia-cusparselt-cu13"} <= set(found)
+    assert not set(found) & set(locked(python)) and all(len(versions) == 1 for versions in found.values())
+
+
 def test_it_applies_to_no_other_python_or_system_except_torch():
     for other in ({"python_version": "3.14", "python_full_version": "3.14.0"}, {"sys_platform": "darwin"}, {"platform_machine": "aarch64"}):
         here = {"python_version": "3.12", "python_full_version": "3.12.1", "sys_platform": "linux", "platform_machine": "x86_64"} | other
@@ -84,8 +92,8 @@ def test_what_is_installed_is_what_is_locked():
     listed = subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "list", "--format", "json"], capture_output=True, text=True, check=True)
     installed = {canonicalize_name(one["name"]): one["version"] for one in json.loads(listed.stdout)}
     lock = locked()
-    if not re.search("^torch==", (ROOT / ".venv" / "constraints.txt").read_text(), re.M):  # an NVIDIA machine: the registry's newest
-        lock["torch"] = [Version(installed["torch"]).public]
+    if re.search("^nvidia-", (ROOT / ".venv" / "constraints.txt").read_text(), re.M):
+        lock |= locked(file=GPU_LOCK)
     off = differences(installed, lock)
     assert off == [], f"{len(off)} of {len(installed)} packages are not as in runs/lock.txt: {off}; type: rm -r .venv; bash runs/setup.sh test"
 

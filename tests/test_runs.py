@@ -14,6 +14,8 @@ FAKE_PYTHON = """#!/bin/sh
 echo "$@" >>"$CALLS"
 case "$*" in
 "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+*torch.cuda.is_available*) test -n "${SEES_GPU:-}" || exit 1 ;;
+*torch.version.cuda*) echo "for CUDA 13.0" ;;
 *torch.__version__*) echo 2.13.0+cpu ;;
 *platform.machine*) echo "${HERE:-Linux x86_64 3.11}" ;;
 *lock_diff*) if [ -n "${DIFFER:-}" ]; then echo "$DIFFER"; fi ;;
@@ -70,15 +72,28 @@ def test_setup_gives_pip_one_version_of_every_requirement(setup, in_checkout):
             assert re.search(rf"^{name}==\d", file.read_text(), re.M), f"{name} is free in: pip install {call}"
 
 
-def test_setup_takes_the_registrys_torch_where_there_is_a_gpu(setup, in_checkout, tmp_path):
+def test_setup_locks_the_cuda_build_where_there_is_a_gpu(setup, in_checkout, tmp_path):
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
     path = f"{tmp_path}/bin:/usr/bin:/bin"
     code, output, calls = setup("test", PATH=path)
     assert code == 0 and [call.split()[2:] for call in installs(calls)] == [["torch", "setuptools>=70.1"], ["--no-build-isolation", "-e", ".[test,gpu]"]]
-    assert "NVIDIA H100" in output and "locked by runs/lock.txt" in output
-    lock = (in_checkout.path / "runs" / "lock.txt").read_text()
-    assert constraints(in_checkout) == re.sub("(?m)^torch==.*\n", "", lock) != lock
+    assert "NVIDIA H100" in output and "locked by runs/lock.txt and runs/lock-gpu.txt" in output
+    assert constraints(in_checkout) == "".join((in_checkout.path / "runs" / name).read_text() for name in ("lock.txt", "lock-gpu.txt"))
     assert setup("test", PATH=path) == setup("gpu") == (0, "", [])
+
+
+def test_setup_says_when_torch_does_not_see_the_gpu(setup, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA H100' ;; *) echo 535.1 ;; esac\n")
+    code, output, _ = setup(PATH=f"{tmp_path}/bin:/usr/bin:/bin", SEES_GPU="1")
+    assert code == 0 and "torch does not see it" not in output
+    code, output, _ = setup("plots", PATH=f"{tmp_path}/bin:/usr/bin:/bin", SEES_GPU="")
+    assert code == 0 and re.search("does not see it.*CUDA 13.*535[.]1", output), output
+
+
+def test_setup_uses_another_systems_torch_where_there_is_a_gpu(setup, in_checkout, tmp_path):
+    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA GH200'\n")
+    assert setup(PATH=f"{tmp_path}/bin:/usr/bin:/bin", HERE="Linux aarch64 3.12")[0] == 0
+    assert not re.search("(?m)^(torch|nvidia-.*)==", constraints(in_checkout))
 
 
 @pytest.mark.parametrize("here", ["Darwin arm64 3.12", "Linux aarch64 3.11", "Linux x86_64 3.14"])
