@@ -265,6 +265,7 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     wandb: str = "off"  # online | offline | off
     attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     fp8: bool = False  # matrix multiplications in 8-bit floats
+    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
     threads: int = 0  # CPU threads; 0: all
 
 
@@ -350,6 +351,7 @@ class SFTConfig:
     warmdown_ratio: float = 0.5  # share of each stage, at its end, over which the rates fall
     final_lr_frac: float = 0.0
     grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
+    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
     # cadences in steps; -1 is off
     eval_every: int = 200  # loss on held-out conversations, bits per byte of the corpus's validation text
     eval_tokens: int = -1  # of each at most; -1: 40 x 524288 on a GPU, 65536 on a CPU
@@ -413,6 +415,7 @@ class RLConfig:
     warmdown_ratio: float = 1.0  # share of the run, at its end, over which the rates fall
     final_lr_frac: float = 0.0
     grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
+    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
     # cadences in steps; -1 is off
     eval_every: int = 60  # pass@k on --eval-split
     eval_split: str = "test"

@@ -62,6 +62,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     with torch.device(rt.device):
         model = GPT(plan.model, rt.dtype, cfg.attn_kernel)
     model.init_weights(cfg.seed)
+    model.activation_checkpointing = cfg.activation_checkpointing
     if cfg.fp8:
         print0(f"fp8             {convert(model)} linear layers multiply in 8-bit floats, in training")
     optimizer = MuonAdamW(param_groups(model, cfg, plan), rt)

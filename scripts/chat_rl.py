@@ -85,6 +85,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
                 model = GPT(origin.model, rt.dtype)
         else:
             model, _, _ = load_model(found, rt)
+        model.activation_checkpointing = cfg.activation_checkpointing
         reference = load_model(origin.name, rt)[0].requires_grad_(False) if objective.kl else None
         engine = Engine(model, tokenizer, rt)
         batches = Rollouts(cfg, objective, model, engine, task, rt, record.dir, tools, reference)

@@ -98,6 +98,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         found = found or find_model(cfg.model, kind="base")
         origin = finetune.Origin.found(found)
         model, _, _ = load_model(found, rt)
+    model.activation_checkpointing = cfg.activation_checkpointing
     tokenizer = record.pin_tokenizer(lambda: Tokenizer.load(found.run_dir / "tokenizer", checked=True))
     pinned = record.pinned() if record.resume_from else Pinned.of(found.run_dir)
     parts, plan, text, versions = prepare(cfg, origin, tokenizer, rt, pinned, versions, batch)

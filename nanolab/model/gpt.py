@@ -6,6 +6,7 @@ Dims: B batch, T tokens, C width, V vocabulary (padded inside, sliced outside). 
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanolab.config import GPTConfig
 from nanolab.model.accounting import attention_class, has_value_embedding, padded_vocab
@@ -50,7 +51,13 @@ class Documents(nn.Module):
 
 
 class GPT(nn.Module):
-    """Weights are uninitialised until `init_weights` or `load_state_dict`. Raises UserError for flags that cannot work."""
+    """Weights are uninitialised until `init_weights` or `load_state_dict`. Raises UserError for flags that cannot work.
+
+    activation_checkpointing (Chen et al., arXiv 1604.06174): for the backward pass each layer keeps its input alone and computes the rest again,
+    with the same random numbers. It may be set at any time.
+    """
+
+    activation_checkpointing = False
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32, kernel: str = ""):
         super().__init__()
@@ -123,6 +130,12 @@ class GPT(nn.Module):
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return quickly_softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
 
+    def layer(self, i: int, x: Tensor, x0: Tensor, idx: Tensor, reading: Reading, kernel, at: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The stream x (B, T, C) after layer i, x0 the one before the first."""
+        x = self.lambdas(x, x0, i)
+        ve = self.value_embeds[str(i)].look_up(idx, x.dtype) if str(i) in self.value_embeds else None
+        return self.h[i](x, ve, reading, kernel, at=at)
+
     def hidden(self, idx: Tensor, cache=None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """idx (B, T) -> the normed vectors (B, T, C) that the head reads, or (K, C) of them: at, rows (K,) and columns (K,).
 
@@ -138,10 +151,10 @@ class GPT(nn.Module):
         e = self.norm_e(self.positions.add(self.wte.look_up(idx, dtype), pos))
         x = x0 = self.drop(self.smear(e, reading))
         middle, last = x, len(self.h) - 1
-        for i, (block, kernel) in enumerate(zip(self.h, self._kernels[device.type])):
-            x = self.lambdas(x, x0, i)
-            ve = self.value_embeds[str(i)].look_up(idx, x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, ve, reading, kernel, at=at if i == last else None)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        for i, kernel in enumerate(self._kernels[device.type]):
+            args = i, x, x0, idx, reading, kernel, at if i == last else None
+            x = checkpoint(self.layer, *args, use_reentrant=False) if again else self.layer(*args)
             if i == len(self.h) // 2:
                 middle = x
         if cache is not None:

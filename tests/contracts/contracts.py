@@ -188,6 +188,20 @@ def gradients(config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32
     return logits, {name: p.grad for name, p in model.named_parameters()}
 
 
+def recomputed_gradients(config: GPTConfig, kernel: str = "") -> None:
+    """With activation checkpointing the loss and the gradients of a training step are the same to the bit, and so are the random numbers after it."""
+    model, idx, y = build(config, kernel).train(), tokens(config), tokens(config, seed=6)
+    found = []
+    for on in (False, True):
+        model.activation_checkpointing = on
+        model.zero_grad()
+        torch.manual_seed(3)
+        loss = model(idx, y)
+        loss.backward()
+        found.append({"loss": loss.detach(), "random": torch.rand(3)} | {name: p.grad for name, p in model.named_parameters()})
+    assert not [name for name, value in found[0].items() if not torch.equal(value, found[1][name])]
+
+
 def gradients_arrive(config: GPTConfig, draws: int = 16) -> None:
     """In float64 every number of every parameter gets a gradient; only rows that pad the vocabulary get none, ever.
 
@@ -412,4 +426,5 @@ def fast(config: GPTConfig) -> None:
     kernels_agree(config, names, torch.float64)
     counts(config)
     drops_only_in_training(config)
+    recomputed_gradients(config)
     every_recipe_steps(config)

@@ -44,6 +44,11 @@ def test_gradients_arrive(config):
     contracts.gradients_arrive(config)
 
 
+def test_recomputed_gradients_are_the_same(config):
+    for kernel in contracts.kernels(config) if config.attn_dropout else [""]:
+        contracts.recomputed_gradients(config, kernel)
+
+
 def test_kernels_agree(config):
     contracts.kernels_agree(config, contracts.kernels(config))
     contracts.kernels_agree(config, contracts.kernels(config), torch.float64)

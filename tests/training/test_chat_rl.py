@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, to_json
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model import gpt
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
@@ -86,6 +88,17 @@ def test_a_run_leaves_its_records(capsys):
     assert (meta["kind"], meta["step"], meta["origin"]["name"], model.config) == ("rl", 4, "toy-sft@60", CONFIG)
     assert (folder / "checkpoints" / "step_000004" / "optim_rank0.safetensors").exists()
     assert json.loads((folder / "result.json").read_text())["kind"] == "rl"
+
+
+def test_activation_checkpointing_changes_no_bit(monkeypatch):
+    again = Mock(wraps=gpt.checkpoint)
+    monkeypatch.setattr(gpt, "checkpoint", again)
+    files = []
+    for on in (False, True):
+        run(changed(run=f"recomputed-{on}", num_iterations=1, eval_every=-1, activation_checkpointing=on))
+        assert again.called == on
+        files.append((runs_dir() / f"recomputed-{on}" / "checkpoints" / "step_000001" / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_rates_are_those_of_pretraining(capsys):

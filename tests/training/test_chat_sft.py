@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import torch
 from nanolab.config import ChatEvalConfig, SFTConfig, UserError
 from nanolab.data.chat import parse_reply, render_prompt, text_of
 from nanolab.data.conversations import Reader, held_out_rows
+from nanolab.model import gpt
 from nanolab.runtime import Runtime, base_dir
 from nanolab.training import checkpoint
 from nanolab.training.finetune import FineTunePlan
@@ -101,6 +103,24 @@ def test_the_plan_comes_first_and_is_kept(capsys):
     assert {"val/loss", "val/bpb"} <= result.keys() and result["kind"] == "sft"
     evaluated = [row["step"] for row in read_metrics(runs_dir() / "one") if "val/loss" in row]
     assert evaluated == sorted({*range(0, int(steps), 5), int(steps)})
+
+
+def test_activation_checkpointing_changes_no_bit_and_no_count_of_flops(monkeypatch):
+    """Of fine-tuning with dropout, and of the run resumed without it; the model's config does not hold it."""
+    again = Mock(wraps=gpt.checkpoint)
+    monkeypatch.setattr(gpt, "checkpoint", again)
+    plain = tune("plain", num_iterations=2)
+    assert not again.called
+    recomputed = tune("recomputed", num_iterations=2, activation_checkpointing=True)
+    assert again.call_count % 2 == 0 < again.call_count, "each of the two layers"
+    same = "step", "tokens", "train/loss", "total_training_flops"
+    assert [plain[key] for key in same] == [recomputed[key] for key in same]
+    one, two = (find_model(name).checkpoint for name in ("plain", "recomputed"))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert (one / "optim_rank0.safetensors").read_bytes() == (two / "optim_rank0.safetensors").read_bytes()
+    assert checkpoint.load_meta(one)["model_config"] == checkpoint.load_meta(two)["model_config"]
+    (runs_dir() / "recomputed" / "result.json").unlink()
+    tune("recomputed", num_iterations=2, resume=True)
 
 
 def test_the_model_is_the_one_it_started_from_but_for_its_weights(capsys):
