@@ -52,6 +52,8 @@ class KVCache:
         self.lengths = [0] * rows  # the same as pos, on the host: reading pos would wait for the device
         self.pos = torch.zeros(rows, dtype=torch.int64, device=device)
         self.left: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model left for the next pass
+        self.memory = object()  # another one when keys and values lie elsewhere, of any layer
+        self._parts: dict[tuple[int, int], list[Tensor]] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by ring: rows and slots of the pass's new tokens
         shapes = zip(cached_shapes(config), self.rings)
         self.k, self.v = zip(*([torch.zeros(rows, min(self.capacity, ring), *shape, dtype=dtype, device=device) for shape in pair] for pair, ring in shapes))
@@ -117,6 +119,15 @@ class KVCache:
         for old, new in zip(to, new_BTGD):
             old[self._places[ring]] = new[:, skip:].to(old.dtype)
 
+    def parts(self, rows: int, slots: int) -> list[Tensor]:
+        """The first slots of the first rows: of the keys of all layers, then of the values. Made once, and let go of when they move."""
+        if (rows, slots) not in self._parts:
+            self._parts[rows, slots] = [x[:rows, :slots] for x in (*self.k, *self.v)]
+        return self._parts[rows, slots]
+
+    def _move(self) -> None:
+        self.memory, self._parts = object(), {}
+
     def advance(self, T: int) -> None:
         """Count T tokens as stored; the model calls this once, after its last layer."""
         self.lengths = [n + T for n in self.lengths]
@@ -133,6 +144,7 @@ class KVCache:
             self._resize(max(rows, self.k[0].size(0)))
 
     def _resize(self, rows: int) -> None:
+        self._move()
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
                 slots = min(self.capacity, self.rings[layer])
@@ -142,6 +154,7 @@ class KVCache:
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order; the others' memory is freed."""
+        self._move()
         index = torch.tensor(rows, device=self.pos.device)
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):

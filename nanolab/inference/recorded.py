@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 LEAST_SLOTS = 64  # of a bucket
 AFTER = 24  # steps that a bucket is run plainly first: a recording pays only where many more will come
 ROWS_ON_CPU = 4
-RECORDING = threading.Lock()  # the tracer is one for all replicas
+RECORDING = threading.Lock()  # the tracer and CUDA's captures are one at a time for all replicas
 Step = Callable[..., tuple[Tensor, ...]]  # (ids (N, 1), pos (N,), what was left, keys, values) -> logits (N, V), what is left
 
 
@@ -86,18 +87,23 @@ def warn(text: str) -> None:
     log.warning("recording decode steps: %s", text)
 
 
-def record_cuda(step: Step, inputs: list[Tensor]) -> Step:
-    """A CUDA graph over these very keys and values; ids, positions and what was left are copied to it."""
+def record_cuda(step: Step, inputs: list[Tensor], stream: torch.cuda.Stream, pool: Any) -> Step:
+    """A CUDA graph over these very keys and values; ids, positions and what was left are copied to it.
+
+    stream: the engine's own, on its device; torch's default one is of the device that came first. pool: memory of all graphs of the
+    engine, which replays one at a time and has read its outputs before the next: another graph may overwrite them. Engines run side by
+    side, so each has its own; and while one captures, others go on, which "thread_local" allows.
+    """
     small = [x.clone() for x in inputs if x.dim() < 4]
     inputs = [*small, *inputs[len(small) :]]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
         for _ in range(3):  # libraries set themselves up in their first calls
             step(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with RECORDING, torch.cuda.device(stream.device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         outputs = step(*inputs)
 
     def replay(*new: Tensor) -> tuple[Tensor, ...]:
@@ -116,20 +122,21 @@ class Recorder:
     """
 
     def __init__(self, model: GPT, device: torch.device, after: int = AFTER):
-        self.model, self.after = model, after
+        self.model, self.device, self.after = model, device, after
         self.cuda = device.type == "cuda"  # a recording is of the cache where it lies, rows are padded to a power of two, at once
         self.uses: Counter[tuple] = Counter()
         self.steps: dict[tuple, Step] = {}
         self.wanted: list[tuple[int, int]] = []  # on CPUs: buckets to record when there is time
-        self.memory: Tensor | None = None  # the cache's first tensor: another one means that it has moved
-        self.views: dict[tuple, list[Tensor]] = {}
+        self.memory: object = None  # KVCache.memory: another one means that the cache has moved
+        self.stream: torch.cuda.Stream | None = None
+        self.pool: Any = None  # of the graphs in `steps`; when the last one goes it is gone, and cannot be captured into again
         self.failed = False
 
     def release(self) -> None:
         """Let go of the cache, and of what was recorded over it."""
-        self.memory, self.views = None, {}
+        self.memory = None
         if self.cuda or self.failed:
-            self.steps, self.uses = {}, Counter()
+            self.steps, self.uses, self.pool = {}, Counter(), None
 
     def _fail(self, error: Exception) -> None:
         self.failed = True
@@ -152,23 +159,22 @@ class Recorder:
         n = len(ids)
         rows = 1 << (n - 1).bit_length() if self.cuda else n  # kernels on CPUs would feel the rows that are not there
         cache.reserve(min(slots, cache.limit), rows)
-        if cache.k[0] is not self.memory:
+        if cache.memory is not self.memory:
             self.release()
-            self.memory = cache.k[0]
-        view = rows, slots, cache.capacity
-        if view not in self.views:
-            self.views[view] = [x[:rows, :slots] for x in (*cache.k, *cache.v)]
+            self.memory = cache.memory
         names = sorted(cache.left)
         small = [ids, cache.pos, *(cache.left[name] for name in names)]
         if rows > n:
             small = [torch.cat((x, x.new_zeros(rows - n, *x.shape[1:]))) for x in small]
-        inputs, key = [*small, *self.views[view]], view if self.cuda else view[:2]
+        inputs, key = [*small, *cache.parts(rows, slots)], (rows, slots)
         step = self.steps.get(key)
         if step is None:  # on a GPU
             step = fixed_step(self.model, cache.rings, names)
             self.uses[key] += 1
             if self.uses[key] > self.after:
-                step = self.steps[key] = record_cuda(step, inputs)
+                self.stream = self.stream or torch.cuda.Stream(self.device)
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                step = self.steps[key] = record_cuda(step, inputs, self.stream, self.pool)
         logits, *left = step(*inputs)
         cache.left = {name: x[:n].clone() if self.cuda else x for name, x in zip(names, left)}
         cache.advance(1)

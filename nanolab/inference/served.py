@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.config import UserError
 from nanolab.model.attention import CausalSelfAttention, NoQKNorm, Reading, RMSQKNorm, unturned
 from nanolab.model.blocks import LayerNorm, Linear, Pass, ResidualScalars, RMSNorm, SwiGLU, norm
 from nanolab.model.gpt import GPT
@@ -161,8 +161,9 @@ class TabledPositions(nn.Module):
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
         return self.positions.add(e_BTC, pos_BT)
 
-    def slopes(self, c: GPTConfig, device: torch.device) -> Tensor | None:
-        return self.positions.slopes(c, device)
+    @property
+    def slopes_H(self) -> Tensor | None:
+        return self.positions.slopes_H
 
     def angles(self, pos_BT: Tensor, dtype: torch.dtype) -> Angles | None:
         """cos and sin, each (B, T, 1, channels)."""

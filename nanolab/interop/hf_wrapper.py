@@ -70,6 +70,8 @@ class NanolabPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Of a model that is made from a config: all at once, when its first module comes up. Weights that were loaded stay."""
+        if module is self.gpt.positions and module.slopes_H is not None:  # loading replaces what is not in the file by empty memory
+            module.slopes_H.copy_(module.slopes(self.gpt.config))
         if module is self.gpt.wte and not getattr(module.weight, "_is_hf_initialized", False):
             self.gpt.init_weights(torch.initial_seed())
 

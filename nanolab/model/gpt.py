@@ -146,7 +146,7 @@ class GPT(nn.Module):
             self.kernel_names(device.type)
         start = cache.pos[:, None] if cache is not None else 0
         pos = torch.arange(T, device=device)[None] + start
-        reading = Reading(pos, self.positions.angles(pos, dtype), self.positions.slopes(self.config, device), cache=cache)
+        reading = Reading(pos, self.positions.angles(pos, dtype), self.positions.slopes_H, cache=cache)
         reading = self.documents(reading, idx)
         e = self.norm_e(self.positions.add(self.wte.look_up(idx, dtype), pos))
         x = x0 = self.drop(self.smear(e, reading))

@@ -21,6 +21,7 @@ class Positions(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.config = c
+        self.register_buffer("slopes_H", self.slopes(c), persistent=False)  # on the device before a step: a copy from the host cannot be recorded
 
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
         return e_BTC
@@ -31,7 +32,7 @@ class Positions(nn.Module):
 
     @staticmethod
     def slopes(c: GPTConfig, device: torch.device | None = None) -> Tensor | None:
-        """(H,) what a score loses per token of distance."""
+        """(H,) fp32 what a score loses per token of distance; the model reads `slopes_H`."""
         return None
 
     @staticmethod
@@ -102,7 +103,13 @@ class Alibi(Positions):
 
     @staticmethod
     def slopes(c: GPTConfig, device: torch.device | None = None) -> Tensor:
-        return torch.tensor(alibi_slopes(c.n_head), device=device)
+        return torch.tensor(alibi_slopes(c.n_head), dtype=torch.float32, device=device)
+
+    def _apply(self, fn, recurse: bool = True) -> "Alibi":
+        """Whatever a module is moved or cast by leaves the slopes as they are: fp32 in a model of any dtype, and filled where memory was only allocated."""
+        super()._apply(fn, recurse)
+        self.slopes_H = self.slopes(self.config, self.slopes_H.device)
+        return self
 
 
 POSITIONS = {"rope": Rope, "nope": Nope, "rnope": RNope, "learned": Learned, "sinusoidal": Sinusoidal, "alibi": Alibi}

@@ -359,6 +359,20 @@ def test_saved_and_loaded(file, model, native, idx, tmp_path):
     assert text.shape == (3, 13)
 
 
+@torch.no_grad()
+def test_the_slopes_of_alibi_survive_loading_and_casting(file, idx, tmp_path):
+    """They are in no file, and transformers gives empty memory to what is in none."""
+    native = contracts.build(CONFIGS["alibi"])
+    exported(file, native).save_pretrained(tmp_path)
+    loaded = file.NanolabForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(idx).logits, native(idx))
+    half = file.NanolabForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    slopes = native.positions.slopes_H
+    for model in (half, loaded.to(torch.bfloat16), loaded.double(), loaded.to_empty(device="meta").to_empty(device="cpu")):
+        assert model.gpt.positions.slopes_H.dtype == torch.float32 and torch.equal(model.gpt.positions.slopes_H, slopes)
+    assert not [name for name in native.state_dict() if "slopes" in name]
+
+
 def test_a_new_model_of_a_config_is_initialised(file, native, idx):
     loss = file.NanolabForCausalLM(file.NanolabConfig(gpt=to_json(native.config)))(idx, labels=idx.roll(1)).loss
     assert abs(loss.item() - math.log(native.config.vocab_size)) < 0.3

@@ -128,7 +128,7 @@ SLOPES = {
 
 @pytest.mark.parametrize("H", SLOPES)
 def test_alibi_slopes_are_the_papers(H):
-    slopes = POSITIONS["alibi"].slopes(config(n_head=H, n_embd=32 * H), torch.device("cpu"))
+    slopes = POSITIONS["alibi"].slopes(config(n_head=H, n_embd=32 * H))
     np.testing.assert_allclose(slopes, SLOPES[H], rtol=1e-6)
 
 
