@@ -267,6 +267,7 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     fp8: bool = False  # matrix multiplications in 8-bit floats
     activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
     threads: int = 0  # CPU threads; 0: all
+    deterministic: bool = False  # on a GPU: only algorithms that give the same numbers each time, which are slower; a CPU has no others
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,7 @@ class SFTConfig:
     log_grad_norm: bool = False
     wandb: str = "off"  # online | offline | off
     threads: int = 0  # CPU threads; 0: all
+    deterministic: bool = False  # as in base_train
 
 
 @dataclass(frozen=True)
@@ -537,13 +539,14 @@ class BenchConfig(ModelFlags, DataConfig):
     steps: int = 5  # steps in one measurement
     warmup: int = 3  # steps before the first measurement
     depth: int = 4
-    recipe: str = "dial"  # as in base_train, and so are grad_clip and fp8
+    recipe: str = "dial"  # as in base_train, and so are grad_clip, fp8 and deterministic
     grad_clip: float = -1.0
     max_seq_len: int = 512  # train and data
     vocab_size: int = 8192  # train; for data and tokenizer, what is trained when --tokenizer is not given
     device_batch_size: int = 8  # train and data
     attn_kernel: str = ""  # as in base_train
     fp8: bool = False
+    deterministic: bool = False
     device_type: str = ""
     threads: int = 0  # CPU threads; 0: all
     # data and tokenizer: real documents of --data or --data-dir

@@ -152,7 +152,7 @@ CONDITIONS: dict[str, list[Condition]] = {
         Condition("api_key_env", "api_key", lambda c: not c.api_key, "one of the two"),
     ],
     "BenchConfig": [
-        Condition("steps warmup recipe grad_clip fp8", "what", lambda c: c.what == "train", "bench train"),
+        Condition("steps warmup recipe grad_clip fp8 deterministic", "what", lambda c: c.what == "train", "bench train"),
         Condition("device_batch_size", "what", lambda c: c.what in ("train", "data"), "bench train or data"),
         Condition("DataConfig tokenizer megabytes", "what", lambda c: c.what in ("data", "tokenizer"), "bench data or tokenizer"),
         Condition("prompt_tokens decode_tokens batch_sizes clients int8", "what", lambda c: c.what == "infer", "bench infer"),

@@ -29,6 +29,7 @@ class Stopped(Exception):
     """An evaluation was ended before it had a result; raised on every rank."""
 
 
+WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which it gives the same numbers each time (its documentation, "Results reproducibility")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 FLOP/s and memory bytes/s by words of the lower-cased device name; the first row that matches counts.
@@ -174,17 +175,16 @@ def progress(items: Iterable[T], description: str, total: float | None = None) -
     return track(items, description=description, total=total, console=Console(stderr=True), transient=True)
 
 
-def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int = 0) -> Runtime:
+def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int = 0, deterministic: bool = False) -> Runtime:
     """Choose device, dtype and threads, join the ranks of torchrun if there are any, seed everything.
 
-    dtype: "" chooses by hardware (NANOLAB_DTYPE overrides). threads: 0 keeps torch's own choice. Raises UserError for a
-    device that is not there or an unknown dtype.
+    dtype: "" chooses by hardware (NANOLAB_DTYPE overrides). threads: 0 keeps torch's own choice. deterministic: see `only_deterministic`.
+    Raises UserError for a device that is not there or an unknown dtype.
     """
+    only_deterministic(deterministic)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    kind = device_kind(device_type)
-    if kind == "mps" and world > 1:
-        raise UserError(f"{world} ranks on mps: there is one device and no backend for it; try --device-type cpu")
+    kind = device_kind(device_type, world)
     device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
     if threads:
         torch.set_num_threads(threads)
@@ -215,13 +215,43 @@ def meeting_place(rank: int, world: int) -> dist.Store:
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
 
 
-def device_kind(device_type: str) -> str:
-    """cuda, mps or cpu: `device_type`, or the best there is. Raises UserError for one that is not there."""
-    kind = device_type or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def only_deterministic(on: bool) -> None:
+    """Let torch take only algorithms that give the same numbers each time, or let it choose again. Call before CUDA starts.
+
+    Without it GPUs add by atomics where a table's gradients are summed and in attention's backward pass, in another order each time. With it these are
+    sorted or serialised, Inductor tunes no kernel by its speed, and an operation that has no such algorithm is an error.
+    """
+    if not on and not torch.are_deterministic_algorithms_enabled():
+        return  # torch imports its compiler to turn it on or off
+    if on:
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
+        if workspace not in WORKSPACES:
+            raise UserError(
+                f"CUBLAS_WORKSPACE_CONFIG is {workspace}, with which matrix products on GPUs may differ each time; --deterministic expects "
+                f"{' or '.join(WORKSPACES)}; type: unset CUBLAS_WORKSPACE_CONFIG", "workspace-not-deterministic", workspace=workspace,
+            )  # fmt: skip
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # it costs time, and nothing here reads such memory
+
+
+def devices() -> list[str]:
+    """The kinds of device that torch sees, the best first."""
+    return [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+
+
+def device_kind(device_type: str = "", ranks: int = 1) -> str:
+    """cuda, mps or cpu: `device_type`, or the best there is. Raises UserError for one that is not there, or not for several ranks."""
+    there = devices()
+    kind = device_type or there[0]
     if kind not in ("cuda", "mps", "cpu"):
-        raise UserError(f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu")
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try --device-type cpu")
+        raise UserError(f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu", "device-unknown", device_type=kind)
+    if kind not in there:
+        raise UserError(
+            f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try --device-type cpu",
+            "device-not-there", device_type=kind, there=there,
+        )  # fmt: skip
+    if kind == "mps" and ranks > 1:
+        raise UserError(f"{ranks} ranks on mps: there is one device and no backend for it; try --device-type cpu", "ranks-on-mps", ranks=ranks)
     return kind
 
 

@@ -22,7 +22,7 @@ def run(cfg: BenchConfig) -> int:
     from nanolab.training.environment import environment
 
     measure = {"train": bench.train, "data": bench.data, "tokenizer": bench.tokenizer, "infer": bench_infer.infer, "eval": bench_eval.examples}[cfg.what]
-    rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads)
+    rt = runtime.start(cfg.device_type, "", cfg.seed, cfg.threads, cfg.deterministic)
     try:
         document = {"bench": cfg.what, **measure(cfg, rt), "config": to_json(cfg), "env": environment(rt)}
         if "kernel" in document:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from nanolab import runtime
-from nanolab.config import UserError
+from nanolab.config import BaseTrainConfig, UserError
+from nanolab.model import flash3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
+from nanolab.training.guards import undisturbed
+from scripts import base_train
 
 CPU = torch.device("cpu")
 NAMES = {  # as drivers spell them: bf16 TFLOP/s, TB/s
@@ -70,6 +73,97 @@ def test_base_dir(monkeypatch, tmp_path):
 def test_refusals(arguments, said):
     with pytest.raises(UserError, match=said):
         runtime.start(**arguments)
+
+
+@pytest.mark.fault("core D9")
+@pytest.mark.parametrize(
+    "cuda, mps, asked, ranks, chosen",
+    [
+        (True, False, "", 1, "cuda"), (True, True, "", 1, "cuda"), (False, True, "", 1, "mps"), (False, False, "", 1, "cpu"),
+        (True, False, "", 8, "cuda"), (False, False, "", 8, "cpu"), (False, True, "", 8, "ranks-on-mps"), (False, True, "cpu", 8, "cpu"),
+        (True, True, "cpu", 1, "cpu"), (True, True, "mps", 1, "mps"), (True, True, "mps", 2, "ranks-on-mps"), (False, True, "mps", 1, "mps"),
+        (False, True, "cuda", 1, "device-not-there"), (True, False, "mps", 1, "device-not-there"), (True, True, "tpu", 1, "device-unknown"),
+    ],
+)  # fmt: skip
+def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chosen):
+    """Of a run and of its dry run alike."""
+    seen = {}
+
+    class Chosen(Exception):
+        pass
+
+    def stop(device, *_):
+        seen["run"] = device.type
+        raise Chosen
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    for name, value in (("get_device_name", "NVIDIA H200"), ("get_device_capability", (9, 0)), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(flash3, "probed", lambda *_: (None, "not here"))
+    monkeypatch.setattr(runtime, "meeting_place", lambda *_: None, raising=False)
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(base_train, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for what, start in (("dry run", lambda: base_train.dry_run(BaseTrainConfig(depth=2, device_type=asked))), ("run", lambda: runtime.start(asked))):
+        monkeypatch.setattr(runtime, "choose_dtype", stop if what == "run" else lambda device: "bfloat16" if device.type == "cuda" else "float32")
+        try:
+            start()
+        except Chosen:
+            pass
+        except UserError as error:
+            seen[what] = error.code
+    assert seen == {"dry run": chosen, "run": chosen}
+
+
+@pytest.fixture
+def undone(monkeypatch):
+    """What --deterministic sets is as before after the test."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.fault("core D5")
+def test_deterministic_is_all_that_torch_asks_for(undone, monkeypatch):
+    """torch's page on reproducibility, and cuBLAS's. Set before the device is looked for, since cuBLAS reads it when CUDA starts."""
+    order = []
+    monkeypatch.setattr(runtime, "devices", lambda: order.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")) or ["cpu"])
+    runtime.start("cpu", "float32", deterministic=True)
+    assert order == [":4096:8"]
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch._inductor.config.deterministic, "what is compiled is not tuned by its speed"
+    runtime.start("cpu", "float32")
+    assert not torch.are_deterministic_algorithms_enabled() and not torch._inductor.config.deterministic
+
+
+@pytest.mark.fault("core D5")
+@pytest.mark.parametrize("workspace, refused", [(":16:8", False), (":4096:8", False), (":0:0", True), (":4096:2:16:8", True)])
+def test_a_workspace_that_is_set_already_counts(undone, monkeypatch, workspace, refused):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    if refused:
+        with pytest.raises(UserError) as error:
+            runtime.only_deterministic(True)
+        assert (error.value.code, error.value.values) == ("workspace-not-deterministic", {"workspace": workspace})
+    else:
+        runtime.only_deterministic(True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == workspace
+
+
+@pytest.mark.fault("core D5")
+def test_samples_may_be_drawn_in_a_deterministic_run(undone):
+    """By a sum that torch refuses then on GPUs; and what is trained after them is deterministic again."""
+    runtime.only_deterministic(True)
+    model = torch.nn.Linear(1, 1)
+    with undisturbed(model, CPU):
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    runtime.only_deterministic(False)
+    with undisturbed(model, CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -48,7 +48,7 @@ from nanolab.inference.served import served
 from nanolab.inference.text import TextStream
 from nanolab.inference.tools import TOOLS, find_tool
 from nanolab.model.accounting import n_params
-from nanolab.runtime import device_kind, progress, start
+from nanolab.runtime import device_kind, devices, progress, start
 from nanolab.training import checkpoint
 from nanolab.training.models import WEIGHTS_ONLY, ModelRef, find_model, load_model
 
@@ -321,15 +321,14 @@ class Said:
 
 def kind_of(device: str, flag: str) -> str:
     """cuda, mps or cpu as start() takes them; "" for the machine's own. Raises UserError, which names the flag, for a device that is not there."""
-    if device == HARNESS_DEVICE and flag == "--device " and not torch.cuda.is_available():
+    if device == HARNESS_DEVICE and flag == "--device " and "cuda" not in devices():
         kind = device_kind("")
         print(f"device {kind}: the harness says {HARNESS_DEVICE} where nobody types --device, and torch {torch.__version__} sees no such device")
         return kind
     kind = device.removesuffix(":0")
-    there = {"": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there:
+    if kind not in ("", "cuda", "mps", "cpu"):
         raise UserError(f"{flag}{device} is unknown; expected cuda, mps or cpu (of several GPUs: CUDA_VISIBLE_DEVICES=N); type {flag}cpu", "device", flag=flag.strip(), device=device)
-    if not there[kind]:
+    if kind and kind not in devices():
         raise UserError(f"{flag}{device}, but torch {torch.__version__} sees no such device; expected one that is there; type {flag}cpu", "device", flag=flag.strip(), device=device)
     return kind
 

@@ -40,15 +40,22 @@ def quiet_gc() -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients; afterwards training mode and the generators' states are as before."""
-    training = model.training
+    """Evaluation mode, no gradients; afterwards training mode and the generators' states are as before.
+
+    Of --deterministic, what has no such algorithm on GPUs is a warning in here: samples are drawn by a sum that torch refuses.
+    """
+    training, deterministic = model.training, torch.are_deterministic_algorithms_enabled()
     devices = [device] if device.type == "cuda" else []
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         model.eval()
         try:
             yield
         finally:
             model.train(training)
+            if deterministic:
+                torch.use_deterministic_algorithms(True)
 
 
 @contextmanager

@@ -42,15 +42,17 @@ T = TypeVar("T")
 MAY_CHANGE = {
     "run", "resume", "dry_run", "plan_for", "device_type", "data_dir", "val_data", "tokenizer", "eval_every", "eval_tokens",
     "stages", "sample_every", "save_every", "keep", "log_every", "log_grad_norm", "wandb", "device_batch_size", "threads",
-    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "allow_unsandboxed", "activation_checkpointing",
+    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "allow_unsandboxed", "activation_checkpointing", "attn_kernel",
     "eval_text", "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample", "eval_split", "eval_examples", "eval_samples", "rollout_batch_size",
 }  # fmt: skip
 HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.
 MUST_KEEP = {
-    "device": "--device-type {}", "dtype": "NANOLAB_DTYPE={}", "threads": "--threads {}", "attn_kernel": "--attn-kernel {}",
+    "device": "--device-type {}", "dtype": "NANOLAB_DTYPE={}", "threads": "--threads {}",
     "kind": "another --run than this {} run",
 }  # fmt: skip
+# Flags and facts of the machine that change rounding only: a resumed run that finds others says so and goes on.
+NOTED = ("world_size", "device_batch_size", "attn_kernel", "deterministic", "commit", "torch", "device_name")
 
 
 class Run:
@@ -225,6 +227,7 @@ class Run:
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
         may_change = MAY_CHANGE | ({"data"} if self.kind in ("sft", "rl") else set())  # there it is a folder
+        may_change |= set() if old.get("deterministic") else {"deterministic"}  # a run that began without has promised nothing
         flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in may_change}
         flags = {k: (a, b) for k, (a, b) in flags.items() if (without_paths(a) != without_paths(b) if k in HOLD_PATHS else a != b)}
         ignored = self._not_read(old) & self._not_read(self.config) if flags else set()  # an older version took flags that nothing read
@@ -237,11 +240,10 @@ class Run:
                 f"run {self.name!r} cannot go on with what would change its result: {'; '.join(wrong)}. Type the values it was started "
                 f"with, or start a new run with --run NAME"
             )
-        now = {**env, "device_batch_size": self.config.get("device_batch_size")}
-        then = {**old_env, "device_batch_size": old.get("device_batch_size")}
-        for key in ("world_size", "device_batch_size", "commit", "torch", "cpu"):
-            if then.get(key) != now.get(key):
-                print0(f"note: {key} was {then.get(key)}, now {now.get(key)}: the same batches, but losses may differ in the last digits")
+        then, now = {**old, **old_env}, {**self.config, **env}  # of the kernel, that which was chosen
+        for key in NOTED:
+            if key in now and then.get(key, now[key]) != now[key]:
+                print0(f"note: {key} was {then[key]}, now {now[key]}: the same batches, but losses may differ in the last digits")
 
 
 def without_paths(value: Any) -> Any:

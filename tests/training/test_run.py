@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, to_json
+from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, parse, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
-from nanolab.training.run import Run, find_model, load_model, read_metrics, recorded
+from nanolab.training.run import MUST_KEEP, Run, find_model, load_model, read_metrics, recorded
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 MODEL = GPTConfig(sequence_len=8, vocab_size=280, n_layer=1, n_head=1, n_embd=32)
@@ -164,16 +164,62 @@ def test_resume_takes_new_cadences_and_notes_other_parts_of_the_same_batch(capsy
     assert "device_batch_size was 32, now 16" in capsys.readouterr().out
 
 
-def test_resume_keeps_dtype_threads_and_kernel():
-    run = start(env={"attn_kernel": "eager"})
+def test_resume_keeps_dtype_and_threads():
+    run = start()
     save(run, 3)
     run.close()
     assert recorded("a")["dtype"] == "float32" and recorded("a")["threads"] == 1
     other = Runtime(torch.device("cpu"), torch.bfloat16, threads=2)
     with pytest.raises(UserError) as error:
-        start(resume=True, runtime=other, env={"attn_kernel": "sdpa"})
-    for part in ("NANOLAB_DTYPE=float32", "--threads 1", "--attn-kernel eager"):
+        start(resume=True, runtime=other)
+    for part in ("NANOLAB_DTYPE=float32", "--threads 1"):
         assert part in str(error.value)
+
+
+@pytest.mark.fault("core D10")
+@pytest.mark.parametrize("typed", ["", "sdpa"])
+def test_another_attention_kernel_is_rounding(capsys, typed):
+    """Chosen by the machine, or typed: the run goes on, says so, and keeps both on record."""
+    run = start(env={"attn_kernel": "sdpa x 9, fa3 x 3"})
+    save(run, 3)
+    run.close()
+    run = start(resume=True, env={"attn_kernel": "sdpa"}, attn_kernel=typed)
+    assert run.resume_from is not None and "attn_kernel was sdpa x 9, fa3 x 3, now sdpa" in capsys.readouterr().out
+    env = json.loads((run.dir / "env.json").read_text())
+    assert env["attn_kernel"] == "sdpa x 9, fa3 x 3" and [again["attn_kernel"] for again in env["resumes"]] == ["sdpa"]
+    run.close()
+    start(resume=True, env={"attn_kernel": "sdpa x 9, fa3 x 3"}).close()
+    assert "attn_kernel" not in capsys.readouterr().out
+
+
+@pytest.mark.fault("core D10")
+def test_what_a_resume_asks_for_can_be_typed():
+    """Every flag that a refusal names, with its value, is one that the command takes."""
+    values = {"device": "cuda", "threads": "4", "attn_kernel": "sdpa x 9, fa3 x 3"}
+    for key, text in MUST_KEEP.items():
+        words = text.format(values.get(key, "x")).split()
+        if words[0].startswith("--"):
+            parse(BaseTrainConfig, words)
+        else:
+            assert key == "kind" or words[0].startswith("NANOLAB_DTYPE=")
+
+
+@pytest.mark.fault("core D5")
+def test_a_deterministic_run_stays_one(capsys):
+    run = start(deterministic=True)
+    save(run, 3)
+    run.close()
+    with pytest.raises(UserError, match="--deterministic was True, now False"):
+        start(resume=True)
+    start(resume=True, deterministic=True).close()
+
+
+def test_a_run_may_become_deterministic(capsys):
+    run = start()
+    save(run, 3)
+    run.close()
+    start(resume=True, deterministic=True).close()
+    assert "deterministic was False, now True" in capsys.readouterr().out
 
 
 def test_resume_refuses_other_data_and_keeps_its_tokenizer(tokenizer):
