@@ -16,7 +16,7 @@ def run(cfg: BaseTrainConfig) -> int:
         return dry_run(cfg)
     before = recorded(run_name(cfg)) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
-    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
+    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0), cfg.deterministic)
     try:
         return train(cfg, rt)
     finally:
@@ -27,7 +27,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     import torch
 
     from nanolab.data.corpus import open_data
-    from nanolab.data.loader import Prefetch
+    from nanolab.data.loader import AHEAD, Prefetch
     from nanolab.data.packing import PackedBatches, validation_rows
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.evals.bpb import bits_per_byte
@@ -73,7 +73,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             data.train, tokenizer, seq_len=cfg.max_seq_len, device_batch_size=cfg.device_batch_size, rows_per_step=plan.rows_per_step,
             rank=rt.rank, world_size=rt.world_size,
         ),
-        rt,
+        rt, plan.grad_accum + AHEAD,
     )  # fmt: skip
     rows, stop = [], StopRequest()
 
@@ -101,7 +101,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
                 log=cfg.log_every, eval=cfg.eval_every, benchmark=cfg.core_metric_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
                 grad_norm=cfg.log_grad_norm, evaluate=evaluate, run_benchmark=run_benchmark, draw_samples=draw_samples,
             ),
-            stop,
+            stop, compiled=step_model is not model,
         )  # fmt: skip
     finally:
         batches.close()
@@ -167,7 +167,7 @@ def dry_run(cfg: BaseTrainConfig) -> int:
         ranks, kind, name, dtype = int(count), "cuda", device, "bfloat16"
     else:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        kind = runtime.device_kind(cfg.device_type)
+        kind = runtime.device_kind(cfg.device_type, ranks)
         name = torch.cuda.get_device_name() if kind == "cuda" else runtime.cpu_name()
         dtype = os.environ.get("NANOLAB_DTYPE") or runtime.choose_dtype(torch.device(kind))
         runtime.check_dtype(dtype, kind)

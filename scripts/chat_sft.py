@@ -28,7 +28,7 @@ def run(cfg: SFTConfig) -> int:
     name = cfg.run or f"{found.name}-sft"
     before = recorded(name) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
-    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
+    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0), cfg.deterministic)
     try:
         check_code(cfg)
         return dry_run(cfg, rt, name, found) if cfg.dry_run else train(cfg, rt, name, found)
@@ -70,7 +70,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
 
     from nanolab.data.conversations import Staged
     from nanolab.data.kept import Pinned
-    from nanolab.data.loader import Prefetch
+    from nanolab.data.loader import AHEAD, Prefetch
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.gpt import GPT
     from nanolab.runtime import print0
@@ -118,7 +118,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
         optimizer.load_state_dict(finetune.optimizer_state(found))
     torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
     step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
-    batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt)
+    batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt, plan.grad_accum + AHEAD)
     stop = StopRequest()
     judge = Judge(cfg, parts, plan, model, tokenizer, text, rt, versions, stop)
     try:
@@ -129,7 +129,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
                 log=cfg.log_every, eval_steps=judge.loss_steps | judge.chatcore_steps, save=cfg.save_every, keep=cfg.keep,
                 grad_norm=cfg.log_grad_norm, evaluate=lambda: judge(batches.rows // plan.rows_per_step),
             ),
-            stop,
+            stop, compiled=step_model is not model,
         )  # fmt: skip
         if rt.is_main:
             for line in counted(parts, plan):

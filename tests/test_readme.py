@@ -159,6 +159,14 @@ def run_blocks(name, in_checkout):
         assert done.returncode == 0, f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+@pytest.mark.fault("core D5")
+def test_equal_to_the_bit_is_said_of_cpus_only():
+    """Of what is computed: training, and logits. GPT-2's weights are copied, on any device."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if re.search(r"to the (last )?bit", line, re.I) and "import and export" not in line]
+    assert len(said) >= 4 and not [line for line in said if "CPUs" not in line]
+
+
 def test_blocks_are_read_as_written():
     text = "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU -->\n```bash\nnvidia-smi\n```\n"
     first, second = blocks("f.md", text)

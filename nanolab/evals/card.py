@@ -49,6 +49,10 @@ class Stage:
         return self.meta["loop"]["total_training_time"]
 
     @property
+    def compile_seconds(self) -> float:
+        return self.meta["loop"].get("compile_seconds", 0.0)  # of older runs they are in `seconds`
+
+    @property
     def device_hours(self) -> float:
         return self.seconds * self.meta["env"]["world_size"] / 3600
 
@@ -189,7 +193,8 @@ def cost(stage: Stage, price_per_hour: float) -> dict[str, Any]:
     tokens = stage.tokens
     return {
         "label": stage.label, "run": stage.run, "step": stage.step, "kind": stage.kind, "seed": stage.meta["config"]["seed"], "tokens": tokens,
-        "seconds": stage.seconds, "tokens_per_second": tokens / stage.seconds if tokens is not None and stage.seconds else None, "flops": stage.flops,
+        "seconds": stage.seconds, "compile_seconds": stage.compile_seconds,
+        "tokens_per_second": tokens / stage.seconds if tokens is not None and stage.seconds else None, "flops": stage.flops,
         "device_hours": stage.device_hours, "dollars": stage.device_hours * price_per_hour if price_per_hour else None,
     }  # fmt: skip
 
@@ -251,17 +256,22 @@ def calls(found: dict[str, Any]) -> str:
 def cost_table(found: dict[str, Any]) -> list[str]:
     """Stages x what they took, and in all."""
     stages, priced = found["stages"], found["stages"][0]["dollars"] is not None
+    compiled = any(stage["compile_seconds"] for stage in stages)
     rows = [
         [
             stage["label"], f"{stage['run']}@{stage['step']}", f"{stage['step']:,}", amount(stage["tokens"], ",.0f"), f"{stage['seconds']:,.0f} s",
+            *([f"{stage['compile_seconds']:,.0f} s"] if compiled else []),
             amount(stage["tokens_per_second"], ",.0f"), amount(stage["flops"], ".1e"), f"{stage['device_hours']:.3f}",
             *([f"{stage['dollars']:.2f}"] if priced else []),
         ]
         for stage in stages
     ]  # fmt: skip
-    total = {key: sum(stage[key] or 0 for stage in stages) for key in ("seconds", "device_hours", "dollars")}
-    rows.append(["in all", "", "", "", f"{total['seconds']:,.0f} s", "", "", f"{total['device_hours']:.3f}", *([f"{total['dollars']:.2f}"] if priced else [])])
-    return table(["stage", "model", "steps", "tokens", "training", "tokens/s", "FLOPs", "device-hours", *(["dollars"] if priced else [])], *rows)
+    total = {key: sum(stage[key] or 0 for stage in stages) for key in ("seconds", "compile_seconds", "device_hours", "dollars")}
+    compiling = [f"{total['compile_seconds']:,.0f} s"] if compiled else []
+    dollars = [f"{total['dollars']:.2f}"] if priced else []
+    rows.append(["in all", "", "", "", f"{total['seconds']:,.0f} s", *compiling, "", "", f"{total['device_hours']:.3f}", *dollars])
+    heads = ["training", *(["compiling"] if compiled else []), "tokens/s", "FLOPs", "device-hours", *(["dollars"] if priced else [])]
+    return table(["stage", "model", "steps", "tokens", *heads], *rows)
 
 
 def amount(value: float | None, form: str) -> str:

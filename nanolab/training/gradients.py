@@ -1,7 +1,7 @@
 """The gradients of one optimizer step: the mean loss over the global batch, checked before anything is updated."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -26,27 +26,39 @@ class NonFinite(UserError):
     """Loss or gradient is inf or nan; raised on all ranks before the update."""
 
 
+class Micro(NamedTuple):
+    """The micro-batches of one step of this rank, and the documents that each was made of."""
+
+    batches: list[Any]
+    where: list[str]
+
+
+def gather(batches: Batches, grad_accum: int) -> Micro:
+    """Take a step's micro-batches, all at once: the loss counts the targets of the whole step."""
+    micro = Micro([], [])
+    for _ in range(grad_accum):
+        batch = batches.next()
+        if len(batch.inputs):  # the last ones of a rank with a smaller share may be empty
+            micro.batches.append(batch)
+            micro.where.append(batches.where())
+    return micro
+
+
 def accumulate(
-    model: nn.Module, params: Iterable[nn.Parameter], batches: Batches, loss_fn: Callable[[nn.Module, Any], torch.Tensor], *,
-    step: int, grad_accum: int, runtime: Runtime, scaler: LossScaler | None, stop: Callable[[], bool],
+    model: nn.Module, params: Iterable[nn.Parameter], micro: Micro, loss_fn: Callable[[nn.Module, Any], torch.Tensor], *,
+    step: int, runtime: Runtime, scaler: LossScaler | None, stop: Callable[[], bool],
 ) -> tuple[float, bool]:  # fmt: skip
-    """Run forward and backward over this rank's `grad_accum` micro-batches.
+    """Run forward and backward over this rank's micro-batches of a step.
 
     Returns (mean nats per target over the global batch, whether `stop()` is true on some rank). Each micro-batch counts by
     its targets: its summed loss is divided by the number of targets of all micro-batches of all ranks, so that the ranks'
     gradients only have to be summed. Raises NonFinite on every rank if a loss or gradient of one rank is not finite; with
     a loss scaler, which has its own answer to infinite gradients, only losses are looked at.
     """
-    micro, where = [], []
-    for _ in range(grad_accum):
-        batch = batches.next()
-        if len(batch.inputs):  # the last ones of a rank with a smaller share may be empty
-            micro.append(batch)
-            where.append(batches.where())
-    n_targets = torch.tensor(sum(b.n_targets for b in micro), device=runtime.device)
+    n_targets = torch.tensor(sum(b.n_targets for b in micro.batches), device=runtime.device)
     n_targets = runtime.all_reduce_(n_targets)
     losses = []
-    for batch in micro:
+    for batch in micro.batches:
         loss = loss_fn(model, batch) / n_targets
         (scaler.scale(loss) if scaler else loss).backward()
         losses.append(loss.detach().float())
@@ -58,7 +70,7 @@ def accumulate(
     # One message and one wait for the device per step: the loss, and what all ranks have to agree on.
     mean, n_bad, n_stop = runtime.all_reduce_(torch.stack([total, bad.float(), torch.tensor(float(stop()), device=total.device)])).tolist()
     if n_bad:
-        raise NonFinite(_report(step, runtime, bool(bad), [x.item() for x in losses], where, int(n_targets)))
+        raise NonFinite(_report(step, runtime, bool(bad), [x.item() for x in losses], micro.where, int(n_targets)))
     return mean, n_stop > 0
 
 

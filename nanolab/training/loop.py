@@ -21,7 +21,7 @@ from nanolab.config import UserError
 from nanolab.runtime import Stop, Stopped, device_peaks, print0
 from nanolab.training import checkpoint
 from nanolab.training.console import Eta, clock, step_line
-from nanolab.training.gradients import Batches, accumulate
+from nanolab.training.gradients import Batches, Micro, accumulate, gather
 from nanolab.training.guards import out_of_memory_named, quiet_gc, undisturbed
 from nanolab.training.run import Run
 from nanolab.training.scaler import LossScaler
@@ -61,7 +61,9 @@ class LoopState:
     """What the loop itself carries from step to step, and through a checkpoint."""
 
     step: int = 0  # optimizer steps done
-    total_training_time: float = 0.0  # seconds in steps, evaluation and saving not counted
+    total_training_time: float = 0.0  # seconds in steps; compiling, evaluation and saving not counted
+    compile_seconds: float = 0.0  # of all starts of the run
+    waits: int = 0  # steps that had to wait for their batches
     smooth_loss: float = 0.0  # moving average, factor 0.9, not yet debiased
     min_val_bpb: float | None = None
 
@@ -77,6 +79,7 @@ class Loop:
     plan: Any
     loss_fn: Callable[[nn.Module, Any], torch.Tensor]
     every: Every
+    compiled: bool = False
     state: LoopState = field(default_factory=LoopState)
     saved_step: int | None = None
 
@@ -86,6 +89,7 @@ class Loop:
         self.bare_model = getattr(self.model, "_orig_mod", self.model)  # without torch.compile's wrapper
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.eta = Eta()
+        self.cold = self.compiled  # until the first step's shapes are compiled
         for group in self.optimizer.groups:
             group.setdefault("initial_weight_decay", group["weight_decay"])
 
@@ -117,7 +121,8 @@ class Loop:
         return self.state.smooth_loss / (1 - SMOOTHING**self.state.step) if self.state.step else None
 
     def totals(self) -> dict[str, float]:
-        return {"total_training_time": self.state.total_training_time, "total_training_flops": self.plan.flops_per_token * self.tokens}
+        compiling = {"compile_seconds": self.state.compile_seconds} if self.state.compile_seconds else {}
+        return {"total_training_time": self.state.total_training_time, **compiling, "total_training_flops": self.plan.flops_per_token * self.tokens}
 
     def resume(self) -> None:
         """Load everything from the run's checkpoint, if it has one."""
@@ -177,11 +182,13 @@ class Loop:
 
     def train_step(self, progress: float, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One update. Returns (its metrics, whether a rank was asked to stop)."""
-        began = time.perf_counter()
+        began, waits = time.perf_counter(), self.waits()
         step, plan = self.state.step, self.plan
+        micro = gather(self.batches, plan.grad_accum)
+        if self.cold:
+            began += self.warm_up(micro)
         loss, asked = accumulate(
-            self.model, self.params, self.batches, self.loss_fn, step=step, grad_accum=plan.grad_accum, runtime=self.runtime,
-            scaler=self.scaler, stop=stop.asked,
+            self.model, self.params, micro, self.loss_fn, step=step, runtime=self.runtime, scaler=self.scaler, stop=stop.asked
         )  # fmt: skip
         overflow = self.scaler.unscale_(self.optimizer) if self.scaler else False
         wanted = plan.grad_clip > 0 or (self.every.grad_norm and self.log_due())
@@ -201,6 +208,7 @@ class Loop:
 
         dt = time.perf_counter() - began
         self.state.step += 1
+        self.state.waits += self.waits() > waits
         self.state.total_training_time += dt
         self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * loss
         peak, rate = device_peaks(self.runtime.device_name)[0], plan.total_batch_size / dt
@@ -210,6 +218,28 @@ class Loop:
             "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
         }  # fmt: skip
         return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}) | self.every.measure(), asked
+
+    def waits(self) -> int:
+        return getattr(self.batches, "waits", 0)  # of Prefetch; what makes its batches in the step itself has none ahead
+
+    def warm_up(self, micro: Micro) -> float:
+        """Compile the model: one forward and backward pass for each shape of the step, whose gradients are dropped. Returns the seconds it took.
+
+        Weights, batches and the generators' states are as before, so that the run is the same without it; the ranks go on together.
+        """
+        began = time.perf_counter()
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            for batch in {batch.inputs.shape: batch for batch in micro.batches}.values():
+                self.loss_fn(self.model, batch).backward()
+        for p in self.params:
+            p.grad = None
+        self.runtime.synchronize()
+        self.runtime.barrier()
+        self.cold, seconds = False, time.perf_counter() - began
+        self.state.compile_seconds += seconds
+        print0(f"compiled        in {seconds:.1f} s, which are no training time")
+        return seconds
 
     def log_due(self) -> bool:
         return self.due(self.every.log) or (self.every.log > 0 and self.state.step + 1 == self.plan.num_iterations)
@@ -241,7 +271,7 @@ class Loop:
         return {
             "run": self.run.name, "kind": self.run.kind, "step": self.state.step, "tokens": self.tokens, "train/loss": self.smooth_loss,
             **last, "min_val_bpb": self.state.min_val_bpb, **self.totals(), "tok_per_sec": self.tokens / seconds if seconds else None,
-            "mem/peak_mib": self.runtime.peak_memory_mib(),
+            "mem/peak_mib": self.runtime.peak_memory_mib(), "steps_waited": self.state.waits,
         }  # fmt: skip
 
     def leave(self, stop: StopRequest) -> None:
@@ -257,16 +287,17 @@ class Loop:
 
 def fit(
     run: Run, model: nn.Module, optimizer: Any, batches: Batches, plan: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], every: Every,
-    stop: StopRequest | None = None,
+    stop: StopRequest | None = None, compiled: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train until the plan's horizon, from the run's checkpoint if it has one; finish the run and return its result.
 
     plan: a schedule.Plan or anything with its fields and schedules. loss_fn(model, micro_batch): the SUM of nats over the
-    micro-batch's targets. stop: what evaluations look at, too. Raises NonFinite, and UserError when memory or the disk is full; signals (see signals.py) save
+    micro-batch's targets. stop: what evaluations look at, too. compiled: whether the loss compiles at its first call: that is
+    then no training time. Raises NonFinite, and UserError when memory or the disk is full; signals (see signals.py) save
     and raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step` updates (val/bpb,
     train/loss) and the totals up to there.
     """
-    loop = Loop(run, model, optimizer, batches, plan, loss_fn, every)
+    loop = Loop(run, model, optimizer, batches, plan, loss_fn, every, compiled)
     try:
         with (stop or StopRequest()) as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1):
             loop.resume()
@@ -292,6 +323,8 @@ def fit(
                         run.log(step, {**row, **totals})
                     loop.retain(step)
                     result = loop.result(row)
+                    if loop.state.waits:
+                        print0(f"data            {loop.state.waits:,} of {step:,} steps waited for their batches (the first one of each start always does)")
                     run.finish(result)
                     return result
                 log_due = loop.log_due()

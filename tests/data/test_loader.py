@@ -2,15 +2,19 @@
 
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.config import BaseTrainConfig, UserError
 from nanolab.data.loader import Prefetch
-from nanolab.data.packing import PackedBatches
+from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.training.models import read_json, runs_dir
+from scripts import base_train
 
 TOKENIZER = Tokenizer.train([], 265)
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -98,6 +102,128 @@ def test_an_error_in_the_thread_is_raised_by_next_after_the_batches_before_it(lo
     with pytest.raises(UserError, match="cannot be read"):
         ahead.next()
     assert plain.rows > 16
+
+
+@pytest.mark.fault("core D6")
+def test_a_step_finds_all_its_batches_made(tmp_path, monkeypatch):
+    """A packer that is faster than the step: whatever it made while one step ran is enough for the next one, of 8 micro-batches."""
+    made, handed, ahead, steps = [0], [0], [], 6
+    pack, take, forward = PackedBatches.next, Prefetch.next, GPT.forward
+
+    def packed_one(self):
+        made[0] += 1
+        return pack(self)
+
+    def taken(self):
+        handed[0] += 1
+        return take(self)
+
+    def computed(self, *args, **kwargs):
+        if torch.is_grad_enabled() and handed[0] // 8 > len(ahead):  # a step's first pass
+            deadline = time.monotonic() + 2
+            while made[0] - handed[0] < 8 + 5 and time.monotonic() < deadline:  # 12 in the queue, one that waits for a place
+                time.sleep(0.001)
+            ahead.append(made[0] - handed[0])
+        return forward(self, *args, **kwargs)
+
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("\n".join(f"document number {n}; " * (n % 13 + 1) for n in range(3000)))
+    TOKENIZER.save(tmp_path / "tokenizer")
+    for target, name, function in ((PackedBatches, "next", packed_one), (Prefetch, "next", taken), (GPT, "forward", computed)):
+        monkeypatch.setattr(target, name, function)
+    cfg = BaseTrainConfig(
+        run="fed", data_dir=str(tmp_path / "text"), tokenizer=str(tmp_path / "tokenizer"), depth=2, aspect_ratio=16, head_dim=16, max_seq_len=32,
+        device_batch_size=2, total_batch_size=8 * 64, num_iterations=steps, eval_every=-1, sample_every=-1, device_type="cpu", log_every=-1,
+    )  # fmt: skip
+    base_train.run(cfg)
+    assert len(ahead) == steps and min(ahead) >= 8, ahead
+    assert max(ahead) <= 13, "what is made ahead is bounded"
+    assert read_json(runs_dir() / "fed" / "result.json")["steps_waited"] == 1, "the first one, before which nothing was made"
+
+
+class Gated:
+    """Batches that are made while `open` is set, or once somebody waits for one."""
+
+    rows, ready = 0, Batch(torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int64), 64)
+
+    def __init__(self) -> None:
+        self.open, self.loader, self.n = threading.Event(), None, 0
+        self.open.set()
+
+    def next(self) -> Batch:
+        while not self.open.is_set() and self.loader.waits == 1:
+            time.sleep(0.001)
+        self.n += 1
+        return self.ready
+
+    def snapshot(self) -> "Gated":
+        return self
+
+
+def test_waits_are_counted(loader):
+    source = Gated()
+    ahead = source.loader = loader(source, depth=3)
+    ahead.next()
+    assert ahead.waits == 1, "the thread starts with the first call"
+    while source.n < 1 + 3 + 1:  # one handed out, three in the queue, one that waits for a place
+        time.sleep(0.001)
+    source.open.clear()
+    for _ in range(3):
+        ahead.next()
+    assert ahead.waits == 1
+    for _ in range(3):  # one that waited for a place, one that may have been begun
+        ahead.next()
+    assert ahead.waits > 1
+
+
+class FakeGPUs:
+    """What torch.cuda does of devices and streams, without any: each thread has a device, 0 at first, on which a call creates a context."""
+
+    class Stream(NamedTuple):
+        device: torch.device
+
+        def record_event(self) -> str:
+            return "event"
+
+        def wait_event(self, event: str) -> None: ...
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.contexts = threading.local(), []
+        cuda = {
+            "set_device": self.set_device, "Stream": self.Stream, "current_stream": self.current_stream,
+            "set_stream": lambda stream: self.set_device(stream.device),
+            "_get_device_index": lambda device, optional=False: self.current(), "_exchange_device": self.exchange, "_maybe_exchange_device": self.exchange,
+        }  # fmt: skip
+        for name, function in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        for name in ("pin_memory", "to", "record_stream"):
+            monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **kwargs: tensor)
+
+    def current(self) -> int:
+        return getattr(self.now, "device", 0)
+
+    def set_device(self, device) -> None:
+        self.now.device = device if isinstance(device, int) else device.index
+        self.contexts.append((threading.current_thread().name, self.now.device))
+
+    def exchange(self, device: int) -> int:
+        before = self.current()
+        self.set_device(device)
+        return before
+
+    def current_stream(self, device=None) -> "FakeGPUs.Stream":
+        return self.Stream(torch.device("cuda", self.current()) if device is None else device)
+
+
+@pytest.mark.fault("core D7")
+def test_the_thread_stays_on_the_device_of_its_rank(monkeypatch):
+    """torch's own context of streams, on stand-ins for what it calls."""
+    gpus = FakeGPUs(monkeypatch)
+    ahead = Prefetch(packed(), Runtime(torch.device("cuda", 3), torch.bfloat16, rank=3, local_rank=3, world_size=4, backend="nccl"))
+    for _ in range(6):
+        ahead.next()
+    ahead.close()
+    assert {device for thread, device in gpus.contexts if thread == "prefetch"} == {3}
 
 
 def test_close_ends_the_thread(loader):

@@ -1,5 +1,6 @@
 """The card of a chain of three hand-written runs: every number on it can be computed by hand."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from nanolab.config import BaseTrainConfig, GPTConfig, ReportConfig, UserError, to_json
-from nanolab.evals.card import card, chain, effects_table, exchanges, missing, one_line, title
+from nanolab.evals.card import card, chain, cost_table, effects_table, exchanges, missing, one_line, title
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
 from nanolab.training.models import find_model
@@ -125,6 +126,20 @@ def test_the_page_holds_every_stage_its_effect_and_its_cost(runs, tmp_path, caps
         "| **b** | 1.5000 |", "| **b-rl** | 1.7500 |", "| **b-sft** | 1.7500 |", "| xz -9e | 2.0000 |", "| gzip -9 | 2.5000 |"
     ]  # fmt: skip
     assert text.count("```bash") == 3 and "To measure it" not in text
+
+
+@pytest.mark.fault("core D8")
+def test_compiling_has_a_column_where_a_stage_was_compiled(runs):
+    base, *others = chain(find_model("b-rl"))
+    stages = [dataclasses.replace(base, meta=base.meta | {"loop": base.meta["loop"] | {"compile_seconds": 90.5}}), *others]
+    assert cost_table(card(stages, 10.0)) == [
+        "| stage | model | steps | tokens | training | compiling | tokens/s | FLOPs | device-hours | dollars |",
+        "| " + " | ".join(["---"] * 10) + " |",
+        "| base | b@10 | 10 | 36,000 | 36 s | 90 s | 1,000 | 3.6e+05 | 0.020 | 0.20 |",
+        "| sft | b-sft@5 | 5 | 7,200 | 18 s | 0 s | 400 | 7.2e+04 | 0.005 | 0.05 |",
+        "| rl | b-rl@3 | 3 | 12 | 72 s | 0 s | 0 | not known | 0.020 | 0.20 |",
+        "| in all |  |  |  | 126 s | 90 s |  |  | 0.045 | 0.45 |",
+    ]
 
 
 def test_the_numbers_of_the_page_are_kept(runs, tmp_path):

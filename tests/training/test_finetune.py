@@ -16,9 +16,8 @@ from nanolab.data.conversations import ConversationBatches, Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, finetune
+from nanolab.training import checkpoint, finetune, gradients
 from nanolab.training.finetune import FineTunePlan, Origin, Stage, StagePlan, make_plan, shape_of, stages_of
-from nanolab.training.gradients import accumulate
 from nanolab.training.models import find_model
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
@@ -273,8 +272,8 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_step():
     batches = ConversationBatches(reader, survey(reader, ALONE), device_batch_size=1, rows_per_step=2)
     model = GPT(GPTConfig(sequence_len=40, vocab_size=265, n_layer=1, n_head=1, n_embd=32, window_pattern="L", softcap=0.0))
     model.init_weights(1)
-    loss, _ = accumulate(
-        model, list(model.parameters()), batches, lambda m, b: m(b.inputs, b.targets, reduction="sum"), step=0, grad_accum=2, runtime=ALONE, scaler=None, stop=lambda: False
+    loss, _ = gradients.accumulate(
+        model, list(model.parameters()), gradients.gather(batches, 2), lambda m, b: m(b.inputs, b.targets, reduction="sum"), step=0, runtime=ALONE, scaler=None, stop=lambda: False
     )
     mine = model.lm_head.weight.grad.clone()
     model.zero_grad()

@@ -388,7 +388,7 @@ def test_meta_says_what_the_checkpoint_is():
     assert meta["step"] == 6 and meta["tokens"] == 384 and meta["batches"] == {"n": 6} and meta["plan"]["flops_per_token"] == 1000
     assert meta["data_fingerprint"] == "d1" and meta["tokenizer_hash"] == "t1" and meta["model_config"]["n_layer"] == 3
     assert meta["config"]["depth"] == 20 and meta["env"]["torch"] == torch.__version__ and meta["env"]["world_size"] == 1
-    assert meta["loop"].keys() == {"step", "total_training_time", "smooth_loss", "min_val_bpb"}
+    assert meta["loop"].keys() == {"step", "total_training_time", "compile_seconds", "waits", "smooth_loss", "min_val_bpb"}
 
 
 # what stops it
@@ -496,6 +496,78 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and result["total_training_time"] == 5.0
     assert [row["total_training_time"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert [row["train/lrm"] for row in rows[:5]] == pytest.approx([1 - 0.7 * s / 5 for s in range(5)])
+
+
+@pytest.mark.fault("core D8")
+def test_compiling_is_no_training_time(monkeypatch):
+    """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which compiles again."""
+    clock_now, cold, crash_at = [0.0], [True], 3
+    monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
+
+    def loss(model, batch):
+        if batches.n > crash_at:
+            raise ZeroDivisionError
+        clock_now[0] += 90.0 if cold[0] else 1.0
+        cold[0] = False
+        return nats(model, batch)
+
+    plan, every = ToyPlan(num_iterations=None, max_seconds=5.0), Every(save=1)
+    run, model, optimizer, batches = parts()
+    with pytest.raises(ZeroDivisionError):
+        fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+    cold, crash_at = [True], 100
+    run, model, optimizer, batches = parts(resume=True)
+    result = fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+    rows = read_metrics(run.dir)
+    assert result["step"] == 5 and result["total_training_time"] == 5.0 and result["tok_per_sec"] == 64
+    assert result["compile_seconds"] == rows[-1]["compile_seconds"] == 180.0
+    assert [row["train/dt"] for row in rows[:5]] == [1.0] * 5
+    assert [row["train/lrm"] for row in rows[:5]] == pytest.approx([1 - 0.7 * s / 5 for s in range(5)])
+    assert checkpoint.load_meta(checkpoint.newest_valid(run.checkpoints))["loop"]["compile_seconds"] == 180.0
+
+
+@pytest.mark.fault("core D8")
+def test_a_compiled_run_is_the_same_run(capsys):
+    """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled before it."""
+    seen, found = [], {}
+
+    class Uneven(toy.ToyBatches):  # the second micro-batch of each step is smaller
+        def next(self):
+            batch = super().next()
+            return batch if self.n % 2 else batch._replace(inputs=batch.inputs[:1], targets=batch.targets[:1])
+
+    def loss(model, batch):
+        seen.append(len(batch.inputs))
+        return noisy_nats(model, batch)
+
+    for compiled in (False, True):
+        run, model, optimizer, batches = parts(f"compiled-{compiled}")
+        batches = Uneven(toy.ALONE)
+        result = fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), compiled=compiled)
+        assert ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        found[compiled] = losses(run), state, optimizer.state_dict(), batches.n, torch.get_rng_state()
+    assert seen == [2, 1] * 6 + [2, 1] + [2, 1] * 6, "one pass more for each shape"
+    assert "compiled        in" in capsys.readouterr().out
+    (plain, weights, moments, n, rng), (losses_2, weights_2, moments_2, n_2, rng_2) = found.values()
+    assert plain == losses_2 and n == n_2 and torch.equal(rng, rng_2)
+    for a, b in ((weights, weights_2), (moments, moments_2)):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("core D8")
+def test_a_model_in_torchs_compiler_is_the_same_run():
+    """Through Dynamo, with dropout, on a backend that computes as the model itself does."""
+    config, found = replace(toy.CONFIG, resid_dropout=0.2), []
+    for compile_ in (None, "eager"):
+        run, model, optimizer, batches = parts(f"by-{compile_}", config=config)
+        step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else model
+        loss = lambda _, b: step_model(b.inputs, b.targets, reduction="sum")  # noqa: B023, E731
+        fit(run, model, optimizer, batches, ToyPlan(num_iterations=3, model=config), loss, Every(), compiled=step_model is not model)
+        found.append((losses(run), model.state_dict()))
+    assert found[0][0] == found[1][0]
+    same_weights(found[0][1], found[1][1])
 
 
 def line(**changes) -> str:
