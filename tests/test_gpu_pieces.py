@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-PIECES = ("kernel", "recorded_steps", "feeding", "twice", "other_tests", "speed")
 
 
 @pytest.fixture
@@ -17,7 +16,7 @@ def gpu(monkeypatch):
     spec.loader.exec_module(module)
     module.git_commit = lambda: "abc"
     called = module.called = []
-    for name in PIECES:
+    for name in module.ORDER:
         monkeypatch.setattr(module.Pieces, name, lambda self, name=name: called.append(name) or {"from": name})
     return module
 
@@ -40,11 +39,11 @@ def test_each_piece_is_kept_as_it_ends_and_a_later_call_goes_on(gpu, monkeypatch
         patch.setattr(gpu.Pieces, "twice", broken)
         assert run(gpu, monkeypatch, tmp_path) == 1
     kept = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert set(kept) == {name.replace("_", "-") for name in PIECES} and kept["speed"]["result"] == {"from": "speed"}
+    assert set(kept) == {name.replace("_", "-") for name in gpu.ORDER} and kept["speed"]["result"] == {"from": "speed"}
     assert "result" not in kept["feeding"] and "no such kernel" in kept["twice"]["error"]
     assert run(gpu, monkeypatch, tmp_path) == 0 and gpu.called == ["feeding", "twice"]
     gpu.git_commit = lambda: "def"  # other code: everything again
-    assert run(gpu, monkeypatch, tmp_path) == 0 and gpu.called == list(PIECES)
+    assert run(gpu, monkeypatch, tmp_path) == 0 and gpu.called == list(gpu.ORDER)
 
 
 def test_what_does_not_fit_is_left_and_failed_tests_are_told(gpu, monkeypatch, tmp_path):

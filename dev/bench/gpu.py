@@ -16,7 +16,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 from nanolab.training.checkpoint import write_text  # noqa: E402
 from nanolab.training.environment import git_commit  # noqa: E402
 from nanolab.training.models import read_metrics  # noqa: E402
+
+
+ORDER = ("kernel", "recorded_steps", "feeding", "twice", "other_tests", "speed")
 
 
 class Pieces:
@@ -81,7 +84,7 @@ class Pieces:
                   "--save-every", -1, "--device-type", self.device, *self.shape, *self.batch, *flags)  # fmt: skip
         return [row for row in read_metrics(self.runs / name) if "train/loss" in row]
 
-    # The pieces, in their order.
+    # The pieces of ORDER.
 
     def kernel(self) -> dict[str, Any]:
         """FlashAttention 3: is it there, is it right, and if not, why."""
@@ -132,10 +135,9 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pieces, commit = Pieces(args.out.resolve(), time.monotonic() + args.seconds, args.rehearse), git_commit()
-    order: list[Callable[[], dict[str, Any]]] = [pieces.kernel, pieces.recorded_steps, pieces.feeding, pieces.twice, pieces.other_tests, pieces.speed]
     failed, left = [], []
-    for piece in order:
-        name = piece.__name__.replace("_", "-")
+    for piece in ORDER:
+        name, work = piece.replace("_", "-"), getattr(pieces, piece)
         path, pieces.log = args.out / f"{name}.json", args.out.resolve() / f"{name}.log"
         before = json.loads(path.read_text()) if path.exists() else {}
         if before.get("commit") == commit and "result" in before:
@@ -144,10 +146,10 @@ def main() -> int:
         if time.monotonic() > pieces.until - 10:
             left.append(name)
             continue
-        print(f"{name}: {piece.__doc__}", flush=True)
+        print(f"{name}: {work.__doc__}", flush=True)
         begun, record = time.monotonic(), {"piece": name, "commit": commit, "rehearsal": args.rehearse}
         try:
-            record["result"] = piece()
+            record["result"] = work()
             if record["result"].get("failed"):
                 failed.append(name)
         except subprocess.TimeoutExpired:
