@@ -113,7 +113,7 @@ def kernel_section() -> str:
 
 def offered(kernel: Any, device_type: str, dtype: torch.dtype) -> str:
     def lacks(*needs: str) -> bool:
-        return bool(kernel.missing(frozenset(needs), device_type, dtype))
+        return bool(kernel.missing(frozenset(needs), device_type, dtype, (9, 0) if device_type == "cuda" else None))
 
     if lacks():
         return "does not run"

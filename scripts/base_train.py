@@ -193,7 +193,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text, share_rows
     from nanolab.model.accounting import n_params, train_memory_bytes
-    from nanolab.runtime import cpu_gflops, device_peaks
+    from nanolab.runtime import DTYPES, cpu_gflops, device_peaks
+    from nanolab.training.environment import attention_line
     from nanolab.training.recipes import RECIPES, warmup_warning
 
     m, p = plan.model, n_params(plan.model)
@@ -216,6 +217,7 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
         f"architecture    {cfg.preset}: {', '.join(chosen(cfg)) or 'every default'}",
         f"device          {plan.world_size} x {device_name}, {dtype}",
+        f"attention       chosen on {device_name} itself" if cfg.plan_for else attention_line(m, DTYPES[dtype], kind, cfg.attn_kernel),
         f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
         f"horizon         {horizon}",
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",

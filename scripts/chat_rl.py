@@ -132,6 +132,7 @@ def passes(cfg: RLConfig, engine, task, tools, stop=lambda: False) -> dict[str, 
 
 def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
+    from nanolab.training.environment import attention_line
     from nanolab.training.policy import ALGORITHMS
     from nanolab.training.recipes import trapezoid_text, warmup_warning
 
@@ -146,6 +147,7 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
     return [
         f"run             {name}: from {origin.name}, depth {m.n_layer}, width {m.n_embd}, rows of {m.sequence_len}",
         f"device          {rt.world_size} x {rt.device_name}, {rt.dtype_name}",
+        attention_line(m, rt.dtype, rt.device.type),
         f"task            {cfg.task} {cfg.split}, {len(task):,} examples{held}",
         f"reward          {cfg.reward}",
         f"objective       {cfg.algorithm}{mixed}: {choices}{clip}{kl}",

@@ -93,7 +93,8 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     if record.resume_from:
         meta = load_meta(record.resume_from)
         origin, versions, batch = finetune.Origin.of(meta), finetune.task_versions(meta), meta["plan"]["total_batch_size"]
-        model = GPT(origin.model, rt.dtype).to(rt.device)  # fit loads its weights
+        with torch.device(rt.device):
+            model = GPT(origin.model, rt.dtype)  # fit loads its weights
     else:
         found = found or find_model(cfg.model, kind="base")
         origin = finetune.Origin.found(found)
@@ -291,6 +292,7 @@ def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> 
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text
     from nanolab.training.console import clock
+    from nanolab.training.environment import attention_line
     from nanolab.training.recipes import RECIPES, trapezoid_text, warmup_warning
 
     m, rates = plan.model, origin.rates(cfg)
@@ -302,6 +304,7 @@ def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> 
     return [
         f"run             {name}: {origin.name}, depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, trained on rows of {m.sequence_len}",
         f"device          {plan.world_size} x {rt.device_name}, {rt.dtype_name}",
+        attention_line(m, rt.dtype, rt.device.type),
         *counted(parts, plan),
         *dict.fromkeys(f"{'':<15} {note}" for part in parts for note in part.batches.reader.conversations.notes),
         f"horizon         {plan.num_iterations:,} steps = {plan.tokens:,} tokens",

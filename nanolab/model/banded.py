@@ -27,7 +27,7 @@ class _Banded(torch.autograd.Function):
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, rules: Rules) -> torch.Tensor:
         """q (N, T, D), k (N, T, D), v (N, T, E), log_sink (H,) or None -> (N, T, E). With a sink k and v have T + 1 rows."""
         T, extra = q.size(1), k.size(1) - q.size(1)
-        y, kept = q.new_empty(*q.shape[:2], v.size(2)), []
+        y, kept, learns = q.new_empty(*q.shape[:2], v.size(2)), [], any(ctx.needs_input_grad)
         for lo, hi, first in _bands(T, rules.window):
             keys = slice(first, hi + extra)
             mask = _band_mask(hi - lo, lo - first + extra, rules.window, q.dtype, q.device)
@@ -50,7 +50,8 @@ class _Banded(torch.autograd.Function):
                 y[:, lo:hi] = torch.bmm(dropped, v[:, keys])
             else:
                 y[:, lo:hi] = torch.bmm(p, v[:, keys])
-            kept += [p, tanh, p0, keep]
+            if learns:
+                kept += [p, tanh, p0, keep]
         ctx.save_for_backward(q, k, v, y if ctx.needs_input_grad[3] else None, log_sink, *kept)
         ctx.rules = rules
         return y
@@ -90,9 +91,10 @@ def _bands(T: int, window: int) -> list[tuple[int, int, int]]:
 @lru_cache(maxsize=64)
 def _band_mask(rows: int, before: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """0 where a block of `rows` queries may see the `before` keys ahead of it and its own, -inf elsewhere."""
-    keys = torch.arange(-before, rows, device=device)
-    mask = torch.zeros(rows, before + rows, dtype=dtype, device=device)
-    return mask.masked_fill_(~visible(keys[before:], keys, window), -math.inf)
+    with torch.inference_mode(False):  # a pass with a gradient may come later
+        keys = torch.arange(-before, rows, device=device)
+        mask = torch.zeros(rows, before + rows, dtype=dtype, device=device)
+        return mask.masked_fill_(~visible(keys[before:], keys, window), -math.inf)
 
 
 def _add_positions(scores: torch.Tensor, rules: Rules, lo: int, hi: int, first: int) -> None:

@@ -1,4 +1,9 @@
-"""FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, from a prebuilt binary that the `kernels` package fetches on first use."""
+"""FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, from a prebuilt binary that the `kernels` package fetches on first use.
+
+Read, not run: transformers 5 and trl take version 1 of the same repository, and its builds for torch's stable ABI (2.9 and later, CUDA 12.8 and
+13.0), which kernels 0.16 and later find, are reported to load under torch 2.13. LOCAL_KERNELS=kernels-community/flash-attn3=FOLDER takes a
+build from a folder instead.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,28 +12,31 @@ import torch
 import torch.nn.functional as F
 
 from nanolab.config import UserError
-from nanolab.model.rules import Rules, lacking, seen, sink_per_head
+from nanolab.model.rules import Capability, Rules, capability_of, check_flash, lacking, on_cuda, seen, sink_per_head
 
-REPOSITORY = "varunneal/flash-attention-3"
-REVISION = "de87b9b5af06dd9984df595bef90b2eba44b181a"  # a commit, so that a run does not change when the repository does
+REPOSITORY = "kernels-community/flash-attn3"  # its publisher is one that kernels trusts without being told to
+VERSION = 1  # of the interface: a branch, whose builds may be renewed
+CAPABILITY = (9, 0)
 OFFERS = frozenset({"window", "sink"})
 
 Attend = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
 def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """(B, T, H, D). The kernel scales scores by 1/sqrt(head size), so any other scale goes into q."""
+    """(B, T, H, D). The kernel takes head sizes that are multiples of 8 and scales scores by 1/sqrt(size), so any other scale goes into q."""
     attend, _ = probed(q_BTHD.device.type)
     if rules.log_sink is not None:
         return _with_virtual_key(attend, q_BTHD, k_BTGD, v_BTGD, rules)
-    (T, _, size), is_full = q_BTHD.shape[1:], rules.window >= q_BTHD.size(1) - 1
-    gain = rules.scale * math.sqrt(size)
-    q = q_BTHD if math.isclose(gain, 1) else q_BTHD * gain
-    return _call(attend, q, k_BTGD, v_BTGD, -1 if is_full else rules.window)
+    size, is_full = q_BTHD.size(-1), rules.window >= q_BTHD.size(1) - 1
+    q, k, v = (F.pad(x, (0, -size % 8)) if size % 8 else x for x in (q_BTHD, k_BTGD, v_BTGD))
+    gain = rules.scale * math.sqrt(q.size(-1))
+    return _call(attend, q if math.isclose(gain, 1) else q * gain, k, v, -1 if is_full else rules.window)[..., :size]
 
 
 def _call(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
     """Some builds return (y, log-sum-exp)."""
+    if on_cuda(q):
+        check_flash(q, k, v, "fa3")
     y = attend(q, k, v, causal=True, window_size=(left, 0))
     return y[0] if isinstance(y, tuple) else y
 
@@ -55,15 +63,17 @@ def _with_virtual_key(attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor
     return _call(attend, q, k, v, -1)[:, 1:, :, :D]
 
 
-def missing(needs: frozenset[str], device_type: str, dtype: torch.dtype) -> str:
-    """Asks the device and loads the kernel only where nothing else stands against it."""
+def missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capability: Capability) -> str:
+    """Loads the kernel only where nothing else stands against it."""
+    if capability and (reason := _not_hopper(device_type, capability)):
+        return reason
     if dtype != torch.bfloat16:
         return f"it computes in bfloat16 only, and NANOLAB_DTYPE is {str(dtype).removeprefix('torch.')}"
     if lacks := lacking(needs - OFFERS, "at all"):
         return lacks
     if {"window", "sink"} <= needs:
         return lacking({"sink"}, "beside a window (--window-pattern)")
-    return probed(device_type)[1]
+    return _not_hopper(device_type, capability) or probed(device_type)[1]
 
 
 _FOUND: dict[str, tuple[Attend | None, str]] = {}  # by device type; a dict and no lru_cache, which torch.compile would look through
@@ -72,41 +82,46 @@ _FOUND: dict[str, tuple[Attend | None, str]] = {}  # by device type; a dict and 
 def probed(device_type: str) -> tuple[Attend | None, str]:
     """(kernel, "") or (None, why not), found out once."""
     if device_type not in _FOUND:
-        capability = torch.cuda.get_device_capability() if device_type == "cuda" and torch.cuda.is_available() else None
-        _FOUND[device_type] = probe(device_type, capability, load)
+        _FOUND[device_type] = probe(device_type, capability_of(device_type), load)
     return _FOUND[device_type]
 
 
 def load() -> Attend:
     from kernels import get_kernel
 
-    return get_kernel(REPOSITORY, revision=REVISION).flash_attn_interface.flash_attn_func
+    return get_kernel(REPOSITORY, version=VERSION).flash_attn_func
 
 
-def probe(device_type: str, capability: tuple[int, int] | None, load: Callable[[], Attend]) -> tuple[Attend | None, str]:
+def _not_hopper(device_type: str, capability: Capability) -> str:
+    if device_type == "cuda" and capability == CAPABILITY:
+        return ""
+    here = f"this one has {capability[0]}.{capability[1]}" if capability else f"there is none for --device-type {device_type}"
+    return f"it needs a Hopper GPU (compute capability 9.0), and {here}"
+
+
+def probe(device_type: str, capability: Capability, load: Callable[[], Attend], place: str = "cuda") -> tuple[Attend | None, str]:
     """Load the kernel and launch it, forward and backward, against torch's own attention. -> (kernel, "") or (None, why not).
 
     Anything may fail here (no package, no network, a binary for another torch, a launch), and whatever it is, other kernels
     can do the work: so every exception becomes a reason.
     """
-    if capability is None or capability[0] != 9:
-        here = f"this one has {capability[0]}.{capability[1]}" if capability else f"there is none for --device-type {device_type}"
-        return None, f"it needs a Hopper GPU (compute capability 9.0), and {here}"
+    if reason := _not_hopper(device_type, capability):
+        return None, reason
     try:
         attend = load()
-        _check(attend, device_type)
-    except ImportError as error:
-        return None, f"it needs the kernels package ({error}); pip install kernels"
+        _check(attend, place)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "kernels":
+            return None, "it needs the kernels package; type bash runs/setup.sh gpu"
         return None, f"{REPOSITORY} failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return attend, ""
 
 
-def _check(attend: Attend, device_type: str) -> None:
+def _check(attend: Attend, place: str) -> None:
     """One small full and one windowed problem, two query heads to a key. bf16 results differ by about 1 % of their norm."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(device_type, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
-    pos = torch.arange(32, device=device_type)
+    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(place, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
+    pos = torch.arange(32, device=place)
     for left in (-1, 8):
         mask = seen(Rules(left % 32, 1.0), pos[None], pos)[:, None]
         want = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)

@@ -39,6 +39,8 @@ class _Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if w.size(0) % TILE or w.size(1) % TILE:
+            raise ValueError(f"an 8-bit product with a weight of {tuple(w.shape)}; expected multiples of {TILE}, which GPUs demand (see `eligible`)")
         (x8, x_back), (w8, w_back) = quantise(x, VALUES), quantise(w, VALUES)
         ctx.save_for_backward(x8, x_back, w8, w_back)
         return torch._scaled_mm(x8, w8.mT, scale_a=x_back, scale_b=w_back, out_dtype=x.dtype, use_fast_accum=True)

@@ -14,8 +14,9 @@ from nanolab.model.attention import Reading
 from nanolab.model.blocks import MLPS, Backout, Embedding, Linear, Pass, ResidualScalars, Smear, TiedHead, dropout, make_norm, wide
 from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, quickly_softcapped
 from nanolab.model.init import INITS
-from nanolab.model.kernels import KERNELS, choose_kernel
+from nanolab.model.kernels import KERNELS, choose_kernel, kernel_line
 from nanolab.model.positions import POSITIONS
+from nanolab.model.rules import on_cuda
 from nanolab.model.variants import check
 
 
@@ -91,11 +92,17 @@ class GPT(nn.Module):
 
     def kernel_names(self, device_type: str) -> list[str]:
         """The attention kernel of each layer on this kind of device. Raises UserError where none can do what the flags ask."""
-        widths = [attention_class(self.config).score_widths(self.config, i) for i in range(len(self.h))]
-        needs = [block.attn.core.needs(self.config, w) for block, w in zip(self.h, widths)]
-        names = [choose_kernel(n, device_type, self.compute_dtype, self.kernel_name) for n in needs]
+        names = [choose_kernel(needs, device_type, self.compute_dtype, self.kernel_name) for needs in self._needs()]
         self._kernels[device_type] = [KERNELS[name].run for name in names]
         return names
+
+    def kernel_line(self, device_type: str) -> str:
+        """The same as a line for people, with the reason where a faster kernel is missing."""
+        return kernel_line(list(zip(self.kernel_names(device_type), self._needs())), device_type, self.compute_dtype, self.kernel_name)
+
+    def _needs(self) -> list[frozenset[str]]:
+        widths = [attention_class(self.config).score_widths(self.config, i) for i in range(len(self.h))]
+        return [block.attn.core.needs(self.config, w) for block, w in zip(self.h, widths)]
 
     def forward(self, idx, targets=None, *, reduction: str = "mean", cache=None, last_only: bool = False) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V), or (B, 1, V) with last_only.
@@ -114,7 +121,7 @@ class GPT(nn.Module):
         rows, y = x.reshape(-1, x.size(-1)), targets.reshape(-1)
         if reduction == "none" and not torch.is_grad_enabled():
             return blocked_nats(rows, head, y, cap, V).view(targets.shape)
-        if reduction == "none" or rows.is_cuda or not head.fused_head:
+        if reduction == "none" or on_cuda(rows) or not head.fused_head:
             nats = plain_cross_entropy(rows, head, y, cap, V)
             if reduction == "none":
                 return nats.view(targets.shape)

@@ -5,6 +5,7 @@ positions 0..T-1; `cached` is for new queries over a cache. To add a kernel: a f
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from nanolab.config import UserError, nearest
 from nanolab.model import flash3, flex
 from nanolab.model.banded import banded
-from nanolab.model.rules import FLAGS, NEEDS, Keys, Rules, heads_first, lacking, seen, sink_per_head, visible
+from nanolab.model.rules import (
+    FLAGS, NEEDS, Capability, Keys, Rules, before_ampere, capability_of, check_flash, heads_first, lacking, on_cuda, seen, sink_per_head, visible,
+)  # fmt: skip
 
 __all__ = ["KERNELS", "NEEDS", "Kernel", "Rules", "cached", "choose_kernel", "definition", "eager", "sdpa", "visible"]
 
@@ -77,12 +80,18 @@ def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rul
 
 
 def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """torch's own fused kernels. Windows and sinks go to the flash primitives beneath them, or take a mask on CPU and MPS."""
-    T, size = q_BTHD.size(1), v_BTGE.size(-1)
+    """torch's own fused kernels. Windows and sinks go to the flash primitives beneath them, or take a mask on CPU and MPS.
+
+    On GPUs all else goes to scaled_dot_product_attention, which takes flash or the memory-efficient kernel. The latter, for fp32 and for GPUs
+    before Ampere, has no shared heads and wants head sizes of whole 16 bytes: torch would silently make the T x T scores instead.
+    """
+    T, size, cuda = q_BTHD.size(1), v_BTGE.size(-1), on_cuda(q_BTHD)
     needs = rules.needs(T)
-    q, k, v = _equal_sizes(q_BTHD, k_BTGD, v_BTGE)
-    if "sink" in needs or (q.is_cuda and "window" in needs):
+    q, k, v = _equal_sizes(q_BTHD, k_BTGD, v_BTGE, multiple=8 if cuda else 1)
+    if "sink" in needs or (cuda and "window" in needs):
         return _flash(q, k, v, rules)[..., :size]
+    if cuda and q.dtype != torch.bfloat16:
+        k, v = (heads_first(x, q.size(2)).transpose(1, 2) for x in (k, v))
     mask = None
     if needs & {"window", "documents"}:
         pos = torch.arange(T, device=q.device)
@@ -94,19 +103,20 @@ def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules
     return y.transpose(1, 2)[..., :size]
 
 
-def _equal_sizes(*x: torch.Tensor) -> list[torch.Tensor]:
+def _equal_sizes(*x: torch.Tensor, multiple: int = 1) -> list[torch.Tensor]:
     """All with the largest one's head size, by zeros: these change neither q.k nor, once cut off, the output."""
     size = max(z.size(-1) for z in x)
+    size += -size % multiple
     return [F.pad(z, (0, size - z.size(-1))) if z.size(-1) < size else z for z in x]
 
 
 def _flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Windows and sinks on flash kernels. On CPU heads are repeated; on CUDA their size must be a multiple of 8."""
-    B, T, H, size = q_BTHD.shape
+    T, H = q_BTHD.shape[1:3]
     sink = None if rules.log_sink is None else sink_per_head(rules.log_sink, H, q_BTHD.device)
     if q_BTHD.device.type != "cpu":
-        q, k, v = (F.pad(x, (0, -size % 8)) if size % 8 else x for x in (q_BTHD, k_BTGD, v_BTGD))
-        return _Flash.apply(q, k, v, sink, None, rules)[..., :size]
+        check_flash(q_BTHD, k_BTGD, v_BTGD, "sdpa")
+        return _Flash.apply(q_BTHD, k_BTGD, v_BTGD, sink, None, rules)
     q, k, v = (heads_first(x, H).transpose(1, 2) for x in (q_BTHD, k_BTGD, v_BTGD))
     mask = None
     if rules.needs(T) & {"window", "documents"}:
@@ -177,25 +187,29 @@ def _sides(rules: Rules, T: int) -> dict[str, int]:
     return {"window_size_left": rules.window, "window_size_right": 0} if rules.window < T - 1 else {}
 
 
-def _sdpa_missing(needs: frozenset[str], device_type: str, dtype: torch.dtype) -> str:
-    unable = {"alibi", "softcap"}
+def _sdpa_missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capability: Capability) -> str:
+    unable, where = {"alibi", "softcap"}, f"on {device_type} in {str(dtype).removeprefix('torch.')}"
     if device_type == "cuda":
-        unable |= {"documents"} if dtype in HALF else {"documents", "window", "sink"}
+        old = before_ampere(capability)
+        if old and dtype == torch.bfloat16:
+            return f"it computes in bfloat16 from compute capability 8.0 on, and this GPU has {capability[0]}.{capability[1]}; try NANOLAB_DTYPE=float16"
+        unable |= {"documents"} if dtype in HALF and not old else {"documents", "window", "sink"}
+        where += f" before compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})" if old else ""
     elif device_type != "cpu":
         unable |= {"sink"}
     on_flash = needs & ({"sink", "window"} if device_type == "cuda" else {"sink"})
     if "dropout" in needs and on_flash:  # the flash primitives are called without it
         return lacking({"dropout"}, f"beside {' and '.join(f'{need} ({FLAGS[need]})' for need in sorted(on_flash))}")
-    return lacking(needs & unable, f"on {device_type} in {str(dtype).removeprefix('torch.')}")
+    return lacking(needs & unable, where)
 
 
 @dataclass(frozen=True)
 class Kernel:
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]  # (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE
-    missing: Callable[[frozenset[str], str, torch.dtype], str]  # (needs, device type, dtype) -> why it cannot train with these, or ""
+    missing: Callable[[frozenset[str], str, torch.dtype, Capability], str]  # (needs, device type, dtype, capability) -> why it cannot train with these, or ""
 
 
-def _nothing(needs: frozenset[str], device_type: str, dtype: torch.dtype) -> str:
+def _nothing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capability: Capability) -> str:
     return ""
 
 
@@ -213,16 +227,33 @@ PREFERENCE = {  # fastest first
 }
 
 
-def choose_kernel(needs: frozenset[str], device_type: str, dtype: torch.dtype, asked: str = "") -> str:
+def choose_kernel(needs: frozenset[str], device_type: str, dtype: torch.dtype, asked: str = "", capability: Capability = None) -> str:
     """The fastest kernel that can do what a layer needs on this kind of machine, or `asked` if that one can.
 
-    Raises UserError that names --attn-kernel, the flags that need more than it has, and the kernels that have it.
+    capability: of the GPU; default: this machine's. Raises UserError that names --attn-kernel, the flags that need more than it has,
+    and the kernels that have it.
     """
-    able = [name for name in PREFERENCE[device_type] if not KERNELS[name].missing(needs, device_type, dtype)]
+    capability = capability or capability_of(device_type)
+    able = [name for name in PREFERENCE[device_type] if not KERNELS[name].missing(needs, device_type, dtype, capability)]
     if not asked:
         return able[0]
     if asked not in KERNELS:
         raise UserError(f"--attn-kernel {asked!r} is unknown; expected one of {', '.join(KERNELS)}{nearest(asked, list(KERNELS))}")
-    if reason := KERNELS[asked].missing(needs, device_type, dtype):
+    if reason := KERNELS[asked].missing(needs, device_type, dtype, capability):
         raise UserError(f"--attn-kernel {asked} cannot run this model: {reason}; expected one of {', '.join(able)}; try --attn-kernel {able[0]}")
     return asked
+
+
+def kernel_line(layers: list[tuple[str, frozenset[str]]], device_type: str, dtype: torch.dtype, asked: str = "", capability: Capability = None) -> str:
+    """'sdpa x 9 (not fa3: it needs ...), flex x 3 (...)': the kernel of every layer, and why not a faster one. layers: (kernel, needs)."""
+    capability = capability or capability_of(device_type)
+
+    def why(name: str, needs: frozenset[str]) -> str:
+        if asked:
+            return " (--attn-kernel)"
+        faster = PREFERENCE[device_type][: PREFERENCE[device_type].index(name)]
+        reasons = "; ".join(f"not {other}: {KERNELS[other].missing(needs, device_type, dtype, capability)}" for other in faster)
+        return f" ({reasons})" if reasons else ""
+
+    counts = Counter((name, why(name, needs)) for name, needs in layers)
+    return ", ".join(f"{name} x {n}{text}" for (name, text), n in counts.items())

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from nanolab.config import UserError
+
+Capability = tuple[int, int] | None  # compute capability of an NVIDIA GPU: (7, 5) is a T4, (9, 0) an H100; None: not known, or another device
+FLASH_CAPABILITY = (8, 0)  # from Ampere on
+
 FLAGS = {  # what a kernel may be asked for beyond causal softmax attention -> the flag that asks it
     "window": "--window-pattern",
     "sink": "--normaliser",
@@ -80,6 +85,37 @@ def heads_first(x_BTGD: torch.Tensor, n_head: int) -> torch.Tensor:
     """(B, H, T, D), each key/value head repeated for the query heads that share it."""
     x = x_BTGD.transpose(1, 2)
     return x if x.size(1) == n_head else x.repeat_interleave(n_head // x.size(1), dim=1)
+
+
+def capability_of(device_type: str) -> Capability:
+    """Of this process's GPU. AMD's have numbers of the same form that mean something else."""
+    if device_type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
+def before_ampere(capability: Capability) -> bool:
+    """Volta and Turing (V100, T4, RTX 20xx): fp16 only, no flash kernels, and too little shared memory for flex's."""
+    return capability is not None and capability < FLASH_CAPABILITY
+
+
+def on_cuda(x: torch.Tensor) -> bool:
+    """The one place where attention asks whether it runs on a GPU, so that tests without one can walk its branches."""
+    return x.is_cuda
+
+
+def check_flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, kernel: str) -> None:
+    """What flash kernels demand of their inputs, whose own errors name neither the flag nor the layer."""
+    (H, size), G = q_BTHD.shape[2:], k_BTGD.size(2)
+    if size > 256:
+        text = f"--attn-kernel {kernel} takes heads of at most 256 channels, these have {size}; try a smaller --head-dim, or --attn-kernel banded"
+        raise UserError(text, "kernel-head-size", kernel=kernel, size=size)
+    if size % 8 or k_BTGD.size(-1) != size or v_BTGD.size(-1) != size or H % G or v_BTGD.size(2) != G:
+        raise ValueError(f"{kernel}: q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}; expected one head size, a multiple of 8, and shared heads")
+    if any(x.stride(-1) != 1 for x in (q_BTHD, k_BTGD, v_BTGD)):
+        raise ValueError(f"{kernel}: strides {q_BTHD.stride()}, {k_BTGD.stride()}, {v_BTGD.stride()}; expected neighbouring channels side by side")
+    if q_BTHD.dtype not in (torch.bfloat16, torch.float16) or {k_BTGD.dtype, v_BTGD.dtype} != {q_BTHD.dtype}:
+        raise ValueError(f"{kernel}: {q_BTHD.dtype}, {k_BTGD.dtype}, {v_BTGD.dtype}; expected bfloat16 or float16 for all three")
 
 
 def lacking(needs: Collection[str], where: str) -> str:

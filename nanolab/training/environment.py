@@ -14,6 +14,8 @@ import numpy
 import torch
 
 import nanolab
+from nanolab.config import GPTConfig
+from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, cpu_name
 
 
@@ -44,6 +46,12 @@ def kernel_text(names: list[str]) -> str:
     """The attention kernels of a model's layers: "banded", or "banded x 9, sdpa x 3" where they differ."""
     counts = Counter(names)
     return names[0] if len(counts) == 1 else ", ".join(f"{name} x {n}" for name, n in counts.items())
+
+
+def attention_line(config: GPTConfig, dtype: torch.dtype, device_type: str, asked: str = "") -> str:
+    """The line of a plan that names the kernel of every layer and, where a faster one is missing, why. asked: --attn-kernel."""
+    with torch.device("meta"):
+        return f"attention       {GPT(config, dtype, asked).kernel_line(device_type)}"
 
 
 def git_commit() -> str | None:

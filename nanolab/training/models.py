@@ -135,4 +135,6 @@ def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, d
         model.load_state_dict(checkpoint.load_weights(found.checkpoint), strict=True)
     except RuntimeError as error:
         raise UserError(f"the weights of {found.checkpoint} do not fit this version of the model: {error}; use the nanolab of commit {meta.get('env', {}).get('commit')}") from None
-    return model.to(runtime.device).eval(), tokenizer, meta
+    model = model.to(runtime.device).eval()
+    model.kernel_names(runtime.device.type)  # now that it is there: a kernel may have to be fetched and tried, which has no place in the first pass
+    return model, tokenizer, meta

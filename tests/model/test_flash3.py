@@ -1,9 +1,11 @@
-"""FlashAttention-3's wrapper, with stand-ins for the package that brings the kernel, on CPU tensors."""
+"""FlashAttention-3's wrapper on CPU tensors. Stand-ins for the package that brings the kernel have the signatures of the installed one."""
 
+import json
 import math
 import re
 import sys
 import types
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from nanolab.model.kernels import choose_kernel, eager
 from nanolab.model.rules import Rules
 
 HOPPER = (9, 0)
+VARIANTS = ("torch212-cxx11-cu130-x86_64-linux", "torch-stable-abi29-cu128-x86_64-linux", "torch-stable-abi29-cu130-x86_64-linux")  # some of version 1's
 
 
 def working(q, k, v, causal=False, window_size=(-1, -1)):
@@ -47,31 +50,90 @@ def without_gradient_of_v(q, k, v, **options):
 
 @pytest.fixture
 def install(monkeypatch):
-    """A function kernel -> None that puts a package `kernels` in place whose get_kernel brings it; None: not installed."""
+    """A function kernel -> None that makes the package's get_kernel bring it; None: the package is not installed."""
+    package = pytest.importorskip("kernels")
 
-    def put(kernel, calls=None):
-        package = types.ModuleType("kernels")
-
-        def get_kernel(repository, revision):
-            (calls if calls is not None else []).append((repository, revision))
-            return types.SimpleNamespace(flash_attn_interface=types.SimpleNamespace(flash_attn_func=kernel))
-
-        package.get_kernel = get_kernel
-        monkeypatch.setitem(sys.modules, "kernels", package if kernel else None)
-        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cpu", HOPPER, flash3.load))
+    def put(kernel):
+        brings = create_autospec(package.get_kernel, return_value=types.SimpleNamespace(flash_attn_func=kernel))
+        monkeypatch.setattr(package, "get_kernel", brings)
+        if kernel is None:
+            monkeypatch.setitem(sys.modules, "kernels", None)
+        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cuda", HOPPER, flash3.load, "cpu"))
 
     return put
 
 
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """A folder with a build as version 1 has it, whose function is a stand-in, and torch as its wheel for CUDA 13.0 says it is."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    for variant in VARIANTS:
+        folder = tmp_path / "repository" / "build" / variant
+        folder.mkdir(parents=True)
+        about = {"id": f"flash_attn3_{tmp_path.name}", "name": "flash-attn3", "version": 1, "license": "BSD-3-Clause", "python-depends": []}
+        (folder / "metadata.json").write_text(json.dumps(about | {"backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}))
+        (folder / "__init__.py").write_text("from .flash_attn_interface import flash_attn_func\n")
+        (folder / "flash_attn_interface.py").write_text(f"def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):\n    return {variant!r}\n")
+    return tmp_path / "repository"
+
+
+@pytest.mark.fault("P1", "core D1")
+def test_the_installed_package_trusts_finds_and_loads_it(build, monkeypatch):
+    """The package's own code from trust to import; only the hub's answers are stand-ins. It prefers the newest build for any torch."""
+    kernels = pytest.importorskip("kernels")
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFolder
+
+    asked = []
+
+    def answer(name, make):
+        def method(self, *args, **named):
+            asked.append(name)
+            return make(*args, **named)
+
+        monkeypatch.setattr(HfApi, name, method)
+
+    def publisher(name):
+        if name != "kernels-community":
+            raise LookupError(f"{name} is a person")
+        return types.SimpleNamespace(trustedKernelPublisher=True)
+
+    def in_build(repo_id, filename, **named):
+        assert (repo_id, named["revision"]) == ("kernels-community/flash-attn3", "c0ffee")
+        return str(build / filename)
+
+    branches = [types.SimpleNamespace(name=name, target_commit="c0ffee") for name in ("main", "v1")]
+    answer("get_organization_overview", publisher)
+    answer("list_repo_refs", lambda **named: types.SimpleNamespace(branches=branches))
+    answer("list_repo_tree", lambda *args, **named: [RepoFolder(path=f"build/{v}", oid="0") for v in VARIANTS])
+    answer("hf_hub_download", in_build)
+    answer("snapshot_download", lambda *args, **named: str(build))
+    attend = flash3.load()
+    assert attend(None, None, None, causal=True, window_size=(8, 0)) == VARIANTS[-1]
+    assert "get_organization_overview" in asked and kernels.get_loaded_kernels()
+
+
+@pytest.mark.fault("P1", "core D1")
+def test_LOCAL_KERNELS_names_a_folder_to_load_from(build, monkeypatch):
+    """Nothing is asked of the network: the folder is found before the hub."""
+    pytest.importorskip("kernels")
+    from huggingface_hub import HfApi
+
+    monkeypatch.setattr(HfApi, "get_organization_overview", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={build}")
+    assert flash3.load()(None, None, None) == VARIANTS[-1]
+
+
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
-def test_a_working_kernel_is_loaded_at_its_pinned_revision_and_trusted(install, kernel):
-    calls = []
-    install(kernel, calls)
+def test_a_working_kernel_is_loaded_and_trusted(install, kernel):
+    install(kernel)
     assert flash3.probed("cuda") == (kernel, "")
-    assert calls == [(flash3.REPOSITORY, flash3.REVISION)]
-    assert re.fullmatch("[0-9a-f]{40}", flash3.REVISION), "a commit cannot move"
     for needs in ((), ("window",), ("sink",)):
-        assert choose_kernel(frozenset(needs), "cuda", torch.bfloat16) == "fa3"
+        assert choose_kernel(frozenset(needs), "cuda", torch.bfloat16, capability=HOPPER) == "fa3"
 
 
 @pytest.mark.parametrize(
@@ -81,16 +143,16 @@ def test_a_working_kernel_is_loaded_at_its_pinned_revision_and_trusted(install, 
         (failing_backward, "failed with RuntimeError: backward is not built$"),
         (without_windows, "window 8 are wrong"),
         (without_gradient_of_v, "window -1 are wrong"),
-        (None, "it needs the kernels package .*; pip install kernels"),
+        (None, "it needs the kernels package; type bash runs/setup.sh gpu"),
     ],
 )
 def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel, words):
     install(kernel)
     attend, reason = flash3.probed("cuda")
     assert attend is None and re.search(words, reason), reason
-    assert choose_kernel(frozenset(), "cuda", torch.bfloat16) == "sdpa"
+    assert choose_kernel(frozenset(), "cuda", torch.bfloat16, capability=HOPPER) == "sdpa"
     with pytest.raises(UserError, match="--attn-kernel fa3 cannot run this model: .*try --attn-kernel sdpa") as refusal:
-        choose_kernel(frozenset(), "cuda", torch.bfloat16, asked="fa3")
+        choose_kernel(frozenset(), "cuda", torch.bfloat16, asked="fa3", capability=HOPPER)
     assert reason in str(refusal.value)
 
 
@@ -104,13 +166,13 @@ def test_the_device_is_asked_once(monkeypatch):
     answers = iter([(working, "")])
     monkeypatch.setattr(flash3, "_FOUND", {})
     monkeypatch.setattr(flash3, "probe", lambda *_: next(answers))
-    assert flash3.missing(frozenset(), "cuda", torch.bfloat16) == "" == flash3.missing(frozenset({"window"}), "cuda", torch.bfloat16)
+    assert [flash3.missing(frozenset(needs), "cuda", torch.bfloat16, HOPPER) for needs in ((), ("window",))] == ["", ""]
 
 
 @pytest.mark.parametrize("needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)])
 def test_nothing_is_fetched_for_a_layer_that_it_cannot_do(monkeypatch, needs, dtype):
     monkeypatch.setattr(flash3, "probed", lambda device_type: pytest.fail("probed"))
-    assert flash3.missing(frozenset(needs), "cuda", dtype)
+    assert flash3.missing(frozenset(needs), "cuda", dtype, HOPPER)
 
 
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])

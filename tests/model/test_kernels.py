@@ -8,6 +8,7 @@ import torch
 
 from nanolab.config import UserError
 from nanolab.model import banded as banded_module
+from nanolab.model import rules as rules_module
 from nanolab.model.kernels import KERNELS, cached, choose_kernel, definition, eager, sdpa
 from nanolab.model.rules import FLAGS, NEEDS, Keys, Rules, seen
 
@@ -98,7 +99,7 @@ def test_every_rule_equals_the_formula_or_is_refused_with_its_flag(name, case):
     for shape in SHAPES.values():
         rules = expected(shape, 7, case)[1]
         needs = needs_of(shape, 7, rules)
-        reason = KERNELS[name].missing(needs, "cpu", torch.float64)
+        reason = KERNELS[name].missing(needs, "cpu", torch.float64, None)
         if reason:
             assert any(FLAGS[need] in reason for need in needs), reason
         else:
@@ -110,9 +111,9 @@ def test_all_but_sdpa_can_do_everything_here():
     for size in (1, 2):
         for needs in map(frozenset, [[a] if size == 1 else [a, b] for a in NEEDS for b in NEEDS]):
             for name in ("eager", "banded"):
-                assert not KERNELS[name].missing(needs, "cpu", torch.float32)
+                assert not KERNELS[name].missing(needs, "cpu", torch.float32, None)
             refused = needs & {"alibi", "softcap"} or needs >= {"sink", "dropout"}
-            assert bool(KERNELS["sdpa"].missing(needs, "cpu", torch.float32)) == bool(refused), needs
+            assert bool(KERNELS["sdpa"].missing(needs, "cpu", torch.float32, None)) == bool(refused), needs
 
 
 @pytest.mark.parametrize("case", ["plain", "sink"])
@@ -139,7 +140,7 @@ def test_rows_longer_than_a_block(case, T, window):
     upstream = torch.randn(1, T, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     want = eager(*inputs[:3], rules)
     for name in TRAINS_HERE[1:]:
-        if KERNELS[name].missing(rules.needs(T), "cpu", torch.float64):
+        if KERNELS[name].missing(rules.needs(T), "cpu", torch.float64, None):
             continue
         y = KERNELS[name].run(*inputs[:3], rules)
         torch.testing.assert_close(y, want)
@@ -432,12 +433,12 @@ def test_unknown_kernel_names_the_known_ones():
 @pytest.mark.parametrize("name", KERNELS)
 def test_on_a_gpu(name, case, dtype):
     """Every kernel that offers a case, forward and backward, against eager in fp32 on the same numbers; T is no multiple of a block."""
-    if reason := KERNELS[name].missing(problem((1, 2, 1, 8, 8), 300, RULES[case])[1].needs(300), "cuda", dtype):
+    if reason := KERNELS[name].missing(problem((1, 2, 1, 8, 8), 300, RULES[case])[1].needs(300), "cuda", dtype, rules_module.capability_of("cuda")):
         pytest.skip(reason)
     for shape in ((2, 4, 2, 64, 64), (2, 2, 2, 64, 32), (1, 4, 1, 128, 128)):
         for T in (1, 300):
             inputs, rules = problem(shape, T, RULES[case], dtype, device="cuda")
-            if KERNELS[name].missing(needs_of(shape, T, rules), "cuda", dtype):
+            if KERNELS[name].missing(needs_of(shape, T, rules), "cuda", dtype, rules_module.capability_of("cuda")):
                 continue
             wide = [x.detach().float().requires_grad_() for x in inputs]
             want = eager(*wide[:3], Rules(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {})))
