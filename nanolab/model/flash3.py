@@ -34,10 +34,10 @@ def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules:
 
 
 def _call(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
-    """Some builds return (y, log-sum-exp)."""
+    """Some builds return (y, log-sum-exp). The gradient of q is summed in any order unless told otherwise; torch cannot tell it."""
     if on_cuda(q):
         check_flash(q, k, v, "fa3")
-    y = attend(q, k, v, causal=True, window_size=(left, 0))
+    y = attend(q, k, v, causal=True, window_size=(left, 0), deterministic=torch.are_deterministic_algorithms_enabled())
     return y[0] if isinstance(y, tuple) else y
 
 
@@ -93,13 +93,13 @@ def load() -> Attend:
 
 
 def _not_hopper(device_type: str, capability: Capability) -> str:
-    if device_type == "cuda" and capability == CAPABILITY:
+    if capability == CAPABILITY:
         return ""
     here = f"this one has {capability[0]}.{capability[1]}" if capability else f"there is none for --device-type {device_type}"
     return f"it needs a Hopper GPU (compute capability 9.0), and {here}"
 
 
-def probe(device_type: str, capability: Capability, load: Callable[[], Attend], place: str = "cuda") -> tuple[Attend | None, str]:
+def probe(device_type: str, capability: Capability, load: Callable[[], Attend]) -> tuple[Attend | None, str]:
     """Load the kernel and launch it, forward and backward, against torch's own attention. -> (kernel, "") or (None, why not).
 
     Anything may fail here (no package, no network, a binary for another torch, a launch), and whatever it is, other kernels
@@ -109,7 +109,7 @@ def probe(device_type: str, capability: Capability, load: Callable[[], Attend], 
         return None, reason
     try:
         attend = load()
-        _check(attend, place)
+        _check(attend, device_type)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "kernels":
             return None, "it needs the kernels package; type bash runs/setup.sh gpu"
@@ -117,11 +117,11 @@ def probe(device_type: str, capability: Capability, load: Callable[[], Attend], 
     return attend, ""
 
 
-def _check(attend: Attend, place: str) -> None:
+def _check(attend: Attend, device_type: str) -> None:
     """One small full and one windowed problem, two query heads to a key. bf16 results differ by about 1 % of their norm."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(place, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
-    pos = torch.arange(32, device=place)
+    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(device_type, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
+    pos = torch.arange(32, device=device_type)
     for left in (-1, 8):
         mask = seen(Rules(left % 32, 1.0), pos[None], pos)[:, None]
         want = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)

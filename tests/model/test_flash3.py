@@ -19,7 +19,7 @@ HOPPER = (9, 0)
 VARIANTS = ("torch212-cxx11-cu130-x86_64-linux", "torch-stable-abi29-cu128-x86_64-linux", "torch-stable-abi29-cu130-x86_64-linux")  # some of version 1's
 
 
-def working(q, k, v, causal=False, window_size=(-1, -1)):
+def working(q, k, v, causal=False, window_size=(-1, -1), deterministic=False):
     """The kernel's contract in plain operators: (B, T, heads, D), scores scaled by 1/sqrt(D), left < 0 for the whole row."""
     assert causal and window_size[1] == 0
     left = q.size(1) if window_size[0] < 0 else window_size[0]
@@ -58,7 +58,7 @@ def install(monkeypatch):
         monkeypatch.setattr(package, "get_kernel", brings)
         if kernel is None:
             monkeypatch.setitem(sys.modules, "kernels", None)
-        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cuda", HOPPER, flash3.load, "cpu"))
+        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cpu", HOPPER, flash3.load))
 
     return put
 
@@ -212,3 +212,27 @@ def test_a_sink_on_a_row_longer_than_the_full_window_is_refused_not_ignored(inst
     q = torch.zeros(1, 8, 1, 8)
     with pytest.raises(UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"):
         flash3.run(q, q, q, Rules(4, 1.0, 0.0))
+
+
+@pytest.mark.fault("core D5")
+def test_deterministic_algorithms_are_asked_of_it(install):
+    """It is no operator of torch, whose switch it does not see."""
+    asked = []
+    install(lambda q, k, v, **options: asked.append(options["deterministic"]) or working(q, k, v, **options))
+    q = torch.zeros(1, 4, 1, 8)
+    for on in (False, True):
+        asked.clear()
+        torch.use_deterministic_algorithms(on)
+        try:
+            flash3.run(q, q, q, Rules(4, 1.0))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert set(asked) == {on}
+
+
+@pytest.mark.gpu
+def test_a_hopper_gpu_loads_it():
+    """With a network or a filled cache: fetched, launched forward and backward, and right."""
+    if torch.cuda.get_device_capability() != HOPPER:
+        pytest.skip("needs a Hopper GPU")
+    assert flash3.probed("cuda")[1] == ""
