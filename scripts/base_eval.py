@@ -139,7 +139,7 @@ def samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
 
 def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     """{"train": {...} (with --train-text), "val": {...}, "domains": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
-    from nanolab.evals.compressors import compressor_bpb
+    from nanolab.evals.compressors import AT_MOST, compressor_bpb
     from nanolab.runtime import print0
 
     wanted, data = open_text(cfg, subject.pretraining)
@@ -154,7 +154,8 @@ def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     if domains := domains_of(wanted, data):
         result["domains"] = {name: bpb(cfg, subject, [(documents, limit // len(domains))], rt) for name, documents in domains.items()}
     if rt.is_main:
-        result["compressors"] = compressor_bpb([beginning(data.val, result["val"]["bytes"])])
+        text = beginning(data.val, min(result["val"]["bytes"], AT_MOST))
+        result |= {"compressors": compressor_bpb([text]), "compressor_bytes": len(text)}
     return result
 
 
@@ -217,10 +218,15 @@ def table(result: dict) -> list[str]:
         if split in result:
             row = result[split]
             lines += [f"  {label:<20}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes, {row['tokens']:,} tokens"]
-    lines += [f"  {name:<20}{value:>8.4f}   the same validation text" for name, value in result.get("compressors", {}).items()]
+    lines += [f"  {name:<20}{value:>8.4f}   {read_by_compressors(result)}" for name, value in result.get("compressors", {}).items()]
     for name, row in result.get("domains", {}).items():
         lines += [f"  model, {name:<13}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes of its validation text"]
     return lines
+
+
+def read_by_compressors(result: dict) -> str:
+    n, whole = result.get("compressor_bytes"), result["val"]["bytes"]
+    return f"the first {n:,} of these {whole:,} bytes" if n not in (None, whole) else f"the same {whole:,} bytes"
 
 
 def ends(row: dict) -> str:

@@ -97,6 +97,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
                 Every(
                     log=cfg.log_every, eval=cfg.eval_every, save=cfg.save_every, keep=cfg.keep, grad_norm=cfg.log_grad_norm,
                     evaluate=lambda: passes(cfg, engine, held_out, tools, stop.asked), measure=lambda: batches.measure() | loss.measure(),
+                    work=lambda: batches.work,
                 ),
                 stop,
             )  # fmt: skip

@@ -185,7 +185,11 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
     from nanolab.evals.card import cost_table
 
     lines = ["## Time and cost", "", *cost_table(numbers), "", "Training alone: without loading, evaluations and saving."]
-    if any(stage.kind == "rl" for stage in stages):
+    for stage in stages:
+        if stage.work:
+            training, generating = stage.work["training_flops"], stage.work["generating_flops"]
+            lines += [f"Tokens of {stage.label}: prompts and replies of each update. Of its FLOPs {training:.1e} are of training, {generating:.1e} of drawing the replies."]
+    if any(stage.kind == "rl" and not stage.work for stage in stages):
         lines += ["Tokens of rl are those of the replies it drew; their drawing is in its time. Its FLOPs were not recorded."]
     return [*lines, ""]
 
@@ -205,6 +209,8 @@ def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     same = {stage.run: stage.text["val"]["bpb"] for stage in stages if stage.text and stage.text["val"]["bytes"] == newest["val"]["bytes"]}
     train = stages[0].text and stages[0].text.get("train")
     training = f"On text it was trained on: {train['bpb']:.4f}. " if train and len(stages) == 1 else ""
+    n = newest.get("compressor_bytes") or newest["val"]["bytes"]
+    part = "" if n == newest["val"]["bytes"] else f" Compressors read the first {sized(n)}."
     return [
         "## How good it is" if len(stages) == 1 else "## How well it still reads",
         "",
@@ -213,7 +219,7 @@ def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
         *table(["reader", "bits per byte"], *[[name, f"{bpb:.4f}"] for bpb, name in readers(same, numbers["compressors"])]),
         "",
         f"{training}A compressor's figure holds everything needed to get the text back; the model's",
-        "leaves out its weights.",
+        f"leaves out its weights.{part}",
         "",
         *on_the_way,
         *continuations(newest),

@@ -58,13 +58,20 @@ class Stage:
 
     @property
     def tokens(self) -> int | None:
-        """Trained on; of rl, in the replies that were drawn: those in its record. None where there is no such record."""
-        return drawn_tokens(self.run_dir / "rollouts.jsonl", self.step) if self.kind == "rl" else self.meta["tokens"]
+        """Trained on. Runs of rl from before they counted: in the replies that were drawn, those in its record; None where there is no such record."""
+        return self.meta["tokens"] if self.kind != "rl" or self.work else drawn_tokens(self.run_dir / "rollouts.jsonl", self.step)
 
     @property
     def flops(self) -> int | None:
-        """None for rl, which records those of replies of the greatest length, and not those of drawing them."""
-        return None if self.kind == "rl" else self.meta["plan"]["flops_per_token"] * self.meta["tokens"]
+        """Of rl, those of training and of drawing the replies; None for runs from before they counted."""
+        if self.kind != "rl":
+            return self.meta["plan"]["flops_per_token"] * self.meta["tokens"]
+        return self.work["training_flops"] + self.work["generating_flops"] if self.work else None
+
+    @property
+    def work(self) -> dict[str, int] | None:
+        """rollout.Work of a run of rl, up to this step."""
+        return self.meta.get("batches", {}).get("work")
 
     @property
     def logged(self) -> dict[str, tuple[int, float]]:
@@ -124,6 +131,7 @@ def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     return {
         "model": last.run, "step": last.step, "seed": stages[0].meta["config"]["seed"], "stages": [cost(stage, price_per_hour) for stage in stages],
         "metrics": list(rows.values()), "compressors": text.get("compressors", {}),
+        "compressor_bytes": text.get("compressor_bytes"),
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Callable, Iterable
 
 from nanolab.config import UserError
 
+AT_MOST = 8_000_000  # bytes of a text that are compressed: seconds, while other ranks wait; xz -9e would need minutes for all that a GPU scores
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip -9": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2 -9": lambda data: bz2.compress(data, 9),

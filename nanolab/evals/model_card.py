@@ -122,8 +122,12 @@ def history(stages: list[Stage], gap: str) -> list[str]:
     ]  # fmt: skip
     lines = ["## How it was made", "", *(f"- {stage.label}: {made(stage)}" for stage in stages), "", *table(["stage", "run and step", "tokens", "FLOPs", "training", "hardware", "nanolab's commit"], *rows), ""]
     notes = [gap] if gap else []
-    if any(stage.kind == "rl" for stage in stages):
+    if any(stage.kind == "rl" and not stage.work for stage in stages):
         notes += ["Tokens of rl are those of the replies that it drew; its FLOPs are not on record."]
+    for stage in stages:
+        if stage.work:
+            training, generating = stage.work["training_flops"], stage.work["generating_flops"]
+            notes += [f"Tokens of {stage.label} are those of prompts and replies in each update; of its FLOPs {training:.2e} are of training and {generating:.2e} of drawing the replies."]
     if any((stage.meta["env"]["commit"] or "").endswith("+changes") for stage in stages):
         notes += ["A commit with +changes: the code had changes that are in no commit."]
     return [*lines, *([" ".join(notes), ""] if notes else [])]

@@ -12,7 +12,7 @@ from nanolab.training.models import read_json
 Record = dict[str, Any]
 SHARED = ("model", "step", "device", "dtype", "settings")  # of a chat evaluation: once in the file, and in each row of "earlier"
 MODES = {  # of base_eval -> the fields that hold what it found
-    "bpb": ("data", "bpb", "train", "val", "domains", "compressors"),
+    "bpb": ("data", "bpb", "train", "val", "domains", "compressors", "compressor_bytes"),
     "sample": ("samples", "unconditioned"),
     "core": ("core",),
     "hellaswag": ("hellaswag",),

@@ -71,11 +71,17 @@ def matmul_params(c: GPTConfig) -> int:
     return n_params(c)["scaling"] + SMEAR_CHANNELS * c.smear
 
 
-def train_flops_per_token(c: GPTConfig) -> int:
-    """Forward and backward, nominal: 6 per matmul parameter, and 6 H (width of q.k + width of p v) min(window, T) per layer.
-    PaLM, arXiv 2204.02311, app. B."""
+def train_flops_per_token(c: GPTConfig, row: int = 0) -> int:
+    """Forward and backward, nominal: 6 per matmul parameter, and 6 H (width of q.k + width of p v) min(window, T) per layer;
+    forward alone is a third. row: T, default the longest. PaLM, arXiv 2204.02311, app. B."""
     widths = [sum(attention_class(c).score_widths(c, i)) for i in range(c.n_layer)]
-    return 6 * matmul_params(c) + sum(6 * c.n_head * d * min(w, c.sequence_len) for w, d in zip(windows(c), widths))
+    return 6 * matmul_params(c) + sum(6 * c.n_head * d * min(w, row or c.sequence_len) for w, d in zip(windows(c), widths))
+
+
+def prompt_flops(c: GPTConfig, length: int) -> int:
+    """Reading a prompt into a cache: forward, of which the last layer's MLP and the head are for the last token alone."""
+    last_only = padded_vocab(c) * c.n_embd + stated(MLPS[c.mlp], c)[0]
+    return length * train_flops_per_token(c, length) // 3 - 2 * (length - 1) * last_only
 
 
 def decode_flops_per_token(c: GPTConfig, context: int) -> int:

@@ -37,7 +37,7 @@ class Origin:
     model: GPTConfig
     pretraining: dict[str, Any]  # flags of base_train
     plan: dict[str, Any]  # its Plan
-    tokens_per_second: float | None  # at which it, or what was fine-tuned from it, was trained
+    tokens_per_second: float | None  # at which it, or what was fine-tuned from it, was trained; None after rl, whose time is mostly for drawing replies
 
     @classmethod
     def of(cls, meta: dict[str, Any], name: str = "") -> "Origin":
@@ -47,7 +47,7 @@ class Origin:
         """
         was, seconds = meta.get("origin", {"pretraining": meta["config"], "plan": meta["plan"]}), meta["loop"]["total_training_time"]
         return cls(
-            name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], meta["tokens"] / seconds if seconds else None
+            name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], meta["tokens"] / seconds if seconds and meta.get("kind") != "rl" else None
         )
 
     @classmethod

@@ -49,6 +49,7 @@ class Every:
     # is None, on every rank, where it did. The step is saved before it.
     run_benchmark: Callable[[Stop], dict[str, Any] | None] = lambda stop: {}
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
+    work: Callable[[], Any] | None = None  # rollout.Work so far, where steps differ in tokens; None: each has the plan's
     draw_samples: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class Loop:
 
     @property
     def tokens(self) -> int:
-        return self.state.step * self.plan.total_batch_size
+        return self.every.work().tokens if self.every.work else self.state.step * self.plan.total_batch_size
 
     @property
     def smooth_loss(self) -> float | None:
@@ -122,7 +123,12 @@ class Loop:
 
     def totals(self) -> dict[str, float]:
         compiling = {"compile_seconds": self.state.compile_seconds} if self.state.compile_seconds else {}
-        return {"total_training_time": self.state.total_training_time, **compiling, "total_training_flops": self.plan.flops_per_token * self.tokens}
+        return {"total_training_time": self.state.total_training_time, **compiling, **self.flops()}
+
+    def flops(self) -> dict[str, int]:
+        if self.every.work is None:
+            return {"total_training_flops": self.plan.flops_per_token * self.tokens}
+        return {"total_training_flops": self.every.work().training_flops, "total_generating_flops": self.every.work().generating_flops}
 
     def resume(self) -> None:
         """Load everything from the run's checkpoint, if it has one."""
@@ -183,7 +189,7 @@ class Loop:
     def train_step(self, progress: float, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """One update. Returns (its metrics, whether a rank was asked to stop)."""
         began, waits = time.perf_counter(), self.waits()
-        step, plan = self.state.step, self.plan
+        step, plan, tokens, flops = self.state.step, self.plan, self.tokens, sum(self.flops().values())
         micro = gather(self.batches, plan.grad_accum)
         if self.cold:
             began += self.warm_up(micro)
@@ -211,12 +217,13 @@ class Loop:
         self.state.waits += self.waits() > waits
         self.state.total_training_time += dt
         self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * loss
-        peak, rate = device_peaks(self.runtime.device_name)[0], plan.total_batch_size / dt
+        peak, tokens, flops = device_peaks(self.runtime.device_name)[0], self.tokens - tokens, sum(self.flops().values()) - flops
         metrics = {
-            "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": rate,
-            "train/mfu": 100 * plan.flops_per_token * rate / (peak * self.runtime.world_size) if peak else None,  # percent
+            "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": tokens / dt,
+            "train/mfu": 100 * flops / dt / (peak * self.runtime.world_size) if peak else None,  # percent
             "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
         }  # fmt: skip
+        metrics |= {"train/tokens": tokens} if self.every.work else {}
         return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}) | self.every.measure(), asked
 
     def waits(self) -> int:
@@ -248,7 +255,7 @@ class Loop:
         print0(
             step_line(
                 step, self.plan.num_iterations, progress=progress, loss=self.smooth_loss, lrm=metrics["train/lrm"], dt=metrics["train/dt"],
-                tokens=self.plan.total_batch_size, mfu=metrics["train/mfu"], epoch=metrics["train/epoch"],
+                tokens=metrics.get("train/tokens", self.plan.total_batch_size), mfu=metrics["train/mfu"], epoch=metrics["train/epoch"],
                 elapsed=self.state.total_training_time, left=left,
             )
         )  # fmt: skip

@@ -12,7 +12,8 @@ from nanolab.runtime import Runtime, base_dir, print0
 from nanolab.training import checkpoint
 from nanolab.training.checkpoint import CheckpointError
 
-JUDGES = ("val/loss", "val/bpb")  # fine-tuning logs both: there bits per byte are of the text that it moves away from
+# Fine-tuning logs both losses: there bits per byte are of the text that it moves away from. 1: lower is better, -1: higher is.
+JUDGES = {"val/loss": 1, "val/bpb": 1, "eval/pass@1": -1}
 TRAINED_BY = {"base": "python -m scripts.base_train", "sft": "python -m scripts.chat_sft", "rl": "python -m scripts.chat_rl"}
 WEIGHTS_ONLY = ("model.safetensors", "meta.json")  # what a reader of weights has to verify
 
@@ -58,14 +59,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def best_step(run_dir: Path) -> int | None:
-    """The saved step with the lowest score (the earliest of equals), or None if no saved step was evaluated.
+    """The saved step with the best score (the earliest of equals), or None if no saved step was evaluated.
 
     The score is the first of JUDGES that the run has measured.
     """
     saved = {step for step, _ in checkpoint.steps(run_dir / "checkpoints")}
     rows = read_metrics(run_dir)
-    judge = next((name for name in JUDGES if any(row.get(name) is not None for row in rows)), JUDGES[-1])
-    scores = [(row[judge], row["step"]) for row in rows if row.get(judge) is not None and row["step"] in saved]
+    judge = next((name for name in JUDGES if any(row.get(name) is not None for row in rows)), "val/loss")
+    scores = [(JUDGES[judge] * row[judge], row["step"]) for row in rows if row.get(judge) is not None and row["step"] in saved]
     return min(scores)[1] if scores else None
 
 

@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import RLConfig, UserError, as_json, nearest
+from nanolab.config import GPTConfig, RLConfig, UserError, as_json, nearest
 from nanolab.data.chat import parse_reply, render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
 from nanolab.inference.sampling import COLDEST, check_settings
-from nanolab.model.accounting import train_flops_per_token
+from nanolab.model.accounting import decode_flops_per_token, prompt_flops, train_flops_per_token
 from nanolab.runtime import Runtime, print0
 from nanolab.training.checkpoint import write_text
 from nanolab.training.finetune import MOMENTUM_STEPS, PEAK_MOMENTUM, Origin
@@ -41,6 +42,7 @@ from nanolab.training.recipes import warmup
 from nanolab.training.schedule import Plan
 
 FILE = "rollouts.jsonl"
+UNWRITTEN = ("place", "length", "drawn")  # of a reply's record
 
 
 class Task(Protocol):
@@ -119,7 +121,7 @@ def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RLPlan(Plan):
-    """A run, resolved. A step's tokens, which replies end at will, are counted as if every reply were as long as it may be."""
+    """A run, resolved. total_batch_size is what a step's replies may have at most; what they have is counted in `Work`."""
 
     lr_frac: float
 
@@ -173,6 +175,31 @@ def micro_batches(cfg: RLConfig, world_size: int) -> int:
     return -(-(-(-cfg.examples_per_step // world_size) * cfg.num_samples) // cfg.device_batch_size)
 
 
+@dataclass
+class Work:
+    """What a run has computed so far, over all ranks. Padding is not counted; FLOPs are by the formulas of model/accounting.py, and of
+    the tokens that are read: of a text, all but the last.
+    """
+
+    tokens: int = 0  # of prompts and replies, what a tool said included; those of a rollout count in each update on it
+    drawn: int = 0  # of replies alone, once
+    training_flops: int = 0  # forward and backward; where there is a --kl, also the start model's forward over each rollout
+    generating_flops: int = 0  # reading prompts, and one pass for each token of a reply
+
+
+def training_flops(c: GPTConfig, lengths: Sequence[int]) -> int:
+    """One update on texts of so many tokens."""
+    return sum(count * (n - 1) * train_flops_per_token(c, n - 1) for n, count in Counter(lengths).items())
+
+
+def generating_flops(c: GPTConfig, replies: Sequence[Reply]) -> int:
+    """Replies that are drawn together: equal prompts are read once, and each token of a reply but the last."""
+    prompts = Counter(len(prompt) for prompt in {tuple(r.prompt) for r in replies})
+    contexts = Counter(context for r in replies for context in range(len(r.prompt) + 1, len(r.prompt) + len(r.ids)))
+    reading = sum(count * prompt_flops(c, n) for n, count in prompts.items())
+    return reading + sum(count * decode_flops_per_token(c, context) for context, count in contexts.items())
+
+
 class PolicyLoss:
     """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
 
@@ -221,6 +248,7 @@ class Rollouts:
         self.made = 0  # rollouts so far
         self.micro: list[MicroBatch] = []  # this rank's, of the last rollout
         self.handed = 0  # micro-batches of the last rollout that `next` has returned, over all passes
+        self.work, self.lengths = Work(), []  # lengths: tokens of each text of the last rollout, of all ranks
         self._metrics: dict[str, float] = {}  # of a rollout just made
         self._log = RolloutLog(folder / FILE) if runtime.is_main else None
         self._warned = False  # of a rollout without a gradient; its line says so each time
@@ -238,6 +266,9 @@ class Rollouts:
         """The next micro-batch of this rank; a new rollout when the last one is used up. A collective call then."""
         if self.updates == self.cfg.updates_per_batch:
             self._roll()
+        if self.handed % len(self.micro) == 0:
+            self.work.tokens += sum(self.lengths)
+            self.work.training_flops += training_flops(self.model.config, self.lengths)
         self.handed += 1
         return self.micro[(self.handed - 1) % len(self.micro)]
 
@@ -255,13 +286,16 @@ class Rollouts:
         if self._log:
             self._log.sync()
         if self.updates == self.cfg.updates_per_batch:
-            return {"made": self.made, "updates": self.cfg.updates_per_batch, "replies": []}
+            return {"made": self.made, "updates": self.cfg.updates_per_batch, "replies": [], "work": dataclasses.asdict(self.work)}
         mine = [dataclasses.asdict(reply) for batch in self.micro for reply in remembered(batch)]
-        return {"made": self.made, "updates": self.updates, "replies": self._gathered(mine)}
+        return {"made": self.made, "updates": self.updates, "replies": self._gathered(mine), "work": dataclasses.asdict(self.work)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made, self.micro, self.handed = state["made"], [], 0
         replies = [Reply(**reply) for reply in state["replies"]]
+        self.lengths, self.work = [len(r.prompt) + len(r.ids) for r in replies], Work(**state.get("work", {}))
+        if "work" not in state:
+            print0("note: tokens and FLOPs are counted from here on: an earlier version, which made this checkpoint, did not count them")
         if replies:
             mine = [r for r in replies if r.place // self.cfg.num_samples % self.runtime.world_size == self.runtime.rank]
             self.micro = self._batched(mine)
@@ -279,23 +313,28 @@ class Rollouts:
         """Draw, score and batch a rollout; record it."""
         began, G = time.perf_counter(), self.cfg.num_samples
         with undisturbed(self.model, self.runtime.device):
-            replies = self._draw()
+            replies, flops = self._draw()
         rows = [self._scored(reply) for reply in replies]
         rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
         for reply, row, advantage in zip(replies, rows, ADVANTAGES[self.objective.advantage](rewards).flatten().tolist()):
             reply.advantage = row["advantage"] = advantage
         self.micro, self.handed = self._batched(replies), 0
         everywhere = self._gathered(rows)
+        self.lengths = [row["length"] for row in everywhere]
+        self.work.drawn += sum(row["drawn"] for row in everywhere)
+        self.work.generating_flops += sum(self.runtime.gather_objects(flops))
+        if self.reference is not None:
+            self.work.training_flops += training_flops(self.model.config, self.lengths) // 3
         if self._log:
-            self._log.write([{k: v for k, v in row.items() if k not in ("place", "ids")} for row in everywhere])
+            self._log.write([{k: v for k, v in row.items() if k not in UNWRITTEN} for row in everywhere])
         self.made += 1
         self._metrics = summary(everywhere, G) | {"rl/rollout_seconds": time.perf_counter() - began}
         self._tell(self._metrics)
 
-    def _draw(self) -> list[Reply]:
-        """This rank's replies of the next rollout."""
+    def _draw(self) -> tuple[list[Reply], int]:
+        """This rank's replies of the next rollout, and the FLOPs of drawing them."""
         cfg, P, G = self.cfg, self.cfg.examples_per_step, self.cfg.num_samples
-        replies, seeds = [], []
+        replies, seeds, flops = [], [], 0
         for p in range(self.runtime.rank, P, self.runtime.world_size):
             example, prompt = self._nth(self.made * P + p)
             for g in range(G):
@@ -312,7 +351,8 @@ class Rollouts:
                 for new in step:
                     part[new.row].ids.append(new.token)
                     part[new.row].trained.append(not new.forced)
-        return replies
+            flops += generating_flops(self.model.config, part)
+        return replies, flops
 
     def _nth(self, n: int) -> tuple[int, list[int]]:
         """The n-th example of the run and its prompt's ids: every epoch is another shuffle of all.
@@ -343,6 +383,7 @@ class Rollouts:
         return {
             "step": self.made * self.cfg.updates_per_batch, "place": reply.place, "example": reply.example, "sample": reply.place % self.cfg.num_samples,
             "prompt": self.tokenizer.decode(reply.prompt), "reply": self.tokenizer.decode(reply.ids), "tokens": sum(reply.trained),
+            "length": len(reply.prompt) + len(reply.ids), "drawn": len(reply.ids),
             "ended": reply.ids[-1] == self.tokenizer.special("<|assistant_end|>"),
             "parts": {name: float(v) for name, v in values.items()}, "reward": sum(part.of(values) for part in self.parts),
         }  # fmt: skip

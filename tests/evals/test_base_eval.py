@@ -20,7 +20,7 @@ import torch
 from nanolab.config import BaseEvalConfig, BaseTrainConfig, DataConfig, GPTConfig, UserError, to_json
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals import icl
+from nanolab.evals import compressors, icl
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import Mode, follow
 from nanolab.model.gpt import GPT
@@ -82,6 +82,22 @@ def test_bits_per_byte_and_compressors_are_of_the_runs_own_text(world, split_tok
             sizes = {"gzip -9": len(gzip.compress(content, 9)), "bz2 -9": len(bz2.compress(content, 9))}
             sizes["xz -9e"] = len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
             assert result["compressors"] == pytest.approx({k: 8 * n / len(content) for k, n in sizes.items()})
+            assert result["compressor_bytes"] == len(content)
+
+
+@pytest.mark.fault("core likely: Idle GPUs in base_eval")
+def test_compressors_read_a_bounded_part_and_say_how_much(world, monkeypatch, capsys):
+    """8 MB is seconds of xz -9e. The bound is checked by counting what they are given."""
+    run_dir, _, text = world
+    assert compressors.AT_MOST == 8_000_000
+    monkeypatch.setattr(compressors, "AT_MOST", 1000)
+    given = []
+    monkeypatch.setattr(compressors, "COMPRESSORS", {"none": lambda data: given.append(data) or data})
+    run(config(modes="bpb"))
+    result = json.loads((run_dir / "eval_base.json").read_text())
+    whole = b"".join(document.encode() for document in open_data(DataConfig(data_dir=str(text))).val.iterate())
+    assert given == [whole[:1000]] and result["compressors"] == {"none": 8.0} and result["compressor_bytes"] == 1000 < result["val"]["bytes"]
+    assert f"  {'none':<20}{8:>8.4f}   the first 1,000 of these {result['val']['bytes']:,} bytes" in capsys.readouterr().out
 
 
 def test_other_text_can_be_given(world, tmp_path, capsys):

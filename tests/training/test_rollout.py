@@ -20,20 +20,24 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, UserError, to_json
 from nanolab.data.chat import render, text_of
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.card import Stage
+from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
+from nanolab.training import checkpoint, loop
 from nanolab.training.finetune import Origin
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.policy import objective_of, policy_loss
 from nanolab.training.recipes import param_groups
-from nanolab.training.rollout import FILE, Part, PolicyLoss, Rollouts, fingerprint, logprobs, make_plan, reward_parts
+from nanolab.training.rollout import FILE, MicroBatch, Part, PolicyLoss, Rollouts, fingerprint, logprobs, make_plan, reward_parts
 from nanolab.training.run import Run, read_metrics, runs_dir
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
@@ -133,7 +137,7 @@ def train(name: str, cfg: RLConfig = CFG, runtime: Runtime = ALONE, resume: bool
         each()
         return loss(model, batch)
 
-    every = Every(save=save, keep="all", grad_norm=True, measure=lambda: {**batches.measure(), **loss.measure()})
+    every = Every(save=save, keep="all", grad_norm=True, measure=lambda: {**batches.measure(), **loss.measure()}, work=lambda: batches.work)
     try:
         return fit(run, model, MuonAdamW(groups, runtime), batches, plan, watched, every)
     finally:
@@ -144,9 +148,12 @@ def records(name: str) -> list[dict]:
     return [json.loads(line) for line in (runs_dir() / name / FILE).read_text().splitlines()]
 
 
+SAME = ("step", "train/loss", "train/tokens", "total_training_flops", "total_generating_flops")
+
+
 def story(name: str) -> tuple:
     """Everything that has to be the same to the bit."""
-    rows = [{k: v for k, v in r.items() if k.startswith("rl/") and "seconds" not in k or k in ("step", "train/loss")} for r in read_metrics(runs_dir() / name)]
+    rows = [{k: v for k, v in r.items() if k.startswith("rl/") and "seconds" not in k or k in SAME} for r in read_metrics(runs_dir() / name)]
     last = checkpoint.newest_valid(runs_dir() / name / "checkpoints")
     return rows, records(name), [hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")]
 
@@ -339,6 +346,91 @@ def test_rollouts_are_written_with_their_reasons(tmp_path):
     assert m["rl/part/correct"] == statistics.fmean(row["parts"]["correct"] for row in rows)
     assert m["rl/mixed"] == sum(len({x["reward"] for x in rows[i : i + 4]}) > 1 for i in range(0, 16, 4)) / 4
     assert m["rl/ended"] == statistics.fmean(row["ended"] for row in rows) and m["rl/tokens"] == statistics.fmean(row["tokens"] for row in rows)
+
+
+def flops(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+@cache
+def eager() -> GPT:
+    """The kernel whose every product torch counts."""
+    model = GPT(CONFIG, kernel="eager").eval()
+    model.load_state_dict(taught())
+    return model
+
+
+@cache
+def of_training(n: int) -> int:
+    """Of a text of n tokens by itself, as torch counts them."""
+    ids = torch.zeros(1, n, dtype=torch.int64)
+    return flops(lambda: eager()(ids[:, :-1], ids[:, 1:], reduction="sum").backward())
+
+
+@cache
+def of_forward(n: int) -> int:
+    ids = torch.zeros(1, n - 1, dtype=torch.int64)
+    return flops(lambda: eager().logits(eager().hidden(ids)))
+
+
+@cache
+@torch.no_grad()
+def of_prompt(n: int) -> int:
+    return flops(lambda: eager()(torch.zeros(1, n, dtype=torch.int64), cache=KVCache(CONFIG), last_only=True))
+
+
+@cache
+@torch.no_grad()
+def of_token(context: int) -> int:
+    """Of the one that is read after so many others."""
+    ids, cache = torch.zeros(1, context, dtype=torch.int64), KVCache(CONFIG)
+    eager()(ids, cache=cache)
+    return flops(lambda: eager()(ids[:, :1], cache=cache, last_only=True))
+
+
+@pytest.mark.fault("core likely: RL's numbers")
+@pytest.mark.parametrize("updates,algorithm", [(1, "reinforce"), (2, "grpo")])
+def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch, capsys):
+    """Of the replies that were handed to the loop, counted by themselves: in the metrics, the console, the result, the checkpoint and the card."""
+    monkeypatch.setattr(loop, "device_peaks", lambda name: (1e9, None))
+    seen: list[MicroBatch] = []
+    monkeypatch.setattr(Rollouts, "next", lambda self, made=Rollouts.next: seen.append(made(self)) or seen[-1])
+    cfg = replace(CFG, num_iterations=4, updates_per_batch=updates, algorithm=algorithm, kl=0.1 if algorithm == "grpo" else 0.0)
+    result, said = train("counted", cfg), capsys.readouterr().out
+    steps = [[r for batch in seen[i : i + 4] for r in batch.replies] for i in range(0, 16, 4)]
+    tokens = [sum(len(r.prompt) + len(r.ids) for r in step) for step in steps]
+    assert len(set(tokens)) > 1 and sum(tokens) < 4 * 16 * 40
+    training, drawing = [], []
+    for i, step in enumerate(steps):
+        first, n = i % updates == 0, [(len(r.prompt), len(r.ids)) for r in step]
+        training.append(sum(of_training(p + r) + (of_forward(p + r) if first and cfg.kl else 0) for p, r in n))
+        reading = sum(of_prompt(len(prompt)) for prompt in {tuple(r.prompt) for r in step})  # once for all of its replies
+        drawing.append(reading + sum(of_token(p + i) for p, r in n for i in range(r - 1)) if first else 0)
+    rows = read_metrics(runs_dir() / "counted")
+    assert [row["train/tokens"] for row in rows] == tokens
+    for key, values in (("total_training_flops", training), ("total_generating_flops", drawing)):
+        assert [row[key] for row in rows] == [sum(values[:i]) for i in range(4)]
+        assert result[key] == sum(values)
+    for row, n, spent in zip(rows, tokens, map(sum, zip(training, drawing))):
+        assert row["train/tok_per_sec"] == pytest.approx(n / row["train/dt"]) and row["train/mfu"] == pytest.approx(100 * spent / row["train/dt"] / 1e9)
+        assert f"{n / row['train/dt']:,.0f} tok/s" in said
+    assert result["tokens"] == sum(tokens) and result["tok_per_sec"] == pytest.approx(sum(tokens) / result["total_training_time"])
+    meta = checkpoint.load_meta(runs_dir() / "counted" / "checkpoints" / "step_000002")
+    stage = Stage("rl", "counted", 2, runs_dir() / "counted", meta, None, None)
+    assert (stage.tokens, stage.flops) == (sum(tokens[:2]), sum(training[:2] + drawing[:2]))
+    assert meta["batches"]["work"]["drawn"] == sum(len(r.ids) for step in steps[:2:updates] for r in step)
+
+
+def test_a_checkpoint_of_a_version_that_did_not_count_says_so(capsys):
+    train("whole", replace(CFG, num_iterations=1))
+    batches = rollouts()
+    state = checkpoint.load_meta(runs_dir() / "whole" / "checkpoints" / "step_000001")["batches"]
+    batches.load_state_dict(state)
+    assert batches.work.tokens > 0 and "not count" not in capsys.readouterr().out
+    batches.load_state_dict({name: value for name, value in state.items() if name != "work"})
+    assert batches.work.tokens == 0 and "not count" in capsys.readouterr().out
 
 
 def test_rewards_that_are_always_the_same_are_warned_of_and_move_nothing(capsys):

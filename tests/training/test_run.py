@@ -381,6 +381,16 @@ def test_best_is_the_lowest_loss_where_that_is_measured(tokenizer):
     assert find_model("a@best").step == 2
 
 
+@pytest.mark.fault("core likely: NAME@best of an RL run")
+def test_best_of_rl_is_the_highest_pass_rate_among_saved_steps(tokenizer):
+    """The earliest of equals; more samples and rewards do not decide."""
+    run = ended("a", {1: None, 2: None, 3: None, 4: None}, tokenizer, finished=False)
+    with open(run.dir / "metrics.jsonl", "a") as f:
+        f.write('{"step": 0, "eval/pass@1": 0.9, "eval/pass@4": 0.95}\n')  # not saved
+        f.writelines(f'{{"step": {i}, "eval/pass@1": {one}, "eval/pass@4": {four}, "rl/reward": {i}}}\n' for i, one, four in [(1, 0.25, 0.9), (2, 0.5, 0.6), (3, 0.5, 0.7), (4, 0.0, 0.8)])
+    assert find_model("a@best").step == run.best_step() == 2
+
+
 def test_the_newest_finished_run_of_a_kind(tokenizer):
     ended("base", {1: None}, tokenizer)
     run = start("tuned")
