@@ -187,8 +187,8 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
     lines = ["## Time and cost", "", *cost_table(numbers), "", "Training alone: without loading, evaluations and saving."]
     for stage in stages:
         if stage.work:
-            training, generating = stage.work["training_flops"], stage.work["generating_flops"]
-            lines += [f"Tokens of {stage.label}: prompts and replies of each update. Of its FLOPs {training:.1e} are of training, {generating:.1e} of drawing the replies."]
+            spent = f"{stage.work['training_flops']:.1e} are of training, {stage.work['generating_flops']:.1e} of drawing the replies"
+            lines += [f"Tokens of {stage.label}: prompts and replies of each update. Of its FLOPs {spent}."]
     if any(stage.kind == "rl" and not stage.work for stage in stages):
         lines += ["Tokens of rl are those of the replies it drew; their drawing is in its time. Its FLOPs were not recorded."]
     return [*lines, ""]

@@ -126,8 +126,8 @@ def history(stages: list[Stage], gap: str) -> list[str]:
         notes += ["Tokens of rl are those of the replies that it drew; its FLOPs are not on record."]
     for stage in stages:
         if stage.work:
-            training, generating = stage.work["training_flops"], stage.work["generating_flops"]
-            notes += [f"Tokens of {stage.label} are those of prompts and replies in each update; of its FLOPs {training:.2e} are of training and {generating:.2e} of drawing the replies."]
+            spent = f"{stage.work['training_flops']:.2e} are of training and {stage.work['generating_flops']:.2e} of drawing the replies"
+            notes += [f"Tokens of {stage.label} are those of prompts and replies in each update; of its FLOPs {spent}."]
     if any((stage.meta["env"]["commit"] or "").endswith("+changes") for stage in stages):
         notes += ["A commit with +changes: the code had changes that are in no commit."]
     return [*lines, *([" ".join(notes), ""] if notes else [])]

@@ -46,9 +46,8 @@ class Origin:
         name: default is the recorded one, for a run that goes on without the model that it started from.
         """
         was, seconds = meta.get("origin", {"pretraining": meta["config"], "plan": meta["plan"]}), meta["loop"]["total_training_time"]
-        return cls(
-            name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], meta["tokens"] / seconds if seconds and meta.get("kind") != "rl" else None
-        )
+        rate = meta["tokens"] / seconds if seconds and meta.get("kind") != "rl" else None
+        return cls(name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], rate)
 
     @classmethod
     def found(cls, model: ModelRef) -> "Origin":

@@ -32,7 +32,8 @@ class OnTheDevice(TorchDispatchMode):
         given = [x for x in tree_iter((args, kwargs or {})) if isinstance(x, torch.Tensor)]
         assert not any(x.device.type == "cpu" for x in given), f"{name}: reads a tensor of the host"
         if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
-            assert not any(x.dtype in (torch.bool, torch.uint8) for x in tree_iter(args[1]) if x is not None), f"{name}: a mask as an index, whose sum the host waits for"
+            masks = [x for x in tree_iter(args[1]) if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{name}: a mask as an index, whose sum the host waits for"
         out = function(*args, **(kwargs or {}))
         assert not any(x.device.type == "cpu" for x in tree_iter(out) if isinstance(x, torch.Tensor)), f"{name}: gives a tensor of the host"
         return out
@@ -79,7 +80,8 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
     model._kernels = {"meta": [None] * len(model.h)}  # one new token asks none of them
     cache.pos, cache.left = on_gpu(cache.pos), {name: on_gpu(x) for name, x in cache.left.items()}
     cache.k, cache.v = ([on_gpu(x) for x in part] for part in (cache.k, cache.v))
-    inputs = [torch.empty(rows, 1, dtype=torch.int64, device="meta"), cache.pos, *(cache.left[name] for name in names), *(x[:, :16] for x in (*cache.k, *cache.v))]
+    small = [torch.empty(rows, 1, dtype=torch.int64, device="meta"), cache.pos, *(cache.left[name] for name in names)]
+    inputs = [*small, *(x[:, :16] for x in (*cache.k, *cache.v))]
     with NoConstants(), OnTheDevice():
         logits, *left = fixed_step(model, cache.rings, names)(*inputs)
         plain = model(inputs[0], cache=cache, last_only=True)[:, -1]

@@ -54,7 +54,8 @@ class Cuda:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.captures: list[dict] = []
         self.replays = self.pools = 0
-        cuda, real = self, {name: inspect.signature(getattr(torch.cuda, name)) for name in ("CUDAGraph", "graph", "Stream", "stream", "current_stream", "device", "graph_pool_handle")}
+        names = ("CUDAGraph", "graph", "Stream", "stream", "current_stream", "device", "graph_pool_handle")
+        cuda, real = self, {name: inspect.signature(getattr(torch.cuda, name)) for name in names}
 
         def checked(name: str, stand_in):
             def call(*args, **kwargs):
@@ -79,7 +80,8 @@ class Cuda:
         class graph:
             def __init__(self, cuda_graph, pool, stream, capture_error_mode, **others):
                 self.graph, self.operators = cuda_graph, Operators()
-                cuda.captures.append(dict(pool=pool, stream=stream, mode=capture_error_mode, thread=threading.get_ident(), locked=recorded.RECORDING.locked(), device=cuda.device))
+                asked = dict(pool=pool, stream=stream, mode=capture_error_mode)
+                cuda.captures.append(asked | dict(thread=threading.get_ident(), locked=recorded.RECORDING.locked(), device=cuda.device))
 
             def __enter__(self):
                 self.operators.__enter__()

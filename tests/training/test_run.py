@@ -387,7 +387,8 @@ def test_best_of_rl_is_the_highest_pass_rate_among_saved_steps(tokenizer):
     run = ended("a", {1: None, 2: None, 3: None, 4: None}, tokenizer, finished=False)
     with open(run.dir / "metrics.jsonl", "a") as f:
         f.write('{"step": 0, "eval/pass@1": 0.9, "eval/pass@4": 0.95}\n')  # not saved
-        f.writelines(f'{{"step": {i}, "eval/pass@1": {one}, "eval/pass@4": {four}, "rl/reward": {i}}}\n' for i, one, four in [(1, 0.25, 0.9), (2, 0.5, 0.6), (3, 0.5, 0.7), (4, 0.0, 0.8)])
+        for step, one, four in [(1, 0.25, 0.9), (2, 0.5, 0.6), (3, 0.5, 0.7), (4, 0.0, 0.8)]:
+            f.write(f'{{"step": {step}, "eval/pass@1": {one}, "eval/pass@4": {four}, "rl/reward": {step}}}\n')
     assert find_model("a@best").step == run.best_step() == 2
 
 
