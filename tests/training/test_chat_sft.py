@@ -109,13 +109,13 @@ def test_activation_checkpointing_changes_no_bit_and_no_count_of_flops(monkeypat
     """Of fine-tuning with dropout, and of the run resumed without it; the model's config does not hold it."""
     again = Mock(wraps=gpt.checkpoint)
     monkeypatch.setattr(gpt, "checkpoint", again)
-    plain = tune("plain", num_iterations=2)
+    plain = tune("remembered", num_iterations=2)
     assert not again.called
     recomputed = tune("recomputed", num_iterations=2, activation_checkpointing=True)
     assert again.call_count % 2 == 0 < again.call_count, "each of the two layers"
     same = "step", "tokens", "train/loss", "total_training_flops"
     assert [plain[key] for key in same] == [recomputed[key] for key in same]
-    one, two = (find_model(name).checkpoint for name in ("plain", "recomputed"))
+    one, two = (find_model(name).checkpoint for name in ("remembered", "recomputed"))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert (one / "optim_rank0.safetensors").read_bytes() == (two / "optim_rank0.safetensors").read_bytes()
     assert checkpoint.load_meta(one)["model_config"] == checkpoint.load_meta(two)["model_config"]
