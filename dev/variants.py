@@ -158,7 +158,7 @@ def contract_section() -> str:
     rows = [[test, says] for test, says in tests]
     pairs = len(every_pair(table))
     return (
-        f"## The contracts\n\nThese {len(tests)} run on {len(singles)} tiny models ({link(CONTRACTS / 'test_model_contract.py')}), each the base model of "
+        f"## The contracts\n\nThese {len(tests)} run, the last one aside on a CPU, on {len(singles)} tiny models ({link(CONTRACTS / 'test_model_contract.py')}), each the base model of "
         f"{link(CONTRACTS / 'axes.py')} with one value of one axis changed, or another shape. Of the {pairs:,} pairs of values of two axes all that are not "
         f"refused run the fast ones, many pairs to a model ({link(CONTRACTS / 'test_pairs.py')}); more at once are sampled under `slow`. Flags and entries that no "
         f"contract varies: {', '.join(axes.uncovered()) or 'none'}. Let off needing a gradient (`idle` in {link(CONTRACTS / 'contracts.py')}): "
