@@ -484,6 +484,8 @@ def test_two_ranks_make_the_rollouts_and_the_weights_of_one(run_ranks, base_dir)
     assert same_0 and same_1 and set(mine_0) == {0, 2} and set(mine_1) == {1, 3}
     for one, two in zip(records("alone"), records("ranks"), strict=True):
         assert one == two
+    counts = [[[row[key] for key in SAME[2:]] for row in read_metrics(runs_dir() / name)] for name in ("alone", "ranks")]
+    assert counts[0] == counts[1], "over all ranks"
     last = [checkpoint.load_weights(runs_dir() / name / "checkpoints" / "step_000008") for name in ("alone", "ranks")]
     last[0].pop("backout.scale")  # of two layers it scales the last stream, which the norm undoes: its gradient is rounding, which Adam makes whole steps of
     for name, value in last[0].items():
