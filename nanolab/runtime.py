@@ -58,6 +58,7 @@ class Runtime:
     world_size: int = 1
     backend: str = "none"  # nccl | gloo | none
     threads: int = 1
+    group: Any = None  # the process group of `gather_objects`; None: that of everything else
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +102,7 @@ class Runtime:
         if self.world_size == 1:
             return [obj]
         out: list[Any] = [None] * self.world_size
-        dist.all_gather_object(out, obj)
+        dist.all_gather_object(out, obj, self.group)
         return out
 
     def barrier(self) -> None:
@@ -333,6 +334,11 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         mallopt(option, value)
+
+
+def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """What training and its evaluations call: `model` itself, on GPUs compiled at its first call with rows of one shape."""
+    return torch.compile(model, dynamic=False) if device.type == "cuda" else model
 
 
 def device_peaks(name: str) -> tuple[float | None, float | None]:

@@ -6,7 +6,8 @@ A checkpoint is a folder step_000123/ with
   meta.json                  step, configs, data position, loop state, versions: enough to go on, or to say what it was
   manifest.json              format version, and size and sha256 of every other file; written last
 It is written in a hidden sibling folder, every file and the folder are flushed to disk, and then it is renamed. A kill
-at any moment leaves a hidden folder, which the next save removes. A folder of checkpoints has one writer at a time (the
+at any moment leaves a hidden folder, which the next save removes. Training saves through a `Writer`: the step waits for a copy
+of the state in the host's memory alone, a thread does the rest. A folder of checkpoints has one writer at a time (the
 run directory's lock sees to that) and is shared by all ranks.
 """
 
@@ -15,15 +16,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanolab.config import UserError
-from nanolab.runtime import Runtime
+from nanolab.runtime import Runtime, print0
 
 FORMAT = 1
 RNG = "__rng__/"  # keys of a rank's file that hold generator states, not optimizer shards
@@ -41,9 +45,50 @@ def save(
     optimizer: this rank's shards (None: weights only). Raises UserError on every rank if a file cannot be written; what
     was saved before is untouched and nothing half-written stays.
     """
+    return _save(root, step, weights, None if optimizer is None else {**optimizer, **_rng_state(runtime)}, meta, runtime)
+
+
+class Writer:
+    """Saves one checkpoint at a time in a thread, beside the next steps. Every rank has one and calls each method when the others do."""
+
+    def __init__(self, runtime: Runtime):
+        # messages of the threads have a group of their own: those of the step may not come between
+        self._runtime = replace(runtime, group=dist.new_group(backend="gloo")) if runtime.world_size > 1 else runtime
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._future: Future[Path] | None = None
+
+    def save(self, root: Path, step: int, *, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """Copy the state to the host's memory, and return; `save` above, of the copy, is under way then. The one before it must have been waited for."""
+        mine = weights if self._runtime.is_main else {}
+        copies = [{k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for tensors in (mine, optimizer)]
+        shards = copies[1] | _rng_state(self._runtime)
+        self._future = self._thread.submit(_save, root, step, copies[0], shards, meta, self._runtime)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save has not been waited for."""
+        return self._future is not None
+
+    def done(self) -> bool:
+        """Whether it is over on all ranks, well or not."""
+        return not self._runtime.any(not self._future.done())
+
+    def wait(self) -> None:
+        """Until it is over. Raises its UserError, on every rank."""
+        future, self._future = self._future, None
+        if future is not None:
+            future.result()
+
+    def close(self) -> None:
+        """Wait for what is under way, when something else has gone wrong; say so if it fails, too."""
+        self._thread.shutdown()
+        if self._future is not None and (error := self._future.exception()):
+            print0(f"note: {error}")
+
+
+def _save(root: Path, step: int, weights: dict[str, torch.Tensor], shards: dict[str, torch.Tensor] | None, meta: dict[str, Any], runtime: Runtime) -> Path:
     final = root / f"step_{step:06d}"
     temp = root / f".tmp-{final.name}"
-    shards = None if optimizer is None else {**optimizer, **_rng_state(runtime)}
     tensors = [*(weights.values() if runtime.is_main else ()), *(shards or {}).values()]
     need = sum(runtime.gather_objects(sum(t.nbytes for t in tensors)))
 
@@ -81,8 +126,9 @@ def save(
         raise UserError(
             f"the checkpoint of step {step} could not be written to {root}: {error}. It needs {need / 1e6:.1f} MB; the disk has "
             f"{free / 1e6:.1f} MB free. Checkpoints saved before are untouched. Make room (or raise the file size limit), then type "
-            f"the same command with --resume; --keep 1 keeps fewer checkpoints"
-        )
+            f"the same command with --resume; --keep 1 keeps fewer checkpoints",
+            "checkpoint-not-written", step=step, need=need, free=free,
+        )  # fmt: skip
     if runtime.is_main:
         remove_stale(root)
     return final

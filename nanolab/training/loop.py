@@ -51,6 +51,7 @@ class Every:
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
     work: Callable[[], Any] | None = None  # rollout.Work so far, where steps differ in tokens; None: each has the plan's
     draw_samples: Callable[[], None] = lambda: None
+    planned_bytes: int = 0  # of one rank, at the peak; a GPU's statistics are printed beside it
 
     def __post_init__(self) -> None:
         if self.keep != "all" and not (str(self.keep).isdigit() and int(self.keep) >= 1):
@@ -91,6 +92,7 @@ class Loop:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.eta = Eta()
         self.cold = self.compiled  # until the first step's shapes are compiled
+        self.writer = checkpoint.Writer(self.runtime)
         for group in self.optimizer.groups:
             group.setdefault("initial_weight_decay", group["weight_decay"])
 
@@ -147,21 +149,24 @@ class Loop:
         print0(f"resumed at step {self.state.step} from {path}")
 
     def save(self) -> None:
+        """Begin to save this step; `retain` ends it."""
         if self.saved_step == self.state.step:
             return
+        if self.writer.busy:
+            self.retain()
         meta = {
             "run": self.run.name, "kind": self.run.kind, **self.run.facts, "model_config": dataclasses.asdict(self.bare_model.config),
             "config": self.run.config, "plan": dataclasses.asdict(self.plan), "env": self.run.env, "loop": dataclasses.asdict(self.state),
             "tokens": self.tokens, "batches": self.batches.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else None,
         }  # fmt: skip
         self.run.sync()
-        weights = self.bare_model.state_dict()
-        checkpoint.save(self.run.checkpoints, self.state.step, weights=weights, optimizer=self.optimizer.state_dict(), meta=meta, runtime=self.runtime)
+        self.writer.save(self.run.checkpoints, self.state.step, weights=self.bare_model.state_dict(), optimizer=self.optimizer.state_dict(), meta=meta)
         self.saved_step = self.state.step
 
-    def retain(self, step: int) -> None:
-        """Drop old checkpoints; called after the metrics of `step` are on record, since they decide which is the best."""
-        if self.runtime.is_main and self.saved_step == step:
+    def retain(self) -> None:
+        """Wait for the checkpoint that is being written and drop old ones; called after the metrics of its step are on record, since they decide which is the best."""
+        self.writer.wait()
+        if self.runtime.is_main:
             checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
 
     def evaluate(self, last: bool, stop: StopRequest) -> dict[str, Any] | None:
@@ -272,6 +277,12 @@ class Loop:
             total = self.state.total_training_time + left
             print0(f"expected time   measured: about {clock(total).strip()} in all, {clock(left).strip()} left (median of {MEASURED_AFTER} steps, evaluations not counted)")
 
+    def print_memory(self) -> None:
+        """The plan's peak of memory beside that of the device so far. A CPU's holds much else."""
+        if self.every.planned_bytes and self.runtime.device.type == "cuda":
+            peak, planned = self.runtime.peak_memory_mib() / 2**10, self.every.planned_bytes / 2**30
+            print0(f"peak memory     {peak:.1f} GiB on rank 0, by torch.cuda.max_memory_allocated; planned {planned:.1f} GiB ({peak / planned - 1:+.0%})")
+
     def result(self, last: dict[str, Any]) -> dict[str, Any]:
         """The numbers that a finished run is known by; `last` are the metrics of the final evaluation."""
         seconds = self.state.total_training_time
@@ -322,13 +333,13 @@ def fit(
                     row = None if run.runtime.any(stop.asked()) else row
                 if row is None:
                     loop.save()
-                    loop.retain(step)
+                    loop.retain()
                     loop.leave(stop)
                 totals = loop.totals()
                 if last:
                     if row:
                         run.log(step, {**row, **totals})
-                    loop.retain(step)
+                    loop.retain()
                     result = loop.result(row)
                     if loop.state.waits:
                         print0(f"data            {loop.state.waits:,} of {step:,} steps waited for their batches (the first one of each start always does)")
@@ -343,9 +354,12 @@ def fit(
                     row = {**metrics, **row}
                 if loop.state.step - first == MEASURED_AFTER:
                     loop.print_expected_time(left)
+                    loop.print_memory()
                 if row:
                     run.log(step, {**row, **totals})
-                loop.retain(step)
+                if loop.writer.busy and loop.writer.done():
+                    loop.retain()
     except BaseException:
+        loop.writer.close()
         run.close()
         raise

@@ -158,7 +158,7 @@ def test_full_disk_is_one_message_and_loses_nothing(tmp_path):
     process = child("starve", tmp_path)
     err = process.stderr
     assert process.returncode == 1, err
-    assert err.startswith("error: the checkpoint of step 2 could not be written to ") and err.count("\n") == 1
+    assert err.startswith("error [checkpoint-not-written]: the checkpoint of step 2 could not be written to ") and err.count("\n") == 1
     assert "File too large" in err and "0.8 MB" in err and "--resume" in err and str(tmp_path) in err
     assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_000001"
     assert [s for s, _ in checkpoint.steps(tmp_path)] == [1] and not hidden(tmp_path)
@@ -194,10 +194,11 @@ def kill_loop(root: Path, kills: int) -> None:
     for _ in range(kills):
         pid = os.fork()
         if pid == 0:
-            step = checkpoint.steps(root)[-1][0]
+            step, writer = checkpoint.steps(root)[-1][0], checkpoint.Writer(ALONE)
             while True:
                 step += 1
-                save(root, step, numel=200_000)
+                writer.save(root, step, weights=tensors(step, 200_000), optimizer={"a@0:5": torch.zeros(5)}, meta={})
+                writer.wait()
                 checkpoint.retain(root, 2)
         time.sleep(rng.uniform(0.01, 0.12))
         os.kill(pid, signal.SIGKILL)
@@ -226,7 +227,18 @@ def test_two_ranks_write_one_checkpoint_or_none(tmp_path, run_ranks):
 
 
 def two_ranks(runtime: Runtime, root: Path) -> str:
-    save(root, 1, runtime)
+    writer, weights = checkpoint.Writer(runtime), tensors(1)
+    writer.save(root, 1, weights=weights, optimizer={f"wte.weight/exp_avg@{runtime.rank * 5}:{runtime.rank * 5 + 5}": torch.full((5,), 1.0 + runtime.rank)}, meta={})
+    for value in weights.values():
+        value.zero_()  # by the next steps, whose messages do not meet those of the threads
+    steps = 0
+    while not writer.done():
+        steps += 1
+        assert runtime.all_reduce_(torch.tensor(float(runtime.rank))).item() == 1.0
+    writer.wait()
+    assert len(set(runtime.gather_objects(steps))) == 1, "the ranks end it at the same step"
+    same = checkpoint.load_weights(root / "step_000001")
+    assert all(torch.equal(same[name], value) for name, value in tensors(1).items())
     if runtime.rank == 1:  # below the size of this rank's file: its generator state alone is 5 kB
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     with pytest.raises(UserError) as error:

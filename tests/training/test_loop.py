@@ -1,5 +1,6 @@
 """fit(): the numbers of a step, the order of things in it, and what stops it."""
 
+import errno
 import gc
 import importlib.util
 import json
@@ -10,8 +11,11 @@ import resource
 import shutil
 import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -249,10 +253,12 @@ def test_dropout_is_on_in_training_and_exact_through_a_resume():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), model_2.state_dict().values()))
 
 
-def test_cadences_and_the_order_of_a_step():
+def test_cadences_and_the_order_of_a_step(monkeypatch):
     run, model, optimizer, batches = parts()
     seen = []
-    saved = lambda: len(checkpoint.steps(run.checkpoints))  # noqa: E731
+    save = Mock(wraps=checkpoint._save)
+    monkeypatch.setattr(checkpoint, "_save", save)
+    saved = lambda: save.call_count  # noqa: E731
     every = Every(
         eval=2, sample=3, save=4, keep="all", evaluate=lambda: seen.append(("eval", batches.n, saved())) or {}, draw_samples=lambda: seen.append(("sample", batches.n, saved()))
     )  # fmt: skip
@@ -303,7 +309,9 @@ def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
     seen = []
 
     def benchmark(stop):
-        seen.append((batches.n, [step for step, _ in checkpoint.steps(run.checkpoints)], stop()))
+        while not (found := checkpoint.steps(run.checkpoints)):  # it is written beside the benchmark
+            time.sleep(0.01)
+        seen.append((batches.n, [step for step, _ in found], stop()))
         os.kill(os.getpid(), signal.SIGTERM)
         return None if stop() else {}
 
@@ -313,6 +321,65 @@ def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
     run, model, optimizer, batches = parts(resume=True)
     fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}))
     assert [row["step"] for row in read_metrics(run.dir) if "core_metric" in row] == [3, 6], "measured again"
+
+
+@pytest.mark.fault("core likely: Checkpoints hold up all GPUs")
+def test_steps_go_on_while_a_checkpoint_is_written(monkeypatch):
+    """The write of step 2 ends after step 4 began: it holds the state of step 2, and that of step 4 waits for it."""
+    run, model, optimizer, batches = parts()
+    write, going_on, order, then = checkpoint._save, threading.Event(), [], {}
+
+    def slow(root, step, *rest):
+        order.append(("begins", step))
+        assert step != 2 or going_on.wait(60)
+        write(root, step, *rest)
+        order.append(("ends", step))
+
+    def loss(model, batch):
+        if batches.n == 3:  # the third step: two updates have been made
+            then.update({name: value.clone() for name, value in model.state_dict().items()})
+        if batches.n == 4:
+            assert order == [("begins", 2)] and not checkpoint.steps(run.checkpoints)
+            going_on.set()
+        return nats(model, batch)
+
+    monkeypatch.setattr(checkpoint, "_save", slow)
+    fit(run, model, optimizer, batches, ToyPlan(), loss, Every(save=2, keep="all"))
+    assert order == [(what, step) for step in (2, 4, 6) for what in ("begins", "ends")]
+    same_weights(checkpoint.load_weights(run.checkpoints / "step_000002"), then)
+
+
+@pytest.mark.fault("core likely: Checkpoints hold up all GPUs")
+def test_an_error_waits_for_the_write_and_a_failed_write_ends_the_run(monkeypatch, capsys):
+    run, model, optimizer, batches = parts()
+    write, raised = checkpoint._save, threading.Event()
+
+    def slow(root, step, *rest):
+        assert raised.wait(60)
+        write(root, step, *rest)
+
+    def loss(model, batch):
+        if batches.n == 4:
+            raised.set()
+            raise KeyError("of the loss")
+        return nats(model, batch)
+
+    monkeypatch.setattr(checkpoint, "_save", slow)
+    with pytest.raises(KeyError):
+        fit(run, model, optimizer, batches, ToyPlan(), loss, Every(save=2))
+    checkpoint.verify(run.checkpoints / "step_000002")
+    assert run._lock is None, "the directory is free, and nobody writes there any more"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_save", write)
+    monkeypatch.setattr(checkpoint, "_write", full)
+    run, model, optimizer, batches = parts(resume=True)
+    with pytest.raises(UserError) as error:
+        fit(run, model, optimizer, batches, ToyPlan(num_iterations=400), nats, Every(save=4))
+    assert error.value.code == "checkpoint-not-written" and error.value.values["step"] == 4 and batches.n <= 8
+    assert [step for step, _ in checkpoint.steps(run.checkpoints)] == [2]
 
 
 def test_retention_keeps_the_best_by_bpb():
@@ -365,14 +432,17 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
 
     def fill_the_disk() -> dict[str, float]:
         if batches.n == 3:
+            while not checkpoint.steps(run.checkpoints):
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
         return {}
 
     try:
-        with pytest.raises(UserError, match="the checkpoint of step 4 could not be written"):
+        with pytest.raises(UserError) as error:
             fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, save=2, evaluate=fill_the_disk))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (error.value.code, error.value.values["step"]) == ("checkpoint-not-written", 4)
     run, resumed, optimizer, batches = parts(resume=True)
     assert run.resume_from.name == "step_000002"
     fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, Every())
