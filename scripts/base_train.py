@@ -34,9 +34,10 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.evals.core import metrics
     from nanolab.evals.likelihood import GPTReader
     from nanolab.evals.samples import print_samples
+    from nanolab.model.accounting import peak_bytes
     from nanolab.model.fp8 import convert, full_precision
     from nanolab.model.gpt import GPT
-    from nanolab.runtime import base_dir, print0
+    from nanolab.runtime import base_dir, compiled, print0
     from nanolab.training.loop import Every, fit
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
@@ -67,7 +68,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
         print0(f"fp8             {convert(model)} linear layers multiply in 8-bit floats, in training")
     optimizer = MuonAdamW(param_groups(model, cfg, plan), rt)
     torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
-    step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
+    step_model = compiled(model, rt.device)
     batches = Prefetch(
         PackedBatches(
             data.train, tokenizer, seq_len=cfg.max_seq_len, device_batch_size=cfg.device_batch_size, rows_per_step=plan.rows_per_step,
@@ -80,9 +81,10 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     def evaluate() -> dict[str, float]:
         if not rows:  # tokenised at the first evaluation, so that training starts at once
             limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
-            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit)[:2])
+            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2])
         with full_precision(model):
-            return {"val/bpb": bits_per_byte(model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size, stop.asked).bpb}
+            found = bits_per_byte(step_model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size, stop.asked, shared=True, full=step_model is not model)
+        return {"val/bpb": found.bpb}
 
     def run_benchmark(asked) -> dict | None:
         with full_precision(model):
@@ -100,6 +102,7 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             Every(
                 log=cfg.log_every, eval=cfg.eval_every, benchmark=cfg.core_metric_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
                 grad_norm=cfg.log_grad_norm, evaluate=evaluate, run_benchmark=run_benchmark, draw_samples=draw_samples,
+                planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
             ),
             stop, compiled=step_model is not model,
         )  # fmt: skip
@@ -192,14 +195,16 @@ def dry_run(cfg: BaseTrainConfig) -> int:
 def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text, share_rows
-    from nanolab.model.accounting import n_params, train_memory_bytes
+    from nanolab.model.accounting import n_params, peak_bytes
     from nanolab.runtime import DTYPES, cpu_gflops, device_peaks
     from nanolab.training.environment import attention_line
     from nanolab.training.recipes import RECIPES, warmup_warning
 
     m, p = plan.model, n_params(plan.model)
     most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]  # rows of the rank that all wait for
-    memory = train_memory_bytes(m, min(plan.device_batch_size, most), 4 if dtype == "float32" else 2, plan.world_size, kind)
+    memory = planned_memory(cfg, plan, kind, dtype)
+    gib = {part: f"{n / 2**30:.2f}" for part, n in memory.items()}
+    saved = (memory["weights"] + memory["optimizer"]) / 2**30
     peak = cpu_gflops().get(dtype, 0.0) * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
     if plan.flops is None:
         horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
@@ -224,9 +229,32 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         f"rates           {plan.recipe}: {rate}, {RECIPES[plan.recipe].moves(plan)}; {decay}{clip}",
         *slow,
-        f"peak memory     about {memory / 2**30:.1f} GiB per rank (lower --device-batch-size if that is too much)",
+        f"peak memory     about {peak_bytes(memory) / 2**30:.1f} GiB per rank (if that is too much lower --device-batch-size, or type --activation-checkpointing)",
+        f"                GiB: weights {gib['weights']}, gradients {gib['gradients']}, optimizer {gib['optimizer']}; then activations {gib['activations']}, or in the "
+        f"optimizer's step its stacks{' and messages' * (plan.world_size > 1)} {gib['step']}",
+        f"checkpoints     written beside the next steps, from a copy in the host's memory: {saved:.2f} GiB on rank 0, beside that",
         f"expected time   {time}",
     ]
+
+
+def planned_memory(cfg: BaseTrainConfig, plan, kind: str, dtype: str) -> dict[str, int]:
+    """Bytes of the rank with the most rows, by part; see accounting.train_memory."""
+    import torch
+
+    from nanolab.data.packing import share_rows
+    from nanolab.model.accounting import train_memory
+    from nanolab.model.gpt import GPT
+    from nanolab.runtime import DTYPES, Runtime
+    from nanolab.training.optim import MuonAdamW
+    from nanolab.training.recipes import param_groups
+
+    m = plan.model
+    most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]
+    with torch.device("meta"):
+        model = GPT(m, DTYPES[dtype])
+    optimizer = MuonAdamW(param_groups(model, cfg, plan), Runtime(torch.device(kind), DTYPES[dtype], world_size=plan.world_size)).memory()
+    size = 4 if dtype == "float32" else 2
+    return train_memory(m, min(plan.device_batch_size, most), size, kind, activation_checkpointing=cfg.activation_checkpointing, optimizer=optimizer)
 
 
 def clock(seconds: float) -> str:

@@ -73,7 +73,7 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.data.loader import AHEAD, Prefetch
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.gpt import GPT
-    from nanolab.runtime import print0
+    from nanolab.runtime import compiled, print0
     from nanolab.training import finetune
     from nanolab.training.checkpoint import load_meta
     from nanolab.training.loop import Every, fit
@@ -118,10 +118,10 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     if cfg.load_optimizer and not record.resume_from:
         optimizer.load_state_dict(finetune.optimizer_state(found))
     torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
-    step_model = torch.compile(model, dynamic=False) if rt.device.type == "cuda" else model
+    step_model = compiled(model, rt.device)
     batches = Prefetch(Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts]), rt, plan.grad_accum + AHEAD)
     stop = StopRequest()
-    judge = Judge(cfg, parts, plan, model, tokenizer, text, rt, versions, stop)
+    judge = Judge(cfg, parts, plan, model, step_model, tokenizer, text, rt, versions, stop)
     try:
         fit(
             record, model, optimizer, batches, plan,
@@ -195,8 +195,8 @@ def open_text(cfg: SFTConfig, origin, pinned, replayed: bool):
 class Judge:
     """What is measured on the way, and when."""
 
-    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, tokenizer, text, rt, versions: Mapping[str, int], stop) -> None:
-        self.versions, self.stop = versions, stop
+    def __init__(self, cfg: SFTConfig, parts: list[Part], plan, model, step_model, tokenizer, text, rt, versions: Mapping[str, int], stop) -> None:
+        self.versions, self.stop, self.step_model = versions, stop, step_model
         self.cfg, self.parts, self.plan, self.model, self.tokenizer, self.text, self.rt = cfg, parts, plan, model, tokenizer, text, rt
         self.limit = cfg.eval_tokens if cfg.eval_tokens > 0 else EVAL_TOKENS.get(rt.device.type, EVAL_TOKENS_ELSEWHERE)
         self.loss_steps, self.chatcore_steps = (self.due(every) for every in (cfg.eval_every, cfg.chatcore_every))
@@ -239,14 +239,16 @@ class Judge:
                 held_out = mixture(part.stage.tasks, "test", cfg.data, seed=cfg.seed, versions=self.versions)
                 self.rows.append(held_out_rows(Reader(held_out, self.tokenizer, T + 1), self.limit))
             if cfg.eval_text:
-                self.rows.append(validation_rows(self.text.val, self.tokenizer, T, self.limit)[:2])
+                self.rows.append(validation_rows(self.text.val, self.tokenizer, T, self.limit, self.rt)[:2])
         every_token = np.ones(self.tokenizer.vocab_size, dtype=np.int32)  # the end of a turn has no bytes, but counts
-        sums = [bits_per_byte(self.model, rows, every_token, self.rt, size, self.stop.asked) for rows in self.rows[: len(self.parts)]]
+        full = self.step_model is not self.model
+        sums = [bits_per_byte(self.step_model, rows, every_token, self.rt, size, self.stop.asked, full=full) for rows in self.rows[: len(self.parts)]]
         metrics = {"val/loss": sum(s.nats for s in sums) / sum(s.n_tokens for s in sums)}
         if len(sums) > 1:
             metrics |= {f"val/loss/{part.stage.name}": s.nats / s.n_tokens for part, s in zip(self.parts, sums)}
         if cfg.eval_text:
-            metrics["val/bpb"] = bits_per_byte(self.model, self.rows[-1], self.tokenizer.token_bytes(), self.rt, size, self.stop.asked).bpb
+            text_bytes = self.tokenizer.token_bytes()
+            metrics["val/bpb"] = bits_per_byte(self.step_model, self.rows[-1], text_bytes, self.rt, size, self.stop.asked, shared=True, full=full).bpb
         return metrics
 
 

@@ -80,10 +80,10 @@ def layers(c: GPTConfig, kernels: list[str]) -> list[dict[str, Any]]:
 
 def totals(c: GPTConfig, context: int, device_type: str, bytes_per_value: int) -> dict[str, Any]:
     """Parameters, FLOPs per token, cache bytes per token, and what training takes (bytes: for one row, and for each more)."""
-    from nanolab.model.accounting import decode_flops_per_token, kv_bytes_per_token, n_params, train_flops_per_token, train_memory_bytes
+    from nanolab.model.accounting import decode_flops_per_token, kv_bytes_per_token, n_params, peak_bytes, train_flops_per_token, train_memory
 
     p = n_params(c)
-    one, two = (train_memory_bytes(c, rows, bytes_per_value, device_type=device_type) for rows in (1, 2))
+    one, two = (peak_bytes(train_memory(c, rows, bytes_per_value, device_type)) for rows in (1, 2))
     return {
         "parameters": p["total"], "without_wpe": p["total"] - p["wpe"], "scaling": p["scaling"],
         "train_flops_per_token": train_flops_per_token(c), "context": context, "decode_flops_per_token": decode_flops_per_token(c, context),

@@ -18,18 +18,20 @@ best fit and cutting the longest gives 585, and leaves documents waiting for 1,9
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from itertools import islice
-from typing import Any, Callable, Iterable, NamedTuple, Protocol, Sequence
+from itertools import chain, islice
+from typing import Any, Callable, NamedTuple, Protocol, Sequence
 
 import numpy as np
 import torch
 
 from nanolab.config import UserError
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.runtime import Runtime
 
 POOL = 32  # places per stream; 16 do almost as well, 128 no better
 AHEAD = 16  # documents per stream and source that are tokenised in one go
 AHEAD_CHARS = 4_000_000  # and the text at which to stop sooner
+LOT = 64  # validation documents that a rank tokenises at a time
 ARRIVAL_BITS = 48
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie as far apart as can be
 
@@ -430,44 +432,63 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return states[0] | {"streams": [streams[s] for s in range(states[0]["n_streams"])]}
 
 
-def validation_rows(documents: Any, tokenizer: Tokenizer, seq_len: int, max_tokens: int = -1) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int64; every text token is a target exactly once.
+def validation_rows(
+    documents: Any, tokenizer: Tokenizer, seq_len: int, max_tokens: int = -1, runtime: Runtime | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int32; every text token is a target exactly once.
 
     documents: texts, or an object whose iterate() gives them. The first `max_tokens` text tokens count (-1: all). Documents
     of up to T tokens stay whole, so that each token has the context it would have alone; longer ones are cut at multiples
     of T. Places left over have the target -1. Raises UserError where there is no text.
+
+    runtime: of several ranks each tokenises its share of the documents and gets its share of the rows, r, r + W, ... of those that one rank would
+    get, and as many of them as the others: the last one may have no target. A collective call.
     """
-    texts = documents.iterate() if hasattr(documents, "iterate") else documents
-    pieces: list[np.ndarray] = []
+    rank, world = (runtime.rank, runtime.world_size) if runtime else (0, 1)
+    texts = iter(documents.iterate() if hasattr(documents, "iterate") else documents)
+    lengths: list[int] = []  # of all documents
+    mine: dict[int, np.ndarray] = {}  # the text of this rank's, by its number
     left = max_tokens if max_tokens >= 0 else 1 << 62
-    for ids in _encoded(texts, tokenizer):
-        ids = ids[:left]
-        pieces += [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
-        left -= len(ids)
-        if not left:
-            break
+    while left and (lot := list(islice(texts, LOT * world))):
+        arrays = tokenizer.encode_arrays(lot[rank * LOT : (rank + 1) * LOT], threads=2)
+        first = len(lengths) + rank * LOT
+        for length in chain(*_gathered(runtime, [len(ids) for ids in arrays])):
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+        mine |= {n: ids[: lengths[n]] for n, ids in enumerate(arrays, first)}
+    pieces = [(n, i) for n, length in enumerate(lengths) for i in range(0, length, seq_len)]
     if not pieces:
         raise UserError("the validation documents hold no text; expected at least one token; check --val-data")
-    n_bytes = int(tokenizer.token_bytes()[np.concatenate(pieces)].sum(dtype=np.int64))
-    pieces.sort(key=len)
-    lengths = [len(piece) for piece in pieces]
-    inputs, targets = [], []
-    while pieces:
-        row = np.full(seq_len + 1, -1, dtype=np.int64)
+    sizes = [min(seq_len, lengths[n] - i) for n, i in pieces]
+    place_of, n_rows = _best_fit(sizes, seq_len + 1)
+    rows = np.full((-(-n_rows // world), seq_len + 1), -1, dtype=np.int32)
+    for turn in range(world):  # the ranks exchange their documents a part at a time
+        part = {p: mine[n][i : i + seq_len] for p, (n, i) in enumerate(pieces) if n in mine and p % world == turn}
+        for p, ids in chain(*(found.items() for found in _gathered(runtime, part))):
+            row, at = place_of[p]
+            if row % world == rank:
+                rows[row // world, at] = tokenizer.bos
+                rows[row // world, at + 1 : at + 1 + len(ids)] = ids
+    n_bytes = sum(_gathered(runtime, sum(int(tokenizer.token_bytes()[ids].sum(dtype=np.int64)) for ids in mine.values())))
+    return np.where(rows[:, :-1] < 0, tokenizer.bos, rows[:, :-1]), rows[:, 1:], n_bytes
+
+
+def _best_fit(sizes: Sequence[int], room: int) -> tuple[dict[int, tuple[int, int]], int]:
+    """(piece -> (row, place in it), rows): a row takes, again and again, the longest piece that fits with its bos."""
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    lengths = [sizes[p] for p in order]
+    place_of: dict[int, tuple[int, int]] = {}
+    row = 0
+    while order:
         at = 0
-        while place := bisect_left(lengths, seq_len + 1 - at):  # pieces[:place] fit with their bos
+        while place := bisect_left(lengths, room - at):  # order[:place] fit
             del lengths[place - 1]
-            ids = pieces.pop(place - 1)
-            row[at] = tokenizer.bos
-            row[at + 1 : at + 1 + len(ids)] = ids
-            at += 1 + len(ids)
-        inputs.append(np.where(row[:-1] < 0, tokenizer.bos, row[:-1]))
-        targets.append(row[1:])
-    return np.stack(inputs), np.stack(targets), n_bytes
+            p = order.pop(place - 1)
+            place_of[p] = row, at
+            at += 1 + sizes[p]
+        row += 1
+    return place_of, row
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterable[np.ndarray]:
-    """The ids of each text, tokenised in batches."""
-    texts = iter(texts)
-    while batch := list(islice(texts, 64)):
-        yield from tokenizer.encode_arrays(batch, threads=2)
+def _gathered(runtime: Runtime | None, mine: Any) -> list[Any]:
+    return runtime.gather_objects(mine) if runtime else [mine]

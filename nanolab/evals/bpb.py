@@ -43,35 +43,44 @@ class BPB(NamedTuple):
 @torch.no_grad()
 def bits_per_byte(
     model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32, stop: Stop | None = None,
-    keep: list[tuple[float, int]] | None = None,
+    keep: list[tuple[float, int]] | None = None, shared: bool = False, full: bool = False,
 ) -> BPB:
     """Bits per byte of the model on rows, the same ones on every rank.
 
     rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives.
     token_bytes: (V,) bytes that each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither
     as nats nor as bytes. Rank r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of
-    `batch_size` but for rounding. keep: gets (nats, bytes) of each row, on every rank. stop: asked before each batch; Stopped is raised where a rank says so. Raises UserError when no byte is left to count.
+    `batch_size` but for rounding. keep: gets (nats, bytes) of each row, on every rank. stop: asked before each batch; Stopped is raised where a rank says so.
+    shared: each rank's rows are its own share, N of them on each. full: the last batch is filled up with rows that do not count, since a compiled model is
+    compiled again for a batch of another size. Raises UserError when no byte is left to count.
     """
-    inputs, targets = (np.asarray(half)[runtime.rank :: runtime.world_size].astype(np.int64) for half in rows)
-    counted = targets >= 0
-    counted[counted] = token_bytes[targets[counted]] > 0
-    targets = np.where(counted, targets, -1)
+    n_rows = len(rows[0]) * (runtime.world_size if shared else 1)
+    inputs, targets = (np.asarray(half) if shared else np.asarray(half)[runtime.rank :: runtime.world_size] for half in rows)
     # float64, which mps has not: its sums are made on the CPU
     device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")
-    n_bytes = torch.from_numpy(np.where(counted, token_bytes[targets], 0).sum(1, dtype=np.float64)).to(device)  # of each row, as are
-    nats = torch.zeros_like(n_bytes)
-    for first in range(0, -(-len(rows[0]) // runtime.world_size), batch_size):  # as many on each rank, since they agree on `stop`
+    nats, n_bytes = (torch.zeros(len(inputs), dtype=torch.float64, device=device) for _ in range(2))  # of each row
+    n_counted = 0
+    for first in range(0, -(-n_rows // runtime.world_size), batch_size):  # as many on each rank, since they agree on `stop`
         if stop:
             runtime.check_stop(stop())
-        if not counted[first : first + batch_size].any():
+        batch = slice(first, first + batch_size)
+        x, y = (half[batch].astype(np.int64) for half in (inputs, targets))
+        counted = y >= 0
+        counted[counted] = token_bytes[y[counted]] > 0
+        if not counted.any():
             continue
-        x, y = (torch.from_numpy(half[first : first + batch_size]).to(runtime.device) for half in (inputs, targets))
-        nats[first : first + batch_size] = model(x, y, reduction="none").to(device).double().sum(1)
-    n_tokens = torch.tensor(float(counted.sum()), dtype=torch.float64, device=device)
+        n, n_counted = len(x), n_counted + int(counted.sum())
+        y = np.where(counted, y, -1)
+        n_bytes[batch] = torch.from_numpy(np.where(counted, token_bytes[y], 0).sum(1, dtype=np.float64)).to(device)
+        if full and n < batch_size:
+            x, y = (np.concatenate((half, np.full((batch_size - n, half.shape[1]), fill))) for half, fill in ((x, 0), (y, -1)))
+        x, y = (torch.from_numpy(half).to(runtime.device) for half in (x, y))
+        nats[batch] = model(x, y, reduction="none")[:n].to(device).double().sum(1)
+    n_tokens = torch.tensor(float(n_counted), dtype=torch.float64, device=device)
     sums = torch.stack([nats.sum(), n_bytes.sum(), n_tokens, (n_bytes > 0).sum(), (nats**2).sum(), (nats * n_bytes).sum(), (n_bytes**2).sum()])
     found = _of_sums(*runtime.all_reduce_(sums).tolist())
     if keep is not None:
-        keep += [(0.0, 0)] * len(rows[0])
+        keep += [(0.0, 0)] * n_rows
         for rank, part in enumerate(runtime.gather_objects((nats.tolist(), n_bytes.tolist()))):
             keep[rank :: runtime.world_size] = [(x, int(b)) for x, b in zip(*part)]
     return found

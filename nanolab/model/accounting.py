@@ -100,16 +100,24 @@ def kv_bytes_per_token(c: GPTConfig, bytes_per_value: int) -> int:
     return sum(heads * channels for pair in cached_shapes(c) for heads, channels in pair) * bytes_per_value
 
 
-def train_memory_bytes(c: GPTConfig, rows: int, bytes_per_value: int, ranks: int = 1, device_type: str = "cpu") -> int:
-    """Predicted peak of training on one rank, above what the process needs to start; good to about a third for the default model.
+def train_memory(
+    c: GPTConfig, rows: int, bytes_per_value: int, device_type: str = "cpu", *, activation_checkpointing: bool = False, optimizer: tuple[int, int] | None = None
+) -> dict[str, int]:
+    """Predicted bytes of training on one rank, above what the process needs to start, by part; good to about a third for the default model.
 
-    Weights and gradients in fp32 (8 bytes a parameter on every rank), optimizer moments sharded over the ranks (8 bytes
-    for AdamW's, 4 for Muon's), activations kept for the backward pass, and logits. On CPUs 40 values per token, width and
-    layer are kept, as measured (tests/model/test_memory.py), and the head works on 1,024 rows at a time. On GPUs 20 is
-    assumed: compiled code keeps fewer; not measured yet.
+    weights, gradients: in fp32, on every rank. optimizer: its state (on one rank 8 bytes for a value of AdamW's and 4 for one of Muon's), and
+    "step", what a step holds beside these; both from `MuonAdamW.memory`. activations: kept for the backward pass, and the head's logits. On CPUs 40 values per
+    token, width and layer are kept, as measured (tests/model/test_memory.py), and the head works on 1,024 rows at a time. On GPUs 20 is
+    assumed: compiled code keeps fewer; not measured yet. With activation checkpointing that is one layer's, and one value of each.
     """
     p, tokens = n_params(c), rows * c.sequence_len
-    state = 8 * p["total"] + (8 * (p["total"] - p["matrices"]) + 4 * p["matrices"]) // ranks
+    state, step = optimizer or (8 * (p["total"] - p["matrices"]) + 4 * p["matrices"], 0)
     values, head_rows = (40, min(tokens, 1024)) if device_type == "cpu" else (20, tokens)
-    activations = c.n_layer * tokens * c.n_embd * bytes_per_value * values
-    return state + activations + head_rows * padded_vocab(c) * (bytes_per_value + 8)
+    kept = c.n_layer + values if activation_checkpointing else c.n_layer * values
+    activations = kept * tokens * c.n_embd * bytes_per_value + head_rows * padded_vocab(c) * (bytes_per_value + 8)
+    return {"weights": 4 * p["total"], "gradients": 4 * p["total"], "optimizer": state, "activations": activations, "step": step}
+
+
+def peak_bytes(memory: dict[str, int]) -> int:
+    """Of the parts that `train_memory` gives: the optimizer's step comes when the activations have gone."""
+    return sum(memory.values()) - min(memory["activations"], memory["step"])

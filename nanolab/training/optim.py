@@ -61,6 +61,14 @@ class Group:
         self.messages: list[tuple[dist.Work, Any]] = []  # handle, and every tensor that it reads or writes
         self.grads: list[Tensor] = []  # summed over ranks, of what this rank owns; true once `wait` has returned
 
+    def update_bytes(self) -> int:
+        """What `update` makes and drops."""
+        return 0
+
+    def sent_bytes(self) -> int:
+        """What `gather` adds to that."""
+        return 0
+
     def wait(self) -> None:
         for work, _ in self.messages:
             work.wait()
@@ -141,11 +149,21 @@ class AdamWGroup(Group):
             flat.copy_(target[: flat.numel()])
         self.forget()
 
+    def step_bytes(self) -> int:
+        """What a step holds beside parameters, gradients and state: this rank's sums, and where ranges do not fill a parameter a copy of it with zeros after it."""
+        widths = [(width, f.numel()) for f, width, split in zip(self.flat, self.width, self.split) if split]
+        padded = sum(width * self.world for width, numel in widths if width * self.world != numel)
+        whole = sum(f.numel() for f, split in zip(self.flat, self.split) if not split) if self.world > 1 else 0
+        return 4 * (sum(width for width, _ in widths) + padded + whole)
+
     def pieces(self) -> Iterator[Piece]:
         for i, name in enumerate(self.names):
             for slot, state in (("exp_avg", self.exp_avg[i]), ("exp_avg_sq", self.exp_avg_sq[i])):
                 saved = state.numel() > 0 and (self.split[i] or self.rank == 0)
                 yield Piece(f"{name}/{slot}", self.start[i], state, saved)
+
+    def state(self) -> list[Tensor]:
+        return [*self.exp_avg, *self.exp_avg_sq]
 
     def sizes(self) -> dict[str, int]:
         """Elements of every slot, of all ranks."""
@@ -171,7 +189,7 @@ class MuonGroup(Group):
         like = self.params[0].detach()
         self.momentum = like.new_zeros(len(self.own), m, n)
         self.second = like.new_zeros((len(self.own), m, 1) if m >= n else (len(self.own), 1, n))
-        self.chunk = max(1, CHUNK.get(like.device.type, BIG_CHUNK) // (m * n))
+        self.chunk = max(1, CHUNK.get(runtime.device.type, BIG_CHUNK) // (m * n))
 
     def forget(self) -> None:
         super().forget()
@@ -220,10 +238,30 @@ class MuonGroup(Group):
             torch._foreach_copy_(self.params, self.stack[: len(self.params)].unbind())
         self.forget()
 
+    def step_bytes(self) -> int:
+        """What a step holds beside parameters, gradients and state: all gradients in one stack, and this rank's sums."""
+        m, n = self.shape
+        return 4 * self.per_rank * m * n * (self.world + 1) if self.world > 1 else 0
+
+    def sent_bytes(self) -> int:
+        """What joins it after the update: this rank's matrices on their way to the others."""
+        m, n = self.shape
+        return 4 * self.per_rank * m * n if self.world > 1 else 0
+
+    def update_bytes(self) -> int:
+        """Of the stack of matrices that are updated at once: itself and its gradients, the mean of gradient and momentum, three powers of that, two products."""
+        m, n = self.shape
+        matrices = min(self.chunk, len(self.own))
+        stacks = 8 if matrices > 1 else 0  # bytes; one matrix is a view
+        return matrices * (m * n * (stacks + 4 + 3 * self.dtype.itemsize) + 2 * min(m, n) ** 2 * self.dtype.itemsize)
+
     def pieces(self) -> Iterator[Piece]:
         for i, name in enumerate(self.own_names):
             for slot, state in (("momentum", self.momentum[i]), ("second_moment", self.second[i])):
                 yield Piece(f"{name}/{slot}", 0, state.view(-1), True)
+
+    def state(self) -> list[Tensor]:
+        return [self.momentum, self.second]
 
     def sizes(self) -> dict[str, int]:
         """Elements of every slot, of all ranks."""
@@ -255,6 +293,14 @@ class MuonAdamW:
     @property
     def params(self) -> list[nn.Parameter]:
         return [p for group in self.groups for _, p in group["params"]]
+
+    def memory(self) -> tuple[int, int]:
+        """(bytes of this rank's state, bytes that a step holds beside it, parameters and gradients, at most). Parameters may be on the meta device."""
+        held = peak = sum(part.step_bytes() for part in self.parts)
+        for part in self.parts:  # in the order of `step`
+            peak = max(peak, held + part.update_bytes())
+            held += part.sent_bytes()
+        return sum(t.nbytes for part in self.parts for t in part.state()), max(peak, held)
 
     @torch.no_grad()
     def step(self) -> None:

@@ -3,9 +3,14 @@
 import json
 import random
 import re
+import threading
 from collections import defaultdict
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import count
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -403,3 +408,61 @@ def test_validation_rows_waste_little():
             yield from words(500)
 
     assert (validation_rows(Val(), TOKENIZER, 64)[1] == targets).all()
+
+
+class Together:
+    """Ranks as threads: `gather_objects` as `Runtime` has it."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size, self.barrier, self.given = world_size, threading.Barrier(world_size, timeout=60), [None] * world_size
+
+    def run(self, work: Callable) -> list:
+        with ThreadPoolExecutor(self.world_size) as pool:
+            return list(pool.map(lambda rank: work(SimpleNamespace(rank=rank, world_size=self.world_size, gather_objects=partial(self.gather, rank))), range(self.world_size)))
+
+    def gather(self, rank: int, mine: Any) -> list:
+        self.given[rank] = mine
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+
+class Counting:
+    """A tokenizer that counts what it makes."""
+
+    def __init__(self) -> None:
+        self.bos, self.token_bytes, self.made = TOKENIZER.bos, TOKENIZER.token_bytes, 0
+
+    def encode_arrays(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        arrays = TOKENIZER.encode_arrays(texts, threads)
+        self.made += sum(map(len, arrays))
+        return arrays
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("limit", [-1, 5000])
+@pytest.mark.fault("core likely: Evaluation while training is uncompiled")
+def test_ranks_share_the_validation_rows_of_one(ranks, limit):
+    """Rank r gets rows r, r + W, ... to the bit and tokenises its share, so that the bytes that it holds fall with their number."""
+    texts, whole = words(1500) + ["longer " * 300], Counting()
+    inputs, targets, n_bytes = validation_rows(texts, whole, 64, limit)
+    assert inputs.dtype == targets.dtype == np.int32
+
+    def share(runtime) -> tuple:
+        tokenizer = Counting()
+        return *validation_rows(texts, tokenizer, 64, limit, runtime), tokenizer.made
+
+    for rank, (x, y, all_bytes, made) in enumerate(Together(ranks).run(share)):
+        n = len(inputs[rank::ranks])
+        assert (x[:n] == inputs[rank::ranks]).all() and (y[:n] == targets[rank::ranks]).all() and (y[n:] == -1).all()
+        assert x.nbytes == y.nbytes == -(-len(inputs) // ranks) * 64 * 4 and all_bytes == n_bytes
+        assert made <= whole.made / ranks + 64 * max(map(len, texts))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_which_some_have_no_document_share_rows(ranks):
+    found = Together(ranks).run(lambda runtime: validation_rows(["ab"], TOKENIZER, 8, -1, runtime))
+    assert [int((targets >= 0).sum()) for _, targets, _ in found] == [2, 0][:ranks]
+    with pytest.raises(UserError, match="no text"):
+        Together(ranks).run(lambda runtime: validation_rows([], TOKENIZER, 8, -1, runtime))

@@ -146,3 +146,43 @@ def test_any_number_of_ranks_measures_what_one_measures(ranks, n):
     for rank in range(ranks):
         last = bits_per_byte(model, (inputs, targets), np.ones(64, dtype=np.int32), Rank(torch.device("cpu"), torch.float32, rank=rank, world_size=ranks), 2)
     assert last.nats == pytest.approx(alone.nats, rel=1e-6) and last[2:4] == alone[2:4]
+
+
+class OneShape(torch.nn.Module):
+    """Stands in for a compiled model: it takes batches of one size alone."""
+
+    def __init__(self, model: GPT, rows: int):
+        super().__init__()
+        self.model, self.rows, self.calls = model, rows, 0
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert len(x) == len(y) == self.rows
+        self.calls += 1
+        return self.model(x, y, reduction=reduction)
+
+
+def test_a_compiled_model_sees_full_batches():
+    model, (inputs, targets, lengths) = make_model(), make_rows(7)
+    alone, keep = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 4), []
+    step_model = OneShape(model, 4)
+    got = bits_per_byte(step_model, (inputs, targets), lengths, RUNTIME, 4, keep=keep, full=True)
+    assert got == pytest.approx(tuple(alone), rel=1e-6) and got[2:4] == alone[2:4]
+    assert step_model.calls == 2 and len(keep) == 7
+
+
+def test_shares_give_the_figure_of_one(run_ranks):
+    model, (inputs, targets, lengths) = make_model(), make_rows(7)
+    alone = bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 2)
+    assert bits_per_byte(model, (inputs, targets), lengths, RUNTIME, 2, shared=True) == alone
+    for got, n in run_ranks(measure_share, 2):
+        assert got == pytest.approx(tuple(alone), rel=1e-6)
+        assert got[2:4] == alone[2:4] and n == 8
+
+
+def measure_share(runtime: Runtime) -> tuple:
+    inputs, targets, lengths = make_rows(7)
+    share = [half[runtime.rank :: 2] for half in (inputs, targets)]
+    if len(share[0]) < 4:  # a row without a target, as `validation_rows` adds it
+        share = [np.concatenate((half, np.full_like(half[:1], fill))) for half, fill in zip(share, (0, -1))]
+    keep: list = []
+    return tuple(bits_per_byte(make_model(), share, lengths, runtime, 3, keep=keep, shared=True)), len(keep)

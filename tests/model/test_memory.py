@@ -5,10 +5,18 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from nanolab.config import GPTConfig
-from nanolab.model.accounting import train_memory_bytes
+from nanolab.config import BaseTrainConfig, GPTConfig
+from nanolab.model.accounting import peak_bytes, train_memory
 from nanolab.model.gpt import GPT
+from nanolab.runtime import DTYPES, Runtime
+from nanolab.training import optim
+from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
+from nanolab.training.schedule import make_plan
 
 TRAIN = """
 import sys, torch
@@ -25,6 +33,7 @@ cfg = BaseTrainConfig(depth=4, head_dim=64, max_seq_len=256)
 plan = make_plan(cfg, 4096, 1)
 model = GPT(plan.model)
 model.init_weights(1)
+model.activation_checkpointing = bool(sys.argv[2])
 optimizer = MuonAdamW(param_groups(model, cfg, plan), runtime)
 for _ in range(2):
     idx = torch.randint(0, 4096, (rows, 256))
@@ -35,11 +44,11 @@ print(runtime.peak_memory_mib() - before)
 """
 
 
-@pytest.mark.parametrize("rows", [8, pytest.param(24, marks=pytest.mark.slow)])
-def test_predicted_peak_is_near_the_measured(rows):
-    measured = float(subprocess.run([sys.executable, "-c", TRAIN, str(rows)], capture_output=True, text=True, check=True).stdout)
+@pytest.mark.parametrize("rows, again", [(8, False), pytest.param(24, False, marks=pytest.mark.slow), pytest.param(24, True, marks=pytest.mark.slow)])
+def test_predicted_peak_is_near_the_measured(rows, again):
+    measured = float(subprocess.run([sys.executable, "-c", TRAIN, str(rows), "again" * again], capture_output=True, text=True, check=True).stdout)
     config = GPTConfig(sequence_len=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
-    assert train_memory_bytes(config, rows, 4) / 2**20 == pytest.approx(measured, rel=0.4)
+    assert peak_bytes(train_memory(config, rows, 4, activation_checkpointing=again)) / 2**20 == pytest.approx(measured, rel=0.4)
 
 
 def kept_bytes(config: GPTConfig, rows: int, activation_checkpointing: bool) -> int:
@@ -68,3 +77,60 @@ def test_activation_checkpointing_keeps_the_input_of_each_layer():
     plain, checkpointed = ([kept_bytes(c, 2, on) for c in configs] for on in (False, True))
     assert checkpointed[1] - checkpointed[0] == 4 * vectors
     assert plain[1] - plain[0] > 4 * 18 * vectors
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make within it, while they live; `peak` is the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in given:
+                self.made[storage] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.made.values()))
+        return out
+
+
+def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
+    """For some recipes and sizes of stacks: (state and step of this rank's optimizer by the plan, bytes of its state, peak of the bytes that a step makes)."""
+    found = []
+    for recipe, chunk in (("dial", optim.BIG_CHUNK), ("dial", 100_000), ("adamw_cosine", optim.BIG_CHUNK)):
+        optim.CHUNK["cpu"] = chunk
+        cfg = BaseTrainConfig(depth=5, head_dim=32, aspect_ratio=24, max_seq_len=64, recipe=recipe, device_batch_size=2, total_batch_size=1536)
+        plan = make_plan(cfg, 1000, runtime.world_size)
+        with torch.device("meta"):
+            planned = MuonAdamW(param_groups(GPT(plan.model), cfg, plan), Runtime(runtime.device, runtime.dtype, world_size=runtime.world_size)).memory()
+        model = GPT(plan.model)
+        model.init_weights(0)
+        optimizer = MuonAdamW(param_groups(model, cfg, plan), runtime)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with Live() as live:
+            optimizer.step()
+        found.append((planned, sum(t.nbytes for name, t in optimizer.state_dict().items() if name != "step"), live.peak))
+    return found
+
+
+@pytest.mark.parametrize("ranks, dtype", [(1, "float32"), (1, "bfloat16"), (2, "float32"), pytest.param(3, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.fault("core likely: Memory plan without communication")
+def test_the_plan_knows_what_the_optimizer_holds(run_ranks, monkeypatch, ranks, dtype):
+    """Its state to the byte; the peak of a step within 3 %, and 50 KB of small vectors, of every storage that an operator makes in it, of the rank with most."""
+    monkeypatch.setattr(optim, "CHUNK", dict(optim.CHUNK))
+    alone = Runtime(torch.device("cpu"), DTYPES[dtype])
+    found = [optimizer_bytes(alone)] if ranks == 1 else run_ranks(optimizer_bytes, ranks, dtype=dtype)
+    for case in zip(*found):
+        (state, step), held, peak = case[0][0], case[0][1], max(peak for _, _, peak in case)
+        assert {planned for planned, _, _ in case} == {(state, step)} and state == held
+        assert step == pytest.approx(peak, rel=0.03, abs=50_000), case
+
+
+def test_parts_that_are_not_there_at_once_are_not_added():
+    c = GPTConfig(sequence_len=64, vocab_size=512, n_layer=4, n_head=2, n_embd=64)
+    memory = train_memory(c, 2, 4, optimizer=(1000, 10**9))
+    assert peak_bytes(memory) == memory["weights"] + memory["gradients"] + 1000 + 10**9
+    assert peak_bytes(memory | {"step": 0}) == memory["weights"] + memory["gradients"] + 1000 + memory["activations"]
