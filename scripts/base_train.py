@@ -204,13 +204,15 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]  # rows of the rank that all wait for
     memory = planned_memory(cfg, plan, kind, dtype)
     gib = {part: f"{n / 2**30:.2f}" for part, n in memory.items()}
+    advice = "lower --device-batch-size" + " or type --activation-checkpointing" * (not cfg.activation_checkpointing)
     saved = (memory["weights"] + memory["optimizer"]) / 2**30
     peak = cpu_gflops().get(dtype, 0.0) * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
     if plan.flops is None:
         horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
     else:
         horizon = f"{plan.num_iterations:,} steps = {plan.tokens:,} tokens ({plan.tokens / p['scaling']:.2f} per scaling parameter)"
-        seconds = plan.flops / (peak * plan.rows_per_step / most * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
+        again = 4 / 3 if cfg.activation_checkpointing else 1  # forward passes are made twice; no FLOPs of the plan
+        seconds = again * plan.flops / (peak * plan.rows_per_step / most * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
         time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
     scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
@@ -229,7 +231,7 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         f"rates           {plan.recipe}: {rate}, {RECIPES[plan.recipe].moves(plan)}; {decay}{clip}",
         *slow,
-        f"peak memory     about {peak_bytes(memory) / 2**30:.1f} GiB per rank (if that is too much lower --device-batch-size, or type --activation-checkpointing)",
+        f"peak memory     about {peak_bytes(memory) / 2**30:.1f} GiB per rank ({advice} if that is too much)",
         f"                GiB: weights {gib['weights']}, gradients {gib['gradients']}, optimizer {gib['optimizer']}; then activations {gib['activations']}, or in the "
         f"optimizer's step its stacks{' and messages' * (plan.world_size > 1)} {gib['step']}",
         f"checkpoints     written beside the next steps, from a copy in the host's memory: {saved:.2f} GiB on rank 0, beside that",
