@@ -108,12 +108,13 @@ def train_memory(
     weights, gradients: in fp32, on every rank. optimizer: its state (on one rank 8 bytes for a value of AdamW's and 4 for one of Muon's), and
     "step", what a step holds beside these; both from `MuonAdamW.memory`. activations: kept for the backward pass, and the head's logits. On CPUs 40 values per
     token, width and layer are kept, as measured (tests/model/test_memory.py), and the head works on 1,024 rows at a time. On GPUs 20 is
-    assumed: compiled code keeps fewer; not measured yet. With activation checkpointing that is one layer's, and one value of each.
+    assumed: compiled code keeps fewer; not measured yet. With activation checkpointing one value of each layer is kept beside the work on one: 100 values on
+    CPUs, as measured (most of it freed memory that the process keeps), and 20 assumed on GPUs.
     """
     p, tokens = n_params(c), rows * c.sequence_len
     state, step = optimizer or (8 * (p["total"] - p["matrices"]) + 4 * p["matrices"], 0)
-    values, head_rows = (40, min(tokens, 1024)) if device_type == "cpu" else (20, tokens)
-    kept = c.n_layer + values if activation_checkpointing else c.n_layer * values
+    values, again, head_rows = (40, 100, min(tokens, 1024)) if device_type == "cpu" else (20, 20, tokens)
+    kept = c.n_layer + again if activation_checkpointing else c.n_layer * values
     activations = kept * tokens * c.n_embd * bytes_per_value + head_rows * padded_vocab(c) * (bytes_per_value + 8)
     return {"weights": 4 * p["total"], "gradients": 4 * p["total"], "optimizer": state, "activations": activations, "step": step}
 

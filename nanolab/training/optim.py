@@ -156,6 +156,10 @@ class AdamWGroup(Group):
         whole = sum(f.numel() for f, split in zip(self.flat, self.split) if not split) if self.world > 1 else 0
         return 4 * (sum(width for width, _ in widths) + padded + whole)
 
+    def sent_bytes(self) -> int:
+        """What joins it after the update: the ranges that zeros have to fill, of the last rank."""
+        return 4 * sum(width for f, width, split in zip(self.flat, self.width, self.split) if split and width * self.world != f.numel())
+
     def pieces(self) -> Iterator[Piece]:
         for i, name in enumerate(self.names):
             for slot, state in (("exp_avg", self.exp_avg[i]), ("exp_avg_sq", self.exp_avg_sq[i])):
