@@ -200,6 +200,12 @@ def test_gpu_sh_says_that_there_is_no_gpu(in_checkout):
     assert not (in_checkout.path / "out").exists()
 
 
+@pytest.mark.fault("core D11")
+def test_speedrun_trains_in_fp8_as_its_record_did(in_checkout):
+    done = in_checkout("bash runs/speedrun.sh --dry-run")
+    assert re.search(r"(?m)^\$ .*-m scripts\.base_train .* --fp8$", done.stdout), done.stderr
+
+
 def test_speedrun_dry_run_plans_every_stage_and_touches_nothing(in_checkout):
     done = in_checkout("bash runs/speedrun.sh --dry-run")
     assert done.returncode == 0, done.stderr
