@@ -8,6 +8,7 @@ A bash block runs as it stands, in the order of the file, at toy size. An HTML c
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -157,6 +158,39 @@ def run_blocks(name, in_checkout):
             continue
         done = in_checkout(block.small())
         assert done.returncode == 0, f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        if block.code.strip() == "bash runs/quickstart.sh":
+            check_quickstart(done, in_checkout)
+
+
+def check_quickstart(first, in_checkout):
+    """What it has made and shown, and that it makes nothing again."""
+    runs = [in_checkout.base / "runs" / f"quickstart-toy{suffix}" for suffix in ("", "-sft", "-rl")]
+    report = (in_checkout.path / "report.md").read_text()
+    assert report == (runs[-1] / "report.md").read_text()
+    assert report in first.stdout
+
+    # The card's numbers are those of the runs' records.
+    text, chat = ([json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json"))
+    row = re.search(r"^\| bits per byte .*", report, re.M)[0]
+    assert [float(x) for x in re.findall(r"\| (\d\.\d{4})", row)] == [round(one["val"]["bpb"], 4) for one in text]
+    for name in ("gzip -9", "bz2 -9", "xz -9e"):
+        assert f"| {name} | {text[-1]['compressors'][name]:.4f} |" in report
+    assert all(set(one["tasks"]) == set(chat[0]["tasks"]) and len(one["tasks"]) == 9 for one in chat)
+    assert len(re.findall(r"^```bash$", report, re.M)) == 3
+
+    # The replies that chat_cli writes after each of the three stages.
+    def replies(shown):
+        return re.findall(r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S)
+
+    assert [question for question, _ in replies(first.stdout)] == ["This function returns", "What is 37 + 58?", "Who are you?"]
+
+    weights = sorted((in_checkout.base / "runs").rglob("model.safetensors"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    second = in_checkout("bash runs/quickstart.sh")
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "there already" in second.stdout and "finished already" in second.stdout
+    assert [path.stat().st_mtime_ns for path in weights] == before
+    assert replies(second.stdout) == replies(first.stdout)  # the same seed, the same words
 
 
 @pytest.mark.fault("core D5")

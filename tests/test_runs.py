@@ -1,6 +1,5 @@
 """The commands in runs/, .ci/ and dev/bench/: set-up, tests, quickstart, speedrun."""
 
-import json
 import os
 import re
 import stat
@@ -233,36 +232,3 @@ def test_speedrun_refuses_a_machine_without_eight_gpus(in_checkout):
 def test_quickstart_names_the_sizes_that_it_knows(in_checkout):
     done = in_checkout("bash runs/quickstart.sh", NANOLAB_SCALE="huge")
     assert done.returncode == 2 and "NANOLAB_SCALE is huge; expected toy or default" in done.stderr
-
-
-@pytest.mark.slow
-def test_quickstart_at_toy_size_and_again(in_checkout):
-    first = in_checkout("bash runs/quickstart.sh")
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    runs = [in_checkout.base / "runs" / f"quickstart-toy{suffix}" for suffix in ("", "-sft", "-rl")]
-    report = (in_checkout.path / "report.md").read_text()
-    assert report == (runs[-1] / "report.md").read_text()
-    assert report in first.stdout
-
-    # The card's numbers are those of the runs' records.
-    text, chat = ([json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json"))
-    row = re.search(r"^\| bits per byte .*", report, re.M)[0]
-    assert [float(x) for x in re.findall(r"\| (\d\.\d{4})", row)] == [round(one["val"]["bpb"], 4) for one in text]
-    for name in ("gzip -9", "bz2 -9", "xz -9e"):
-        assert f"| {name} | {text[-1]['compressors'][name]:.4f} |" in report
-    assert all(set(one["tasks"]) == set(chat[0]["tasks"]) and len(one["tasks"]) == 9 for one in chat)
-    assert len(re.findall(r"^```bash$", report, re.M)) == 3
-
-    # The replies that chat_cli writes after each of the three stages.
-    def replies(shown):
-        return re.findall(r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S)
-
-    assert [question for question, _ in replies(first.stdout)] == ["This function returns", "What is 37 + 58?", "Who are you?"]
-
-    weights = sorted((in_checkout.base / "runs").rglob("model.safetensors"))
-    before = [path.stat().st_mtime_ns for path in weights]
-    second = in_checkout("bash runs/quickstart.sh")
-    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
-    assert "there already" in second.stdout and "finished already" in second.stdout
-    assert [path.stat().st_mtime_ns for path in weights] == before
-    assert replies(second.stdout) == replies(first.stdout)  # the same seed, the same words

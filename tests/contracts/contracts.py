@@ -159,12 +159,14 @@ def cache_equals_forward(config: GPTConfig, T: int = 24, device: str = "cpu") ->
 
 @torch.no_grad()
 def init_fills(config: GPTConfig) -> None:
-    """Every parameter is initialised, nothing beside parameters needs to be, the seed decides, and a fresh model is uniform.
+    """Every parameter is initialised, buffers hold what no seed decides and are not saved, the seed decides, and a fresh model is uniform.
 
     To 0.1 nats; with a tied head to 0.3, since every token then has a bent for itself.
     """
     model = GPT(config)
-    assert not list(model.buffers()), "a buffer would need initialising, saving and a test"
+    fresh, built = dict(GPT(config).named_buffers()), model.to("meta").to_empty(device="cpu")
+    assert not set(fresh) & set(model.state_dict()), "a buffer that is saved"
+    assert all(torch.equal(buffer, fresh[name]) for name, buffer in built.named_buffers()), "a buffer that memory was only allocated for"
     drawn = []
     for seed in (0, 0, 1):
         for p in model.parameters():
