@@ -132,6 +132,7 @@ def test_reading_order_is_current():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # all commands of a page
 @pytest.mark.parametrize("name", [name for name in NAMES if name != VARIANT])
 def test_bash_blocks_run(name, in_checkout):
     run_blocks(name, in_checkout)
