@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nanolab.config import BaseTrainConfig, GPTConfig
-from nanolab.model.accounting import peak_bytes, train_memory
+from nanolab.model import accounting
 from nanolab.model.gpt import GPT
 from nanolab.runtime import DTYPES, Runtime
 from nanolab.training import optim
@@ -50,7 +50,7 @@ print(runtime.peak_memory_mib() - before)
 def test_predicted_peak_is_near_the_measured(rows, again):
     measured = float(subprocess.run([sys.executable, "-c", TRAIN, str(rows), "again" * again], capture_output=True, text=True, check=True).stdout)
     config = GPTConfig(sequence_len=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
-    assert peak_bytes(train_memory(config, rows, 4, activation_checkpointing=again)) / 2**20 == pytest.approx(measured, rel=0.4)
+    assert accounting.peak_bytes(accounting.train_memory(config, rows, 4, activation_checkpointing=again)) / 2**20 == pytest.approx(measured, rel=0.4)
 
 
 def kept_bytes(config: GPTConfig, rows: int, activation_checkpointing: bool) -> int:
@@ -134,6 +134,6 @@ def test_the_plan_knows_what_the_optimizer_holds(run_ranks, monkeypatch, ranks, 
 
 def test_parts_that_are_not_there_at_once_are_not_added():
     c = GPTConfig(sequence_len=64, vocab_size=512, n_layer=4, n_head=2, n_embd=64)
-    memory = train_memory(c, 2, 4, optimizer=(1000, 10**9))
-    assert peak_bytes(memory) == memory["weights"] + memory["gradients"] + 1000 + 10**9
-    assert peak_bytes(memory | {"step": 0}) == memory["weights"] + memory["gradients"] + 1000 + memory["activations"]
+    memory = accounting.train_memory(c, 2, 4, optimizer=(1000, 10**9))
+    assert accounting.peak_bytes(memory) == memory["weights"] + memory["gradients"] + 1000 + 10**9
+    assert accounting.peak_bytes(memory | {"step": 0}) == memory["weights"] + memory["gradients"] + 1000 + memory["activations"]
