@@ -342,7 +342,7 @@ def fit(
                     loop.retain()
                     result = loop.result(row)
                     if loop.state.waits:
-                        print0(f"waits           {loop.state.waits:,} of {step:,} steps waited for their batches (the first one of each start always does)")
+                        print0(f"waits           {loop.state.waits:,} of {step:,} steps waited for their batches (the first one of each start nearly always does)")
                     run.finish(result)
                     return result
                 log_due = loop.log_due()

@@ -164,16 +164,16 @@ def test_waits_are_counted(loader):
     source = Gated()
     ahead = source.loader = loader(source, depth=3)
     ahead.next()
-    assert ahead.waits == 1, "the thread starts with the first call"
+    started = ahead.waits  # 1, but for a thread that is faster than its caller
     while source.n < 1 + 3 + 1:  # one handed out, three in the queue, one that waits for a place
         time.sleep(0.001)
     source.open.clear()
     for _ in range(3):
         ahead.next()
-    assert ahead.waits == 1
+    assert ahead.waits == started <= 1
     for _ in range(3):  # one that waited for a place, one that may have been begun
         ahead.next()
-    assert ahead.waits > 1
+    assert ahead.waits > started
 
 
 class FakeGPUs:
