@@ -31,13 +31,13 @@ class Prefixes:
     def __init__(self, room: int):
         self.room, self.used = room, 0
         self.kept: dict[tuple[int, ...], Snapshot] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
-        self.contained: set[tuple[int, ...]] = set()  # those with which a longer one begins
+        self.contained: set[int] = set()  # id() of those with which a longer one begins: to look for keys would hash all their tokens
 
     def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
         """The longest snapshot that the prompt begins with; of the whole prompt only one with logits is of use."""
         best: tuple[int, ...] = ()
         for ids, found in self.kept.items():
-            if len(best) < len(ids) <= len(prompt) and begins(prompt, ids) and (len(ids) < len(prompt) or found.logits is not None):
+            if len(best) < len(ids) <= len(prompt) and prompt[len(ids) - 1] == ids[-1] and begins(prompt, ids) and (len(ids) < len(prompt) or found.logits is not None):
                 best = ids
         if not best:
             return None
@@ -53,23 +53,27 @@ class Prefixes:
         if nbytes > self.room:
             return
         while self.used + nbytes > self.room:
-            self.drop(next((old for old in self.kept if old in self.contained), next(iter(self.kept))))
+            self.drop(next((old for old, found in self.kept.items() if id(found) in self.contained), next(iter(self.kept))))
         try:
-            self.kept[ids] = Snapshot(*make())
+            new = self.kept[ids] = Snapshot(*make())
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             log.warning("no memory for a snapshot: all %d were dropped", len(self.kept))
             return self.clear()
-        self.used += self.kept[ids].nbytes
-        for old in self.kept:
-            for short, long in ((old, ids), (ids, old)):
-                if len(short) < len(long) and begins(long, short):
-                    self.contained.add(short)
+        self.used += new.nbytes
+        n, last = len(ids), ids[-1]
+        for old, found in self.kept.items():  # hundreds of them, for every prompt and every reply: the last token decides, without a call
+            if len(old) < n:
+                if ids[len(old) - 1] == old[-1] and begins(ids, old):
+                    self.contained.add(id(found))
+            elif old[n - 1] == last and len(old) > n and begins(old, ids):
+                self.contained.add(id(new))
 
     def drop(self, ids: tuple[int, ...]) -> None:
-        self.used -= self.kept.pop(ids).nbytes
-        self.contained.discard(ids)
+        found = self.kept.pop(ids)
+        self.used -= found.nbytes
+        self.contained.discard(id(found))
 
     def forget(self, tokens: Sequence[int]) -> None:
         """Drop every snapshot that `tokens` begin with."""
