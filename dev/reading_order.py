@@ -12,17 +12,25 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
 nanolab/config.py nanolab/presets.py nanolab/runtime.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/conversations.py
-nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py nanolab/model/kernels.py
-nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py nanolab/model/gpt.py
-nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py
+nanolab/data/conversations.py
+nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py
+nanolab/model/kernels.py
+nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py
+nanolab/model/gpt.py
+nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py
+nanolab/training/checkpoint.py nanolab/training/run.py
 nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
-nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py nanolab/inference/request.py nanolab/inference/prefill.py
-nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py nanolab/inference/recorded.py nanolab/inference/sandbox.py
+nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py
+nanolab/inference/request.py nanolab/inference/prefill.py
+nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py
+nanolab/inference/recorded.py nanolab/inference/sandbox.py
 nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
-nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py nanolab/evals/contamination.py
+nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py
+nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
-nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py nanolab/serving/api.py
+nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py
+nanolab/serving/api.py
 scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py scripts/chat_web.py
 """.split()
 
@@ -43,7 +51,11 @@ def summary(path: str) -> str:
 
 def table() -> str:
     rows = [f"| [{path}]({path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
-    total = sum(lines(str(p.relative_to(ROOT))) for folder in ("nanolab", "scripts", "tasks") for p in (ROOT / folder).rglob("*.py"))
+    total = sum(
+        lines(str(p.relative_to(ROOT)))
+        for folder in ("nanolab", "scripts", "tasks")
+        for p in (ROOT / folder).rglob("*.py")
+    )
     body = "\n".join(["| file | lines | what it is |", "|---|---|---|", *rows])
     return f"{START}\n{body}\n\nAll of `nanolab/`, `scripts/` and `tasks/` together: {tens(total)} lines.\n{END}"
 

@@ -6,16 +6,16 @@ one. A cadence or count of -1 means "off" or "automatic", as the comment says.
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import select
-import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, TypeVar
+from typing import Any, TypeVar
 
 from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition, OneOf
 from nanolab.terminal import harmless
@@ -26,9 +26,8 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A mistake that a person can fix; the text says what was seen, what was expected and what to type.
 
-    `code` names the kind of mistake in kebab-case ("flag-not-read") and `values` what it is about. Programs and tests match these; the text may
-    be reworded at any time. A script prints `error [CODE]: TEXT`.
-    """
+    `code` names the kind of mistake in kebab-case ("flag-not-read") and `values` what it is about. Programs and tests
+    match these; the text may be reworded at any time. A script prints `error [CODE]: TEXT`."""
 
     def __init__(self, text: str, code: str = "", **values: Any) -> None:
         super().__init__(text)
@@ -36,7 +35,9 @@ class UserError(ValueError):
 
 
 def as_json(value: Any, where: str, indent: int | None = None) -> str:
-    """A result as JSON, which has no NaN: numbers that are not finite become null, and a line says how many did. where: the result goes to."""
+    """A result as JSON, which has no NaN: numbers that are not finite become null, and a line says how many did. where:
+    the result goes to.
+    """
     lost = 0
 
     def finite(x: Any) -> Any:
@@ -52,28 +53,37 @@ def as_json(value: Any, where: str, indent: int | None = None) -> str:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
         text = json.dumps(finite(value), indent=indent, allow_nan=False)
-    print(f"note: {lost} number{'s' if lost > 1 else ''} of {where} {'are' if lost > 1 else 'is'} not finite and null there", file=sys.stderr)
+    print(
+        f"note: {lost} number{'s' if lost > 1 else ''} of {where} {'are' if lost > 1 else 'is'} not finite and null"
+        " there",
+        file=sys.stderr,
+    )
     return text
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Every architectural choice. A choice by name is an entry of a table; dev/VARIANTS.md lists formula, paper and place of each."""
+    """Every architectural choice. A choice by name is an entry of a table; dev/VARIANTS.md lists formula, paper and
+    place of each.
+    """
 
     # positions
     positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
     rope_base: float = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
     rope_layout: str = "half"  # half | interleaved: which two channels turn together
     rope_fraction: float = 1.0  # share of a head's channels that turn
-    rope_scaling: str = "none"  # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
+    # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
+    rope_scaling: str = "none"
     position_pattern: str = "R,N"  # of rnope, tiled over layers: R turns, N does not
     # attention
     attention: str = "mha"  # mha | gqa:G (G key/value heads) | mqa | mla
     mla_kv_rank: int = 0  # width of MLA's cached latent; 0: 4 x head size
     mla_q_rank: int = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
     mla_rope_dim: int = -1  # width of MLA's shared rotary key; -1: half the head size
-    window_pattern: str = "SSSL"  # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
-    window_size: int = 0  # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
+    # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
+    window_pattern: str = "SSSL"
+    # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
+    window_size: int = 0
     normaliser: str = "softmax"  # softmax | softmax1 | softmax_n | sink: what divides the exponentials
     softmax_n: float = 1.0  # the n of softmax_n
     gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
@@ -135,37 +145,55 @@ BIAS_PARTS = ("qkv", "out", "mlp", "norm", "head")
 
 
 def _check_gpt(c: GPTConfig) -> None:
-    """What can be told from the numbers alone. Names of table entries, and pairs of them, are checked by model/variants.py."""
+    """What can be told from the numbers alone. Names of table entries, and pairs of them, are checked by
+    model/variants.py.
+    """
     for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
         if getattr(c, name) < 1:
             raise UserError(f"{name} is {getattr(c, name)}; expected at least 1")
     if c.n_embd % c.n_head or c.head_dim % 2:
         raise UserError(
-            f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; expected an even whole number; choose --head-dim so that it "
-            f"divides the width"
+            f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; expected an even whole"
+            " number; choose --head-dim so that it divides the width"
         )
     kind, _, groups = c.attention.partition(":")
-    if (kind == "gqa") != bool(groups) or (groups and not (groups.isdigit() and int(groups) and c.n_head % int(groups) == 0)):
-        raise UserError(f"--attention {c.attention} with {c.n_head} heads; expected mha, mqa, mla or gqa:G with G dividing the heads; try --attention gqa:1")
+    if (kind == "gqa") != bool(groups) or (
+        groups and not (groups.isdigit() and int(groups) and c.n_head % int(groups) == 0)
+    ):
+        raise UserError(
+            f"--attention {c.attention} with {c.n_head} heads; expected mha, mqa, mla or gqa:G with G dividing the"
+            " heads; try --attention gqa:1"
+        )
     if c.window_pattern != "rope" and (not c.window_pattern or set(c.window_pattern) - set("SL")):
-        raise UserError(f"window pattern {c.window_pattern!r} has letters other than S and L; try --window-pattern SSSL")
+        raise UserError(
+            f"window pattern {c.window_pattern!r} has letters other than S and L; try --window-pattern SSSL"
+        )
     if c.window_size < 0:
         raise UserError(f"--window-size is {c.window_size}; expected at least 1, or 0 for a quarter of the row")
     if set(c.position_pattern.split(",")) - {"R", "N"}:
-        raise UserError(f"position pattern {c.position_pattern!r} has parts other than R and N; try --position-pattern R,R,R,N")
+        raise UserError(
+            f"position pattern {c.position_pattern!r} has parts other than R and N; try --position-pattern R,R,R,N"
+        )
     if c.softmax_n < 0:
         raise UserError(f"--softmax-n is {c.softmax_n:g}; expected 0 or more; try --softmax-n 1")
     if not 0 < c.rope_fraction <= 1:
-        raise UserError(f"--rope-fraction is {c.rope_fraction:g}; expected above 0 and at most 1; try --rope-fraction 0.5")
+        raise UserError(
+            f"--rope-fraction is {c.rope_fraction:g}; expected above 0 and at most 1; try --rope-fraction 0.5"
+        )
     for part in filter(None, c.bias.split(",")):
         if part not in BIAS_PARTS:
-            raise UserError(f"--bias names {part!r}; expected parts out of {','.join(BIAS_PARTS)}{nearest(part, list(BIAS_PARTS))}")
+            raise UserError(
+                f"--bias names {part!r}; expected parts out of {','.join(BIAS_PARTS)}{nearest(part, list(BIAS_PARTS))}"
+            )
     for name in ("embed_dropout", "attn_dropout", "resid_dropout", "mlp_dropout"):
         if not 0 <= getattr(c, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name):g}; expected at least 0 and below 1; try 0.1")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(c, name):g}; expected at least 0 and below 1; try 0.1"
+            )
     if c.n_embd < 32 and (c.smear or c.value_embeds):
         raise UserError(
-            f"width {c.n_embd} is below 32, which the smear and value gates read; raise --depth or --aspect-ratio, or use --no-smear --no-value-embeds"
+            f"width {c.n_embd} is below 32, which the smear and value gates read; raise --depth or --aspect-ratio, or"
+            " use --no-smear --no-value-embeds"
         )
 
 
@@ -185,7 +213,8 @@ class DataConfig:
     """Where documents come from."""
 
     data: str = "pydocs"  # corpus name, or a weighted mixture such as pydocs:0.7,tinystories:0.3
-    data_dir: str = ""  # a folder or file of your own text (parquet with a `text` column, .jsonl, .txt); overrides --data
+    # a folder or file of your own text (parquet with a `text` column, .jsonl, .txt); overrides --data
+    data_dir: str = ""
     val_data: str = ""  # file or folder that is the validation text; default: the corpus's own, or a pinned split
     num_shards: int = -1  # training shards to use of a hub corpus; -1: those that are on disk, at least 8
 
@@ -226,7 +255,8 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     plan_for: str = ""  # with --dry-run: pretend this hardware, for example 8xH100
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
     seed: int = 42  # governs everything random
-    tokenizer: str = ""  # folder of tokenizer.json (or vocab.json + merges.txt); default: tokenizer/ in the base directory
+    # folder of tokenizer.json (or vocab.json + merges.txt); default: tokenizer/ in the base directory
+    tokenizer: str = ""
     # horizon: the first one given, in this order
     num_iterations: int = -1  # optimizer steps
     target_flops: float = -1.0  # training FLOPs
@@ -241,8 +271,11 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
     scalar_lr: float = 0.5
-    weight_decay: float = 0.28  # dial: Muon's at the reference point, scaled by the laws; adamw_cosine: of tensors with two dimensions
-    lr_scale: float = -1.0  # multiplies every learning rate; -1: of the dial sqrt(batch / 2^19), the batch law (small batches do better with 0.5 to 1), else 1
+    # dial: Muon's at the reference point, scaled by the laws; adamw_cosine: of tensors with two dimensions
+    weight_decay: float = 0.28
+    # multiplies every learning rate; -1: of the dial sqrt(batch / 2^19), the batch law (small batches do better with
+    # 0.5 to 1), else 1
+    lr_scale: float = -1.0
     learning_rate: float = 6e-4  # of adamw_cosine and adam_constant; beta1, beta2 and eps likewise
     beta1: float = 0.9
     beta2: float = 0.95
@@ -256,23 +289,29 @@ class BaseTrainConfig(ModelFlags, DataConfig):
     eval_tokens: int = -1  # validation tokens at most; -1: 80 x 524288 on a GPU, 524288 on a CPU
     core_metric_every: int = -1  # CORE, then and at the end
     core_metric_max_per_task: int = 500  # items of each of its tasks at most, drawn by a fixed seed; -1: all
-    eval_bundle: str = ""  # folder of its tasks; default: eval_bundle in the base directory, downloaded if it is not there
+    # folder of its tasks; default: eval_bundle in the base directory, downloaded if it is not there
+    eval_bundle: str = ""
     sample_every: int = 2000
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
     log_every: int = 1
     log_grad_norm: bool = False
     wandb: str = "off"  # online | offline | off
-    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
+    # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
+    attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats
-    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    activation_checkpointing: bool = False
     threads: int = 0  # CPU threads; 0: all
-    deterministic: bool = False  # on a GPU: only algorithms that give the same numbers each time, which are slower; a CPU has no others
+    # on a GPU: only algorithms that give the same numbers each time, which are slower; a CPU has no others
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
 class InspectConfig(ModelFlags):
-    """Show a model as a table: shapes, parameters per part, FLOPs, cache bytes, and the attention kernel of each layer."""
+    """Show a model as a table: shapes, parameters per part, FLOPs, cache bytes, and the attention kernel of each
+    layer.
+    """
 
     depth: int = 12
     vocab_size: int = 32768
@@ -287,18 +326,21 @@ class BaseEvalConfig(DataConfig):
     """Evaluate a base model: bits per byte, samples, and with --modes core,hellaswag,lambada in-context tasks."""
 
     data: str = ""  # default: the run's own data
-    model: str = ""  # NAME[@STEP|best]; default: the newest finished run; with --all-checkpoints also several, NAME,NAME
+    # NAME[@STEP|best]; default: the newest finished run; with --all-checkpoints also several, NAME,NAME
+    model: str = ""
     hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
     trust_code: bool = False  # run Python code that the folder of --hf brings
     modes: str = "bpb,sample"  # any of bpb,sample,core,hellaswag,lambada
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
-    out: str = ""  # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
+    # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
+    out: str = ""
     # bpb
     split_tokens: int = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
     device_batch_size: int = 32
     # core, hellaswag, lambada
-    eval_bundle: str = ""  # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
+    # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
+    eval_bundle: str = ""
     max_per_task: int = -1  # items of each task at most, drawn by a fixed seed; -1: all
     extra: bool = False  # core: beside it the tasks of the bundle's extra.yaml, which do not count
     hellaswag: str = ""  # HellaSwag as its authors publish it (jsonl with ctx, endings, label); default: the bundle's
@@ -314,7 +356,8 @@ class ContaminationConfig(DataConfig):
 
     eval_set: str = ""  # a .jsonl file of items, or the folder of an evaluation bundle (core.yaml and extra.yaml)
     ngram: int = 13  # words in a run
-    out: str = ""  # folder of contamination.json and contaminated.jsonl; default: contamination/NAME in the base directory
+    # folder of contamination.json and contaminated.jsonl; default: contamination/NAME in the base directory
+    out: str = ""
     json: bool = False  # last line of output is one JSON document
 
 
@@ -329,9 +372,13 @@ class SFTConfig:
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
     seed: int = 42  # governs everything random
     # what is learned
-    tasks: str = "smoltalk:1,mmlu:3,gsm8k:4,spelling:1,spellingbee:1"  # a mixture: tasks with the number of times each example comes (tasks/__init__.py)
+    tasks: str = (  # a mixture: tasks with the number of times each example comes (tasks/__init__.py)
+        "smoltalk:1,mmlu:3,gsm8k:4,spelling:1,spellingbee:1"
+    )
     data: str = ""  # local folder of the tasks' files; default: the hub
-    stages: str = ""  # TOML file with [[stage]] tables (name, tasks, epochs, num_iterations, init_lr_frac, replay); flags are the defaults of their fields
+    # TOML file with [[stage]] tables (name, tasks, epochs, num_iterations, init_lr_frac, replay); flags are the
+    # defaults of their fields
+    stages: str = ""
     replay: float = 0.0  # share of the rows that is pretraining text, trained on as in pretraining
     long: str = "crop"  # a conversation longer than a row: crop (after a whole assistant turn) | drop | refuse
     # horizon
@@ -352,7 +399,8 @@ class SFTConfig:
     warmdown_ratio: float = 0.5  # share of each stage, at its end, over which the rates fall
     final_lr_frac: float = 0.0
     grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
-    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    activation_checkpointing: bool = False
     # cadences in steps; -1 is off
     eval_every: int = 200  # loss on held-out conversations, bits per byte of the corpus's validation text
     eval_tokens: int = -1  # of each at most; -1: 40 x 524288 on a GPU, 65536 on a CPU
@@ -361,7 +409,8 @@ class SFTConfig:
     chatcore_tasks: str = ""  # names with commas; default: those of ChatCORE
     chatcore_max_cat: int = -1  # examples of each categorical task; -1: all
     chatcore_max_sample: int = 24  # examples of each generative task
-    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
     save_every: int = 1000  # checkpoints; one is always written at the end
     keep: str = "2"  # checkpoints kept beside the best: a number, or all
     log_every: int = 1
@@ -385,7 +434,8 @@ class RLConfig:
     task: str = "gsm8k"  # any task with a reward: gsm8k | arithmetic | spellingbee | ... (tasks/__init__.py)
     split: str = "train"
     data: str = ""  # local folder of the task's files; default: the hub
-    reward: str = "correct=1"  # sum of the task's named parts: NAME=WEIGHT, or NAME=WEIGHT:CAP for at most CAP, joined by commas
+    # sum of the task's named parts: NAME=WEIGHT, or NAME=WEIGHT:CAP for at most CAP, joined by commas
+    reward: str = "correct=1"
     # objective
     algorithm: str = "reinforce"  # reinforce | grpo | dr_grpo: a row of the choices below (training/policy.py)
     advantage: str = ""  # mean | standardised | leave_one_out; default, here and below: the algorithm's
@@ -403,7 +453,8 @@ class RLConfig:
     temperature: float = 1.0
     top_k: int = 50  # 0: off
     tool: str = "calculator"  # calculator | python: what answers a tool call; empty: nothing does
-    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
     rollout_batch_size: int = 0  # replies drawn at once on one device; 0: all of a rollout
     device_batch_size: int = 8  # replies in one forward pass of training on one device
     # optimization
@@ -417,7 +468,8 @@ class RLConfig:
     warmdown_ratio: float = 1.0  # share of the run, at its end, over which the rates fall
     final_lr_frac: float = 0.0
     grad_clip: float = -1.0  # largest L2 norm of all gradients together; -1: off
-    activation_checkpointing: bool = False  # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    # keep only the input of each layer for the backward pass, compute the rest again: less memory, a third slower
+    activation_checkpointing: bool = False
     # cadences in steps; -1 is off
     eval_every: int = 60  # pass@k on --eval-split
     eval_split: str = "test"
@@ -436,14 +488,18 @@ class ChatEvalConfig:
     """Evaluate a chat model: questions with options by the letters' logits, others by sampled replies; ChatCORE."""
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
-    tasks: str = ""  # joined by commas: NAME or NAME:SPLIT (tasks/__init__.py; split test); default: all that can be graded and whose data is there; of jsonl=FILE the loss
+    # joined by commas: NAME or NAME:SPLIT (tasks/__init__.py; split test); default: all that can be graded and whose
+    # data is there; of jsonl=FILE the loss
+    tasks: str = ""
     data: str = ""  # local folder of published datasets; default: the hub
-    num_samples: int = 1  # sampled replies to each problem: pass@1 to pass@num_samples; more than one needs a temperature
+    # sampled replies to each problem: pass@1 to pass@num_samples; more than one needs a temperature
+    num_samples: int = 1
     temperature: float = 0.0
     top_k: int = 50  # 0: off
     max_tokens: int = 512  # of a sampled reply
     tool: str = "calculator"  # calculator | python: what answers the calls in sampled replies; empty: nothing
-    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
     max_problems: int = -1  # of each task, a random subset that is the same for every model; -1: all
     device_batch_size: int = 32  # rows read or replies drawn at once on one device
     device_type: str = ""
@@ -464,7 +520,8 @@ class GenChatConfig:
     workers: int = 4  # requests at a time
     temperature: float = 1.0
     max_tokens: int = 4096  # of an answer; 0: the endpoint is not told
-    response_format: str = "json_schema"  # json_schema | json_object | none: how much of the form the endpoint can be told to keep
+    # json_schema | json_object | none: how much of the form the endpoint can be told to keep
+    response_format: str = "json_schema"
     timeout: float = 120.0  # seconds for one answer
     seed: int = 42  # of the choices; the file keeps it
     json: bool = False  # last line of output is one JSON document
@@ -480,7 +537,8 @@ class ChatConfig:
     chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
     raw: bool = False  # continue the text as it stands; default for base models
     tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing
-    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
     temperature: float = 0.8
     top_k: int = 50  # 0: off
     top_p: float = 1.0
@@ -497,9 +555,13 @@ class ServeConfig:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every one of this machine, better with a key
     port: int = 8000  # 0: one that is free
     api_key: str = ""  # what requests under /v1 must send as Authorization: Bearer KEY; empty: they need none
-    api_key_env: str = "NANOLAB_API_KEY"  # environment variable that holds the key instead, where other users of the machine do not see it
-    allowed_hosts: str = ""  # names that requests may call this server by, besides IP addresses and the machine's own, joined by commas; *: any
-    cors: str = ""  # origins of other web pages that may use the API, joined by commas, for example http://localhost:3000; *: all of them
+    # environment variable that holds the key instead, where other users of the machine do not see it
+    api_key_env: str = "NANOLAB_API_KEY"
+    # names that requests may call this server by, besides IP addresses and the machine's own, joined by commas; *: any
+    allowed_hosts: str = ""
+    # origins of other web pages that may use the API, joined by commas, for example http://localhost:3000; *: all of
+    # them
+    cors: str = ""
     # how much at once
     max_rows: int = 32  # replies that a replica generates at once
     queue: int = 64  # replies that wait for a place; beyond them requests are refused with 429
@@ -513,7 +575,8 @@ class ServeConfig:
     top_p: float = 1.0
     max_tokens: int = 512  # of a reply
     tool: str = "calculator"  # calculator | python: what answers the calls in chat replies; empty: nothing
-    allow_unsandboxed: bool = False  # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
     log_conversations: str = ""  # JSONL file that conversations are appended to; empty: they are kept nowhere
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
 
@@ -560,7 +623,8 @@ class BenchConfig(ModelFlags, DataConfig):
     clients: int = 16  # requests that come one by one and run at once, their lengths from 0.5 to 1.5 times those above
     int8: bool = False  # weights in 8 bits; needs torchao
     # eval: in-context examples, as CORE has them; --model as for infer
-    eval_bundle: str = ""  # folder of the evaluation bundle, with --model; default: random tokens in the shapes of its tasks
+    # folder of the evaluation bundle, with --model; default: random tokens in the shapes of its tasks
+    eval_bundle: str = ""
     max_per_task: int = 20  # examples of each task
 
 
@@ -591,7 +655,9 @@ def check_max_per_task(n: int, flag: str) -> None:
 
 def chosen(c: Architecture) -> list[str]:
     """The architecture flags that are not at their defaults, as "name value"."""
-    return [f"{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(Architecture) if getattr(c, f.name) != f.default]
+    return [
+        f"{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(Architecture) if getattr(c, f.name) != f.default
+    ]
 
 
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_seconds")
@@ -605,7 +671,10 @@ def from_preset(cls: type[T], name: str, **changes: Any) -> T:
     from nanolab.presets import PRESETS
 
     if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}{nearest(name, list(PRESETS), prefix='--preset ')}")
+        raise UserError(
+            f"preset {name!r} is unknown; expected one of"
+            f" {', '.join(PRESETS)}{nearest(name, list(PRESETS), prefix='--preset ')}"
+        )
     names = {f.name for f in dataclasses.fields(cls)}
     replaced = HORIZONS if set(HORIZONS) & set(changes) else ()
     row = {k: v for k, v in PRESETS[name].items() if k in names and k not in replaced}
@@ -613,16 +682,21 @@ def from_preset(cls: type[T], name: str, **changes: Any) -> T:
 
 
 def parse(cls: type[T], argv: list[str] | None = None) -> T:
-    """Read `argv` (default: the command line) into `cls`. Unknown flags and presets exit with code 2 and the nearest name.
+    """Read `argv` (default: the command line) into `cls`. Unknown flags and presets exit with code 2 and the nearest
+    name.
 
-    Raises UserError for a number that is out of its bounds, and for a flag that was typed and is not read. `given` tells which were typed.
-    """
+    Raises UserError for a number that is out of its bounds, and for a flag that was typed and is not read. `given`
+    tells which were typed."""
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(f.name == "prompt" for f in dataclasses.fields(cls)):
         argv = _joined_prompt(argv)
-    flags = [(i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_")) for i, arg in enumerate(argv) if arg.startswith("--")]
+    flags = [
+        (i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_"))
+        for i, arg in enumerate(argv)
+        if arg.startswith("--")
+    ]
     preset, horizons, typed_names = None, {}, set()
     for i, typed, name in flags:
         if bad := unknown_flag(cls, name):
@@ -646,7 +720,9 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
 
 
 def _joined_prompt(argv: list[str]) -> list[str]:
-    """`argv` with "-p TEXT", "-p=TEXT" and "--prompt TEXT" as "--prompt=TEXT": a prompt is a prompt even if it begins like a flag."""
+    """`argv` with "-p TEXT", "-p=TEXT" and "--prompt TEXT" as "--prompt=TEXT": a prompt is a prompt even if it begins
+    like a flag.
+    """
     found, left = [], iter(argv)
     for arg in left:
         if arg in ("-p", "--prompt") and (text := next(left, None)) is not None:
@@ -662,11 +738,15 @@ def given(cfg: Any) -> frozenset[str]:
 
 def bounds_of(cls: type, name: str) -> Bounds | OneOf | None:
     """The bounds of a flag: those of the class or of its nearest base, else those of the name (flags.py)."""
-    return next((BOUNDS[k.__name__][name] for k in cls.__mro__ if name in BOUNDS.get(k.__name__, ())), BOUNDS[""].get(name))
+    return next(
+        (BOUNDS[k.__name__][name] for k in cls.__mro__ if name in BOUNDS.get(k.__name__, ())), BOUNDS[""].get(name)
+    )
 
 
 def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
-    """Raise UserError for the first of `values` (of fields of `cls`) that is out of its bounds. where: stands before the message."""
+    """Raise UserError for the first of `values` (of fields of `cls`) that is out of its bounds. where: stands before
+    the message.
+    """
     for f in dataclasses.fields(cls):
         bounds, value = bounds_of(cls, f.name), values.get(f.name)
         if bounds and value is not None and not bounds.holds(value):
@@ -674,11 +754,19 @@ def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
             automatic = f.default in getattr(bounds, "also", ())
             shown, advice = (f"{v:g}" if isinstance(v, float) else str(v) for v in (value, f.default))
             advice = f"leave --{flag} out" if automatic else f"try --{flag} {advice}"
-            raise UserError(f"{where}--{flag} is {shown or 'empty'}; expected {bounds}; {advice}", "flag-out-of-bounds", flag=f.name, value=value, bounds=str(bounds))
+            raise UserError(
+                f"{where}--{flag} is {shown or 'empty'}; expected {bounds}; {advice}",
+                "flag-out-of-bounds",
+                flag=f.name,
+                value=value,
+                bounds=str(bounds),
+            )
 
 
 def not_read(cls: type, values: Mapping[str, Any], conditions: Collection[Condition] = ()) -> dict[str, Condition]:
-    """The fields of `cls` that nothing reads where flags have these `values`, each with the condition that fails. Default: all conditions of `cls`."""
+    """The fields of `cls` that nothing reads where flags have these `values`, each with the condition that fails.
+    Default: all conditions of `cls`.
+    """
     view, names = SimpleNamespace(**values), {f.name for f in dataclasses.fields(cls)}
     rows = conditions or [row for k in cls.__mro__ for row in CONDITIONS.get(k.__name__, ())]
     found: dict[str, Condition] = {}
@@ -690,20 +778,30 @@ def not_read(cls: type, values: Mapping[str, Any], conditions: Collection[Condit
 
 
 def check_read(typed: Collection[str], missed: Mapping[str, Condition], values: Mapping[str, Any]) -> None:
-    """Raise UserError, with both names, for the first typed flag that is among those missed. values: of the flags that decide."""
+    """Raise UserError, with both names, for the first typed flag that is among those missed. values: of the flags that
+    decide.
+    """
     for name in sorted(set(typed) & set(missed)):
         row, flag = missed[name], name.replace("_", "-")
         decides, choice = f"--{row.by.replace('_', '-')}", values[row.by]
-        shown = f" {choice}" if row.by in CHOICES or isinstance(choice, (int, float)) and not isinstance(choice, bool) else ""
+        shown = (
+            f" {choice}"
+            if row.by in CHOICES or isinstance(choice, (int, float)) and not isinstance(choice, bool)
+            else ""
+        )
         by = f"with {decides}{shown}" if choice else f"without {decides}"
         raise UserError(
             f"--{flag} was given, but is not read {by}; expected {row.needs}; leave --{flag} out, or change {decides}",
-            "flag-not-read", flag=name, by=choice if row.by in CHOICES else row.by,
-        )  # fmt: skip
+            "flag-not-read",
+            flag=name,
+            by=choice if row.by in CHOICES else row.by,
+        )
 
 
 def check_given(cfg: Any, conditions: list[Condition], **known: Any) -> None:
-    """`check_read` of the flags that were typed for `cfg`, by conditions on what is `known` only later (flags.RATES, ...)."""
+    """`check_read` of the flags that were typed for `cfg`, by conditions on what is `known` only later (flags.RATES,
+    ...).
+    """
     values = vars(cfg) | known
     check_read(given(cfg), not_read(type(cfg), values, conditions), values)
 
@@ -725,9 +823,9 @@ def nearest(name: str, names: list[str], prefix: str = "") -> str:
 def split_weight(part: str, known: Callable[[str], bool]) -> tuple[str, str]:
     """NAME:WEIGHT of a mixture as (name, weight as it was typed); "1" without one.
 
-    known: whether a name stands for something. A path may have colons of its own: they stay with a part that is known as a whole, unless what
-    precedes the last one is known too and a number follows; and with one that is not known at all and does not end with a number.
-    """
+    known: whether a name stands for something. A path may have colons of its own: they stay with a part that is known
+    as a whole, unless what precedes the last one is known too and a number follows; and with one that is not known at
+    all and does not end with a number."""
     name, colon, weight = part.rpartition(":")
     try:
         number = float(weight) is not None
@@ -743,13 +841,23 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild `cls` from `to_json`'s dict. Raises UserError for a field that `cls` does not have, and for infinity or "not a number"."""
+    """Rebuild `cls` from `to_json`'s dict. Raises UserError for a field that `cls` does not have, and for infinity or
+    "not a number".
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
         if key not in names:
-            raise UserError(f"{cls.__name__} has no field {key!r}{nearest(key, names)}; the file is from another version of nanolab")
+            raise UserError(
+                f"{cls.__name__} has no field {key!r}{nearest(key, names)}; the file is from another version of nanolab"
+            )
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value:g}; expected a finite number; correct it in the file", "flag-out-of-bounds", flag=key, value=value, bounds="finite")
+            raise UserError(
+                f"{key} is {value:g}; expected a finite number; correct it in the file",
+                "flag-out-of-bounds",
+                flag=key,
+                value=value,
+                bounds="finite",
+            )
     return cls(**values)
 
 
@@ -761,12 +869,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
-        raise UserError(f"{path} cannot be read as TOML ({error}); expected lines like name = \"nanolab\"; mend it or name another") from None
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
+        raise UserError(
+            f'{path} cannot be read as TOML ({error}); expected lines like name = "nanolab"; mend it or name another'
+        ) from None
 
 
 def main(command: Callable[[], Any]) -> None:
-    """Run a script's body: a UserError becomes one message on stderr and exit code 1; Ctrl-C becomes 130, a reader that has gone (`| head`) 141.
+    """Run a script's body: a UserError becomes one message on stderr and exit code 1; Ctrl-C becomes 130, a reader that
+    has gone (`| head`) 141.
 
     What stdout's encoding lacks is printed as "?". Stderr needs nothing: Python writes escapes there.
     """
@@ -777,7 +892,8 @@ def main(command: Callable[[], Any]) -> None:
         try:
             code = command()
         except UserError as error:
-            print(f"error{f' [{error.code}]' if error.code else ''}: {harmless(str(error))}", file=sys.stderr)  # it may quote what others wrote
+            # it may quote what others wrote
+            print(f"error{f' [{error.code}]' if error.code else ''}: {harmless(str(error))}", file=sys.stderr)
             code = 1
         except KeyboardInterrupt:
             code = 130

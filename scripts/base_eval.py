@@ -1,10 +1,11 @@
-"""Evaluate a base model: python -m scripts.base_eval [--model NAME | --hf FOLDER] [--modes bpb,sample,core,hellaswag,lambada].
+"""Evaluate a base model: python -m scripts.base_eval [--model NAME | --hf FOLDER] [--modes
+bpb,sample,core,hellaswag,lambada].
 
-bpb: bits per byte on training and validation text (--no-train-text: on the latter alone), by source where there are several, beside
-compressors on the same validation text. sample: what it writes. core: 22 in-context tasks of the evaluation bundle (--eval-bundle);
-hellaswag, lambada: these two by themselves. --max-per-task N takes N items of each task. Results go to eval_base.json and eval_base.csv
-in the run directory. --all-checkpoints evaluates every checkpoint once and draws the curves. Exit code 1: something could not be had.
-"""
+bpb: bits per byte on training and validation text (--no-train-text: on the latter alone), by source where there are
+several, beside compressors on the same validation text. sample: what it writes. core: 22 in-context tasks of the
+evaluation bundle (--eval-bundle); hellaswag, lambada: these two by themselves. --max-per-task N takes N items of each
+task. Results go to eval_base.json and eval_base.csv in the run directory. --all-checkpoints evaluates every checkpoint
+once and draws the curves. Exit code 1: something could not be had."""
 
 import functools
 import math
@@ -29,16 +30,23 @@ class Subject(NamedTuple):
     tokenizer: Any
     seq_len: int
     pretraining: dict[str, Any] | None  # its flags, where they are known
-    reader: Callable[[], Any]  # what scores texts, the same one each time; after it the model cannot be trained, but measured as before
+    # what scores texts, the same one each time; after it the model cannot be trained, but measured as before
+    reader: Callable[[], Any]
 
 
 def run(cfg: BaseEvalConfig) -> int:
     modes = [mode.strip() for mode in cfg.modes.split(",") if mode.strip()]
     for mode in modes:
         if mode not in MODES:
-            raise UserError(f"mode {mode!r} is unknown; expected one or more of {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}")
+            raise UserError(
+                f"mode {mode!r} is unknown; expected one or more of"
+                f" {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}"
+            )
     if cfg.hf and (cfg.model or cfg.all_checkpoints):
-        raise UserError(f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one of them; leave one out")
+        raise UserError(
+            f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one"
+            " of them; leave one out"
+        )
     check_max_per_task(cfg.max_per_task, "--max-per-task")
     from nanolab import runtime
     from nanolab.evals.suite import Suite
@@ -58,7 +66,13 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
     from nanolab.training.run import load_model
 
     model, tokenizer, _ = load_model(found, rt)
-    about = {"model": found.name, "step": found.step, "weights": weights_of(found.checkpoint), "device": rt.device_name, "dtype": rt.dtype_name}
+    about = {
+        "model": found.name,
+        "step": found.step,
+        "weights": weights_of(found.checkpoint),
+        "device": rt.device_name,
+        "dtype": rt.dtype_name,
+    }
     folder = Path(cfg.out).expanduser() if cfg.out else found.run_dir
     reader = functools.cache(lambda: GPTReader(served(model), rt))
     return Subject(about, folder, model, tokenizer, model.config.sequence_len, pretraining(found), reader)
@@ -70,7 +84,8 @@ def pretraining(found) -> dict[str, Any]:
     from nanolab.training.models import read_json
 
     meta = load_meta(found.checkpoint)
-    flags = meta["origin"]["pretraining"] if "origin" in meta else read_json(found.run_dir / "config.json")  # a fine-tuned model's is the first model's
+    # a fine-tuned model's is the first model's
+    flags = meta["origin"]["pretraining"] if "origin" in meta else read_json(found.run_dir / "config.json")
     return flags | ({"val_fingerprint": meta["val_fingerprint"]} if "val_fingerprint" in meta else {})
 
 
@@ -81,7 +96,14 @@ def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
     path = Path(cfg.hf).expanduser().resolve()
     reader, tokenizer = load(path, rt, cfg.trust_code)
     print0(f"model {path} in {reader.dtype_name}")
-    about = {"model": path.name, "step": None, "hf": str(path), "weights": weights_of(path), "device": rt.device_name, "dtype": reader.dtype_name}
+    about = {
+        "model": path.name,
+        "step": None,
+        "hf": str(path),
+        "weights": weights_of(path),
+        "device": rt.device_name,
+        "dtype": reader.dtype_name,
+    }
     folder = Path(cfg.out).expanduser() if cfg.out else base_dir() / "eval" / f"{path.name}-{about['weights'][:8]}"
     return Subject(about, folder, reader, tokenizer, min(reader.limit, HF_ROW), None, lambda: reader)
 
@@ -109,11 +131,21 @@ def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     reader = subject.reader() if suite.modes else None
     for mode in suite.modes:
         try:
-            keep({mode: suite(mode, reader, subject.tokenizer, subject.about["dtype"], lambda found: keep({mode: found}))})
+            keep(
+                {
+                    mode: suite(
+                        mode, reader, subject.tokenizer, subject.about["dtype"], lambda found: keep({mode: found})
+                    )
+                }
+            )
         except UserError as error:
             keep({mode: {"failed": {mode: str(error)}}})
             print0(f"failed: {mode}: {error}")
-    print0(f"written: {subject.folder / 'eval_base.json'}", *([f"written: {subject.folder / 'eval_base.csv'}"] if "core" in suite.modes else []), sep="\n")
+    print0(
+        f"written: {subject.folder / 'eval_base.json'}",
+        *([f"written: {subject.folder / 'eval_base.csv'}"] if "core" in suite.modes else []),
+        sep="\n",
+    )
     if cfg.json:
         print0(as_json(result, "the result"))
     rt.barrier()
@@ -127,7 +159,10 @@ def samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
 
     model, tokenizer = subject.model, subject.tokenizer
     if cfg.hf:
-        greedy = [Sample(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16))) for prompt in PROMPTS]
+        greedy = [
+            Sample(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16)))
+            for prompt in PROMPTS
+        ]
     else:
         greedy = continue_prompts(model, tokenizer, rt)
     drawn = [] if cfg.hf else unconditioned(model, tokenizer, rt, seed=cfg.seed)
@@ -138,7 +173,9 @@ def samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
 
 
 def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
-    """{"train": {...} (with --train-text), "val": {...}, "domains": {...}, "compressors": {...}}: bits per byte and what they were measured on."""
+    """{"train": {...} (with --train-text), "val": {...}, "domains": {...}, "compressors": {...}}: bits per byte and
+    what they were measured on.
+    """
     from nanolab.evals.compressors import AT_MOST, compressor_bpb
     from nanolab.runtime import print0
 
@@ -149,10 +186,14 @@ def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     settings = {"text": data.val_fingerprint, "tokens": limit, "dtype": subject.about["dtype"]}
     result["bpb"] = {"settings": settings, "device": rt.device_name}  # of all that follows
     if cfg.train_text:
-        result["train"] = bpb(cfg, subject, [(source, max(1, round(weight * limit))) for source, weight in data.train], rt)
+        result["train"] = bpb(
+            cfg, subject, [(source, max(1, round(weight * limit))) for source, weight in data.train], rt
+        )
     result["val"] = bpb(cfg, subject, [(data.val, limit)], rt, keep=True)
     if domains := domains_of(wanted, data):
-        result["domains"] = {name: bpb(cfg, subject, [(documents, limit // len(domains))], rt) for name, documents in domains.items()}
+        result["domains"] = {
+            name: bpb(cfg, subject, [(documents, limit // len(domains))], rt) for name, documents in domains.items()
+        }
     if rt.is_main:
         text = beginning(data.val, min(result["val"]["bytes"], AT_MOST))
         result |= {"compressors": compressor_bpb([text]), "compressor_bytes": len(text)}
@@ -160,13 +201,17 @@ def measure(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
 
 
 def open_text(cfg: BaseEvalConfig, pretraining: dict | None):
-    """(what --data or --data-dir asks for, else the run's own data, --val-data replacing the validation text of either; that data)."""
+    """(what --data or --data-dir asks for, else the run's own data, --val-data replacing the validation text of either;
+    that data).
+    """
     from nanolab.data.corpus import open_data
 
     wanted = DataConfig(cfg.data or DataConfig.data, cfg.data_dir, cfg.val_data, cfg.num_shards)
     if pretraining and not (cfg.data or cfg.data_dir):
         shards = cfg.num_shards if cfg.num_shards > 0 else pretraining["num_shards"]
-        wanted = DataConfig(pretraining["data"], pretraining["data_dir"], cfg.val_data or pretraining["val_data"], shards)
+        wanted = DataConfig(
+            pretraining["data"], pretraining["data_dir"], cfg.val_data or pretraining["val_data"], shards
+        )
     return wanted, open_data(wanted, (pretraining or {}).get("seed", 0))
 
 
@@ -175,7 +220,9 @@ def split_tokens(cfg: BaseEvalConfig, rt) -> int:
 
 
 def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: bool = False) -> dict:
-    """Of these (documents, tokens of them at most) together. keep: nats and bytes of each row too, by which two models can be compared."""
+    """Of these (documents, tokens of them at most) together. keep: nats and bytes of each row too, by which two models
+    can be compared.
+    """
     import numpy as np
 
     from nanolab.data.packing import validation_rows
@@ -186,9 +233,22 @@ def bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: bool = F
     each: list[tuple[float, int]] = []
     score = bits_per_byte(subject.model, halves, subject.tokenizer.token_bytes(), rt, cfg.device_batch_size, keep=each)
     if not math.isfinite(score.nats):
-        expected = "expected a number: its weights are damaged, or too large for their dtype; try NANOLAB_DTYPE=float32 or another @STEP"
-        raise UserError(f"the loss of {subject.about['model']} is {score.nats}; {expected}", "not-finite", model=subject.about["model"])
-    found = {"bpb": score.bpb, "interval": score.interval, "nats": score.nats, "bytes": score.n_bytes, "tokens": score.n_tokens}
+        expected = (
+            "expected a number: its weights are damaged, or too large for their dtype; try NANOLAB_DTYPE=float32 or"
+            " another @STEP"
+        )
+        raise UserError(
+            f"the loss of {subject.about['model']} is {score.nats}; {expected}",
+            "not-finite",
+            model=subject.about["model"],
+        )
+    found = {
+        "bpb": score.bpb,
+        "interval": score.interval,
+        "nats": score.nats,
+        "bytes": score.n_bytes,
+        "tokens": score.n_tokens,
+    }
     return found | ({"rows": [[round(nats, 3), n] for nats, n in each]} if keep else {})
 
 
@@ -202,7 +262,9 @@ def domains_of(wanted: DataConfig, data) -> dict:
 
 
 def beginning(documents, n_bytes: int) -> bytes:
-    """The first bytes of all documents, one after the other: what the model was measured on, in the order of the corpus."""
+    """The first bytes of all documents, one after the other: what the model was measured on, in the order of the
+    corpus.
+    """
     out = bytearray()
     for text in documents.iterate():
         out += text.encode("utf-8", "replace")
@@ -213,12 +275,18 @@ def beginning(documents, n_bytes: int) -> bytes:
 
 def table(result: dict) -> list[str]:
     """Bits per byte, one line per reader of the text, then by source."""
-    lines = [f"bits per byte of {result['model']}{'' if result['step'] is None else '@' + str(result['step'])} on {result['data']}"]
+    lines = [
+        f"bits per byte of {result['model']}{'' if result['step'] is None else '@' + str(result['step'])} on"
+        f" {result['data']}"
+    ]
     for split, label in (("val", "model, validation"), ("train", "model, training")):
         if split in result:
             row = result[split]
             lines += [f"  {label:<20}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes, {row['tokens']:,} tokens"]
-    lines += [f"  {name:<20}{value:>8.4f}   {read_by_compressors(result)}" for name, value in result.get("compressors", {}).items()]
+    lines += [
+        f"  {name:<20}{value:>8.4f}   {read_by_compressors(result)}"
+        for name, value in result.get("compressors", {}).items()
+    ]
     for name, row in result.get("domains", {}).items():
         lines += [f"  model, {name:<13}{row['bpb']:>8.4f}   {ends(row)}{row['bytes']:,} bytes of its validation text"]
     return lines
@@ -258,7 +326,11 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     from nanolab.training.run import find_model
 
     def text_settings(found) -> dict:
-        return {"text": open_text(cfg, pretraining(found))[1].val_fingerprint, "tokens": split_tokens(cfg, rt), "dtype": rt.dtype_name}
+        return {
+            "text": open_text(cfg, pretraining(found))[1].val_fingerprint,
+            "tokens": split_tokens(cfg, rt),
+            "dtype": rt.dtype_name,
+        }
 
     def text_score(subject: Subject) -> dict:
         return bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
@@ -270,17 +342,32 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
         return Mode(lambda found: suite.settings(mode, rt.dtype_name), measure, score, ylabel)
 
     known = {
-        "bpb": Mode(text_settings, text_score, lambda r: (r["bpb"], *(r["interval"] or (None, None))), lambda r: "bits per byte of validation text"),
+        "bpb": Mode(
+            text_settings,
+            text_score,
+            lambda r: (r["bpb"], *(r["interval"] or (None, None))),
+            lambda r: "bits per byte of validation text",
+        ),
         "core": of_suite("core", lambda r: (r["value"], *(r["interval"] or (None, None))), lambda r: r["label"]),
-        "hellaswag": of_suite("hellaswag", lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]), lambda r: "HellaSwag, loss per token"),
+        "hellaswag": of_suite(
+            "hellaswag",
+            lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]),
+            lambda r: "HellaSwag, loss per token",
+        ),
         "lambada": of_suite("lambada", lambda r: (r["accuracy"], *r["interval"]), lambda r: "LAMBADA accuracy"),
     }
     wanted = {mode: known[mode] for mode in modes if mode in known}
     if not wanted:
-        raise UserError(f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of {', '.join(known)}; try --modes core")
+        raise UserError(
+            f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of"
+            f" {', '.join(known)}; try --modes core"
+        )
     drawing()  # found out before the evaluation, not behind it
     if "@" in cfg.model:
-        raise UserError(f"--model {cfg.model} with --all-checkpoints, but a step in it; expected names of runs; leave @STEP or --all-checkpoints out")
+        raise UserError(
+            f"--model {cfg.model} with --all-checkpoints, but a step in it; expected names of runs; leave @STEP or"
+            " --all-checkpoints out"
+        )
     runs = [find_model(name.strip()) for name in cfg.model.split(",")]
     if len({found.name for found in runs}) < len(runs):
         raise UserError(f"--model {cfg.model} names a run twice; expected each once; leave one out")
@@ -292,7 +379,15 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
                 print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
         print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
         if cfg.json:
-            print0(as_json({"curves": {mode: [point._asdict() for point in found] for mode, found in points.items()}, "failed": failed}, "the result"))
+            print0(
+                as_json(
+                    {
+                        "curves": {mode: [point._asdict() for point in found] for mode, found in points.items()},
+                        "failed": failed,
+                    },
+                    "the result",
+                )
+            )
     rt.barrier()
     return 1 if failed else 0
 

@@ -16,7 +16,13 @@ def run(cfg: BaseTrainConfig) -> int:
         return dry_run(cfg)
     before = recorded(run_name(cfg)) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
-    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0), cfg.deterministic)
+    rt = runtime.start(
+        cfg.device_type or before.get("device", ""),
+        dtype,
+        cfg.seed,
+        cfg.threads or before.get("threads", 0),
+        cfg.deterministic,
+    )
     try:
         return train(cfg, rt)
     finally:
@@ -71,11 +77,17 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     step_model = compiled(model, rt.device)
     batches = Prefetch(
         PackedBatches(
-            data.train, tokenizer, seq_len=cfg.max_seq_len, device_batch_size=cfg.device_batch_size, rows_per_step=plan.rows_per_step,
-            rank=rt.rank, world_size=rt.world_size,
+            data.train,
+            tokenizer,
+            seq_len=cfg.max_seq_len,
+            device_batch_size=cfg.device_batch_size,
+            rows_per_step=plan.rows_per_step,
+            rank=rt.rank,
+            world_size=rt.world_size,
         ),
-        rt, plan.grad_accum + AHEAD,
-    )  # fmt: skip
+        rt,
+        plan.grad_accum + AHEAD,
+    )
     rows, stop = [], StopRequest()
 
     def evaluate() -> dict[str, float]:
@@ -83,7 +95,16 @@ def train(cfg: BaseTrainConfig, rt) -> int:
             limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
             rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2])
         with full_precision(model):
-            found = bits_per_byte(step_model, rows[0], tokenizer.token_bytes(), rt, cfg.device_batch_size, stop.asked, shared=True, full=step_model is not model)
+            found = bits_per_byte(
+                step_model,
+                rows[0],
+                tokenizer.token_bytes(),
+                rt,
+                cfg.device_batch_size,
+                stop.asked,
+                shared=True,
+                full=step_model is not model,
+            )
         return {"val/bpb": found.bpb}
 
     def run_benchmark(asked) -> dict | None:
@@ -97,15 +118,28 @@ def train(cfg: BaseTrainConfig, rt) -> int:
 
     try:
         fit(
-            record, model, optimizer, batches, plan,
+            record,
+            model,
+            optimizer,
+            batches,
+            plan,
             lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
             Every(
-                log=cfg.log_every, eval=cfg.eval_every, benchmark=cfg.core_metric_every, sample=cfg.sample_every, save=cfg.save_every, keep=cfg.keep,
-                grad_norm=cfg.log_grad_norm, evaluate=evaluate, run_benchmark=run_benchmark, draw_samples=draw_samples,
+                log=cfg.log_every,
+                eval=cfg.eval_every,
+                benchmark=cfg.core_metric_every,
+                sample=cfg.sample_every,
+                save=cfg.save_every,
+                keep=cfg.keep,
+                grad_norm=cfg.log_grad_norm,
+                evaluate=evaluate,
+                run_benchmark=run_benchmark,
+                draw_samples=draw_samples,
                 planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
             ),
-            stop, compiled=step_model is not model,
-        )  # fmt: skip
+            stop,
+            compiled=step_model is not model,
+        )
     finally:
         batches.close()
         record.close()
@@ -121,11 +155,17 @@ def open_core(cfg: BaseTrainConfig, tokenizer, rt):
 
     core = Core(open_bundle(ensure(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
     k = sum(label in CORE for label in core.items)
-    print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}" + (f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""))
+    print0(
+        f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}"
+        + (f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else "")
+    )
     for label, why in core.failed.items():
         print0(f"                without {label}: {why}")
     if not k:
-        raise UserError(f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another --eval-bundle, or leave out --core-metric-every")
+        raise UserError(
+            f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another"
+            " --eval-bundle, or leave out --core-metric-every"
+        )
     return core
 
 
@@ -134,7 +174,9 @@ def run_name(cfg: BaseTrainConfig) -> str:
 
 
 def kernels(cfg: BaseTrainConfig, rt) -> str:
-    """The attention kernels that the model will use. Mistakes in the architecture are found here, before anything is written."""
+    """The attention kernels that the model will use. Mistakes in the architecture are found here, before anything is
+    written.
+    """
     import torch
 
     from nanolab.model.gpt import GPT
@@ -142,7 +184,9 @@ def kernels(cfg: BaseTrainConfig, rt) -> str:
     from nanolab.training.schedule import gpt_config
 
     with torch.device("meta"):
-        return kernel_text(GPT(gpt_config(cfg, vocab_size=64, bos=0), rt.dtype, cfg.attn_kernel).kernel_names(rt.device.type))
+        return kernel_text(
+            GPT(gpt_config(cfg, vocab_size=64, bos=0), rt.dtype, cfg.attn_kernel).kernel_names(rt.device.type)
+        )
 
 
 def dry_run(cfg: BaseTrainConfig) -> int:
@@ -175,7 +219,9 @@ def dry_run(cfg: BaseTrainConfig) -> int:
         dtype = os.environ.get("NANOLAB_DTYPE") or runtime.choose_dtype(torch.device(kind))
         runtime.check_dtype(dtype, kind)
     plan = make_plan(cfg, vocab_size, ranks, bos)
-    with torch.device("meta"):  # what the real run refuses is refused here, as far as it can be told without the data and the other machine
+    with torch.device(
+        "meta"
+    ):  # what the real run refuses is refused here, as far as it can be told without the data and the other machine
         model = GPT(plan.model, runtime.DTYPES[dtype], cfg.attn_kernel)
     if cfg.fp8:
         convert(model)
@@ -201,7 +247,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     from nanolab.training.recipes import RECIPES, warmup_warning
 
     m, p = plan.model, n_params(plan.model)
-    most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]  # rows of the rank that all wait for
+    # rows of the rank that all wait for
+    most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]
     memory = planned_memory(cfg, plan, kind, dtype)
     gib = {part: f"{n / 2**30:.2f}" for part, n in memory.items()}
     advice = "lower --device-batch-size" + " or type --activation-checkpointing" * (not cfg.activation_checkpointing)
@@ -210,31 +257,66 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     if plan.flops is None:
         horizon, time = f"{plan.max_seconds:g} s of training time", f"{plan.max_seconds:g} s"
     else:
-        horizon = f"{plan.num_iterations:,} steps = {plan.tokens:,} tokens ({plan.tokens / p['scaling']:.2f} per scaling parameter)"
+        horizon = (
+            f"{plan.num_iterations:,} steps = {plan.tokens:,} tokens ({plan.tokens / p['scaling']:.2f} per scaling"
+            " parameter)"
+        )
         again = 4 / 3 if cfg.activation_checkpointing else 1  # forward passes are made twice; no FLOPs of the plan
-        seconds = again * plan.flops / (peak * plan.rows_per_step / most * TYPICAL_UTILISATION[kind]) if peak and kind in TYPICAL_UTILISATION else None
-        time = f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak" if seconds else "unknown for this device"
+        seconds = (
+            again * plan.flops / (peak * plan.rows_per_step / most * TYPICAL_UTILISATION[kind])
+            if peak and kind in TYPICAL_UTILISATION
+            else None
+        )
+        time = (
+            f"about {clock(seconds)} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak"
+            if seconds
+            else "unknown for this device"
+        )
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
     scale, decay = plan.batch_scale, f"weight decay {plan.weight_decay:.4f}"
-    rate = f"learning rates x {scale:.4f}" if RECIPES[plan.recipe].laws else f"learning rate {cfg.learning_rate * scale:g}, betas {cfg.beta1:g} {cfg.beta2:g}"
+    rate = (
+        f"learning rates x {scale:.4f}"
+        if RECIPES[plan.recipe].laws
+        else f"learning rate {cfg.learning_rate * scale:g}, betas {cfg.beta1:g} {cfg.beta2:g}"
+    )
     clip = f", gradients clipped at {plan.grad_clip:g}" if plan.grad_clip > 0 else ""
     steps = plan.num_iterations or 0
-    slow = warmup_warning(plan, [(0, steps, 1.0)], f"try --warmup-steps {steps // 10}") if RECIPES[plan.recipe].decays else []
+    slow = (
+        warmup_warning(plan, [(0, steps, 1.0)], f"try --warmup-steps {steps // 10}")
+        if RECIPES[plan.recipe].decays
+        else []
+    )
     return [
-        f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}",
+        (
+            f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of"
+            f" {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}"
+        ),
         f"architecture    {cfg.preset}: {', '.join(chosen(cfg)) or 'every default'}",
         f"device          {plan.world_size} x {device_name}, {dtype}",
-        f"attention       chosen on {device_name} itself" if cfg.plan_for else attention_line(m, DTYPES[dtype], kind, cfg.attn_kernel),
-        f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}",
+        (
+            f"attention       chosen on {device_name} itself"
+            if cfg.plan_for
+            else attention_line(m, DTYPES[dtype], kind, cfg.attn_kernel)
+        ),
+        (
+            f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices"
+            f" {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}"
+        ),
         f"horizon         {horizon}",
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         f"rates           {plan.recipe}: {rate}, {RECIPES[plan.recipe].moves(plan)}; {decay}{clip}",
         *slow,
         f"peak memory     about {peak_bytes(memory) / 2**30:.1f} GiB per rank ({advice} if that is too much)",
-        f"                GiB: weights {gib['weights']}, gradients {gib['gradients']}, optimizer {gib['optimizer']}; then activations {gib['activations']}, or in the "
-        f"optimizer's step its stacks{' and messages' * (plan.world_size > 1)} {gib['step']}",
-        f"checkpoints     written beside the next steps, from a copy in the host's memory: {saved:.2f} GiB on rank 0, beside that",
+        (
+            f"                GiB: weights {gib['weights']}, gradients {gib['gradients']}, optimizer"
+            f" {gib['optimizer']}; then activations {gib['activations']}, or in the optimizer's step its"
+            f" stacks{' and messages' * (plan.world_size > 1)} {gib['step']}"
+        ),
+        (
+            f"checkpoints     written beside the next steps, from a copy in the host's memory: {saved:.2f} GiB on rank"
+            " 0, beside that"
+        ),
         f"expected time   {time}",
     ]
 
@@ -254,14 +336,29 @@ def planned_memory(cfg: BaseTrainConfig, plan, kind: str, dtype: str) -> dict[st
     most = share_rows(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)[0]
     with torch.device("meta"):
         model = GPT(m, DTYPES[dtype])
-    optimizer = MuonAdamW(param_groups(model, cfg, plan), Runtime(torch.device(kind), DTYPES[dtype], world_size=plan.world_size)).memory()
+    optimizer = MuonAdamW(
+        param_groups(model, cfg, plan), Runtime(torch.device(kind), DTYPES[dtype], world_size=plan.world_size)
+    ).memory()
     size = 4 if dtype == "float32" else 2
-    return train_memory(m, min(plan.device_batch_size, most), size, kind, activation_checkpointing=cfg.activation_checkpointing, optimizer=optimizer)
+    return train_memory(
+        m,
+        min(plan.device_batch_size, most),
+        size,
+        kind,
+        activation_checkpointing=cfg.activation_checkpointing,
+        optimizer=optimizer,
+    )
 
 
 def clock(seconds: float) -> str:
     """Seconds as people say them: 45 s, 12 min, 3.4 h."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Talk to a model in the terminal: python -m scripts.chat_cli [--model NAME] [-p "one prompt"].
 
-Replies go to stdout as they grow, everything else to stderr. A chat model answers and remembers the conversation, its calls
-of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. /help lists the commands; Ctrl-C stops
-a reply, Ctrl-D leaves.
-"""
+Replies go to stdout as they grow, everything else to stderr. A chat model answers and remembers the conversation, its
+calls of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. /help lists the commands;
+Ctrl-C stops a reply, Ctrl-D leaves."""
 
 import contextlib
 import os
@@ -17,9 +16,16 @@ from nanolab.terminal import harmless
 from scripts import GENERATING, spin
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-BASE = "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
-CHAT = "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
-SNAPSHOTS = 1 << 30  # bytes for what was read; 20 layers of width 1280 in fp32 at 2048 tokens take 0.4 GB, and two are at hand
+BASE = (
+    "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply,"
+    " Ctrl-D leaves."
+)
+CHAT = (
+    "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D"
+    " leaves."
+)
+# bytes for what was read; 20 layers of width 1280 in fp32 at 2048 tokens take 0.4 GB, and two are at hand
+SNAPSHOTS = 1 << 30
 BLOCK = '"""'
 
 
@@ -38,7 +44,9 @@ def run(cfg: ChatConfig) -> int:
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
     tool = find_tool(cfg.tool)
     if cfg.chat and cfg.raw:
-        raise UserError("--chat and --raw at once; expected one of them, or neither: then it goes by how the model was trained")
+        raise UserError(
+            "--chat and --raw at once; expected one of them, or neither: then it goes by how the model was trained"
+        )
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     with contextlib.redirect_stdout(sys.stderr):  # which model it is; stdout is for the reply
         model, tokenizer, meta = load_model(cfg.model, rt)
@@ -47,9 +55,17 @@ def run(cfg: ChatConfig) -> int:
     for line in walls(cfg, answers and cfg.tool == "python"):
         tell(line)
     if cfg.system and not answers:
-        raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
-    dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True), answers=answers, system=cfg.system)
-    request = Request((), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None)
+        raise UserError(
+            "--system, but this model continues texts; expected one that answers; leave it out, or add --chat"
+        )
+    dialogue = Dialogue(
+        Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True),
+        answers=answers,
+        system=cfg.system,
+    )
+    request = Request(
+        (), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None
+    )
     marks = call_marks(tokenizer, tool) if answers else {}
     talk = Talk(dialogue, request, lambda steps: stream(steps, tokenizer, marks))
     if cfg.prompt:
@@ -81,7 +97,8 @@ def listen(talk) -> None:
 
 
 def typed(ask: Callable[[str], str]) -> str:
-    """A line; with those after it, where it ends with a backslash; or, after a line of three double quotes, all up to the next such.
+    """A line; with those after it, where it ends with a backslash; or, after a line of three double quotes, all up to
+    the next such.
 
     A block is a text even if it begins with a slash. Ctrl-C gives up what is not finished.
     """
@@ -128,7 +145,9 @@ def stream(steps: Iterator, tokenizer, marks: dict[int, str]) -> str:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list]:
-    """A list in which each Ctrl-C is noted: raised in the midst of a step it would leave half-written snapshots behind."""
+    """A list in which each Ctrl-C is noted: raised in the midst of a step it would leave half-written snapshots
+    behind.
+    """
     noted: list = []
     before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
     try:
@@ -140,7 +159,12 @@ def interrupts() -> Iterator[list]:
 def call_marks(tokenizer, tool) -> dict[int, str]:
     """What is shown for the special tokens around a call and its output: [call = output], dimmed on a terminal."""
     dim, plain = (DIM, PLAIN) if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else ("", "")
-    shown = {"python_start": dim + "[", "python_end": "" if tool else "]" + plain, "output_start": " = ", "output_end": "]" + plain}
+    shown = {
+        "python_start": dim + "[",
+        "python_end": "" if tool else "]" + plain,
+        "output_start": " = ",
+        "output_end": "]" + plain,
+    }
     return {tokenizer.special(f"<|{name}|>"): text for name, text in shown.items()}
 
 

@@ -1,9 +1,9 @@
-"""Evaluate a chat model: python -m scripts.chat_eval [--model NAME] [--tasks gsm8k,arc-easy] [--data FOLDER] [--max-problems N].
+"""Evaluate a chat model: python -m scripts.chat_eval [--model NAME] [--tasks gsm8k,arc-easy] [--data FOLDER]
+[--max-problems N].
 
-Options are chosen by the logits of their letters, other replies sampled and graded; of conversations without answers (jsonl=FILE,
-smoltalk) the loss is measured. Every number has its n and its 95 % interval. Results go to eval_chat.json in the run directory, beside
-those of other tasks, steps and settings (nanolab/evals/record.py).
-"""
+Options are chosen by the logits of their letters, other replies sampled and graded; of conversations without answers
+(jsonl=FILE, smoltalk) the loss is measured. Every number has its n and its 95 % interval. Results go to eval_chat.json
+in the run directory, beside those of other tasks, steps and settings (nanolab/evals/record.py)."""
 
 import math
 import time
@@ -48,10 +48,25 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     engine = Engine(model, tokenizer, rt)
     if meta.get("kind", "base") == "base":
         print0("note: this is a base model, which has not learned the marks of a conversation")
-    for line in (*said, *(f"missing: {name}: {why}" for name, why in missing.items()), *dict.fromkeys(f"note: {note}" for task in tasks.values() for note in task.notes)):
+    for line in (
+        *said,
+        *(f"missing: {name}: {why}" for name, why in missing.items()),
+        *dict.fromkeys(f"note: {note}" for task in tasks.values() for note in task.notes),
+    ):
         print0(line)
-    made = {"device": rt.device_name, "dtype": rt.dtype_name, "settings": {name: getattr(cfg, name) for name in SETTINGS}}
-    result = {"model": found.name, "step": found.step, "kind": meta.get("kind", "base"), **made, "tasks": {}, "missing": missing}
+    made = {
+        "device": rt.device_name,
+        "dtype": rt.dtype_name,
+        "settings": {name: getattr(cfg, name) for name in SETTINGS},
+    }
+    result = {
+        "model": found.name,
+        "step": found.step,
+        "kind": meta.get("kind", "base"),
+        **made,
+        "tasks": {},
+        "missing": missing,
+    }
     path, whole = found.run_dir / "eval_chat.json", {}
     for spec, task in tasks.items():
         row = losses(cfg, model, tokenizer, task, rt) if task.kind == "chat" else measure(cfg, engine, task, tool)
@@ -71,13 +86,17 @@ def write(path: Path, result: dict) -> dict:
     from nanolab.training.models import read_json
 
     whole = merge_chat(read_json(path) if path.exists() else {}, result)
-    whole["chatcore"] = score({spec: row for spec, row in whole["tasks"].items() if row["settings"] == result["settings"]})
+    whole["chatcore"] = score(
+        {spec: row for spec, row in whole["tasks"].items() if row["settings"] == result["settings"]}
+    )
     write_text(path, as_json(whole, "eval_chat.json", indent=1) + "\n")
     return whole
 
 
 def split_versions(meta: dict) -> dict[str, int]:
-    """The rule by which files of conversations were split for this model, or for the one that it started from: what was held out then is so now."""
+    """The rule by which files of conversations were split for this model, or for the one that it started from: what was
+    held out then is so now.
+    """
     from nanolab.training.checkpoint import load_meta, steps
     from nanolab.training.finetune import task_versions
     from nanolab.training.models import runs_dir
@@ -108,12 +127,16 @@ def open_tasks(cfg: ChatEvalConfig, versions: Mapping[str, int] = {}) -> tuple[d
         except UserError as error:
             missing[name] = str(error)
     if not tasks:
-        raise UserError(f"no task can be opened: {'; '.join(missing.values())}; type --tasks NAME,... with --data FOLDER")
+        raise UserError(
+            f"no task can be opened: {'; '.join(missing.values())}; type --tasks NAME,... with --data FOLDER"
+        )
     return tasks, missing
 
 
 def with_walls(cfg: ChatEvalConfig, tasks: dict, missing: dict[str, str]) -> tuple[dict, dict[str, str], list[str]]:
-    """The tasks, those missing, and what the sandbox is like where code of the model's runs. Without one, tasks that nobody named are missing."""
+    """The tasks, those missing, and what the sandbox is like where code of the model's runs. Without one, tasks that
+    nobody named are missing.
+    """
     from nanolab.inference.sandbox import walls
 
     safe = {name: task for name, task in tasks.items() if not task.runs_code}
@@ -127,7 +150,9 @@ def with_walls(cfg: ChatEvalConfig, tasks: dict, missing: dict[str, str]) -> tup
 
 
 def name_and_split(spec: str) -> tuple[str, str]:
-    """NAME:SPLIT in two; the split test where there is none. A file's name may have colons of its own: there only a split follows one."""
+    """NAME:SPLIT in two; the split test where there is none. A file's name may have colons of its own: there only a
+    split follows one.
+    """
     from tasks import TASKS
 
     name, colon, split = spec.rpartition(":")
@@ -142,16 +167,39 @@ def measure(cfg: ChatEvalConfig, engine, task, tool) -> dict:
 
     began = time.perf_counter()
     result = evaluate(
-        engine, task, cfg.max_problems, num_samples=cfg.num_samples, max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-        seed=cfg.seed, tools=tool, batch_size=cfg.device_batch_size,
-    )  # fmt: skip
+        engine,
+        task,
+        cfg.max_problems,
+        num_samples=cfg.num_samples,
+        max_tokens=cfg.max_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        seed=cfg.seed,
+        tools=tool,
+        batch_size=cfg.device_batch_size,
+    )
     cut = sum(not reply.ended for reply in result.replies)
     return strict(task, result) | {
-        "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "measures": task.measures, "baseline": task.baseline, "n": result.n, "k": result.k,
-        "accuracy": result.accuracy, "interval": result.interval, "pass_at": result.pass_at, "intervals": result.intervals,
-        "too_long": result.too_long, "replies": len(result.replies), "cut": cut, "called": called(result.replies), "seconds": time.perf_counter() - began,
-        "examples": [shown(task, reply, cfg.tool) for reply in result.replies[:: result.k][:SHOWN]], "outcomes": result.outcomes,
-    }  # fmt: skip
+        "task": task.name,
+        "split": task.split,
+        "version": task.version,
+        "kind": task.kind,
+        "measures": task.measures,
+        "baseline": task.baseline,
+        "n": result.n,
+        "k": result.k,
+        "accuracy": result.accuracy,
+        "interval": result.interval,
+        "pass_at": result.pass_at,
+        "intervals": result.intervals,
+        "too_long": result.too_long,
+        "replies": len(result.replies),
+        "cut": cut,
+        "called": called(result.replies),
+        "seconds": time.perf_counter() - began,
+        "examples": [shown(task, reply, cfg.tool) for reply in result.replies[:: result.k][:SHOWN]],
+        "outcomes": result.outcomes,
+    }
 
 
 def strict(task, result) -> dict:
@@ -167,7 +215,9 @@ def strict(task, result) -> dict:
 
 
 def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
-    """The loss on the assistant's turns of conversations: nats per supervised token, in rows packed as fine-tuning packs those of its val/loss."""
+    """The loss on the assistant's turns of conversations: nats per supervised token, in rows packed as fine-tuning
+    packs those of its val/loss.
+    """
     import numpy as np
 
     from nanolab.data.conversations import Reader, packed_rows
@@ -180,20 +230,33 @@ def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
     reader = Reader(Mixture([(task, 1.0)], cfg.seed), tokenizer, model.config.sequence_len + 1)
     read = [reader.read(i) for i in range(n)]
     kept = [one for one, _ in read if one.ids]
-    found = bits_per_byte(model, packed_rows(reader, kept), np.ones(tokenizer.vocab_size, dtype=np.int32), rt, cfg.device_batch_size)  # bits per token
+    # bits per token
+    found = bits_per_byte(
+        model, packed_rows(reader, kept), np.ones(tokenizer.vocab_size, dtype=np.int32), rt, cfg.device_batch_size
+    )
     nats = math.log(2)
     return {
-        "task": task.name, "split": task.split, "version": task.version, "kind": task.kind, "n": len(kept), "tokens": found.n_tokens, "loss": found.bpb * nats,
-        "interval": found.interval and [end * nats for end in found.interval], "too_long": n - len(kept),
-        "cut": sum(0 < len(one.ids) < before for one, before in read), "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+        "task": task.name,
+        "split": task.split,
+        "version": task.version,
+        "kind": task.kind,
+        "n": len(kept),
+        "tokens": found.n_tokens,
+        "loss": found.bpb * nats,
+        "interval": found.interval and [end * nats for end in found.interval],
+        "too_long": n - len(kept),
+        "cut": sum(0 < len(one.ids) < before for one, before in read),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def called(replies) -> float:
     """The share of replies that call a tool."""
     from nanolab.data.chat import parts_of
 
-    return sum(any(part["type"] == "python" for part in parts_of(reply.content)) for reply in replies) / max(1, len(replies))
+    return sum(any(part["type"] == "python" for part in parts_of(reply.content)) for reply in replies) / max(
+        1, len(replies)
+    )
 
 
 def shown(task, reply, tool: str) -> dict:
@@ -201,7 +264,11 @@ def shown(task, reply, tool: str) -> dict:
     from nanolab.evals.score import readable
 
     *_, question, reference = task.example(reply.index).messages
-    texts = {"question": question["content"], "reply": readable(reply.content, tool), "reference": readable(reference["content"], tool)}
+    texts = {
+        "question": question["content"],
+        "reply": readable(reply.content, tool),
+        "reference": readable(reference["content"], tool),
+    }
     return {"index": reply.index, **texts, "correct": reply.correct}
 
 
@@ -211,7 +278,12 @@ def score(tasks: dict[str, dict]) -> dict | None:
 
     by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test" and "accuracy" in row}
     total = chatcore_score([(name, row["baseline"], row["accuracy"], row["interval"]) for name, row in by_name.items()])
-    return total and {"label": total.label, "value": total.value, "interval": total.interval, "lacks": [name for name in MEMBERS if name not in by_name]}
+    return total and {
+        "label": total.label,
+        "value": total.value,
+        "interval": total.interval,
+        "lacks": [name for name in MEMBERS if name not in by_name],
+    }
 
 
 def table(result: dict) -> list[str]:
@@ -219,26 +291,47 @@ def table(result: dict) -> list[str]:
     from nanolab.evals.chatcore import centred
 
     s = result["settings"]
-    replies = f"{s['num_samples']} {'reply' if s['num_samples'] == 1 else 'replies'} of at most {s['max_tokens']} tokens"
-    lines = [f"chat evaluation of {result['model']}@{result['step']} ({result['kind']}): {replies}, temperature {s['temperature']:g}, tool {s['tool'] or 'none'}"]
+    replies = (
+        f"{s['num_samples']} {'reply' if s['num_samples'] == 1 else 'replies'} of at most {s['max_tokens']} tokens"
+    )
+    lines = [
+        f"chat evaluation of {result['model']}@{result['step']} ({result['kind']}): {replies}, temperature"
+        f" {s['temperature']:g}, tool {s['tool'] or 'none'}"
+    ]
     width = max(20, *(len(spec) + 1 for spec in result["tasks"]))
-    graded, read = ({spec: row for spec, row in result["tasks"].items() if (key in row)} for key in ("accuracy", "loss"))
+    graded, read = (
+        {spec: row for spec, row in result["tasks"].items() if (key in row)} for key in ("accuracy", "loss")
+    )
     if graded:
-        lines += [f"  {'task':<{width}}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"]
+        lines += [
+            f"  {'task':<{width}}{'problems':>9}{'accuracy':>10}  {'95 % interval':<18}{'baseline':>8}{'above it':>10}"
+        ]
     for spec, row in graded.items():
         above = centred(row["accuracy"], row["baseline"])
-        lines += [f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f}  {ends(row['interval']):<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row, s)}"]
+        lines += [
+            f"  {spec:<{width}}{row['n']:>9,}{row['accuracy']:>10.4f} "
+            f" {ends(row['interval']):<18}{row['baseline']:>8.2f}{above:>10.4f}{notes(row, s)}"
+        ]
         if found := row.get("strict"):
-            lines += [f"  {'  strict extract':<{width + 9}}{found['accuracy']:>10.4f}  {ends(found['interval']):<18}  only the number after ####"]
+            lines += [
+                f"  {'  strict extract':<{width + 9}}{found['accuracy']:>10.4f}  {ends(found['interval']):<18}  only"
+                " the number after ####"
+            ]
         for k, p in row["pass_at"].items():
             if int(k) in powers(row["k"]):  # a string in what was read from the file
                 lines += [f"  {f'  pass@{k}':<{width + 9}}{p:>10.4f}  {ends(row['intervals'][k])}"]
     if result["chatcore"]:
         label, value, interval, lacks = result["chatcore"].values()
-        lines += [f"  {label:<{width + 9}}{value:>10.4f}  {ends(interval)}{'  without ' + ', '.join(lacks) if lacks else ''}"]
+        lines += [
+            f"  {label:<{width + 9}}{value:>10.4f}  {ends(interval)}{'  without ' + ', '.join(lacks) if lacks else ''}"
+        ]
     if read:
         lines += [f"  {'task':<{width}}{'chats':>9}{'loss':>10}  {'95 % interval':<18}  nats per supervised token"]
-    return lines + [f"  {spec:<{width}}{row['n']:>9,}{row['loss']:>10.4f}  {ends(row['interval']):<18}  n = {row['tokens']:,}{notes(row, s)}" for spec, row in read.items()]
+    return lines + [
+        f"  {spec:<{width}}{row['n']:>9,}{row['loss']:>10.4f}  {ends(row['interval']):<18}  n ="
+        f" {row['tokens']:,}{notes(row, s)}"
+        for spec, row in read.items()
+    ]
 
 
 def ends(interval: list[float] | None) -> str:
@@ -250,9 +343,13 @@ def notes(row: dict, settings: dict) -> str:
     from nanolab.evals.card import differences
 
     if row["kind"] == "chat":
-        said = [f"{row['too_long']} left out, too long for the model"] * bool(row["too_long"]) + [f"{row['cut']} cropped after a whole turn"] * bool(row["cut"])
+        said = [f"{row['too_long']} left out, too long for the model"] * bool(row["too_long"]) + [
+            f"{row['cut']} cropped after a whole turn"
+        ] * bool(row["cut"])
     else:
-        said = [row["measures"]] * bool(row.get("measures")) + [f"{row['too_long']} too long for the model, counted as wrong"] * bool(row["too_long"])
+        said = [row["measures"]] * bool(row.get("measures")) + [
+            f"{row['too_long']} too long for the model, counted as wrong"
+        ] * bool(row["too_long"])
         said += [f"{row['cut']} of {row['replies']} replies cut"] * bool(row["cut"])
     return "".join(f"  {one}" for one in [*said, *filter(None, [differences(row["settings"], settings)])])
 

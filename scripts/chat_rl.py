@@ -1,4 +1,6 @@
-"""Improve a chat model by its own replies: python -m scripts.chat_rl --model NAME --task gsm8k (see --help for every flag)."""
+"""Improve a chat model by its own replies: python -m scripts.chat_rl --model NAME --task gsm8k (see --help for every
+flag).
+"""
 
 import os
 
@@ -13,7 +15,9 @@ def run(cfg: RLConfig) -> int:
     name = cfg.run or f"{found.name}-rl"
     before = recorded(name) if cfg.resume else {}
     dtype = "" if os.environ.get("NANOLAB_DTYPE") else before.get("dtype", "")
-    rt = runtime.start(cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0))
+    rt = runtime.start(
+        cfg.device_type or before.get("device", ""), dtype, cfg.seed, cfg.threads or before.get("threads", 0)
+    )
     try:
         return train(cfg, rt, name, found)
     finally:
@@ -43,12 +47,18 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
 
     objective = objective_of(cfg)
     if cfg.tool and cfg.tool not in TOOLS:
-        raise UserError(f"--tool {cfg.tool!r} is unknown; expected one of {', '.join(TOOLS)}, or nothing{nearest(cfg.tool, list(TOOLS), prefix='--tool ')}")
+        raise UserError(
+            f"--tool {cfg.tool!r} is unknown; expected one of {', '.join(TOOLS)}, or"
+            f" nothing{nearest(cfg.tool, list(TOOLS), prefix='--tool ')}"
+        )
     tools = TOOLS[cfg.tool] if cfg.tool else None
     task = build(cfg.task, cfg.split, cfg.data, seed=cfg.seed)
     held_out = build(cfg.task, cfg.eval_split, cfg.data, cfg.eval_examples, cfg.seed) if cfg.eval_every > 0 else None
     if held_out is not None and not len(held_out):
-        raise UserError(f"task {cfg.task} has no example in {cfg.eval_split}; expected at least one; name another --eval-split, or type --eval-every -1")
+        raise UserError(
+            f"task {cfg.task} has no example in {cfg.eval_split}; expected at least one; name another --eval-split, or"
+            " type --eval-every -1"
+        )
     for line in walls(cfg, cfg.tool == "python" or task.runs_code):
         print0(line)
     if cfg.dry_run:
@@ -79,7 +89,9 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
         plan = make_plan(cfg, origin, len(task), rt.world_size)
         for line in describe(cfg, name, origin, plan, objective, task, rt):
             print0(line)
-        record.identify(origin=origin.facts(), data_fingerprint=fingerprint(task), questions=fingerprint(task, len(task)))
+        record.identify(
+            origin=origin.facts(), data_fingerprint=fingerprint(task), questions=fingerprint(task, len(task))
+        )
         if record.resume_from:
             with torch.device(rt.device):
                 model = GPT(origin.model, rt.dtype)
@@ -93,14 +105,24 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
         loss = PolicyLoss(objective, cfg.max_new_tokens, rt)
         try:
             fit(
-                record, model, MuonAdamW(param_groups(model, origin.rates(cfg), plan), rt), batches, plan, loss,
+                record,
+                model,
+                MuonAdamW(param_groups(model, origin.rates(cfg), plan), rt),
+                batches,
+                plan,
+                loss,
                 Every(
-                    log=cfg.log_every, eval=cfg.eval_every, save=cfg.save_every, keep=cfg.keep, grad_norm=cfg.log_grad_norm,
-                    evaluate=lambda: passes(cfg, engine, held_out, tools, stop.asked), measure=lambda: batches.measure() | loss.measure(),
+                    log=cfg.log_every,
+                    eval=cfg.eval_every,
+                    save=cfg.save_every,
+                    keep=cfg.keep,
+                    grad_norm=cfg.log_grad_norm,
+                    evaluate=lambda: passes(cfg, engine, held_out, tools, stop.asked),
+                    measure=lambda: batches.measure() | loss.measure(),
                     work=lambda: batches.work,
                 ),
                 stop,
-            )  # fmt: skip
+            )
         finally:
             batches.close()
         for line in changes(record.dir):
@@ -111,11 +133,13 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
 
 
 def check_talks(found, meta: dict) -> None:
-    """Raise UserError for a model that has not learnt to answer: it would never end a turn, and no reply would earn anything."""
+    """Raise UserError for a model that has not learnt to answer: it would never end a turn, and no reply would earn
+    anything.
+    """
     if meta["kind"] == "base":
         raise UserError(
-            f"{found.name} is a base model: it has never seen the tokens that mark up a conversation; expected one that was fine-tuned on chat; "
-            f"first type: python -m scripts.chat_sft --model {found.name}"
+            f"{found.name} is a base model: it has never seen the tokens that mark up a conversation; expected one that"
+            f" was fine-tuned on chat; first type: python -m scripts.chat_sft --model {found.name}"
         )
 
 
@@ -124,9 +148,18 @@ def passes(cfg: RLConfig, engine, task, tools, stop=lambda: False) -> dict[str, 
     from nanolab.evals.generative import evaluate
 
     result = evaluate(
-        engine, task, range(len(task)), num_samples=cfg.eval_samples, max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-        seed=cfg.seed, tools=tools, batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size, stop=stop,
-    )  # fmt: skip
+        engine,
+        task,
+        range(len(task)),
+        num_samples=cfg.eval_samples,
+        max_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        seed=cfg.seed,
+        tools=tools,
+        batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size,
+        stop=stop,
+    )
     shown = sorted({2**i for i in range(cfg.eval_samples.bit_length())} | {cfg.eval_samples})
     return {f"eval/pass@{k}": result.pass_at[k] for k in shown}
 
@@ -139,12 +172,22 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
 
     m = plan.model
     choices = f"{objective.advantage} advantages, {objective.normaliser} normaliser"
-    clip = f", ratios clipped at {1 - objective.clip_low:g} and {1 + objective.clip_high:g}" if objective.clip_low or objective.clip_high else ""
+    clip = (
+        f", ratios clipped at {1 - objective.clip_low:g} and {1 + objective.clip_high:g}"
+        if objective.clip_low or objective.clip_high
+        else ""
+    )
     kl = f", divergence from {origin.name} x {objective.kl:g}" if objective.kl else ""
     mixed = "" if ALGORITHMS[cfg.algorithm] == objective else " with changes"
     updates = f", {cfg.updates_per_batch} updates on each" if cfg.updates_per_batch > 1 else ""
-    slow = warmup_warning(plan, [(0, plan.num_iterations, plan.lr_frac)], f"try --warmup-steps {plan.num_iterations // 10}")
-    held = f"; {cfg.eval_split}: {cfg.eval_examples} x {cfg.eval_samples} every {cfg.eval_every} steps" if cfg.eval_every > 0 else ""
+    slow = warmup_warning(
+        plan, [(0, plan.num_iterations, plan.lr_frac)], f"try --warmup-steps {plan.num_iterations // 10}"
+    )
+    held = (
+        f"; {cfg.eval_split}: {cfg.eval_examples} x {cfg.eval_samples} every {cfg.eval_every} steps"
+        if cfg.eval_every > 0
+        else ""
+    )
     return [
         f"run             {name}: from {origin.name}, depth {m.n_layer}, width {m.n_embd}, rows of {m.sequence_len}",
         f"device          {rt.world_size} x {rt.device_name}, {rt.dtype_name}",
@@ -152,13 +195,23 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
         f"task            {cfg.task} {cfg.split}, {len(task):,} examples{held}",
         f"reward          {cfg.reward}",
         f"objective       {cfg.algorithm}{mixed}: {choices}{clip}{kl}",
-        f"rollouts        {cfg.examples_per_step} prompts x {cfg.num_samples} replies of at most {cfg.max_new_tokens} tokens, "
-        f"temperature {cfg.temperature:g}, top-k {cfg.top_k}{updates}",
+        (
+            f"rollouts        {cfg.examples_per_step} prompts x {cfg.num_samples} replies of at most"
+            f" {cfg.max_new_tokens} tokens, temperature {cfg.temperature:g}, top-k {cfg.top_k}{updates}"
+        ),
         f"batch           {plan.device_batch_size} replies x {plan.world_size} ranks x {plan.grad_accum} accumulation"
-        + (f"; ranks answer {-(-cfg.examples_per_step // plan.world_size)} or {cfg.examples_per_step // plan.world_size} prompts" if cfg.examples_per_step % plan.world_size else ""),
+        + (
+            f"; ranks answer {-(-cfg.examples_per_step // plan.world_size)} or"
+            f" {cfg.examples_per_step // plan.world_size} prompts"
+            if cfg.examples_per_step % plan.world_size
+            else ""
+        ),
         f"rates           {plan.recipe}: pretraining's x {plan.lr_frac:g}, {trapezoid_text(plan)}",
         *slow,
-        f"horizon         {plan.num_iterations:,} steps, {plan.num_iterations / cfg.updates_per_batch * cfg.examples_per_step / len(task):.2f} epochs",
+        (
+            f"horizon         {plan.num_iterations:,} steps,"
+            f" {plan.num_iterations / cfg.updates_per_batch * cfg.examples_per_step / len(task):.2f} epochs"
+        ),
     ]
 
 
@@ -169,7 +222,9 @@ def changes(run_dir) -> list[str]:
     rows, lines = read_metrics(run_dir), []
     for metric in dict.fromkeys(key for row in rows for key in row if key.startswith("eval/") or key == "rl/reward"):
         values = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        lines.append(f"{metric:16s}{values[0][1]:.4f} at step {values[0][0]} -> {values[-1][1]:.4f} at step {values[-1][0]}")
+        lines.append(
+            f"{metric:16s}{values[0][1]:.4f} at step {values[0][0]} -> {values[-1][1]:.4f} at step {values[-1][0]}"
+        )
     return lines
 
 

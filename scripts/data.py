@@ -20,10 +20,18 @@ def run(cfg: DataBuildConfig) -> None:
             sizes.append(len(text.encode()))
             marks += text.count("<|endoftext|>")
         folders = sorted({str(path.parent) for path in documents.paths})
-        rows.append({
-            "source": documents.name, "weight": weight, "documents": len(sizes), "bytes": sum(sizes),
-            "left_out": documents.n_documents - len(sizes), "files": len(documents.paths), "where": folders, "marks": marks,
-        })  # fmt: skip
+        rows.append(
+            {
+                "source": documents.name,
+                "weight": weight,
+                "documents": len(sizes),
+                "bytes": sum(sizes),
+                "left_out": documents.n_documents - len(sizes),
+                "files": len(documents.paths),
+                "where": folders,
+                "marks": marks,
+            }
+        )
     print(f"{'source':<16} {'weight':>7} {'documents':>11} {'bytes':>15} {'left out':>9} {'files':>6}  where")
     for row in rows:
         weight = "" if row["weight"] is None else f"{row['weight']:.3f}"

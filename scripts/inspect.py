@@ -1,14 +1,23 @@
-"""Show a model as tables: python -m scripts.inspect [--preset gpt2]. Tensors, layers, parameters, FLOPs, cache; nothing is allocated."""
+"""Show a model as tables: python -m scripts.inspect [--preset gpt2]. Tensors, layers, parameters, FLOPs, cache; nothing
+is allocated.
+"""
 
-import json
 import re
 from dataclasses import asdict, fields
 from typing import Any
 
 from nanolab.config import Architecture, GPTConfig, InspectConfig, as_json, main, parse
 
-# the first word of a parameter's name, after the block's -> what the table calls it, in this order; other words come last
-PARTS = {"wte": "token embedding", "positions": "positions", "value_embeds": "value embeddings", "attn": "attention", "mlp": "MLP", "lm_head": "head"}
+# the first word of a parameter's name, after the block's -> what the table calls it, in this order; other words come
+# last
+PARTS = {
+    "wte": "token embedding",
+    "positions": "positions",
+    "value_embeds": "value embeddings",
+    "attn": "attention",
+    "mlp": "MLP",
+    "lm_head": "head",
+}
 OTHER = "norms and mixing"
 
 
@@ -39,7 +48,9 @@ def run(cfg: InspectConfig) -> int:
 
 
 def tensors(model) -> list[dict[str, Any]]:
-    """One entry for each kind of parameter: part, name with * for the layer, shape, layers that have it (or none), parameters in all."""
+    """One entry for each kind of parameter: part, name with * for the layer, shape, layers that have it (or none),
+    parameters in all.
+    """
     kinds: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         shape, layer = tuple(p.shape), re.search(r"\.(\d+)\.", name)
@@ -56,7 +67,9 @@ def part(name: str) -> str:
 
 
 def layers(c: GPTConfig, kernels: list[str]) -> list[dict[str, Any]]:
-    """One entry for each kind of layer: its numbers, window (None: the whole row), positions, heads, cached values per token, kernel."""
+    """One entry for each kind of layer: its numbers, window (None: the whole row), positions, heads, cached values per
+    token, kernel.
+    """
     from nanolab.model.accounting import cached_shapes, windows
     from nanolab.model.positions import POSITIONS, rope_dim
 
@@ -79,17 +92,31 @@ def layers(c: GPTConfig, kernels: list[str]) -> list[dict[str, Any]]:
 
 
 def totals(c: GPTConfig, context: int, device_type: str, bytes_per_value: int) -> dict[str, Any]:
-    """Parameters, FLOPs per token, cache bytes per token, and what training takes (bytes: for one row, and for each more)."""
-    from nanolab.model.accounting import decode_flops_per_token, kv_bytes_per_token, n_params, peak_bytes, train_flops_per_token, train_memory
+    """Parameters, FLOPs per token, cache bytes per token, and what training takes (bytes: for one row, and for each
+    more).
+    """
+    from nanolab.model.accounting import (
+        decode_flops_per_token,
+        kv_bytes_per_token,
+        n_params,
+        peak_bytes,
+        train_flops_per_token,
+        train_memory,
+    )
 
     p = n_params(c)
     one, two = (peak_bytes(train_memory(c, rows, bytes_per_value, device_type)) for rows in (1, 2))
     return {
-        "parameters": p["total"], "without_wpe": p["total"] - p["wpe"], "scaling": p["scaling"],
-        "train_flops_per_token": train_flops_per_token(c), "context": context, "decode_flops_per_token": decode_flops_per_token(c, context),
+        "parameters": p["total"],
+        "without_wpe": p["total"] - p["wpe"],
+        "scaling": p["scaling"],
+        "train_flops_per_token": train_flops_per_token(c),
+        "context": context,
+        "decode_flops_per_token": decode_flops_per_token(c, context),
         "kv_bytes_per_token": {"bfloat16": kv_bytes_per_token(c, 2), "float32": kv_bytes_per_token(c, 4)},
-        "train_bytes": one, "train_bytes_per_row": two - one,
-    }  # fmt: skip
+        "train_bytes": one,
+        "train_bytes_per_row": two - one,
+    }
 
 
 def show(document: dict[str, Any]) -> None:
@@ -101,11 +128,13 @@ def show(document: dict[str, Any]) -> None:
         console = Console(highlight=False, width=140)  # a pipe has no edge to wrap at
     c = document["model"]
     console.print(
-        f"[bold]{document['preset']}[/]: {c['n_layer']} layers, width {c['n_embd']:,}, {c['n_head']} heads of {c['n_embd'] // c['n_head']}, "
-        f"rows of {c['sequence_len']:,} tokens, vocabulary {c['vocab_size']:,}"
+        f"[bold]{document['preset']}[/]: {c['n_layer']} layers, width {c['n_embd']:,}, {c['n_head']} heads of"
+        f" {c['n_embd'] // c['n_head']}, rows of {c['sequence_len']:,} tokens, vocabulary {c['vocab_size']:,}"
     )
     changed = {f.name: c[f.name] for f in fields(Architecture) if c[f.name] != f.default}
-    console.print("other than by default: " + (" ".join(flag(name, value) for name, value in changed.items()) or "nothing"))
+    console.print(
+        "other than by default: " + (" ".join(flag(name, value) for name, value in changed.items()) or "nothing")
+    )
     for table in (tensor_table(document), layer_table(document), total_table(document)):
         console.print()
         console.print(table)
@@ -131,14 +160,30 @@ def table(title: str, **columns: str):
 
 def tensor_table(document: dict[str, Any]):
     made = table("Parameters", tensor="left", shape="right", layers="left", parameters="right", share="right")
-    total, n_layer, tied = document["totals"]["parameters"], document["model"]["n_layer"], document["model"]["tied_head"]
+    total, n_layer, tied = (
+        document["totals"]["parameters"],
+        document["model"]["n_layer"],
+        document["model"]["tied_head"],
+    )
     for part in dict.fromkeys(t["part"] for t in document["tensors"]):
         inside = [t for t in document["tensors"] if t["part"] == part]
         n = sum(t["parameters"] for t in inside)
-        made.add_row(f"[bold]{part}[/]" + (", which is also the head's matrix" if tied and part == PARTS["wte"] else ""), "", "", f"[bold]{n:,}[/]", f"[bold]{n / total:.1%}[/]")
+        made.add_row(
+            f"[bold]{part}[/]" + (", which is also the head's matrix" if tied and part == PARTS["wte"] else ""),
+            "",
+            "",
+            f"[bold]{n:,}[/]",
+            f"[bold]{n / total:.1%}[/]",
+        )
         for t in inside:
-            repeats = "" if not t["layers"] else f"x {len(t['layers'])}" + (f": {numbers(t['layers'])}" if len(t["layers"]) < n_layer else "")
-            made.add_row(f"  {t['name']}", " x ".join(f"{n:,}" for n in t["shape"]), repeats, f"{t['parameters']:,}", "")
+            repeats = (
+                ""
+                if not t["layers"]
+                else f"x {len(t['layers'])}" + (f": {numbers(t['layers'])}" if len(t["layers"]) < n_layer else "")
+            )
+            made.add_row(
+                f"  {t['name']}", " x ".join(f"{n:,}" for n in t["shape"]), repeats, f"{t['parameters']:,}", ""
+            )
     made.add_section()
     made.add_row("[bold]all[/]", "", "", f"[bold]{total:,}[/]", "")
     return made
@@ -146,11 +191,28 @@ def tensor_table(document: dict[str, Any]):
 
 def layer_table(document: dict[str, Any]):
     machine = document["machine"]
-    made = table("Attention", layers="left", sees="left", positions="left", heads="right", key_value_heads="right", cached_per_token="left", kernel="left")
+    made = table(
+        "Attention",
+        layers="left",
+        sees="left",
+        positions="left",
+        heads="right",
+        key_value_heads="right",
+        cached_per_token="left",
+        kernel="left",
+    )
     for g in document["layers"]:
         sees = "the whole row" if g["window"] is None else f"{g['window']:,} tokens back"
         values = " + ".join(f"{heads} x {channels}" for heads, channels in g["cached"] if channels)
-        made.add_row(numbers(g["layers"]), sees, g["positions"], str(g["heads"]), str(g["kv_heads"]), f"{values} numbers", g["kernel"])
+        made.add_row(
+            numbers(g["layers"]),
+            sees,
+            g["positions"],
+            str(g["heads"]),
+            str(g["kv_heads"]),
+            f"{values} numbers",
+            g["kernel"],
+        )
     made.caption = f"kernels are those of this machine: {machine['device_type']}, {machine['dtype']}"
     made.caption_justify = "left"
     return made
@@ -167,8 +229,14 @@ def total_table(document: dict[str, Any]):
     made.add_row("training, per token", scaled(t["train_flops_per_token"]), "FLOPs, forward and backward")
     made.add_row(f"decoding, per token after {t['context']:,} others", scaled(t["decode_flops_per_token"]), "FLOPs")
     for dtype, n in t["kv_bytes_per_token"].items():
-        made.add_row(f"cache in {dtype}, per token", f"{n:,}", f"bytes; {scaled(n * c['sequence_len'])}B for a whole row")
-    made.add_row(f"training memory, {machine['dtype']} on {machine['device_type']}", f"about {scaled(t['train_bytes'])}B", f"with one row on the device, {scaled(t['train_bytes_per_row'])}B for each more")
+        made.add_row(
+            f"cache in {dtype}, per token", f"{n:,}", f"bytes; {scaled(n * c['sequence_len'])}B for a whole row"
+        )
+    made.add_row(
+        f"training memory, {machine['dtype']} on {machine['device_type']}",
+        f"about {scaled(t['train_bytes'])}B",
+        f"with one row on the device, {scaled(t['train_bytes_per_row'])}B for each more",
+    )
     return made
 
 

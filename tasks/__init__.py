@@ -1,9 +1,8 @@
 """The only list of tasks; a task or a mixture of tasks from a line of text. Imports no torch.
 
 A spec is NAME, NAME=FILE, either with @COUNT: "gsm8k", "jsonl=chats.jsonl", "arithmetic@2000", "identity=me.toml@500".
-A mixture is specs with commas, each with a weight: how often its examples come: "smoltalk:1,gsm8k:4,arithmetic@3000:0.5".
-A colon or an at sign may also be part of a file's name.
-"""
+A mixture is specs with commas, each with a weight: how often its examples come:
+"smoltalk:1,gsm8k:4,arithmetic@3000:0.5". A colon or an at sign may also be part of a file's name."""
 
 import os
 from collections.abc import Mapping
@@ -43,8 +42,11 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Task:
-    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at most. versions: other than the newest.
+def build(
+    spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}
+) -> Task:
+    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at
+    most. versions: other than the newest.
 
     Raises UserError for a spec, split or folder that is not there, and for malformed data.
     """
@@ -70,7 +72,7 @@ def _there(spec: str) -> bool:
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
-    """"a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
+    """ "a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
     out = []
     for part in filter(None, (p.strip() for p in spec.split(","))):
         name, weight = split_weight(part, lambda name: _there(_counted(name)[0]))
@@ -79,7 +81,13 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
         except ValueError:
             value = -1.0
         if not 0 < value < float("inf") or not name:
-            raise UserError(f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try {name if _there(_counted(name)[0]) else 'gsm8k'}:1", "bad-weight", name=name, weight=weight)
+            raise UserError(
+                f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try"
+                f" {name if _there(_counted(name)[0]) else 'gsm8k'}:1",
+                "bad-weight",
+                name=name,
+                weight=weight,
+            )
         out.append((name, value))
     if not out:
         raise UserError("the mixture names no task; expected at least one; try arithmetic:1,identity:1")
@@ -87,7 +95,9 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
 
 
 class Mixture:
-    """The examples of several tasks, shuffled together. A weight of 2 gives each example twice, of 0.5 the first half once."""
+    """The examples of several tasks, shuffled together. A weight of 2 gives each example twice, of 0.5 the first half
+    once.
+    """
 
     def __init__(self, tasks: list[tuple[Task, float]], seed: int = 42) -> None:
         """Raises UserError when nothing is in it."""
@@ -111,6 +121,10 @@ class Mixture:
         return self.tasks[t].example(int(place - self.ends[t] + self.counts[t]) % len(self.tasks[t]))
 
 
-def mixture(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Mixture:
+def mixture(
+    spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}
+) -> Mixture:
     """The mixture that `spec` names; limit: examples at most of each task. Raises UserError as `build` does."""
-    return Mixture([(build(name, split, data, limit, seed, versions), weight) for name, weight in parse_mixture(spec)], seed)
+    return Mixture(
+        [(build(name, split, data, limit, seed, versions), weight) for name, weight in parse_mixture(spec)], seed
+    )

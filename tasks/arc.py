@@ -1,6 +1,8 @@
-"""ARC, easy and challenge: grade-school science questions with three to five options. https://arxiv.org/abs/1803.05457"""
+"""ARC, easy and challenge: grade-school science questions with three to five options.
+https://arxiv.org/abs/1803.05457
+"""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
 
@@ -28,7 +30,11 @@ class Arc(Task):
 def parse(row: Reader) -> Example:
     """The hub's rows (question, choices with labels, answerKey), or the evaluation bundle's (query, choices, gold)."""
     if row.has("query"):
-        question, choices, answer = row.get("query", str).removeprefix("Question:"), row.get("choices", list), row.get("gold", int)
+        question, choices, answer = (
+            row.get("query", str).removeprefix("Question:"),
+            row.get("choices", list),
+            row.get("gold", int),
+        )
     else:
         options = Reader(row.get("choices", dict), row.where)
         question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)

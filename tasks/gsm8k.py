@@ -1,10 +1,10 @@
 """GSM8K: grade-school word problems, solved step by step with the calculator. https://arxiv.org/abs/2110.14168
 
-The dataset marks each calculation as <<48/2=24>>; here that is a call of the tool and its output. The answer follows "####".
-"""
+The dataset marks each calculation as <<48/2=24>>; here that is a call of the tool and its output. The answer follows
+"####"."""
 
 import re
-from typing import Sequence
+from collections.abc import Sequence
 
 from nanolab.data.chat import Part, parts_of, text_of
 from tasks.common import Content, Example, Reader, Source, Task, rows_of
@@ -12,9 +12,11 @@ from tasks.numbers import NUMBER, marked_number, same_number, to_number
 
 SOURCE = Source(
     {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
-    "openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "openai/gsm8k",
+    "main",
+    "e53f048856ff4f594e959d75785d2c2d37b678ee",
     {"train": "train", "test": "test"},
-)  # fmt: skip
+)
 CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
@@ -37,7 +39,10 @@ class GSM8K(Task):
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the reply ends with a line "#### number"."""
         last = text_of(content).strip().split("\n")[-1]
-        return {"correct": float(self.correct(example, content)), "format": float(last.startswith("####") and NUMBER.search(last) is not None)}
+        return {
+            "correct": float(self.correct(example, content)),
+            "format": float(last.startswith("####") and NUMBER.search(last) is not None),
+        }
 
 
 def parse(row: Reader) -> Example:
@@ -45,7 +50,9 @@ def parse(row: Reader) -> Example:
     answer = to_number(solution.rpartition("####")[2])
     if "####" not in solution or answer is None:
         raise row.refuse(f"the answer ends in {solution[-40:]!r}", "'#### ' and a number at its end")
-    return Example([{"role": "user", "content": question}, {"role": "assistant", "content": with_calls(solution)}], answer)
+    return Example(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": with_calls(solution)}], answer
+    )
 
 
 def with_calls(solution: str) -> list[Part]:

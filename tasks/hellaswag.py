@@ -4,15 +4,17 @@ The split test is the dataset's validation, because the answers of its test rows
 """
 
 import re
-from typing import Sequence
+from collections.abc import Sequence
 
 from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
 
 SOURCE = Source(
     {"test": "eval_bundle/eval_data/language_understanding/hellaswag.jsonl"},
-    "Rowan/hellaswag", "", "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+    "Rowan/hellaswag",
+    "",
+    "218ec52e09a7e7462a5400043bb9a69a41d06b76",
     {"train": "train", "test": "validation"},
-)  # fmt: skip
+)
 
 
 class HellaSwag(Task):

@@ -1,17 +1,22 @@
-"""HumanEval: write a Python function from its head and docstring; hidden tests are run on it. https://arxiv.org/abs/2107.03374"""
+"""HumanEval: write a Python function from its head and docstring; hidden tests are run on it.
+https://arxiv.org/abs/2107.03374
+"""
 
 import ast
 import re
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from nanolab.data.chat import text_of
 from tasks.common import Content, Example, Reader, Source, Task, rows_of
 
 SOURCE = Source(
     {"test": "humaneval/HumanEval.jsonl"},
-    "openai/openai_humaneval", "", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    "openai/openai_humaneval",
+    "",
+    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
     {"test": "test"},
-)  # fmt: skip
+)
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)  # a block that was cut off counts
 
 
@@ -38,7 +43,10 @@ class HumanEval(Task):
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the code of the reply parses and defines the function."""
         tree = parsed(code_of(content))
-        return {"correct": float(self.correct(example, content)), "format": float(tree is not None and defines(tree, example.answer.name))}
+        return {
+            "correct": float(self.correct(example, content)),
+            "format": float(tree is not None and defines(tree, example.answer.name)),
+        }
 
 
 def parse(row: Reader) -> Example:
@@ -59,7 +67,8 @@ def code_of(content: Content) -> str:
 
 
 def program_of(problem: Problem, content: Content) -> str:
-    """The program to check: the prompt, so that its imports and helpers are there, and the reply's function in place of its stub.
+    """The program to check: the prompt, so that its imports and helpers are there, and the reply's function in place of
+    its stub.
 
     A reply that does not define the function is taken for the rest of the prompt's.
     """
@@ -73,7 +82,12 @@ def program_of(problem: Problem, content: Content) -> str:
 def parsed(code: str) -> ast.Module | None:
     try:
         return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null byte; the others: nested too deep
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # ValueError: a null byte; the others: nested too deep
         return None
 
 

@@ -3,15 +3,17 @@
 The split train is the dataset's auxiliary_train: questions of other exams, without a subject.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
 
 SOURCE = Source(
     {"dev": "mmlu/dev.jsonl.gz", "test": "mmlu/test.jsonl.gz"},
-    "cais/mmlu", "all", "c30699e8356da336a370243923dbaf21066bb9fe",
+    "cais/mmlu",
+    "all",
+    "c30699e8356da336a370243923dbaf21066bb9fe",
     {"train": "auxiliary_train", "validation": "validation", "dev": "dev", "test": "test"},
-)  # fmt: skip
+)
 
 
 class MMLU(Task):
@@ -29,4 +31,10 @@ class MMLU(Task):
 def parse(row: Reader) -> Example:
     subject = row.get("subject", str).replace("_", " ")
     about = f"about {subject}" if subject else "of an exam"
-    return multiple_choice(row, row.get("question", str), row.get("choices", list), row.get("answer", int), f"Choose the right answer to this question {about}.")
+    return multiple_choice(
+        row,
+        row.get("question", str),
+        row.get("choices", list),
+        row.get("answer", int),
+        f"Choose the right answer to this question {about}.",
+    )

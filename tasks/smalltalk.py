@@ -1,14 +1,15 @@
-"""Smalltalk: what people type first, and what has numbers in it without being a calculation. smalltalk or smalltalk=FILE.toml.
+"""Smalltalk: what people type first, and what has numbers in it without being a calculation. smalltalk or
+smalltalk=FILE.toml.
 
-tasks/smalltalk.toml holds all sentences. In training numbers are drawn anew for each example. The split test is prompts whose
-sentences are not in training, many with numbers, none of which asks for a calculation: a reply is right when it says something
-and calls no tool. What it says is not judged, and a model that never calls a tool is always right, so that this number means
-something only beside the arithmetic task's.
-"""
+tasks/smalltalk.toml holds all sentences. In training numbers are drawn anew for each example. The split test is prompts
+whose sentences are not in training, many with numbers, none of which asks for a calculation: a reply is right when it
+says something and calls no tool. What it says is not judged, and a model that never calls a tool is always right, so
+that this number means something only beside the arithmetic task's."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from nanolab.config import UserError, nearest, read_toml
 from nanolab.data.chat import parts_of, text_of
@@ -34,9 +35,12 @@ class Smalltalk(Task):
     def open(self) -> Sequence[Example]:
         topics, test = read_topics(Path(self.argument).expanduser() if self.argument else DEFAULT)
         if self.split == "test":
-            return self.shuffled(len(test.questions), lambda i: conversation(test.questions[i], self.draws(i).pick(test.answers)))
+            return self.shuffled(
+                len(test.questions), lambda i: conversation(test.questions[i], self.draws(i).pick(test.answers))
+            )
         asked = [(question, topic.answers) for topic in topics for question in topic.questions]
-        asked += [(question, answers) for question, answers in asked if RANGE.search(question)]  # twice as often: they have many texts
+        # twice as often: they have many texts
+        asked += [(question, answers) for question, answers in asked if RANGE.search(question)]
 
         def make(i: int) -> Example:
             draws = self.draws(i)
@@ -68,7 +72,9 @@ def sentences(text: str) -> list[str]:
 
 
 def read_topics(path: Path) -> tuple[list[Topic], Topic]:
-    """The topics of training and the split test. Raises UserError for a file of another shape, or a sentence that is in both."""
+    """The topics of training and the split test. Raises UserError for a file of another shape, or a sentence that is in
+    both.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected a TOML with {SHAPE}; copy tasks/smalltalk.toml and change it")
     tables = read_toml(path)
@@ -76,13 +82,18 @@ def read_topics(path: Path) -> tuple[list[Topic], Topic]:
         if key not in ("topic", "test"):
             raise UserError(f"{path} has the table {key!r}; expected {SHAPE}{nearest(key, ['topic', 'test'])}")
     if not isinstance(tables.get("topic"), list) or "test" not in tables:
-        raise UserError(f"{path}: no {'[test]' if isinstance(tables.get('topic'), list) else '[[topic]]'}; expected {SHAPE}")
+        raise UserError(
+            f"{path}: no {'[test]' if isinstance(tables.get('topic'), list) else '[[topic]]'}; expected {SHAPE}"
+        )
     topics = [topic_of(table, f"{path}: topic {k}") for k, table in enumerate(tables["topic"], 1)]
     test = topic_of(tables["test"], f"{path}: test")
     known = {sentence for topic in topics for question in topic.questions for sentence in sentences(question)}
     for question in test.questions:
         if known & set(sentences(question)):
-            raise UserError(f"{path}: test asks {question!r}, which is in a topic too (whatever its numbers); expected an unseen sentence; change one of them")
+            raise UserError(
+                f"{path}: test asks {question!r}, which is in a topic too (whatever its numbers); expected an unseen"
+                " sentence; change one of them"
+            )
     return topics, test
 
 
@@ -92,9 +103,17 @@ def topic_of(table: Any, where: str) -> Topic:
     if set(fields) != set(Topic._fields):
         raise UserError(f"{where} has {', '.join(fields) or 'nothing'}; expected questions and answers; write {SHAPE}")
     for field, texts in fields.items():
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
             raise UserError(f'{where}: {field} is {texts!r}; expected a list of texts; write {field} = ["Hello!"]')
     for question in fields["questions"]:
-        if re.search("[{}]", RANGE.sub("", question)) or any(int(low) > int(high) for low, high in RANGE.findall(question)):
-            raise UserError(f"{where}: {question!r} has braces; expected a range of numbers between them; write {{2-90}}")
+        if re.search("[{}]", RANGE.sub("", question)) or any(
+            int(low) > int(high) for low, high in RANGE.findall(question)
+        ):
+            raise UserError(
+                f"{where}: {question!r} has braces; expected a range of numbers between them; write {{2-90}}"
+            )
     return Topic(**fields)

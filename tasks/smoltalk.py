@@ -1,15 +1,19 @@
-"""SmolTalk, the selection for small models: everyday chat, some of it with a system message. https://arxiv.org/abs/2502.02737"""
+"""SmolTalk, the selection for small models: everyday chat, some of it with a system message.
+https://arxiv.org/abs/2502.02737
+"""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from nanolab.data.chat import read_conversations
 from tasks.common import Example, Reader, Source, Task, hub_rows, local_path
 
 SOURCE = Source(
     {"train": "smoltalk/train.jsonl", "test": "smoltalk/test.jsonl"},
-    "HuggingFaceTB/smol-smoltalk", "", "",
+    "HuggingFaceTB/smol-smoltalk",
+    "",
+    "",
     {"train": "train", "test": "test"},
-)  # fmt: skip
+)
 
 
 class SmolTalk(Task):

@@ -16,10 +16,28 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 
 # A room may import itself and rooms of a lower level.
 LEVEL = {
-    "presets": 0, "flags": 0, "terminal": 0, "config": 1, "runtime": 2, "data": 3, "model": 4, "training": 5, "inference": 5,
-    "evals": 6, "serving": 6, "interop": 6, "lab": 6, "tasks": 7, "scripts": 8,
-}  # fmt: skip
-SIDEWAYS = {("nanolab.training.rollout", "inference"), ("nanolab.interop.lm_eval", "evals"), ("nanolab.lab.bench_eval", "evals")}  # arrows on one level that the house allows
+    "presets": 0,
+    "flags": 0,
+    "terminal": 0,
+    "config": 1,
+    "runtime": 2,
+    "data": 3,
+    "model": 4,
+    "training": 5,
+    "inference": 5,
+    "evals": 6,
+    "serving": 6,
+    "interop": 6,
+    "lab": 6,
+    "tasks": 7,
+    "scripts": 8,
+}
+# arrows on one level that the house allows
+SIDEWAYS = {
+    ("nanolab.training.rollout", "inference"),
+    ("nanolab.interop.lm_eval", "evals"),
+    ("nanolab.lab.bench_eval", "evals"),
+}
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -60,11 +78,15 @@ def room(module: str) -> str | None:
 def violations(root: Path) -> list[str]:
     """One line for each import that the house forbids."""
     found, bad = modules(root), []
-    known = {name.rsplit(".", up)[0] for name in found for up in range(name.count(".") + 1)}  # modules and their packages
+    # modules and their packages
+    known = {name.rsplit(".", up)[0] for name in found for up in range(name.count(".") + 1)}
     for name, path in found.items():
         here = room(name)
         if here and here not in LEVEL:
-            bad.append(f"{name}: {here} is not a room of the house; give it a level in tests/test_architecture.py and dev/LOG.md")
+            bad.append(
+                f"{name}: {here} is not a room of the house; give it a level in tests/test_architecture.py and"
+                " dev/LOG.md"
+            )
             continue
         for line, target in imports(name, path, known):
             there = room(target)
@@ -78,7 +100,9 @@ def violations(root: Path) -> list[str]:
             elif here == there:
                 continue
             elif not here:
-                bad.append(f"{where}: the package file imports {target}; it stays empty, so that importing one room is cheap")
+                bad.append(
+                    f"{where}: the package file imports {target}; it stays empty, so that importing one room is cheap"
+                )
             elif LEVEL[there] >= LEVEL[here] and (name, there) not in SIDEWAYS:
                 bad.append(f"{where}: {here} imports {there}, against the arrows")
     return bad
@@ -129,7 +153,8 @@ def promised_torch_free() -> list[str]:
     return [
         name
         for name, path in modules(ROOT).items()
-        if "imports no torch" in (ast.get_docstring(ast.parse(path.read_text())) or "").lower() or name.startswith("scripts")
+        if "imports no torch" in (ast.get_docstring(ast.parse(path.read_text())) or "").lower()
+        or name.startswith("scripts")
     ]
 
 
@@ -151,7 +176,9 @@ for name in sys.argv[1:]:
 
 def import_without_torch(names: list[str]) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *names], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *names], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     return done.stdout + done.stderr
 
 
@@ -169,7 +196,12 @@ def test_importing_writes_nothing(tmp_path):
     """No module makes a folder or a file when it is imported."""
     home = tmp_path / "home"
     home.mkdir()
-    env = os.environ | {"PYTHONPATH": str(ROOT), "NANOLAB_BASE_DIR": str(home / "base"), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "NANOLAB_BASE_DIR": str(home / "base"),
+        "HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     names = [name for name in modules(ROOT) if not name.endswith("__main__")]
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -44,7 +44,11 @@ def blocks(name: str, text: str) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         comments = dict(re.findall(r"<!--\s*(not run|toy):\s*(.*?)\s*-->", match["comments"], re.S))
-        pairs = [tuple(part.strip() for part in pair.split("=>")) for pair in comments.get("toy", "").split(";") if pair.strip()]
+        pairs = [
+            tuple(part.strip() for part in pair.split("=>"))
+            for pair in comments.get("toy", "").split(";")
+            if pair.strip()
+        ]
         line = text[: match.start("code")].count("\n") + 1
         found.append(Block(f"{name}:{line}", match["code"], comments.get("not run", ""), pairs))
     return found
@@ -93,7 +97,11 @@ def flags_of(module: str) -> set[str]:
 
     path = ROOT / (module.replace(".", "/") + ".py")
     assert path.exists(), f"{path} does not exist"
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"
+    ]
     fields = [f for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))]
     return {f.name for f in fields} | {f"no_{f.name}" for f in fields if f.type is bool} | {"help"}
 
@@ -126,7 +134,9 @@ def test_the_dial_is_what_the_plan_says():
 
 
 def test_reading_order_is_current():
-    """Every file of the reading order exists and has about the lines that README says; dev/reading_order.py writes it."""
+    """Every file of the reading order exists and has about the lines that README says; dev/reading_order.py writes
+    it.
+    """
     done = subprocess.run([sys.executable, "dev/reading_order.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -141,14 +151,20 @@ def test_bash_blocks_run(name, in_checkout):
 @pytest.mark.slow
 @pytest.mark.fault("V7")
 def test_the_guides_variant_keeps_every_contract(in_checkout):
-    """Its blocks as they stand run the contracts on what uses the new entry (-k centred); the models that do not are those of before, as
-    test_covering.py says, here with the entry in its table and its rows written down."""
+    """Its blocks as they stand run the contracts on what uses the new entry (-k centred); the models that do not are
+    those of before, as test_covering.py says, here with the entry in its table and its rows written down."""
     run_blocks(VARIANT, in_checkout)
-    done = in_checkout("python dev/variants.py && python dev/variants.py --check && python -m pytest tests/contracts/test_covering.py")
+    done = in_checkout(
+        "python dev/variants.py && python dev/variants.py --check && python -m pytest tests/contracts/test_covering.py"
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     path = Path("tests") / "contracts" / "rows.txt"
     before, after = ((root / path).read_text().splitlines() for root in (ROOT, in_checkout.path))
-    assert after[: len(before)] == before and all("mlp:centred" in row for row in after[len(before) :]) and len(after) > len(before)
+    assert (
+        after[: len(before)] == before
+        and all("mlp:centred" in row for row in after[len(before) :])
+        and len(after) > len(before)
+    )
     done = in_checkout("python -m pytest tests/contracts/test_pairs.py --collect-only -q -k centred")
     assert f"test_pairs.py: {len(after) - len(before)}\n" in done.stdout, done.stdout
 
@@ -158,7 +174,9 @@ def run_blocks(name, in_checkout):
         if block.reason:
             continue
         done = in_checkout(block.small())
-        assert done.returncode == 0, f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, (
+            f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         if block.code.strip() == "bash runs/quickstart.sh":
             check_quickstart(done, in_checkout)
 
@@ -171,7 +189,9 @@ def check_quickstart(first, in_checkout):
     assert report in first.stdout
 
     # The card's numbers are those of the runs' records.
-    text, chat = ([json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json"))
+    text, chat = (
+        [json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json")
+    )
     row = re.search(r"^\| bits per byte .*", report, re.M)[0]
     assert [float(x) for x in re.findall(r"\| (\d\.\d{4})", row)] == [round(one["val"]["bpb"], 4) for one in text]
     for name in ("gzip -9", "bz2 -9", "xz -9e"):
@@ -181,9 +201,15 @@ def check_quickstart(first, in_checkout):
 
     # The replies that chat_cli writes after each of the three stages.
     def replies(shown):
-        return re.findall(r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S)
+        return re.findall(
+            r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S
+        )
 
-    assert [question for question, _ in replies(first.stdout)] == ["This function returns", "What is 37 + 58?", "Who are you?"]
+    assert [question for question, _ in replies(first.stdout)] == [
+        "This function returns",
+        "What is 37 + 58?",
+        "Who are you?",
+    ]
 
     weights = sorted((in_checkout.base / "runs").rglob("model.safetensors"))
     before = [path.stat().st_mtime_ns for path in weights]
@@ -203,7 +229,10 @@ def test_equal_to_the_bit_is_said_of_cpus_only():
 
 
 def test_blocks_are_read_as_written():
-    text = "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU -->\n```bash\nnvidia-smi\n```\n"
+    text = (
+        "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU"
+        " -->\n```bash\nnvidia-smi\n```\n"
+    )
     first, second = blocks("f.md", text)
     assert (first.small(), first.reason, first.where) == ("y --depth 2\n", "", "f.md:4")
     assert (second.code, second.reason) == ("nvidia-smi\n", "no GPU")

@@ -1,9 +1,10 @@
-"""Texts, tokens and starts of in-context items beside the reference's: python dev/bench/reference_texts.py --reference CHECKOUT --eval-bundle DIR --tokenizer DIR
+"""Texts, tokens and starts of in-context items beside the reference's: python dev/bench/reference_texts.py --reference
+CHECKOUT --eval-bundle DIR --tokenizer DIR
 
-A check by hand. CHECKOUT is a checkout of karpathy/nanochat, whose core_eval is imported; nothing is copied. Of every task in the bundle 30 items
-are rendered and encoded by both. What the tests compare with is the hash of its output on a tiny bundle (tests/evals/test_icl.py, GOLDEN).
-The last line of stdout is one JSON document; the exit code is 1 if a text differs.
-"""
+A check by hand. CHECKOUT is a checkout of karpathy/nanochat, whose core_eval is imported; nothing is copied. Of every
+task in the bundle 30 items are rendered and encoded by both. What the tests compare with is the hash of its output on a
+tiny bundle (tests/evals/test_icl.py, GOLDEN). The last line of stdout is one JSON document; the exit code is 1 if a
+text differs."""
 
 import argparse
 import importlib.util

@@ -1,12 +1,13 @@
-"""Conversations -> rows of T+1 tokens: whole conversations side by side, each exactly once an epoch, padding where none fits.
+"""Conversations -> rows of T+1 tokens: whole conversations side by side, each exactly once an epoch, padding where none
+fits.
 
-All conversations are measured once, before the run (`survey`). From their lengths alone follows which of them share which
-row of which epoch (`pack`), so the number of rows is known, row g is the same on any number of ranks, and the state of a
-run is g. A row takes the conversation that has waited longest, then again and again the longest that fits the room left.
-One that is longer than a row never waits: it is cropped, left out or refused before anything is packed.
+All conversations are measured once, before the run (`survey`). From their lengths alone follows which of them share
+which row of which epoch (`pack`), so the number of rows is known, row g is the same on any number of ranks, and the
+state of a run is g. A row takes the conversation that has waited longest, then again and again the longest that fits
+the room left. One that is longer than a row never waits: it is cropped, left out or refused before anything is packed.
 
-Rows of pretraining text can be mixed in (`replay`), evenly and at fixed places. Dims: B rows, T tokens, N conversations.
-"""
+Rows of pretraining text can be mixed in (`replay`), evenly and at fixed places. Dims: B rows, T tokens, N
+conversations."""
 
 import hashlib
 import threading
@@ -27,8 +28,9 @@ from nanolab.data.packing import Batch, PackedBatches, Turns, share_rows
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime, progress
 
-# Conversations that wait for a row they fit. Padding of rows of 512 with 64, 256, 1024 places: 2.6, 1.4, 0.9 % (25,000 chats and
-# school problems of 276 tokens in the mean); but the more wait, the more alike are those that are left at an epoch's end.
+# Conversations that wait for a row they fit. Padding of rows of 512 with 64, 256, 1024 places: 2.6, 1.4, 0.9 % (25,000
+# chats and school problems of 276 tokens in the mean); but the more wait, the more alike are those that are left at an
+# epoch's end.
 PLACES = 256
 ARRIVAL_BITS = 32
 IGNORED = -1  # a target that is not counted
@@ -65,7 +67,10 @@ class Reader:
 
     def __init__(self, conversations: Conversations, tokenizer: Tokenizer, room: int, long: str = "crop") -> None:
         if long not in LONG:
-            raise UserError(f"--long {long!r} is unknown; expected one of {', '.join(LONG)}{nearest(long, list(LONG), prefix='--long ')}")
+            raise UserError(
+                f"--long {long!r} is unknown; expected one of"
+                f" {', '.join(LONG)}{nearest(long, list(LONG), prefix='--long ')}"
+            )
         self.conversations, self.tokenizer, self.room, self.long = conversations, tokenizer, room, long
         self.end = tokenizer.special("<|assistant_end|>")
 
@@ -113,7 +118,8 @@ def survey(reader: Reader, runtime: Runtime) -> Survey:
     """
     n = len(reader)
     mine = range(runtime.rank, n, runtime.world_size)
-    found = np.zeros((len(mine), 7), dtype=np.int64)  # tokens before and after, those trained on, checksum; turns, those masked, those disobeyed
+    # tokens before and after, those trained on, checksum; turns, those masked, those disobeyed
+    found = np.zeros((len(mine), 7), dtype=np.int64)
     for row, i in enumerate(progress(mine, "measuring conversations", len(mine))):
         messages = reader.conversations.example(i).messages
         (ids, mask), before = reader.fit(messages)
@@ -129,20 +135,53 @@ def survey(reader: Reader, runtime: Runtime) -> Survey:
     too_long = np.flatnonzero(before > reader.room)
     if len(too_long) and reader.long == "refuse":
         raise UserError(
-            f"{len(too_long)} of {n} conversations are longer than a row: number {too_long[0]} has {before[too_long[0]]} tokens, the longest "
-            f"{before.max()}; expected at most {reader.room}; try --max-seq-len {before.max() - 1} if the model was trained on such rows, or --long crop"
+            f"{len(too_long)} of {n} conversations are longer than a row: number {too_long[0]} has"
+            f" {before[too_long[0]]} tokens, the longest {before.max()}; expected at most {reader.room}; try"
+            f" --max-seq-len {before.max() - 1} if the model was trained on such rows, or --long crop"
         )
     if not kept.any():
-        seen = f"all {n} conversations are longer than a row of {reader.room} tokens, without an assistant's turn that fits" if n else "there are no conversations"
+        seen = (
+            f"all {n} conversations are longer than a row of {reader.room} tokens, without an assistant's turn that"
+            " fits"
+            if n
+            else "there are no conversations"
+        )
         if silent.any():
-            seen = f"no assistant's turn of {n} conversations is left to train on: {masked.sum()} of {turns.sum()} turns are marked as not to be trained on"
-        advice = "mark fewer turns, or try a longer --max-seq-len" if silent.any() else "try a longer --max-seq-len" if n else "check --tasks"
-        raise UserError(f"{seen}; expected at least one to train on; {advice}", "nothing-to-train-on", conversations=n, turns=int(turns.sum()), masked=int(masked.sum()))
-    digest = hashlib.sha256(repr((reader.room, reader.long)).encode() + table[:, :4].astype("<i8").tobytes()).hexdigest()
+            seen = (
+                f"no assistant's turn of {n} conversations is left to train on: {masked.sum()} of {turns.sum()} turns"
+                " are marked as not to be trained on"
+            )
+        advice = (
+            "mark fewer turns, or try a longer --max-seq-len"
+            if silent.any()
+            else "try a longer --max-seq-len"
+            if n
+            else "check --tasks"
+        )
+        raise UserError(
+            f"{seen}; expected at least one to train on; {advice}",
+            "nothing-to-train-on",
+            conversations=n,
+            turns=int(turns.sum()),
+            masked=int(masked.sum()),
+        )
+    digest = hashlib.sha256(
+        repr((reader.room, reader.long)).encode() + table[:, :4].astype("<i8").tobytes()
+    ).hexdigest()
     return Survey(
-        kept.astype(np.int32), int(kept.sum()), int(trained.sum()), int(((kept > 0) & (kept < before)).sum()), int(((kept == 0) & ~silent).sum()),
-        int(before.max()), reader.room, digest, int(turns.sum()), int(masked.sum()), int(silent.sum()), int(disobeyed.sum()),
-    )  # fmt: skip
+        kept.astype(np.int32),
+        int(kept.sum()),
+        int(trained.sum()),
+        int(((kept > 0) & (kept < before)).sum()),
+        int(((kept == 0) & ~silent).sum()),
+        int(before.max()),
+        reader.room,
+        digest,
+        int(turns.sum()),
+        int(masked.sum()),
+        int(silent.sum()),
+        int(disobeyed.sum()),
+    )
 
 
 def pack(lengths: np.ndarray, order: Sequence[int], room: int, places: int = PLACES) -> Iterator[list[int]]:
@@ -207,28 +246,47 @@ class ConversationBatches:
     """The training batches of one rank: rows of conversations, epoch after epoch, and rows of text among them.
 
     rows_per_step: rows of one optimizer step over all ranks. epochs: after so many only padding follows; None: never.
-    replay: text, made with one row at a time for a single rank: every rank packs all of it, and takes its own rows; `share`
+    replay: text, made with one row at a time for a single rank: every rank packs all of it, and takes its own rows;
+    `share`
     of all rows come from it. Raises UserError where `share_rows` does.
     """
 
     def __init__(
-        self, reader: Reader, surveyed: Survey, *, device_batch_size: int, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 42,
-        epochs: int | None = None, replay: PackedBatches | None = None, share: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        reader: Reader,
+        surveyed: Survey,
+        *,
+        device_batch_size: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 42,
+        epochs: int | None = None,
+        replay: PackedBatches | None = None,
+        share: float = 0.0,
+    ) -> None:
         share_rows(rows_per_step * (reader.room - 1), reader.room - 1, device_batch_size, world_size)
         self.turns = Turns(rows_per_step, device_batch_size, rank, world_size, rows_per_step)
-        self.reader, self.survey, self.device_batch_size, self.rank, self.world_size = reader, surveyed, device_batch_size, rank, world_size
+        self.reader, self.survey, self.device_batch_size, self.rank, self.world_size = (
+            reader,
+            surveyed,
+            device_batch_size,
+            rank,
+            world_size,
+        )
         self.seed, self.epochs, self.replay, self.share = seed, epochs, replay, check_share(share)
         self.T = reader.room - 1
         self.rows = 0
         self._labels: list[list[int]] = []
         self._ends = [0]  # row of conversations at which each epoch begins
         self._layout = lru_cache(2)(self._pack_epoch)
-        self._counting = threading.Lock()  # of _ends: batches are made in a thread of their own, and the loop asks for the epoch
+        # of _ends: batches are made in a thread of their own, and the loop asks for the epoch
+        self._counting = threading.Lock()
 
     def _pack_epoch(self, epoch: int) -> Layout:
         raw = hashlib.blake2b(repr((self.seed, epoch)).encode(), digest_size=16).digest()
-        order = np.random.RandomState(np.frombuffer(raw, dtype="<u4")).permutation(len(self.survey.lengths))  # a frozen stream (NEP 19)
+        # a frozen stream (NEP 19)
+        order = np.random.RandomState(np.frombuffer(raw, dtype="<u4")).permutation(len(self.survey.lengths))
         order = order[self.survey.lengths[order] > 0]
         rows = list(pack(self.survey.lengths, order.tolist(), self.reader.room))
         starts = np.cumsum([0, *map(len, rows)])
@@ -276,7 +334,10 @@ class ConversationBatches:
                 made.append(side_by_side([self.reader.read(i)[0] for i in members], self.T, self.reader.tokenizer.bos))
                 self._labels.append(members)
         self.rows = done
-        inputs, targets = (torch.from_numpy(np.array(half, dtype=np.int64).reshape(-1, self.T)) for half in (zip(*made) if made else ((), ())))
+        inputs, targets = (
+            torch.from_numpy(np.array(half, dtype=np.int64).reshape(-1, self.T))
+            for half in (zip(*made) if made else ((), ()))
+        )
         return Batch(inputs, targets, int((targets >= 0).sum()))
 
     def _members(self, row: int) -> list[int]:
@@ -316,14 +377,14 @@ class ConversationBatches:
         """
         if state["conversations"] != self.survey.fingerprint:
             raise UserError(
-                "the checkpoint was trained on other conversations: their text, order or tokens differ from what --tasks and --data give now; "
-                "expected the same; put the former files back, or start a new --run"
+                "the checkpoint was trained on other conversations: their text, order or tokens differ from what"
+                " --tasks and --data give now; expected the same; put the former files back, or start a new --run"
             )
         micro = self.device_batch_size * self.world_size
         if not self.turns.fits(state["rows"]):
             raise UserError(
-                f"the checkpoint has read {state['rows']} rows, which {micro} rows at a time do not reach; expected the former batch; give the "
-                f"--device-batch-size it had"
+                f"the checkpoint has read {state['rows']} rows, which {micro} rows at a time do not reach; expected the"
+                " former batch; give the --device-batch-size it had"
             )
         self.rows = state["rows"]
         if self.replay:
@@ -352,13 +413,18 @@ class ConversationBatches:
     def where_at(self, at: Place) -> str:
         found = sorted(i for row in at.labels for i in row)
         text = ["text"] if self.replay and not all(at.labels) else []
-        return " and ".join([f"conversations {', '.join(map(str, found))} of the mixture"] * bool(found) + text) or "padding"
+        return (
+            " and ".join([f"conversations {', '.join(map(str, found))} of the mixture"] * bool(found) + text)
+            or "padding"
+        )
 
 
 def check_share(share: float) -> Fraction:
     """The share of rows that are text, exact. Raises UserError unless it is at least 0 and below 1."""
     if not 0 <= share < 1:
-        raise UserError(f"--replay is {share:g}; expected a share of the rows, at least 0 and below 1; try --replay 0.2")
+        raise UserError(
+            f"--replay is {share:g}; expected a share of the rows, at least 0 and below 1; try --replay 0.2"
+        )
     return Fraction(share).limit_denominator(10_000)
 
 
@@ -373,8 +439,8 @@ class StagePlace(NamedTuple):
 class Staged:
     """Batches of one stage after another.
 
-    parts: (rows of all ranks together, batches) of each stage; the last goes on past its rows. Stages may share a replay.
-    """
+    parts: (rows of all ranks together, batches) of each stage; the last goes on past its rows. Stages may share a
+    replay."""
 
     def __init__(self, parts: Sequence[tuple[int, ConversationBatches]]) -> None:
         self.parts, self.stage = list(parts), 0
@@ -412,7 +478,8 @@ class Staged:
 
 
 def held_out_rows(reader: Reader, max_tokens: int = -1) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to evaluate on, inputs (N, T) and targets (N, T): the first conversations, until they have `max_tokens` (-1: all).
+    """Rows to evaluate on, inputs (N, T) and targets (N, T): the first conversations, until they have `max_tokens` (-1:
+    all).
 
     Raises UserError where none fits a row.
     """
@@ -430,7 +497,11 @@ def held_out_rows(reader: Reader, max_tokens: int = -1) -> tuple[np.ndarray, np.
 def packed_rows(reader: Reader, found: Sequence[Rendered]) -> tuple[np.ndarray, np.ndarray]:
     """The same of what `reader` kept of some conversations."""
     if not found:
-        raise UserError(f"no held-out conversation fits a row of {reader.room} tokens; expected at least one to evaluate on; try --eval-every -1 or other --tasks", "nothing-held-out")
+        raise UserError(
+            f"no held-out conversation fits a row of {reader.room} tokens; expected at least one to evaluate on; try"
+            " --eval-every -1 or other --tasks",
+            "nothing-held-out",
+        )
     rows = pack(np.array([len(one.ids) for one in found]), range(len(found)), reader.room)
     made = [side_by_side([found[i] for i in row], reader.room - 1, reader.tokenizer.bos) for row in rows]
     inputs, targets = (np.stack(half) for half in zip(*made))

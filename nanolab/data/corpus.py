@@ -7,21 +7,34 @@ directory: no training file that comes later can change it, and training skips e
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from nanolab.config import DataConfig, UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
-from nanolab.data.formats import CUT_BYTES, LONG_LINE, SUFFIXES, find_files, index_file, iter_block, locked, read_block, write_atomically, write_documents
+from nanolab.data.formats import (
+    CUT_BYTES,
+    LONG_LINE,
+    SUFFIXES,
+    find_files,
+    index_file,
+    iter_block,
+    locked,
+    read_block,
+    write_atomically,
+    write_documents,
+)
 from nanolab.data.kept import Pinned
 from nanolab.runtime import base_dir, print0, progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
-SPLIT_SHARE, SPLIT_BYTES = 0.05, 10e6  # a corpus without a validation file gives up this share of its text, and at most so much
+# a corpus without a validation file gives up this share of its text, and at most so much
+SPLIT_SHARE, SPLIT_BYTES = (0.05, 10e6)
 
 
 def digest(text: str) -> bytes:
@@ -36,8 +49,12 @@ class Documents:
     block, by (seed, epoch): neighbouring n lie in the same block, so that reading in order decodes each block once.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], seed: int = 0, held_out: frozenset[bytes] = frozenset()) -> None:
-        """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be read."""
+    def __init__(
+        self, name: str, paths: Sequence[Path], seed: int = 0, held_out: frozenset[bytes] = frozenset()
+    ) -> None:
+        """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be
+        read.
+        """
         self.name, self.paths, self.seed, self.held_out = name, list(paths), int(seed), held_out
         indexed = [index_file(path) for path in progress(self.paths, f"indexing {name}")]
         self.hashes = [index.identity for index in indexed]
@@ -66,7 +83,8 @@ class Documents:
             self._decoded.move_to_end(b)
             return self._decoded[b][0]
         texts = read_block(self.blocks[b])
-        chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4  # on the disk: four at a time
+        # on the disk: four at a time
+        chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4
         self._decoded[b] = texts, chars
         self._cached_chars += chars
         while self._cached_chars > CACHE_CHARS and len(self._decoded) > 1:
@@ -82,7 +100,9 @@ class Documents:
         return b, int(self._inside(epoch, b)[i - (int(ends[place - 1]) if place else 0)])
 
     def get(self, n: int) -> str | None:
-        """Document n, or None where it is blank or held out. Raises UserError when nothing at all is left to train on."""
+        """Document n, or None where it is blank or held out. Raises UserError when nothing at all is left to train
+        on.
+        """
         b, i = self._find(n)
         text = self.kept(self._texts(b)[i])
         self._skipped = self._skipped + 1 if text is None else 0
@@ -109,7 +129,9 @@ class Documents:
 
 
 def hold_out(sizes: dict[str, int]) -> set[str]:
-    """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in bytes."""
+    """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in
+    bytes.
+    """
     cap = min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES)
     chosen: set[str] = set()
     taken = 0
@@ -121,7 +143,9 @@ def hold_out(sizes: dict[str, int]) -> set[str]:
 
 
 def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list[str]]:
-    """(validation texts, names of the files they come from): whole files where small ones are many, single documents otherwise."""
+    """(validation texts, names of the files they come from): whole files where small ones are many, single documents
+    otherwise.
+    """
     sizes = dict.fromkeys(names.values(), 0)
     for block in documents.blocks:
         sizes[names[block.path]] += block.length
@@ -157,10 +181,11 @@ def _drawn_before(wanted: str) -> Path | None:
 
 
 def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
-    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer fits.
+    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer
+    fits.
 
-    wanted: the fingerprint of a split that a run was trained beside; it is taken wherever the text was when it was drawn.
-    """
+    wanted: the fingerprint of a split that a run was trained beside; it is taken wherever the text was when it was
+    drawn."""
     root = where if where.is_dir() else where.parent
     documents = Documents(where.name, files)
     names = {path: path.relative_to(root).as_posix() for path in files}
@@ -170,7 +195,12 @@ def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
     if not manifest.exists():
         texts, drawn_from = _draw(documents, names)
         sha = write_documents(val, sorted(texts, key=digest))  # in order of hash: any beginning is a fair sample
-        pinned = {"source": str(where), "sha256": sha, "documents": len(texts), "drawn_from": {f: hashes[f] for f in drawn_from}}
+        pinned = {
+            "source": str(where),
+            "sha256": sha,
+            "documents": len(texts),
+            "drawn_from": {f: hashes[f] for f in drawn_from},
+        }
         write_atomically(manifest, json.dumps(pinned, indent=1))
     pinned = json.loads(manifest.read_text())
     advice = f"to draw new validation text type: rm -r {folder} (or name a file with --val-data)"
@@ -182,7 +212,9 @@ def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
     changed = [f for f, sha in pinned["drawn_from"].items() if hashes.get(f, sha) != sha]
     if changed or not hashes.keys() & pinned["drawn_from"].keys():
         seen = f"{changed[0]} has changed" if changed else "none of the files are left"
-        raise UserError(f"{seen} since the validation text of {where} was drawn; expected the same text, or more files; {advice}")
+        raise UserError(
+            f"{seen} since the validation text of {where} was drawn; expected the same text, or more files; {advice}"
+        )
     return val
 
 
@@ -190,7 +222,8 @@ def _key(where: Path) -> str:
     return f"local-{where.stem}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
 
 
-# name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation files
+# name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation
+# files
 CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
     "pydocs": lambda num_shards, workers: pydocs.ensure(workers, hold_out),
     **{name: partial(hub.ensure, name) for name in hub.CORPORA},
@@ -198,21 +231,33 @@ CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
 
 
 def parse_mixture(data: str) -> list[tuple[str, float]]:
-    """"a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash). Raises UserError."""
+    """ "a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash).
+    Raises UserError.
+    """
     out: dict[str, float] = {}
     for part in data.split(","):
         name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
         if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in SUFFIXES:
             near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
             hint = f"; try --data ./{name}" if name and Path(name).exists() else near
-            raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}", "unknown-corpus", name=name, try_=hint)
+            raise UserError(
+                f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}",
+                "unknown-corpus",
+                name=name,
+                try_=hint,
+            )
         try:
             value = float(weight)
         except ValueError:
             value = -1.0
         if not 0 < value < float("inf") or name in out:
             seen = f"{name} in --data {data} " + ("appears twice" if name in out else f"has the weight {weight!r}")
-            raise UserError(f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3", "twice" if name in out else "bad-weight", name=name, weight=weight)
+            raise UserError(
+                f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3",
+                "twice" if name in out else "bad-weight",
+                name=name,
+                weight=weight,
+            )
         out[name] = value
     return [(name, weight / sum(out.values())) for name, weight in out.items()]
 
@@ -227,10 +272,13 @@ class Data:
     val_fingerprint: str
     val_bytes: int
     val_from: str  # where the validation text comes from
-    drawn: dict[int, Path] = field(default_factory=dict)  # place in `train` -> the validation file that was drawn from it
+    # place in `train` -> the validation file that was drawn from it
+    drawn: dict[int, Path] = field(default_factory=dict)
 
     def describe(self, tokenizer: Any = None, tokens: int | None = None) -> list[tuple[str, str]]:
-        """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the passes it makes."""
+        """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the
+        passes it makes.
+        """
         out = []
         for documents, weight in self.train:
             share = f", weight {weight:.3g}" if len(self.train) > 1 else ""
@@ -243,7 +291,10 @@ class Data:
 def _sizes(documents: Documents, n_bytes: int) -> str:
     names = [path.name for path in documents.paths]
     shown = ", ".join(names if len(names) <= 4 else [*names[:3], "...", names[-1]])
-    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown}), {documents.n_documents:,} documents, {n_bytes:,} bytes"
+    return (
+        f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown}), {documents.n_documents:,} documents,"
+        f" {n_bytes:,} bytes"
+    )
 
 
 def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
@@ -256,7 +307,7 @@ def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
     return n_tokens / max(n_bytes, 1)
 
 
-def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned = Pinned()) -> Data:
+def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned | None = None) -> Data:
     """Make, download or find the text that `cfg` asks for. seed: of the shuffle. pinned: of a run that goes on.
 
     Raises UserError for what is missing or damaged.
@@ -272,15 +323,23 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned =
         train, val = (_local_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
         train = [p for p in train if p.resolve() not in declared]
         if not train:
-            raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
-        with locked(f"corpora/{_key(local) if local else name}.index"):  # ranks of one job take turns: the first does the work
+            raise UserError(
+                f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files"
+            )
+        with locked(
+            f"corpora/{_key(local) if local else name}.index"
+        ):  # ranks of one job take turns: the first does the work
             for path in progress(train, f"indexing {name}"):
                 index_file(path)
             if not declared:
                 if not val:
-                    drawn[len(sources)] = pinned.splits.get(len(sources)) or _pinned_split(local, train, pinned.val_fingerprint)
+                    drawn[len(sources)] = pinned.splits.get(len(sources)) or _pinned_split(
+                        local, train, pinned.val_fingerprint
+                    )
                 validation += val or [drawn[len(sources)]]
-                origins.append(f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on")
+                origins.append(
+                    f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on"
+                )
         sources.append((local.name if local else name, train, weight))
     val = Documents("validation", validation, seed)
     digests, val_bytes = set(), 0
@@ -292,7 +351,9 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned =
     for documents in [*(documents for documents, _ in out), val]:
         _print_notes(documents)
     parts = json.dumps([val.fingerprint, *([documents.fingerprint, weight] for documents, weight in out)])
-    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn)
+    return Data(
+        out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn
+    )
 
 
 def validation_only(pinned: Pinned) -> Data:
@@ -311,6 +372,12 @@ def _local_files(where: str | Path) -> list[Path]:
 def _print_notes(documents: Documents) -> None:
     """What in the files of a source might be meant otherwise than it is read."""
     if documents.marks:
-        print0(f"{documents.name}: {documents.marks:,} marks <|endoftext|> are not alone on a line and stay text; to divide documents there, put each on a line of its own")
+        print0(
+            f"{documents.name}: {documents.marks:,} marks <|endoftext|> are not alone on a line and stay text; to"
+            " divide documents there, put each on a line of its own"
+        )
     if cut := len({block.path for block in documents.blocks if block.kind.endswith("-cut")}):
-        print0(f"{documents.name}: {cut} .txt files have a line of {LONG_LINE // 1024} KiB or more; their lines are cut at blanks into documents of about {CUT_BYTES:,} bytes")
+        print0(
+            f"{documents.name}: {cut} .txt files have a line of {LONG_LINE // 1024} KiB or more; their lines are cut at"
+            f" blanks into documents of about {CUT_BYTES:,} bytes"
+        )

@@ -1,10 +1,10 @@
 """Text files as blocks of documents: parquet, jsonl, txt; checked and indexed in one streaming pass.
 
-A block is what is read and decoded at once: a row group of a parquet file, or a run of lines of a text file. The index of a
-file (its blocks and the sha256 of its bytes) is made in one streaming pass that also checks every line of text files, and is
-kept under the base directory by path, size and modification time, so that a 10 GB file is neither held in memory nor read twice.
-A long line of a text file is cut into documents, and a large row group is read in parts, so that memory does not depend on either.
-"""
+A block is what is read and decoded at once: a row group of a parquet file, or a run of lines of a text file. The index
+of a file (its blocks and the sha256 of its bytes) is made in one streaming pass that also checks every line of text
+files, and is kept under the base directory by path, size and modification time, so that a 10 GB file is neither held in
+memory nor read twice. A long line of a text file is cut into documents, and a large row group is read in parts, so that
+memory does not depend on either."""
 
 import codecs
 import fcntl
@@ -16,9 +16,10 @@ import shlex
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterable, Iterator, NamedTuple, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,9 @@ INDEX_FORMAT = 2
 BLOCK_DOCUMENTS, BLOCK_BYTES = 1024, 4 << 20  # a block of a text file ends at whichever comes first
 SEPARATOR = b"<|endoftext|>"  # alone on a line of a .txt file: the next document begins
 TXT_CHARS = 4000  # without separators, paragraphs are gathered into documents of about this size
-# In a .txt file with a line of LONG_LINE bytes, lines are cut at blanks into parts of at most CUT_BYTES, each the end of a document. Other files
-# keep the documents they always had: changing those would change the data of runs that are resumed.
+# In a .txt file with a line of LONG_LINE bytes, lines are cut at blanks into parts of at most CUT_BYTES, each the end
+# of a document. Other files keep the documents they always had: changing those would change the data of runs that are
+# resumed.
 LONG_LINE, CUT_BYTES = 256 << 10, 2 * TXT_CHARS
 MAX_DOCUMENT = 64_000_000  # bytes; each stream of the loader holds the tokens of a whole document
 LARGE_ROW_GROUP = 64_000_000  # bytes; a larger one goes through a temporary file
@@ -52,17 +54,20 @@ class Block(NamedTuple):
 class Index(NamedTuple):
     """What is known of one file without reading it again."""
 
-    identity: str  # sha256 of its bytes; "-cut" follows where lines are cut, since the same bytes then give other documents than they once did
+    # sha256 of its bytes; "-cut" follows where lines are cut, since the same bytes then give other documents than they
+    # once did
+    identity: str
     blocks: list[Block]
     n_bytes: int  # of text; of a parquet file about
     marks: int  # separators inside lines or texts, which divide nothing; not counted in parquet files
 
 
 def find_files(where: str | Path) -> tuple[list[Path], str]:
-    """The text files at `where` (one file, or a folder searched recursively), sorted by path, and a line on those that are not read, if any.
+    """The text files at `where` (one file, or a folder searched recursively), sorted by path, and a line on those that
+    are not read, if any.
 
-    Links are followed; a folder that is reached twice is read once. Raises UserError for a link to nothing, and if there is no text.
-    """
+    Links are followed; a folder that is reached twice is read once. Raises UserError for a link to nothing, and if
+    there is no text."""
     where = Path(where).expanduser()
     if not where.exists():
         raise UserError(f"{where} does not exist; expected a folder or file with text; type --data-dir PATH")
@@ -81,9 +86,12 @@ def find_files(where: str | Path) -> tuple[list[Path], str]:
         known = where.is_file() and recognise(where)
         advice = f"; {where.name} is {known[0]}: type {known[1]}" if known else ""
         raise UserError(
-            f"no text under {where}: saw {names}; expected .parquet (a `text` column), .jsonl (a `text` field) or .txt files{advice}",
-            "no-text", path=str(where), kinds=dict(left_out),
-        )  # fmt: skip
+            f"no text under {where}: saw {names}; expected .parquet (a `text` column), .jsonl (a `text` field) or .txt"
+            f" files{advice}",
+            "no-text",
+            path=str(where),
+            kinds=dict(left_out),
+        )
     return files, f"{where.name}: {left_out.total()} files not read: {kinds}" if left_out else ""
 
 
@@ -101,7 +109,11 @@ def _walk(top: Path) -> tuple[list[Path], Counter[str]]:
         try:
             paths = sorted(folder.iterdir())
         except OSError as error:
-            raise UserError(f"{folder} cannot be read ({error.strerror}); expected a folder; check its permissions", "folder-not-readable", path=str(folder)) from error
+            raise UserError(
+                f"{folder} cannot be read ({error.strerror}); expected a folder; check its permissions",
+                "folder-not-readable",
+                path=str(folder),
+            ) from error
         for path in paths:
             hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
             if path.is_dir() and not (hidden and path.is_symlink()):
@@ -110,7 +122,11 @@ def _walk(top: Path) -> tuple[list[Path], Counter[str]]:
                 found.append(path)
             else:
                 seen = f"{path} is a link to {os.readlink(path)}, which does not exist"
-                raise UserError(f"{seen}; expected a file; complete the download it belongs to, or delete the link", "dangling-link", path=str(path))
+                raise UserError(
+                    f"{seen}; expected a file; complete the download it belongs to, or delete the link",
+                    "dangling-link",
+                    path=str(path),
+                )
     return sorted(found), left_out
 
 
@@ -120,11 +136,18 @@ def _first_line(error: Exception) -> str:
 
 def too_long(path: Path, where: str, n_bytes: int, advice: str, **values: Any) -> UserError:
     seen = f"{path}: {where} holds {'more than ' if n_bytes > MAX_DOCUMENT else ''}{n_bytes:,} bytes of one document"
-    return UserError(f"{seen}; expected at most {MAX_DOCUMENT:,}; {advice}", "document-too-long", path=str(path), **values)
+    return UserError(
+        f"{seen}; expected at most {MAX_DOCUMENT:,}; {advice}", "document-too-long", path=str(path), **values
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))
+    )
 
 
 def _parquet_blocks(path: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int, int]]:
@@ -132,10 +155,15 @@ def _parquet_blocks(path: Path, counts: Counter[str]) -> Iterator[tuple[str, int
         with pq.ParquetFile(path) as file:
             schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file ({_first_line(error)}); expected one; copy or download it again") from error
+        raise UserError(
+            f"{path} is not a whole parquet file ({_first_line(error)}); expected one; copy or download it again"
+        ) from error
     if "text" not in schema.names:
         columns = ", ".join(schema.names) or "none"
-        raise UserError(f"{path} has no column text (it has: {columns}); expected one; rename the column that holds the documents to text")
+        raise UserError(
+            f"{path} has no column text (it has: {columns}); expected one; rename the column that holds the documents"
+            " to text"
+        )
     kind = schema.field("text").type
     if not _is_text(kind):
         raise UserError(f"column text of {path} has type {kind}; expected string; convert the column")
@@ -143,7 +171,13 @@ def _parquet_blocks(path: Path, counts: Counter[str]) -> Iterator[tuple[str, int
     for i, group in enumerate(groups):
         columns = (group.column(j) for j in range(group.num_columns))
         if group.num_rows:
-            block = Block(path, "parquet", i, sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text"), group.num_rows)
+            block = Block(
+                path,
+                "parquet",
+                i,
+                sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text"),
+                group.num_rows,
+            )
             if block.length > MAX_DOCUMENT:  # only such a row group can hold a cell that is too long
                 for j, text in enumerate(_read_parts(block)):
                     if text and len(text) > MAX_DOCUMENT // 4 and (n := len(text.encode())) > MAX_DOCUMENT:
@@ -162,7 +196,9 @@ def _read_parts(block: Block) -> Iterator[str | None]:
 
 
 class _LargeRowGroup:
-    """The documents of a large row group by number, in a temporary file: the shuffle asks for them in any order, and memory may not hold them."""
+    """The documents of a large row group by number, in a temporary file: the shuffle asks for them in any order, and
+    memory may not hold them.
+    """
 
     def __init__(self, block: Block) -> None:
         self.lengths = np.full(block.n, -1, dtype=np.int64)  # bytes; -1: null
@@ -177,7 +213,11 @@ class _LargeRowGroup:
             self.file.flush()
         except OSError as error:
             seen = f"row group {block.start} of {block.path} does not fit under {base_dir()} ({error.strerror})"
-            raise UserError(f"{seen}; expected room for its {block.length:,} bytes; make room, or write it in smaller row groups", "no-room", path=str(block.path)) from error
+            raise UserError(
+                f"{seen}; expected room for its {block.length:,} bytes; make room, or write it in smaller row groups",
+                "no-room",
+                path=str(block.path),
+            ) from error
         self.ends = np.cumsum(np.maximum(self.lengths, 0))
 
     def __len__(self) -> int:
@@ -193,7 +233,9 @@ def _naming_damage(block: Block) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"row group {block.start} of {block.path} is not UTF-8 ({error}); expected UTF-8 text; write it again") from error
+        raise UserError(
+            f"row group {block.start} of {block.path} is not UTF-8 ({error}); expected UTF-8 text; write it again"
+        ) from error
     except (pa.ArrowException, OSError) as error:
         seen = f"row group {block.start} of {block.path} is damaged ({_first_line(error)})"
         raise UserError(f"{seen}; expected a whole file; copy or download it again") from error
@@ -211,27 +253,37 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         seen = f"{path} is not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x})"
-        raise UserError(f"{seen}; expected UTF-8 text; convert it, for example: iconv -f latin1 -t utf-8 IN > OUT") from error
+        raise UserError(
+            f"{seen}; expected UTF-8 text; convert it, for example: iconv -f latin1 -t utf-8 IN > OUT"
+        ) from error
 
 
 def _json_text(line: bytes, path: Path, offset: int) -> str | None:
     text = _decode(line.removeprefix(codecs.BOM_UTF8), path, offset)
     try:
         record = json.loads(text)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError; a number of thousands of digits; brackets nested too deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError; a number of thousands of digits; brackets nested too deep
         if text.lstrip().startswith("[") and isinstance(error, json.JSONDecodeError):  # spread over several lines
             raise _json_array(path, None) from error
         line = _line_at(path, offset)
         seen = f"{path}:{line}: the line at byte {offset} is not JSON that can be read ({getattr(error, 'msg', error)})"
         expected = "expected one object with a text field per line"
-        raise UserError(f"{seen}; {expected}; mend or delete the line", "not-json", file=str(path), line=line, byte=offset) from error
+        raise UserError(
+            f"{seen}; {expected}; mend or delete the line", "not-json", file=str(path), line=line, byte=offset
+        ) from error
     if isinstance(record, dict) and "text" in record and record["text"] is None:
         return None  # a blank document, as in a parquet file
     if isinstance(record, list):
         raise _json_array(path, record)
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         saw = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise UserError(f"{path}: the line at byte {offset} has {saw}; expected an object with a string field text; rename the field")
+        raise UserError(
+            f"{path}: the line at byte {offset} has {saw}; expected an object with a string field text; rename the"
+            " field"
+        )
     return record["text"].encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be encoded
 
 
@@ -247,7 +299,9 @@ def _line_at(path: Path, offset: int) -> int:
 def _json_array(path: Path, items: list[Any] | None) -> UserError:
     """items: None where the array goes on over several lines."""
     query = ".[] | {text: .}" if items and isinstance(items[0], str) else ".[]"
-    expected = f"expected one object with a text field per line; type: jq -c '{query}' {shlex.quote(str(path))} > OUT.jsonl"
+    expected = (
+        f"expected one object with a text field per line; type: jq -c '{query}' {shlex.quote(str(path))} > OUT.jsonl"
+    )
     return UserError(f"{path} has a list, a JSON array, in place of lines; {expected}", "json-array", path=str(path))
 
 
@@ -263,7 +317,8 @@ def _jsonl_documents(lines: Iterable[bytes], path: Path, offset: int) -> Iterato
 
 
 def _txt_documents(lines: Iterable[bytes], path: Path, offset: int, marked: bool) -> Iterator[tuple[int, str]]:
-    """(bytes consumed, text) of each document: up to a separator line if `marked`, else up to a blank line past TXT_CHARS.
+    """(bytes consumed, text) of each document: up to a separator line if `marked`, else up to a blank line past
+    TXT_CHARS.
 
     A part of a line, as `_cut` gives it, ends a document too.
     """
@@ -301,7 +356,9 @@ def _txt_gathered(lines: Iterable[bytes], path: Path, offset: int) -> Iterator[t
 
 
 def _cut(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of `file`; of one longer than CUT_BYTES, parts of at most so many bytes that end before a blank, or else between characters."""
+    """The lines of `file`; of one longer than CUT_BYTES, parts of at most so many bytes that end before a blank, or
+    else between characters.
+    """
     rest = b""
     while line := rest + file.readline(CUT_BYTES - len(rest)):
         end = len(line)
@@ -322,8 +379,12 @@ def _txt_gathered_cut(file: IO[bytes], path: Path, offset: int) -> Iterator[tupl
 
 
 TEXT_KINDS = {
-    "jsonl": _jsonl_documents, "txt-marked": _txt_marked, "txt-gathered": _txt_gathered, "txt-marked-cut": _txt_marked_cut, "txt-gathered-cut": _txt_gathered_cut,
-}  # fmt: skip
+    "jsonl": _jsonl_documents,
+    "txt-marked": _txt_marked,
+    "txt-gathered": _txt_gathered,
+    "txt-marked-cut": _txt_marked_cut,
+    "txt-gathered-cut": _txt_gathered_cut,
+}
 
 
 def _bounded(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -359,7 +420,11 @@ def _txt_blocks(path: Path, counts: Counter[str]) -> Iterator[tuple[str, int, in
     return _text_blocks(path, ("txt-marked" if marked else "txt-gathered") + ("-cut" if cut else ""), counts)
 
 
-SUFFIXES = {".parquet": _parquet_blocks, ".jsonl": lambda path, counts: _text_blocks(path, "jsonl", counts), ".txt": _txt_blocks}
+SUFFIXES = {
+    ".parquet": _parquet_blocks,
+    ".jsonl": lambda path, counts: _text_blocks(path, "jsonl", counts),
+    ".txt": _txt_blocks,
+}
 
 
 def iter_block(block: Block) -> Iterable[str | None]:
@@ -401,7 +466,9 @@ def write_documents(path: Path, texts: Sequence[str], **columns: Sequence[str]) 
     """Write a parquet file with `texts` as its column text, in row groups of 1,024; returns its sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    table = pa.table({"text": pa.array(texts, pa.string()), **{k: pa.array(v, pa.string()) for k, v in columns.items()}})
+    table = pa.table(
+        {"text": pa.array(texts, pa.string()), **{k: pa.array(v, pa.string()) for k, v in columns.items()}}
+    )
     pq.write_table(table, temporary, row_group_size=BLOCK_DOCUMENTS, compression="zstd")
     os.replace(temporary, path)
     return sha256_file(path)
@@ -418,7 +485,9 @@ def locked(name: str) -> Iterator[None]:
 
 
 def index_file(path: Path) -> Index:
-    """What the documents of one file are, from the cache where size and time still agree. Raises UserError for bad content."""
+    """What the documents of one file are, from the cache where size and time still agree. Raises UserError for bad
+    content.
+    """
     status = path.stat()
     key = [INDEX_FORMAT, status.st_size, status.st_mtime_ns, path.suffix.lower()]
     cache = base_dir() / "index" / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".json")
@@ -434,13 +503,24 @@ def index_file(path: Path) -> Index:
             print0(f"indexing {path} ({status.st_size / 1e9:.1f} GB), once")
         blocks = [Block(path, *b) for b in SUFFIXES[suffix](path, counts)]
         if not blocks:
-            raise UserError(f"{path} holds no documents; expected at least one; delete it or point --data-dir elsewhere")
+            raise UserError(
+                f"{path} holds no documents; expected at least one; delete it or point --data-dir elsewhere"
+            )
         if blocks[0].kind.startswith("txt"):
             with open(path, "rb") as file:
                 nulls = sum(chunk.count(0) for chunk in iter(lambda: file.read(1 << 20), b""))
             if nulls:
-                print0(f"note: {path} has {nulls:,} NULs, which are trained on as text; without them: tr -d '\\000' < IN > OUT")
-        entry = {"path": str(path.resolve()), "key": key, "sha256": sha256_file(path), "bytes": counts["bytes"], "marks": counts["marks"]}
+                print0(
+                    f"note: {path} has {nulls:,} NULs, which are trained on as text; without them: tr -d '\\000' < IN"
+                    " > OUT"
+                )
+        entry = {
+            "path": str(path.resolve()),
+            "key": key,
+            "sha256": sha256_file(path),
+            "bytes": counts["bytes"],
+            "marks": counts["marks"],
+        }
         entry["blocks"] = [list(b[1:]) for b in blocks]
         write_atomically(cache, json.dumps(entry))
     blocks = [Block(path, *b) for b in entry["blocks"]]

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from typing import Any, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -25,12 +26,13 @@ class Source(Protocol):
 
 
 class Prefetch:
-    """The batches of a `Source` on the runtime's device, made up to `depth` ahead: the micro-batches of a step and AHEAD more.
+    """The batches of a `Source` on the runtime's device, made up to `depth` ahead: the micro-batches of a step and
+    AHEAD more.
 
-    A step takes all its micro-batches at once, so a shorter queue would empty at every step. A batch of B rows of T tokens is 16 B T bytes, on a GPU
-    once there and once in pinned memory: 1 MiB for 32 rows of 2,048, 12 MiB ahead of steps of 8 micro-batches. `epoch`, `rows`, `where` and
-    `state_dict` speak of the batch that `next` returned last, not of those made ahead. `waits`: calls of `next` that found none ready.
-    """
+    A step takes all its micro-batches at once, so a shorter queue would empty at every step. A batch of B rows of T
+    tokens is 16 B T bytes, on a GPU once there and once in pinned memory: 1 MiB for 32 rows of 2,048, 12 MiB ahead of
+    steps of 8 micro-batches. `epoch`, `rows`, `where` and `state_dict` speak of the batch that `next` returned last,
+    not of those made ahead. `waits`: calls of `next` that found none ready."""
 
     def __init__(self, batches: Source, runtime: Runtime, depth: int = 1 + AHEAD) -> None:
         self._batches, self._runtime, self._depth = batches, runtime, depth
@@ -52,7 +54,8 @@ class Prefetch:
             stream = torch.cuda.current_stream(self._runtime.device)
             stream.wait_event(copied)
             for tensor in batch[:2]:
-                tensor.record_stream(stream)  # its memory belongs to the copying stream: not to be reused before this one is done
+                # its memory belongs to the copying stream: not to be reused before this one is done
+                tensor.record_stream(stream)
         return batch
 
     @property
@@ -107,8 +110,9 @@ class Prefetch:
                 batch, copied = self._batches.next(), None
                 at = self._batches.snapshot()
                 if stream is not None:
-                    # Each batch has pinned memory of its own, which torch's allocator hands out again only once the copy
-                    # that reads it is done; the copy runs beside the computation, and `next` lets that wait for it.
+                    # Each batch has pinned memory of its own, which torch's allocator hands out again only once the
+                    # copy that reads it is done; the copy runs beside the computation, and `next` lets that wait for
+                    # it.
                     with torch.cuda.stream(stream):
                         inputs, targets = (t.pin_memory().to(device, non_blocking=True) for t in batch[:2])
                         copied = stream.record_event()

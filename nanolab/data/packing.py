@@ -1,25 +1,27 @@
-"""Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an epoch.
+"""Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an
+epoch.
 
 Rows come from V virtual streams (V = gcd(rows per step, 16)), whatever the number of ranks. Stream s reads documents s,
 s + V, s + 2V, ... of each source into a small pool; row g of the run comes from stream g mod V. The rows of a step are
-dealt to any number of ranks, to some one more than to others (`deal`), and a rank holds the streams that its rows come from. So
-all numbers of ranks see the same global batches, and the state (per stream: where each source stands, and which documents
-lie in the pool) is a few kB of JSON that any of them can continue. Where W ranks divide V each stream is on one rank. Elsewhere a
-stream can be on several: each packs all of its rows and keeps its own, at most two streams more per rank than V / W.
+dealt to any number of ranks, to some one more than to others (`deal`), and a rank holds the streams that its rows come
+from. So all numbers of ranks see the same global batches, and the state (per stream: where each source stands, and
+which documents lie in the pool) is a few kB of JSON that any of them can continue. Where W ranks divide V each stream
+is on one rank. Elsewhere a stream can be on several: each packs all of its rows and keeps its own, at most two streams
+more per rank than V / W.
 
-A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits, the
-shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document longer
-than a row is cut likewise, one row at a time. Starting with the oldest bounds the wait: nothing stays longer than the pool
-has places. Cutting the shortest costs least context. Simulated on documents of 775 tokens in the mean, T = 2048, 32 places:
-a token sees 666 tokens of its document before it, as many as with documents cut at multiples of T alone; starting with the
-best fit and cutting the longest gives 585, and leaves documents waiting for 1,900 rows.
-"""
+A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits,
+the shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document
+longer than a row is cut likewise, one row at a time. Starting with the oldest bounds the wait: nothing stays longer
+than the pool has places. Cutting the shortest costs least context. Simulated on documents of 775 tokens in the mean, T
+= 2048, 32 places: a token sees 666 tokens of its document before it, as many as with documents cut at multiples of T
+alone; starting with the best fit and cutting the longest gives 585, and leaves documents waiting for 1,900 rows."""
 
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from typing import Any, Callable, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -123,35 +125,55 @@ class Cursor:
 
 
 def share_rows(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> list[int]:
-    """Rows of one optimizer step for each rank, the larger shares first. The only judge of batches: plans, dry runs and loaders ask it.
+    """Rows of one optimizer step for each rank, the larger shares first. The only judge of batches: plans, dry runs and
+    loaders ask it.
 
-    A batch that one rank takes, any number takes that has a row for each. Raises UserError with a total batch that is accepted.
-    """
+    A batch that one rank takes, any number takes that has a row for each. Raises UserError with a total batch that is
+    accepted."""
     B, T = device_batch_size, seq_len
     rows, least = total_batch_size // T, -(-ranks // B) * B * T
     if total_batch_size < 1 or total_batch_size % (B * T):
-        fewer = next((n for n in range(min(B, rows), 0, -1) if rows % n == 0), 0) if total_batch_size % T == 0 and rows >= ranks else 0
+        fewer = (
+            next((n for n in range(min(B, rows), 0, -1) if rows % n == 0), 0)
+            if total_batch_size % T == 0 and rows >= ranks
+            else 0
+        )
         raise UserError(
             f"total batch size {total_batch_size} is not a multiple of {B * T} (device batch size {B} x row {T}); "
-            f"try --total-batch-size {max(least, round(total_batch_size / (B * T)) * B * T)}{f' or --device-batch-size {fewer}' * (fewer > 0)}",
-            "batch-not-a-multiple", total_batch_size=total_batch_size, unit=B * T,
-        )  # fmt: skip
+            "try --total-batch-size"
+            f" {max(least, round(total_batch_size / (B * T)) * B * T)}"
+            + f" or --device-batch-size {fewer}"
+            * (fewer > 0),
+            "batch-not-a-multiple",
+            total_batch_size=total_batch_size,
+            unit=B * T,
+        )
     if rows < ranks:
         raise UserError(
-            f"{ranks} ranks cannot share {rows} rows (total batch size {total_batch_size} / row {T}); expected at least a row for each; "
-            f"try --total-batch-size {least}",
-            "fewer-rows-than-ranks", rows=rows, ranks=ranks,
-        )  # fmt: skip
+            f"{ranks} ranks cannot share {rows} rows (total batch size {total_batch_size} / row {T}); expected at least"
+            f" a row for each; try --total-batch-size {least}",
+            "fewer-rows-than-ranks",
+            rows=rows,
+            ranks=ranks,
+        )
     return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
 
 
 def batch_text(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> str:
-    """The batch of one step and each rank's share of it, for the plan; and the time that ranks with smaller shares wait."""
+    """The batch of one step and each rank's share of it, for the plan; and the time that ranks with smaller shares
+    wait.
+    """
     shares = share_rows(total_batch_size, seq_len, device_batch_size, ranks)
     most, rows, accumulation = shares[0], sum(shares), -(-shares[0] // device_batch_size)
-    text = f"{total_batch_size:,} tokens = {device_batch_size} rows x {seq_len} x {ranks} ranks x {accumulation} accumulation"
+    text = (
+        f"{total_batch_size:,} tokens = {device_batch_size} rows x {seq_len} x {ranks} ranks x {accumulation}"
+        " accumulation"
+    )
     if device_batch_size * ranks * accumulation != rows:
-        text = f"{total_batch_size:,} tokens = {rows} rows x {seq_len} on {ranks} ranks, at most {device_batch_size} rows at a time"
+        text = (
+            f"{total_batch_size:,} tokens = {rows} rows x {seq_len} on {ranks} ranks, at most {device_batch_size} rows"
+            " at a time"
+        )
     if ranks == 1:
         return text
     counts = ", ".join(f"{n} on {shares.count(n)}" for n in dict.fromkeys(shares))
@@ -171,13 +193,18 @@ def deal(rows: int, ranks: int, rank: int, streams: int) -> list[int]:
 
 
 class Turns:
-    """Which rows of a step each micro-batch of one rank takes. A place in the run is the number of rows handed out by all ranks together.
+    """Which rows of a step each micro-batch of one rank takes. A place in the run is the number of rows handed out by
+    all ranks together.
 
-    Every rank makes as many micro-batches in a step as the one with the largest share; its last ones may be smaller, or empty.
-    """
+    Every rank makes as many micro-batches in a step as the one with the largest share; its last ones may be smaller, or
+    empty."""
 
     def __init__(self, rows_per_step: int, device_batch_size: int, rank: int, ranks: int, streams: int) -> None:
-        self.rows_per_step, self.device_batch_size, self.unit = rows_per_step, device_batch_size, device_batch_size * ranks
+        self.rows_per_step, self.device_batch_size, self.unit = (
+            rows_per_step,
+            device_batch_size,
+            device_batch_size * ranks,
+        )
         self.mine = deal(rows_per_step, ranks, rank, streams)
         # whether what all ranks have handed out inside a step are its first rows, so that other ranks can go on there
         self.in_order = streams % ranks == 0 or streams == rows_per_step
@@ -186,7 +213,9 @@ class Turns:
         """(places in the step of the rows of the micro-batch after `done` rows, the rows done with it)."""
         inside = done % self.rows_per_step
         first = inside // self.unit * self.device_batch_size
-        return self.mine[first : first + self.device_batch_size], done - inside + min(inside + self.unit, self.rows_per_step)
+        return self.mine[first : first + self.device_batch_size], done - inside + min(
+            inside + self.unit, self.rows_per_step
+        )
 
     def fits(self, done: int) -> bool:
         """Whether these ranks can go on after `done` rows."""
@@ -205,10 +234,9 @@ class Batch(NamedTuple):
 class PackedBatches:
     """The training batches of one rank, for ever.
 
-    sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of one
-    optimizer step over all ranks. threads: for tokenising. Raises UserError where `share_rows` does, and, when documents are first
-    read, where a source holds no text.
-    """
+    sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of
+    one optimizer step over all ranks. threads: for tokenising. Raises UserError where `share_rows` does, and, when
+    documents are first read, where a source holds no text."""
 
     def __init__(
         self,
@@ -226,7 +254,8 @@ class PackedBatches:
         self.n_streams = math.gcd(rows_per_step, 16)
         self.turns = Turns(rows_per_step, device_batch_size, rank, world_size, self.n_streams)
         self.mine = sorted({g % self.n_streams for g in self.turns.mine})  # the streams that this rank holds
-        self.held = [g for g in range(rows_per_step) if g % self.n_streams in self.mine]  # and all of their rows in a step
+        # and all of their rows in a step
+        self.held = [g for g in range(rows_per_step) if g % self.n_streams in self.mine]
         self.sources, self.tokenizer, self.seq_len, self.threads = list(sources), tokenizer, seq_len, threads
         self.rank, self.world_size, self.device_batch_size = rank, world_size, device_batch_size
         self._reset()
@@ -273,7 +302,9 @@ class PackedBatches:
         return (source, n), tokens
 
     def _tokenize(self, source: int) -> None:
-        """Read and tokenise the next documents of `source` for all streams of this rank, neighbouring documents together."""
+        """Read and tokenise the next documents of `source` for all streams of this rank, neighbouring documents
+        together.
+        """
         found: list[tuple[Cursor, int, str]] = []
         chars = 0
         for depth in range(AHEAD):
@@ -285,7 +316,8 @@ class PackedBatches:
                     chars += len(text)
             if chars > AHEAD_CHARS:
                 break
-        last = {id(text): i for i, (_, _, text) in enumerate(found)}  # a text that several streams read is tokenised once, and its ids are dropped then
+        # a text that several streams read is tokenised once, and its ids are dropped then
+        last = {id(text): i for i, (_, _, text) in enumerate(found)}
         encoded: dict[int, np.ndarray] = {}
         for i, (cursor, n, text) in enumerate(found):
             if id(text) not in encoded:
@@ -310,12 +342,13 @@ class PackedBatches:
             skipped += 1
             if skipped == documents.n_documents + 1 and not any(documents.get(i) for i in range(documents.n_documents)):
                 raise UserError(
-                    f"{documents.name} holds no text to train on: its {documents.n_documents} documents are empty or in the "
-                    f"validation set; expected at least one; check --data-dir and --val-data"
+                    f"{documents.name} holds no text to train on: its {documents.n_documents} documents are empty or in"
+                    " the validation set; expected at least one; check --data-dir and --val-data"
                 )
 
     def _document(self, n: int, ids: np.ndarray) -> np.ndarray:
-        """bos + ids. A document of a pool's size or more is begun at a page that depends on n, its beginning after its end.
+        """bos + ids. A document of a pool's size or more is begun at a page that depends on n, its beginning after its
+        end.
 
         For when the corpus is one book, or a few: streams that read it side by side then read different pages.
         """
@@ -336,7 +369,11 @@ class PackedBatches:
     def local_state(self, at: "Snapshot") -> dict[str, Any]:
         """The state of this rank's streams as JSON; `merge_states` makes one state of those of all ranks."""
         streams = {
-            s: {"next": nexts, "taken": taken, "pool": [[*label, start, len(tokens) - 1] for label, start, tokens in pool]}
+            s: {
+                "next": nexts,
+                "taken": taken,
+                "pool": [[*label, start, len(tokens) - 1] for label, start, tokens in pool],
+            }
             for s, (nexts, taken, pool) in at.streams.items()
         }
         sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
@@ -349,7 +386,10 @@ class PackedBatches:
     def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One state of all streams, the same on every rank, of the `local_state` of each rank."""
         if not self.turns.fits(states[0]["rows"]):
-            raise ValueError(f"{len(states)} ranks stand inside a step, where their streams differ; ask for the state between two steps")
+            raise ValueError(
+                f"{len(states)} ranks stand inside a step, where their streams differ; ask for the state between two"
+                " steps"
+            )
         return merge_states(states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -358,19 +398,26 @@ class PackedBatches:
         Raises UserError for a state of other sources, another number of streams, or a place inside a micro-batch.
         """
         sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
-        if [n for _, n in state["sources"]] != [n for _, n in sources]:  # names may differ: a run compares the contents by fingerprint
+        if [n for _, n in state["sources"]] != [
+            n for _, n in sources
+        ]:  # names may differ: a run compares the contents by fingerprint
             raise UserError(
                 f"the checkpoint was trained on {state['sources']} (name, documents), but the data is now {sources}; "
-                f"expected the same data; give the former --data or --data-dir, or start a new --run",
-                "data-changed", then=state["sources"], now=sources,
-            )  # fmt: skip
+                "expected the same data; give the former --data or --data-dir, or start a new --run",
+                "data-changed",
+                then=state["sources"],
+                now=sources,
+            )
         micro = self.device_batch_size * self.world_size
         if state["n_streams"] != self.n_streams or not self.turns.fits(state["rows"]):
             raise UserError(
-                f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit {self.n_streams} streams "
-                f"and {micro} rows at a time; expected the former batch; give the --total-batch-size and --device-batch-size it had",
-                "other-batch", rows=state["rows"], n_streams=state["n_streams"],
-            )  # fmt: skip
+                f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit"
+                f" {self.n_streams} streams and {micro} rows at a time; expected the former batch; give the"
+                " --total-batch-size and --device-batch-size it had",
+                "other-batch",
+                rows=state["rows"],
+                n_streams=state["n_streams"],
+            )
         self._reset()
         self.rows = state["rows"]
         self._held = bisect_left(self.held, self.rows % self.turns.rows_per_step)
@@ -385,8 +432,9 @@ class PackedBatches:
             tokens = self._document(n, ids)
             if start + length >= len(tokens):
                 raise UserError(
-                    f"document {n} of {self.sources[source][0].name} has {len(tokens) - 1} tokens, but the checkpoint has yet to read "
-                    f"those from {start} to {start + length}; the text or the tokenizer has changed; start a new --run"
+                    f"document {n} of {self.sources[source][0].name} has {len(tokens) - 1} tokens, but the checkpoint"
+                    f" has yet to read those from {start} to {start + length}; the text or the tokenizer has changed;"
+                    " start a new --run"
                 )
             tokens[start] = self.tokenizer.bos
             self._packers[s].add((source, n), start, tokens[start : start + length + 1])
@@ -397,7 +445,9 @@ class PackedBatches:
         return self.epoch_at(self.snapshot())
 
     def epoch_at(self, at: "Snapshot") -> float:
-        """Documents that have entered the pools of this rank, less the share of text that is still there, for all ranks."""
+        """Documents that have entered the pools of this rank, less the share of text that is still there, for all
+        ranks.
+        """
         passed = [0.0] * len(self.sources)
         for s, (nexts, taken, pool) in at.streams.items():
             held = [0] * len(self.sources)
@@ -405,7 +455,10 @@ class PackedBatches:
                 held[source] += len(tokens) - 1
             for i, (n, tokens) in enumerate(zip(nexts, taken)):
                 passed[i] += (n - s) / self.n_streams * (1 - held[i] / tokens if tokens else 0)
-        return max(p * (self.n_streams / len(self.mine)) / documents.n_documents for p, (documents, _) in zip(passed, self.sources))
+        return max(
+            p * (self.n_streams / len(self.mine)) / documents.n_documents
+            for p, (documents, _) in zip(passed, self.sources)
+        )
 
     def where(self) -> str:
         """The documents in the last batch, for messages."""
@@ -415,7 +468,9 @@ class PackedBatches:
         by_source: dict[int, set[int]] = {}
         for source, n in (label for row in at.labels for label in row):
             by_source.setdefault(source, set()).add(n)
-        return "; ".join(f"{self.sources[i][0].name} documents {', '.join(map(str, sorted(ns)))}" for i, ns in by_source.items())
+        return "; ".join(
+            f"{self.sources[i][0].name} documents {', '.join(map(str, sorted(ns)))}" for i, ns in by_source.items()
+        )
 
 
 class Snapshot(NamedTuple):
@@ -435,15 +490,16 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def validation_rows(
     documents: Any, tokenizer: Tokenizer, seq_len: int, max_tokens: int = -1, runtime: Runtime | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int32; every text token is a target exactly once.
+    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int32; every text token is a target exactly
+    once.
 
-    documents: texts, or an object whose iterate() gives them. The first `max_tokens` text tokens count (-1: all). Documents
-    of up to T tokens stay whole, so that each token has the context it would have alone; longer ones are cut at multiples
-    of T. Places left over have the target -1. Raises UserError where there is no text.
+    documents: texts, or an object whose iterate() gives them. The first `max_tokens` text tokens count (-1: all).
+    Documents of up to T tokens stay whole, so that each token has the context it would have alone; longer ones are cut
+    at multiples of T. Places left over have the target -1. Raises UserError where there is no text.
 
-    runtime: of several ranks each tokenises its share of the documents and gets its share of the rows, r, r + W, ... of those that one rank would
-    get, and as many of them as the others: the last one may have no target. A collective call.
-    """
+    runtime: of several ranks each tokenises its share of the documents and gets its share of the rows, r, r + W, ... of
+    those that one rank would get, and as many of them as the others: the last one may have no target. A collective
+    call."""
     rank, world = (runtime.rank, runtime.world_size) if runtime else (0, 1)
     texts = iter(documents.iterate() if hasattr(documents, "iterate") else documents)
     lengths: list[int] = []  # of all documents
@@ -469,7 +525,9 @@ def validation_rows(
             if row % world == rank:
                 rows[row // world, at] = tokenizer.bos
                 rows[row // world, at + 1 : at + 1 + len(ids)] = ids
-    n_bytes = sum(_gathered(runtime, sum(int(tokenizer.token_bytes()[ids].sum(dtype=np.int64)) for ids in mine.values())))
+    n_bytes = sum(
+        _gathered(runtime, sum(int(tokenizer.token_bytes()[ids].sum(dtype=np.int64)) for ids in mine.values()))
+    )
     return np.where(rows[:, :-1] < 0, tokenizer.bos, rows[:, :-1]), rows[:, 1:], n_bytes
 
 

@@ -2,9 +2,8 @@
 
     ChatCORE = mean over tasks of (accuracy - baseline) / (1 - baseline)        baseline: what blind guessing reaches
 
-so that 0 is a model that guesses and 1 one that is always right, whatever the number of options. Its tasks are MEMBERS; a
-mean over fewer is called "ChatCORE-k of n" and is not to be compared with one over others.
-"""
+so that 0 is a model that guesses and 1 one that is always right, whatever the number of options. Its tasks are MEMBERS;
+a mean over fewer is called "ChatCORE-k of n" and is not to be compared with one over others."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -69,15 +68,25 @@ def evaluate(
 ) -> Result:
     """The task's first `limit` problems (-1: all), by option letters or by sampling, as its kind asks.
 
-    Tasks come shuffled, by a seed that has nothing to do with the model: the first ones are a fair sample, the same for all.
-    """
+    Tasks come shuffled, by a seed that has nothing to do with the model: the first ones are a fair sample, the same for
+    all."""
     indices = range(len(task) if limit < 0 else min(limit, len(task)))
     if task.kind == "categorical":
         return multiple_choice.evaluate(engine, task, indices, batch_size=batch_size, on_reply=on_reply, stop=stop)
     return generative.evaluate(
-        engine, task, indices, num_samples=num_samples, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, tools=tools,
-        batch_size=batch_size, on_reply=on_reply, stop=stop,
-    )  # fmt: skip
+        engine,
+        task,
+        indices,
+        num_samples=num_samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        tools=tools,
+        batch_size=batch_size,
+        on_reply=on_reply,
+        stop=stop,
+    )
 
 
 def chatcore(
@@ -91,13 +100,21 @@ def chatcore(
     batch_size: int = 32,
     stop: Stop = lambda: False,
 ) -> dict[str, float]:
-    """{"chatcore/TASK": accuracy, ..., "chatcore/LABEL": score}: greedy replies, for a look while training. On every rank.
+    """{"chatcore/TASK": accuracy, ..., "chatcore/LABEL": score}: greedy replies, for a look while training. On every
+    rank.
 
-    LABEL says how many members are among the tasks; with fewer than two there is no score. limit_*: problems of each task of that
-    kind, -1 for all. Other tasks than members are measured beside it.
-    """
+    LABEL says how many members are among the tasks; with fewer than two there is no score. limit_*: problems of each
+    task of that kind, -1 for all. Other tasks than members are measured beside it."""
     limits = {"categorical": limit_categorical, "generative": limit_generative}
-    results = [(task, evaluate(engine, task, limits[task.kind], max_tokens=max_tokens, tools=tools, batch_size=batch_size, stop=stop)) for task in tasks]
+    results = [
+        (
+            task,
+            evaluate(
+                engine, task, limits[task.kind], max_tokens=max_tokens, tools=tools, batch_size=batch_size, stop=stop
+            ),
+        )
+        for task in tasks
+    ]
     score = chatcore_score([(task.name, task.baseline, r.accuracy, r.interval) for task, r in results])
     found = {f"chatcore/{task.name}": r.accuracy for task, r in results}
     return found | ({f"chatcore/{score.label}": score.value} if score else {})

@@ -1,17 +1,18 @@
 """Contamination: which items of an evaluation set share a run of N words with training or validation documents. Exact.
 
-After Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C, whose N is 13 and which lower-cases text
-and leaves punctuation out. What is done otherwise here: N is the same for every set, where they took the 5th percentile of a
-set's lengths, from 8 to 13; punctuation separates words instead of being struck out of them, so that don't is two words, whichever
-apostrophe it has; a run counts however many documents hold it, where they ignored those of more than ten, so an instruction that
-all items of a set begin with can count for all of them (the examples show it); documents are only read, none is cut.
+After Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C, whose N is 13 and which
+lower-cases text and leaves punctuation out. What is done otherwise here: N is the same for every set, where they took
+the 5th percentile of a set's lengths, from 8 to 13; punctuation separates words instead of being struck out of them, so
+that don't is two words, whichever apostrophe it has; a run counts however many documents hold it, where they ignored
+those of more than ten, so an instruction that all items of a set begin with can count for all of them (the examples
+show it); documents are only read, none is cut.
 
-A word is a longest run of letters, digits and combining marks, as Unicode has them, in the text after NFKC and lower-casing. Scripts
-that put no space between words have few words, so little is found there.
+A word is a longest run of letters, digits and combining marks, as Unicode has them, in the text after NFKC and
+lower-casing. Scripts that put no space between words have few words, so little is found there.
 
-How: the runs of the evaluation sets are indexed by 64-bit hashes; documents stream past, their runs are hashed with numpy, and
-where a hash is in the index the words themselves are compared. A hash that two runs of the sets share gets a second layer of the index.
-"""
+How: the runs of the evaluation sets are indexed by 64-bit hashes; documents stream past, their runs are hashed with
+numpy, and where a hash is in the index the words themselves are compared. A hash that two runs of the sets share gets a
+second layer of the index."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,7 +49,10 @@ class Words(NamedTuple):
 
     def text(self, first: int, n: int) -> str:
         """n words as they were compared."""
-        return " ".join(self.letters[a:b].tobytes().decode("utf-32-le") for a, b in zip(self.starts[first : first + n], self.starts[first + 1 : first + n + 1]))
+        return " ".join(
+            self.letters[a:b].tobytes().decode("utf-32-le")
+            for a, b in zip(self.starts[first : first + n], self.starts[first + 1 : first + n + 1])
+        )
 
 
 @lru_cache(1)
@@ -67,7 +71,9 @@ def split(texts: Sequence[str]) -> Words:
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     begins, lengths = edges[::2], edges[1::2] - edges[::2]
     inner = np.searchsorted(begins, np.flatnonzero(codes == ord(SEPARATOR)))
-    return Words(codes[inside], _ends(lengths), np.concatenate([[0], inner, [len(begins)]]) if texts else np.zeros(1, np.int64))
+    return Words(
+        codes[inside], _ends(lengths), np.concatenate([[0], inner, [len(begins)]]) if texts else np.zeros(1, np.int64)
+    )
 
 
 def merged(parts: Sequence[Words]) -> Words:
@@ -84,7 +90,9 @@ def _ends(sizes: Iterable[int]) -> np.ndarray:
 
 
 def mixed(h: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one, every bit depending on every other: the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+    """uint64 -> uint64, one to one, every bit depending on every other: the finaliser of splitmix64 (Steele et al.,
+    OOPSLA 2014).
+    """
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return h ^ (h >> np.uint64(31))
@@ -94,7 +102,9 @@ LETTER_BASE, WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82
 
 
 def runs(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(place of the first word, hash) of every run of n words inside one text: polynomials modulo 2^64, of letters and then of words."""
+    """(place of the first word, hash) of every run of n words inside one text: polynomials modulo 2^64, of letters and
+    then of words.
+    """
     count = len(words.starts) - n  # runs, those across texts included
     if count < 1:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -234,7 +244,10 @@ def item_texts(item: dict[str, Any]) -> list[str]:
 def _chosen(item: dict[str, Any], key: str) -> tuple[str, list[str]]:
     options, gold = item[key], item["gold"]
     if not isinstance(options, list) or not isinstance(gold, int) or not 0 <= gold < len(options):
-        raise UserError(f"gold is {gold!r} of {len(options) if isinstance(options, list) else 'no'} {key}; expected the number of one of them, from 0")
+        raise UserError(
+            f"gold is {gold!r} of {len(options) if isinstance(options, list) else 'no'} {key}; expected the number of"
+            " one of them, from 0"
+        )
     return options[gold], options[:gold] + options[gold + 1 :]
 
 
@@ -250,7 +263,10 @@ def read_set(path: Path, name: str) -> EvalSet:
         try:
             texts = item_texts(row)
             if not texts or not all(isinstance(text, str) for text in texts):
-                raise UserError(f"the fields {', '.join(row) or '(none)'} hold no text; expected question and options, context and continuation, or other strings")
+                raise UserError(
+                    f"the fields {', '.join(row) or '(none)'} hold no text; expected question and options, context and"
+                    " continuation, or other strings"
+                )
         except UserError as error:
             raise UserError(f"{path}:{n}: {error}; mend the line") from None
         lines.append(n)
@@ -259,13 +275,16 @@ def read_set(path: Path, name: str) -> EvalSet:
 
 
 def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
-    """(sets, name -> what is wrong with it) of one .jsonl file, or of all tasks of an evaluation bundle, a file only once.
+    """(sets, name -> what is wrong with it) of one .jsonl file, or of all tasks of an evaluation bundle, a file only
+    once.
 
     Raises UserError where nothing can be read.
     """
     where = Path(where).expanduser()
     if where.is_dir():
-        bundle = open_bundle(where, [name for name in ("core.yaml", "extra.yaml") if name == "core.yaml" or (where / name).exists()])
+        bundle = open_bundle(
+            where, [name for name in ("core.yaml", "extra.yaml") if name == "core.yaml" or (where / name).exists()]
+        )
         names: dict[Path, list[str]] = {}
         for task in bundle.tasks.values():
             names.setdefault(task.path, []).append(task.label)
@@ -274,7 +293,10 @@ def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
         wanted, broken = {where: where.stem}, {}
     else:
         seen = "does not exist" if not where.exists() else f"ends in {where.suffix or 'no suffix'}"
-        raise UserError(f"{where} {seen}; expected a .jsonl file, one item per line, or the folder of an evaluation bundle; type --eval-set PATH")
+        raise UserError(
+            f"{where} {seen}; expected a .jsonl file, one item per line, or the folder of an evaluation bundle; type"
+            " --eval-set PATH"
+        )
     sets = []
     for path, name in wanted.items():
         try:
@@ -290,7 +312,8 @@ def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
 
 
 class Best(NamedTuple):
-    """Of each item, its longest stretch of words whose runs of N are all in one document, and where; 0 words where there is none.
+    """Of each item, its longest stretch of words whose runs of N are all in one document, and where; 0 words where
+    there is none.
 
     The first document wins a tie.
     """
@@ -308,7 +331,12 @@ class Best(NamedTuple):
         """Keep what is longer; of what is given for one item, the last."""
         better = words > self.words[items]
         items = items[better]
-        self.words[items], self.place[items], self.block[items], self.document[items] = words[better], places[better], block, document
+        self.words[items], self.place[items], self.block[items], self.document[items] = (
+            words[better],
+            places[better],
+            block,
+            document,
+        )
 
 
 class Search:
@@ -330,7 +358,9 @@ class Search:
         return self.text_item[np.searchsorted(self.index.words.firsts, places, side="right") - 1]
 
     def overlaps(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(item, words, first word) of the stretches of items that runs at these places, in order, cover; an item's longest last, a tie's first."""
+        """(item, words, first word) of the stretches of items that runs at these places, in order, cover; an item's
+        longest last, a tie's first.
+        """
         first = np.flatnonzero(np.diff(places, prepend=-2) != 1)
         words = np.diff(first, append=len(places)) + self.index.n - 1
         order = np.lexsort((-first, words))
@@ -349,7 +379,9 @@ class Search:
         return best
 
     def report(self, found: dict[str, tuple[Documents, Best]]) -> list[dict[str, Any]]:
-        """One entry per set: counts, shares of the items long enough with 95 % intervals by split, longest overlap, examples, contaminated items."""
+        """One entry per set: counts, shares of the items long enough with 95 % intervals by split, longest overlap,
+        examples, contaminated items.
+        """
         out, before = [], 0
         for s in self.sets:
             mine = slice(before, before + len(s.items))
@@ -357,18 +389,34 @@ class Search:
             longest = np.max(list(words.values()), axis=0)
             enough = int(self.long_enough[mine].sum())
             rows = [self._item(found, s, before, i) for i in np.flatnonzero(longest)]
-            shown = {row["text"]: row for row in sorted(rows, key=lambda row: row["words"])}  # of items on one passage, one
-            out.append({
-                "set": s.name, "file": str(s.path), "items": len(s.items), "long_enough": enough, "longest": int(longest.max()),
-                "overlap": {name: share(int((column > 0).sum()), enough) for name, column in (words | {EITHER: longest}).items()},
-                "examples": list(shown.values())[: -EXAMPLES - 1 : -1], "contaminated": rows,
-            })  # fmt: skip
+            # of items on one passage, one
+            shown = {row["text"]: row for row in sorted(rows, key=lambda row: row["words"])}
+            out.append(
+                {
+                    "set": s.name,
+                    "file": str(s.path),
+                    "items": len(s.items),
+                    "long_enough": enough,
+                    "longest": int(longest.max()),
+                    "overlap": {
+                        name: share(int((column > 0).sum()), enough)
+                        for name, column in (words | {EITHER: longest}).items()
+                    },
+                    "examples": list(shown.values())[: -EXAMPLES - 1 : -1],
+                    "contaminated": rows,
+                }
+            )
             before += len(s.items)
         return out
 
     def _item(self, found: dict[str, tuple[Documents, Best]], s: EvalSet, before: int, i: int) -> dict[str, Any]:
         """Where item i of a set is, and its longest overlap with where that is."""
-        row: dict[str, Any] = {"set": s.name, "index": int(i), "line": s.lines[i], "splits": [name for name, (_, b) in found.items() if b.words[before + i]]}
+        row: dict[str, Any] = {
+            "set": s.name,
+            "index": int(i),
+            "line": s.lines[i],
+            "splits": [name for name, (_, b) in found.items() if b.words[before + i]],
+        }
         name = max(row["splits"], key=lambda name: found[name][1].words[before + i])
         documents, best = found[name]
         n, place, number, document = (int(column[before + i]) for column in best)

@@ -1,12 +1,18 @@
-"""In-context items, as CORE has them: an item of a task, after k solved ones, becomes texts whose likelihoods decide it.
+"""In-context items, as CORE has them: an item of a task, after k solved ones, becomes texts whose likelihoods decide
+it.
 
-    multiple_choice     one context, several answers          right: the answer with the lowest mean loss per token is the true one
-    schema              several contexts, one answer          right: the answer is likeliest, per token, after the true context
+    multiple_choice     one context, several answers          right: the answer with the lowest mean loss per token is
+                        the true one
+    schema              several contexts, one answer          right: the answer is likeliest, per token, after the true
+                        context
     language_modeling   one context, one answer               right: each token of the answer is the likeliest one
 
-A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by the seed
-1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv 2406.11794). A text that is
-longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads such texts whole.
+A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by
+the seed
+1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv
+2406.11794). A text that is
+longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads
+such texts whole.
 """
 
 import random
@@ -43,7 +49,9 @@ class Item(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The texts of one item in tokens: what they begin with in common, what each goes on with, and where the scored ones begin."""
+    """The texts of one item in tokens: what they begin with in common, what each goes on with, and where the scored
+    ones begin.
+    """
 
     index: int
     gold: int
@@ -82,7 +90,10 @@ def _options(row: dict[str, Any], field: str) -> tuple[tuple[str, ...], int]:
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(x, (str, int, float)) for x in found):
         raise UserError(f"{field} is {_seen(found)}; expected a list of at least 2 texts")
     if not isinstance(gold, int) or not 0 <= gold < len(found):
-        raise UserError(f"gold is {_seen(gold)}; expected the number of the true one of {len(found)} {field}, from 0 to {len(found) - 1}")
+        raise UserError(
+            f"gold is {_seen(gold)}; expected the number of the true one of {len(found)} {field}, from 0 to"
+            f" {len(found) - 1}"
+        )
     if len(set(found)) == 1:
         raise UserError(f"all {len(found)} {field} are the same; expected texts that differ")
     return tuple(map(str, found)), gold
@@ -109,7 +120,9 @@ def _language_item(row: dict[str, Any]) -> Item:
 
 
 def _after_prefix(texts: list[list[int]]) -> list[int]:
-    """After what all have in common; where one choice is the beginning of the others, its last token is scored, and theirs there."""
+    """After what all have in common; where one choice is the beginning of the others, its last token is scored, and
+    theirs there.
+    """
     return [min(common(texts), min(map(len, texts)) - 1)] * len(texts)
 
 
@@ -119,7 +132,9 @@ def _before_suffix(texts: list[list[int]]) -> list[int]:
 
 
 def _after_context(texts: list[list[int]]) -> list[int]:
-    """texts: with the answer, and without it. Where a token spans the seam (the reference stops there), it is scored."""
+    """texts: with the answer, and without it. Where a token spans the seam (the reference stops there), it is
+    scored.
+    """
     return [common(texts)]
 
 
@@ -133,10 +148,10 @@ def is_greedy(scores: Sequence[Score], gold: int) -> bool:
 
 
 KINDS = {
-    "multiple_choice":   Kind(_choice_item, _after_prefix, lowest_mean),
-    "schema":            Kind(_schema_item, _before_suffix, lowest_mean),
+    "multiple_choice": Kind(_choice_item, _after_prefix, lowest_mean),
+    "schema": Kind(_schema_item, _before_suffix, lowest_mean),
     "language_modeling": Kind(_language_item, _after_context, is_greedy, continues=True),
-}  # fmt: skip
+}
 
 
 def shots(i: int, n: int, k: int) -> list[int]:
@@ -146,7 +161,10 @@ def shots(i: int, n: int, k: int) -> list[int]:
 
 def prompts(item: Item, solved: Sequence[Item], delimiter: str) -> list[str]:
     """One text for each context and answer of the item, after the solved ones."""
-    head = "".join(f"{s.contexts[s.gold if s.contexts[1:] else 0]}{delimiter}{s.answers[s.gold if s.answers[1:] else 0]}\n\n" for s in solved)
+    head = "".join(
+        f"{s.contexts[s.gold if s.contexts[1:] else 0]}{delimiter}{s.answers[s.gold if s.answers[1:] else 0]}\n\n"
+        for s in solved
+    )
     return [f"{head}{context}{delimiter}{answer}" for context in item.contexts for answer in item.answers]
 
 
@@ -154,10 +172,14 @@ def rendered(kind: str, items: Sequence[Item], i: int, k: int, delimiter: str) -
     """What is encoded for item i: its texts, and where the kind asks for it the one without its answer, stripped."""
     solved = [items[j] for j in shots(i, len(items), k)] if k else []
     texts = prompts(items[i], solved, delimiter)
-    return texts + ([prompts(items[i]._replace(answers=("",)), solved, delimiter)[0].strip()] if KINDS[kind].continues else [])
+    return texts + (
+        [prompts(items[i]._replace(answers=("",)), solved, delimiter)[0].strip()] if KINDS[kind].continues else []
+    )
 
 
-def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder) -> Iterator[Group]:
+def encode(
+    kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder
+) -> Iterator[Group]:
     """The groups of items `indices`, each text after the beginning-of-text token.
 
     Texts are encoded whole: what a tokenizer joins across the seams of their parts is joined.
@@ -176,17 +198,28 @@ def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, del
 def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> Group:
     """The texts with what they have in common held once."""
     shared = common(texts)
-    return Group(index, gold, np.array(texts[0][:shared], np.int32), [np.array(text[shared:], np.int32) for text in texts], starts)
+    return Group(
+        index,
+        gold,
+        np.array(texts[0][:shared], np.int32),
+        [np.array(text[shared:], np.int32) for text in texts],
+        starts,
+    )
 
 
 def judged(
-    reader: Reader, groups: Iterable[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "", stop: Stop = lambda: False
+    reader: Reader,
+    groups: Iterable[Group],
+    runtime: Runtime,
+    judge: Callable[[Sequence[Score], Group], T],
+    label: str = "",
+    stop: Stop = lambda: False,
 ) -> list[T]:
     """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
 
-    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that cannot be scored,
-    and Stopped where `stop`, which is asked before each pass, said so on one: when the others are done or were asked too.
-    """
+    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that
+    cannot be scored, and Stopped where `stop`, which is asked before each pass, said so on one: when the others are
+    done or were asked too."""
     found: list[tuple[int, T]] = []
     why: str | Stopped = ""
     try:

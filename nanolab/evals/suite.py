@@ -1,4 +1,6 @@
-"""The likelihood tasks of base_eval by name: CORE, HellaSwag, LAMBADA. What they need is opened before a model is loaded."""
+"""The likelihood tasks of base_eval by name: CORE, HellaSwag, LAMBADA. What they need is opened before a model is
+loaded.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,22 +21,31 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 class Suite:
-    """`suite(mode, reader, tokenizer, dtype)` is the result of one of `modes`, JSON-ready, the same on every rank; its table is printed."""
+    """`suite(mode, reader, tokenizer, dtype)` is the result of one of `modes`, JSON-ready, the same on every rank; its
+    table is printed.
+    """
 
     def __init__(self, cfg: BaseEvalConfig, modes: list[str], runtime: Runtime):
         """Raises UserError where the bundle or the file that they need is not there."""
         if "hellaswag" in modes and cfg.hellaswag and not Path(cfg.hellaswag).is_file():
-            raise UserError(f"--hellaswag {cfg.hellaswag} is not a file; expected jsonl with ctx, endings and label; name another, or leave it out for the bundle's")
+            raise UserError(
+                f"--hellaswag {cfg.hellaswag} is not a file; expected jsonl with ctx, endings and label; name another,"
+                " or leave it out for the bundle's"
+            )
         self.cfg, self.runtime, self.modes = cfg, runtime, [mode for mode in modes if mode in MODES]
         self._core: tuple[Any, Core] | None = None  # of the tokenizer that was last asked for
         if set(self.modes) - ({"hellaswag"} if cfg.hellaswag else set()):
-            self.bundle = open_bundle(ensure(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",))
+            self.bundle = open_bundle(
+                ensure(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",)
+            )
 
-    def __call__(self, mode: str, reader: Reader, tokenizer: Encoder, dtype: str, keep: Keep = lambda result: None) -> dict[str, Any]:
+    def __call__(
+        self, mode: str, reader: Reader, tokenizer: Encoder, dtype: str, keep: Keep = lambda result: None
+    ) -> dict[str, Any]:
         """dtype: that the model computes in. keep: gets unfinished results of CORE, after each task.
 
-        Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in its `failed`.
-        """
+        Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in
+        its `failed`."""
         said = {"settings": self.settings(mode, dtype), "device": self.runtime.device_name}
         return MODES[mode](self, reader, tokenizer, lambda result: keep(result | said)) | said
 
@@ -51,7 +62,10 @@ class Suite:
     def task(self, label: str) -> TaskSpec:
         if label not in self.bundle.tasks:
             why = self.bundle.broken.get(label, "no list names it")
-            raise UserError(f"task {label} of {self.bundle.folder}: {why}; expected its data; name another --eval-bundle, or leave this mode out")
+            raise UserError(
+                f"task {label} of {self.bundle.folder}: {why}; expected its data; name another --eval-bundle, or leave"
+                " this mode out"
+            )
         return self.bundle.tasks[label]
 
     def core(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
@@ -73,4 +87,8 @@ class Suite:
         return found
 
 
-MODES: dict[str, Callable[[Suite, Reader, Encoder, Keep], dict[str, Any]]] = {"core": Suite.core, "hellaswag": Suite.hellaswag, "lambada": Suite.lambada}
+MODES: dict[str, Callable[[Suite, Reader, Encoder, Keep], dict[str, Any]]] = {
+    "core": Suite.core,
+    "hellaswag": Suite.hellaswag,
+    "lambada": Suite.lambada,
+}

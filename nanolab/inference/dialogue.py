@@ -1,4 +1,5 @@
-"""Dialogue: a talk with a model turn by turn: as much of it as the model can read, its answers token by token, its file.
+"""Dialogue: a talk with a model turn by turn: as much of it as the model can read, its answers token by token, its
+file.
 
 With an engine that keeps snapshots (prefix_bytes) each turn costs only what is new in it. Imports no torch.
 """
@@ -10,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanolab.config import UserError
-from nanolab.data.chat import Message, Part, check_messages, parse_reply, read_conversations, render, render_prompt, text_of
+from nanolab.data.chat import (
+    Message,
+    Part,
+    check_messages,
+    parse_reply,
+    read_conversations,
+    render,
+    render_prompt,
+    text_of,
+)
 from nanolab.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,9 +39,8 @@ class Turn(NamedTuple):
 class Dialogue:
     """A conversation with a chat model; or, with answers=False, texts of which each stands alone and is continued.
 
-    turns: all of them. forgotten: how many, from the first, the model did not read for its last answer, for want of room.
-    The engine is used by nobody else.
-    """
+    turns: all of them. forgotten: how many, from the first, the model did not read for its last answer, for want of
+    room. The engine is used by nobody else."""
 
     def __init__(self, engine: "Engine", *, answers: bool = True, system: str = ""):
         self.engine, self.tokenizer, self.answers = engine, engine.tokenizer, answers
@@ -53,10 +62,9 @@ class Dialogue:
     def reply(self, text: str, request: "Request", again: bool = False) -> Iterator[list["Sampled"]]:
         """The engine's steps, of no token or one, of the answer to `text`; closing the iterator stops it.
 
-        request: how to answer; its prompt is left aside. again: in place of the last turn.
-        Then `text` and answer are a turn, an answer that was stopped as far as it went. Raises UserError, at once and with
-        nothing changed, for a text that does not fit.
-        """
+        request: how to answer; its prompt is left aside. again: in place of the last turn. Then `text` and answer are a
+        turn, an answer that was stopped as far as it went. Raises UserError, at once and with nothing changed, for a
+        text that does not fit."""
         turns = self.turns[:-1] if again else self.turns
         prompt, forgotten = self._prompt(turns, text, request.max_tokens)
         request = replace(request, prompt=tuple(prompt))
@@ -103,7 +111,10 @@ class Dialogue:
         """
         path = Path(path).expanduser()
         if path.suffix != ".jsonl":
-            raise UserError(f"{path} has the ending {path.suffix!r}; expected .jsonl, since conversations are added as lines; try {path.with_suffix('.jsonl')}")
+            raise UserError(
+                f"{path} has the ending {path.suffix!r}; expected .jsonl, since conversations are added as lines; try"
+                f" {path.with_suffix('.jsonl')}"
+            )
         check_messages(self.messages, "the conversation")
         line = json.dumps(self.messages, ensure_ascii=False) + "\n"
         try:
@@ -112,7 +123,9 @@ class Dialogue:
                 file.seek(max(0, size - 1))
                 file.write(b"\n" * (file.read() not in (b"", b"\n")) + line.encode())
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); expected a place for a file; try another") from None
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); expected a place for a file; try another"
+            ) from None
 
     def load(self, path: Path | str) -> int:
         """Go on with the last conversation of a file that `read_conversations` reads; returns how many it holds.
@@ -137,11 +150,11 @@ def answered(reply: str | list[Part]) -> Message:
 
 
 def as_written(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """An assistant's turn from the ids of its reply: these very ids, so that what was read of them need not be read again.
+    """An assistant's turn from the ids of its reply: these very ids, so that what was read of them need not be read
+    again.
 
-    Text has many encodings, and a model does not always write the one that `encode` gives. A reply whose special tokens are
-    not those of the template (it was cut inside a call, or the model knows no better) is encoded anew.
-    """
+    Text has many encodings, and a model does not always write the one that `encode` gives. A reply whose special tokens
+    are not those of the template (it was cut inside a call, or the model knows no better) is encoded anew."""
     end, specials = tokenizer.special("<|assistant_end|>"), set(tokenizer.specials.values())
     written = [tokenizer.special("<|assistant_start|>"), *ids, *([end] if ids[-1] != end else [])]
     anew = render(tokenizer, [answered(parse_reply(tokenizer, ids))]).ids[1:]

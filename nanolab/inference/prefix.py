@@ -1,4 +1,6 @@
-"""Prefixes: snapshots of what the model has read, so that a conversation's next turn begins where the last one ended."""
+"""Prefixes: snapshots of what the model has read, so that a conversation's next turn begins where the last one
+ended.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -30,14 +32,20 @@ class Prefixes:
 
     def __init__(self, room: int):
         self.room, self.used = room, 0
-        self.kept: dict[tuple[int, ...], Snapshot] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
+        self.kept: dict[
+            tuple[int, ...], Snapshot
+        ] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
         self.contained: set[tuple[int, ...]] = set()  # those with which a longer one begins
 
     def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
         """The longest snapshot that the prompt begins with; of the whole prompt only one with logits is of use."""
         best: tuple[int, ...] = ()
         for ids, found in self.kept.items():
-            if len(best) < len(ids) <= len(prompt) and begins(prompt, ids) and (len(ids) < len(prompt) or found.logits is not None):
+            if (
+                len(best) < len(ids) <= len(prompt)
+                and begins(prompt, ids)
+                and (len(ids) < len(prompt) or found.logits is not None)
+            ):
                 best = ids
         if not best:
             return None
@@ -45,7 +53,9 @@ class Prefixes:
         return self.kept[best]
 
     def keep(self, tokens: Sequence[int], nbytes: int, make: Callable[[], tuple[KVCache, Tensor | None]]) -> None:
-        """Take what `make` makes: a cache of one row that has read `tokens`, and logits. Nothing goes for one larger than the room, nor is it made."""
+        """Take what `make` makes: a cache of one row that has read `tokens`, and logits. Nothing goes for one larger
+        than the room, nor is it made.
+        """
         ids = tuple(tokens)
         if ids in self.kept:
             self.kept[ids] = self.kept.pop(ids)
@@ -83,5 +93,7 @@ class Prefixes:
 
 
 def begins(long: tuple[int, ...], short: tuple[int, ...]) -> bool:
-    """Whether `long`, which is not shorter, begins with `short`. The last token decides most pairs without copying the others."""
+    """Whether `long`, which is not shorter, begins with `short`. The last token decides most pairs without copying the
+    others.
+    """
     return long[len(short) - 1] == short[-1] and long[: len(short)] == short

@@ -1,12 +1,12 @@
-"""Whole decode steps, recorded once and replayed: a CUDA graph on GPUs, a list of operators that needs no Python on CPUs.
+"""Whole decode steps, recorded once and replayed: a CUDA graph on GPUs, a list of operators that needs no Python on
+CPUs.
 
-A step of the model on a small batch is bound by the cost of starting its hundreds of operators. Its shapes repeat, so they are
-fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a bucket has come up
-`after` times. On CPUs this is done while the engine is idle (`prepare`), and for batches of few rows: in larger ones the work itself
-counts, and slots that hold nothing are work. A recording reads the weights where they lie; so it belongs to a model whose weights stay there and, being
-cast, do not change (served.py). `Engine.generate`, which training uses too, records nothing.
-Dims: N rows of a bucket, n of them in use, S slots.
-"""
+A step of the model on a small batch is bound by the cost of starting its hundreds of operators. Its shapes repeat, so
+they are fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a
+bucket has come up `after` times. On CPUs this is done while the engine is idle (`prepare`), and for batches of few
+rows: in larger ones the work itself counts, and slots that hold nothing are work. A recording reads the weights where
+they lie; so it belongs to a model whose weights stay there and, being cast, do not change (served.py).
+`Engine.generate`, which training uses too, records nothing. Dims: N rows of a bucket, n of them in use, S slots."""
 
 import logging
 import threading
@@ -28,13 +28,18 @@ LEAST_SLOTS = 64  # of a bucket
 AFTER = 24  # steps that a bucket is run plainly first: a recording pays only where many more will come
 ROWS_ON_CPU = 4
 RECORDING = threading.Lock()  # the tracer and CUDA's captures are one at a time for all replicas
-Step = Callable[..., tuple[Tensor, ...]]  # (ids (N, 1), pos (N,), what was left, keys, values) -> logits (N, V), what is left
+# (ids (N, 1), pos (N,), what was left, keys, values) -> logits (N, V), what is left
+Step = Callable[..., tuple[Tensor, ...]]
 
 
 class FixedCache:
-    """What the model needs of a KVCache to decode one token, with shapes that do not depend on how long the rows are."""
+    """What the model needs of a KVCache to decode one token, with shapes that do not depend on how long the rows
+    are.
+    """
 
-    def __init__(self, rings: list[int], pos: Tensor, left: dict[str, Tensor], k: tuple[Tensor, ...], v: tuple[Tensor, ...]):
+    def __init__(
+        self, rings: list[int], pos: Tensor, left: dict[str, Tensor], k: tuple[Tensor, ...], v: tuple[Tensor, ...]
+    ):
         self.rings, self.pos, self.left, self.k, self.v = rings, pos, left, k, v
         self.slot = {ring: pos % ring for ring in set(rings)}
 
@@ -76,7 +81,9 @@ def record_cpu(step: Step, inputs: list[Tensor]) -> Step:
         traced = torch.jit.trace(step, tuple(inputs), check_trace=False)
     for warning in caught:
         text = str(warning.message)
-        if not issubclass(warning.category, torch.jit.TracerWarning) and "is deprecated" not in text:  # shapes are fixed here; TorchScript is in maintenance
+        if (
+            not issubclass(warning.category, torch.jit.TracerWarning) and "is deprecated" not in text
+        ):  # shapes are fixed here; TorchScript is in maintenance
             warn(text)
     return traced
 
@@ -90,10 +97,10 @@ def warn(text: str) -> None:
 def record_cuda(step: Step, inputs: list[Tensor], stream: torch.cuda.Stream, pool: Any) -> Step:
     """A CUDA graph over these very keys and values; ids, positions and what was left are copied to it.
 
-    stream: the engine's own, on its device; torch's default one is of the device that came first. pool: memory of all graphs of the
-    engine, which replays one at a time and has read its outputs before the next: another graph may overwrite them. Engines run side by
-    side, so each has its own; and while one captures, others go on, which "thread_local" allows.
-    """
+    stream: the engine's own, on its device; torch's default one is of the device that came first. pool: memory of all
+    graphs of the engine, which replays one at a time and has read its outputs before the next: another graph may
+    overwrite them. Engines run side by side, so each has its own; and while one captures, others go on, which
+    "thread_local" allows."""
     small = [x.clone() for x in inputs if x.dim() < 4]
     inputs = [*small, *inputs[len(small) :]]
     current = torch.cuda.current_stream(stream.device)
@@ -103,7 +110,11 @@ def record_cuda(step: Step, inputs: list[Tensor], stream: torch.cuda.Stream, poo
             step(*inputs)
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with RECORDING, torch.cuda.device(stream.device), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    with (
+        RECORDING,
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
         outputs = step(*inputs)
 
     def replay(*new: Tensor) -> tuple[Tensor, ...]:
@@ -118,18 +129,20 @@ def record_cuda(step: Step, inputs: list[Tensor], stream: torch.cuda.Stream, poo
 class Recorder:
     """Decode steps over one engine's cache. after: uses of a bucket before it is recorded.
 
-    It only makes steps faster: when recording or replaying fails it says so once, and steps are run plainly from then on.
-    """
+    It only makes steps faster: when recording or replaying fails it says so once, and steps are run plainly from then
+    on."""
 
     def __init__(self, model: GPT, device: torch.device, after: int = AFTER):
         self.model, self.device, self.after = model, device, after
-        self.cuda = device.type == "cuda"  # a recording is of the cache where it lies, rows are padded to a power of two, at once
+        # a recording is of the cache where it lies, rows are padded to a power of two, at once
+        self.cuda = device.type == "cuda"
         self.uses: Counter[tuple] = Counter()
         self.steps: dict[tuple, Step] = {}
         self.wanted: list[tuple[int, int]] = []  # on CPUs: buckets to record when there is time
         self.memory: object = None  # KVCache.memory: another one means that the cache has moved
         self.stream: torch.cuda.Stream | None = None
-        self.pool: Any = None  # of the graphs in `steps`; when the last one goes it is gone, and cannot be captured into again
+        # of the graphs in `steps`; when the last one goes it is gone, and cannot be captured into again
+        self.pool: Any = None
         self.failed = False
 
     def release(self) -> None:
@@ -142,7 +155,11 @@ class Recorder:
         self.failed = True
         self.wanted.clear()
         self.release()
-        log.warning("decode steps are not recorded any more, and slower for it: %s: %s", type(error).__name__, str(error).strip().split("\n")[0][:300])
+        log.warning(
+            "decode steps are not recorded any more, and slower for it: %s: %s",
+            type(error).__name__,
+            str(error).strip().split("\n")[0][:300],
+        )
 
     def step(self, cache: KVCache, ids: Tensor) -> Tensor:
         """Logits (n, V) behind ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
@@ -187,7 +204,9 @@ class Recorder:
         return bucket in self.steps
 
     def prepare(self, cache: KVCache) -> bool:
-        """On CPUs: record one bucket that has come up often enough, over a cache like this one; whether there was one."""
+        """On CPUs: record one bucket that has come up often enough, over a cache like this one; whether there was
+        one.
+        """
         if not self.wanted:
             return False
         try:

@@ -1,4 +1,6 @@
-"""Request, Sampled, Failed and Row: what is asked of the engine, what it answers step by step, and where a request stands in between."""
+"""Request, Sampled, Failed and Row: what is asked of the engine, what it answers step by step, and where a request
+stands in between.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,38 +18,48 @@ from nanolab.inference.tools import ToolUse
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to go on from it. A row's tokens are those it would get alone, whatever else runs beside it."""
+    """One prompt and how to go on from it. A row's tokens are those it would get alone, whatever else runs beside
+    it.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int = 256
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    repetition_penalty: float = 1.0  # above 1 lowers what prompt and reply have held, but for special tokens: turns may end again
+    # above 1 lowers what prompt and reply have held, but for special tokens: turns may end again
+    repetition_penalty: float = 1.0
     seed: int = 42
-    stop_ids: tuple[int, ...] | None = None  # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
+    # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
+    stop_ids: tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
     logprobs: int = -1  # likeliest tokens to report beside the one that was taken
-    prompt_logprobs: int = -1  # as many beside each token of the prompt, with the row's first token; -1: the prompt is not scored
+    # as many beside each token of the prompt, with the row's first token; -1: the prompt is not scored
+    prompt_logprobs: int = -1
     tools: Callable[[str], str] | None = None  # given a call's text, returns the result, which is forced into the row
 
     def check(self, limit: int, row: int = 0) -> None:
-        """Raise UserError for an empty prompt, one that leaves no room in `limit` tokens, and settings without meaning."""
+        """Raise UserError for an empty prompt, one that leaves no room in `limit` tokens, and settings without
+        meaning.
+        """
         check_settings(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
         if self.max_tokens < 1:
             raise UserError(f"max-tokens is {self.max_tokens}; expected at least 1; try --max-tokens 256")
         if not 0 < len(self.prompt) < limit:
-            raise UserError(f"prompt {row} has {len(self.prompt)} tokens; this model reads 1 to {limit - 1}; shorten it, or begin with <|bos|>")
+            raise UserError(
+                f"prompt {row} has {len(self.prompt)} tokens; this model reads 1 to {limit - 1}; shorten it, or begin"
+                " with <|bos|>"
+            )
 
 
 class Sampled(NamedTuple):
-    """One new token of one row. finish: None, "stop" (this token is a stop id or completes a stop string), or "length" (no room
-    for another). forced: the token is a tool's, not the model's choice.
-    """
+    """One new token of one row. finish: None, "stop" (this token is a stop id or completes a stop string), or "length"
+    (no room for another). forced: the token is a tool's, not the model's choice."""
 
     row: int
     token: int
-    logprob: float  # the model's own, in nats, at temperature 1 over the whole vocabulary; 0 where forced, for it was certain
+    # the model's own, in nats, at temperature 1 over the whole vocabulary; 0 where forced, for it was certain
+    logprob: float
     finish: str | None
     forced: bool = False
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
@@ -66,7 +78,16 @@ class Failed(NamedTuple):
 class Row:
     """A request between its first token and its last. limit: tokens of prompt and reply together."""
 
-    def __init__(self, number: int, request: Request, tokenizer: Tokenizer, vocab_size: int, limit: int, device: torch.device, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        limit: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ):
         self.number, self.request, self.tokenizer = number, request, tokenizer
         self.tokens = list(request.prompt)  # prompt and reply
         self.end = min(len(request.prompt) + request.max_tokens, limit)
@@ -76,7 +97,9 @@ class Row:
         self.unheard = False  # whether its last token is the model's own and has not been shown to the tool
         self.use = ToolUse(tokenizer, request.tools) if request.tools else None
         self.text = TextStream(tokenizer, request.stop) if request.stop else None
-        self.stop_ids = frozenset((tokenizer.bos, tokenizer.special("<|assistant_end|>")) if request.stop_ids is None else request.stop_ids)
+        self.stop_ids = frozenset(
+            (tokenizer.bos, tokenizer.special("<|assistant_end|>")) if request.stop_ids is None else request.stop_ids
+        )
         r = request
         generator = generator or row_generators(r.seed, 1)[0]
         self.draws = Draws(r.temperature, r.top_k, r.top_p, generator, r.repetition_penalty, r.logprobs)
@@ -101,7 +124,16 @@ class Row:
         self.tokens.append(chosen.token)
         if self.draws.seen is not None and chosen.token not in self.special:
             self.draws.seen[chosen.token] = True
-        return Sampled(self.number, chosen.token, chosen.logprob, "length" if len(self.tokens) >= self.end else None, forced, chosen.top, self.cached, self.scores)
+        return Sampled(
+            self.number,
+            chosen.token,
+            chosen.logprob,
+            "length" if len(self.tokens) >= self.end else None,
+            forced,
+            chosen.top,
+            self.cached,
+            self.scores,
+        )
 
     def called(self) -> str | None:
         """The text of the call that the model's last token ended, if it did."""

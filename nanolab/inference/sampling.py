@@ -6,8 +6,9 @@ on the batch's size, or on the kind of device. Dims: B rows, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ class Draws:
         return self.temperature < COLDEST
 
     def uniform(self) -> float:
-        """The stream's next number in [0, 1), the same one until it is `spent`: a step that fails and is done again draws what it would have drawn."""
+        """The stream's next number in [0, 1), the same one until it is `spent`: a step that fails and is done again
+        draws what it would have drawn.
+        """
         if not self._uniforms:
             self._uniforms = torch.rand(AT_ONCE, generator=self.generator).tolist()[::-1]
         return self._uniforms[-1]
@@ -82,11 +85,11 @@ class Chosen(NamedTuple):
 
 @torch.no_grad()
 def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
-    """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn together.
+    """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn
+    together.
 
-    Order: repetition penalty (1 is off), temperature, top-k (0 is off), top-p (1 is off). Temperature 0 takes the best token,
-    ties going to the lowest id.
-    """
+    Order: repetition penalty (1 is off), temperature, top-k (0 is off), top-p (1 is off). Temperature 0 takes the best
+    token, ties going to the lowest id."""
     logits = logits.float()
     scores = penalised(logits, rows)
     groups: dict[tuple[int, bool] | None, list[int]] = {}
@@ -95,7 +98,8 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
     ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, members in groups.items():
         part = scores if len(groups) == 1 else scores[members]
-        new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])  # argmax: the first of several maxima
+        # argmax: the first of several maxima
+        new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])
         ids = new if len(groups) == 1 else ids.index_copy(0, torch.tensor(members, device=ids.device), new)
     scaled = logits.log_softmax(-1)
     logprobs = scaled.gather(-1, ids[:, None])[:, 0]
@@ -120,7 +124,9 @@ def likeliest(logprobs: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, 
 
 
 def penalised(logits: Tensor, rows: Sequence[Draws]) -> Tensor:
-    """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv 1909.05858."""
+    """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv
+    1909.05858.
+    """
     members = [i for i, row in enumerate(rows) if row.seen is not None]
     if not members:
         return logits

@@ -1,9 +1,8 @@
 """A model made ready to generate: weights cast once, products of one input joined, tables instead of formulas.
 
-Training keeps fp32 masters and casts them at each use; what is served does not change any more, so the same values are cast
-once. What the default model does per layer in a dozen small operators is done in fewer, with the same results: for one decoded
-token it is their number that costs. Dims as in model/attention.py.
-"""
+Training keeps fp32 masters and casts them at each use; what is served does not change any more, so the same values are
+cast once. What the default model does per layer in a dozen small operators is done in fewer, with the same results: for
+one decoded token it is their number that costs. Dims as in model/attention.py."""
 
 import logging
 import re
@@ -20,11 +19,12 @@ from nanolab.model.positions import Angles, half
 
 
 def served(model: GPT, *, int8: bool = False) -> GPT:
-    """`model` itself, changed for good: it generates what it did before, faster and in less memory, and cannot be trained.
+    """`model` itself, changed for good: it generates what it did before, faster and in less memory, and cannot be
+    trained.
 
-    Matrices, tables and biases are in its compute dtype; what is computed with in fp32 stays fp32. int8: matrices are kept as
-    8-bit integers with a scale per output, which changes results a little. Raises UserError where torchao is not installed.
-    """
+    Matrices, tables and biases are in its compute dtype; what is computed with in fp32 stays fp32. int8: matrices are
+    kept as 8-bit integers with a scale per output, which changes results a little. Raises UserError where torchao is
+    not installed."""
     dtype, device = model.compute_dtype, model.wte.weight.device
     model.requires_grad_(False).eval()
     for module in list(model.modules()):
@@ -48,16 +48,23 @@ def served(model: GPT, *, int8: bool = False) -> GPT:
         quantize(model)
     elif device.type == "cpu" and dtype == torch.float32:
         for module in model.modules():
-            if isinstance(module, nn.Linear):  # by input, where a product with one row takes half the time and others no more
+            if isinstance(
+                module, nn.Linear
+            ):  # by input, where a product with one row takes half the time and others no more
                 module.weight.data = module.weight.data.t().contiguous().t()
     return model
 
 
-WIDE = ("c_qkv", "c_q", "c_k", "c_v", "c_dq", "c_uq", "c_dkv", "c_proj", "c_fc", "c_gate_fc", "lm_head")  # not gates, nor what MLA absorbs
+# not gates, nor what MLA absorbs
+WIDE = ("c_qkv", "c_q", "c_k", "c_v", "c_dq", "c_uq", "c_dkv", "c_proj", "c_fc", "c_gate_fc", "lm_head")
 
 
-# What torchao 0.18 logs when it is imported and int8 weights have no use for: two libraries of other formats for GPUs, a deprecated call.
-NOISE = re.compile(r"Failed to load \S+/_C_(mxfp8|cutlass_90a)\.\S+: Could not load this library|<enum 'KernelPreference'> is an Enum subclass")
+# What torchao 0.18 logs when it is imported and int8 weights have no use for: two libraries of other formats for GPUs,
+# a deprecated call.
+NOISE = re.compile(
+    r"Failed to load \S+/_C_(mxfp8|cutlass_90a)\.\S+: Could not load this library|<enum 'KernelPreference'> is an Enum"
+    r" subclass"
+)
 
 
 def quantize(model: GPT) -> None:
@@ -72,11 +79,18 @@ def quantize(model: GPT) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise UserError("int8 weights need torchao, which is not installed; expected it beside torch; try bash runs/setup.sh int8, or serve without --int8") from None
+        raise UserError(
+            "int8 weights need torchao, which is not installed; expected it beside torch; try bash runs/setup.sh int8,"
+            " or serve without --int8"
+        ) from None
     finally:
         for logger in loggers:
             logger.removeFilter(wanted)
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] in WIDE)
+    quantize_(
+        model,
+        Int8WeightOnlyConfig(),
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and name.split(".")[-1] in WIDE,
+    )
 
 
 def plain(linear: Linear) -> nn.Linear:
@@ -97,12 +111,16 @@ def joined(*parts: Linear) -> Linear:
 
 def joinable(attn: nn.Module) -> bool:
     """Whether queries and keys are treated alike, so that one operator can do both."""
-    return isinstance(attn, CausalSelfAttention) and type(attn.qk_norm) in (NoQKNorm, RMSQKNorm) and attn.turn in (unturned, half)
+    return (
+        isinstance(attn, CausalSelfAttention)
+        and type(attn.qk_norm) in (NoQKNorm, RMSQKNorm)
+        and attn.turn in (unturned, half)
+    )
 
 
 class JoinedAttention(nn.Module):
-    """CausalSelfAttention with one product for q, k and v, and one norm and one rotation for all heads of q and k, whose gain is
-    in the scores' scale."""
+    """CausalSelfAttention with one product for q, k and v, and one norm and one rotation for all heads of q and k,
+    whose gain is in the scores' scale."""
 
     def __init__(self, attn: CausalSelfAttention):
         super().__init__()
@@ -153,7 +171,9 @@ class TabledPositions(nn.Module):
     def __init__(self, model: GPT, doubled: bool):
         super().__init__()
         self.positions, self.table = model.positions, None
-        angles = self.positions.angles(torch.arange(model.config.sequence_len, device=model.wte.weight.device)[None], model.compute_dtype)
+        angles = self.positions.angles(
+            torch.arange(model.config.sequence_len, device=model.wte.weight.device)[None], model.compute_dtype
+        )
         if angles:
             cos, sin = (x[0, :, 0] for x in angles)
             self.table = torch.cat((cos, cos, sin, -sin) if doubled else (cos, sin), dim=-1)

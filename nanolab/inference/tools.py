@@ -1,15 +1,17 @@
 """Tools that a model calls inside its reply: the calculator, Python, and the protocol of special tokens around them.
 
-A call is <|python_start|> code <|python_end|>; the answer is put into the reply as <|output_start|> result <|output_end|>.
+A call is <|python_start|> code <|python_end|>; the answer is put into the reply as <|output_start|> result
+<|output_end|>.
 Imports no torch.
 """
 
 import logging
 import operator
 import re
+from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from nanolab.config import UserError, nearest
 from nanolab.data.tokenizer import Tokenizer
@@ -35,8 +37,8 @@ def calculator(expression: str) -> str:
     """The value of an arithmetic expression, or "error: " and a reason; never raises, and takes milliseconds at most.
 
     + - * / // % ** and parentheses on decimal numbers (1,234.5 and 2e3 too), with Python's precedences and its floor
-    for // and %; `"text".count("t")` on string literals. Computed exactly, in fractions: 0.1 + 0.2 is 0.3. Decimals that
-    do not end are rounded to SIGNIFICANT digits. A grammar of its own reads the text; none of it reaches Python's.
+    for // and %; `"text".count("t")` on string literals. Computed exactly, in fractions: 0.1 + 0.2 is 0.3. Decimals
+    that do not end are rounded to SIGNIFICANT digits. A grammar of its own reads the text; none of it reaches Python's.
     """
     try:
         if len(expression) > MAX_LENGTH:
@@ -87,14 +89,14 @@ class Operator(NamedTuple):
 
 SIGN = 3  # the level of a leading + or -
 OPERATORS = {
-    "+":  Operator(1, 2, operator.add),
-    "-":  Operator(1, 2, operator.sub),
-    "*":  Operator(2, 3, operator.mul),
-    "/":  Operator(2, 3, operator.truediv),
+    "+": Operator(1, 2, operator.add),
+    "-": Operator(1, 2, operator.sub),
+    "*": Operator(2, 3, operator.mul),
+    "/": Operator(2, 3, operator.truediv),
     "//": Operator(2, 3, operator.floordiv),
-    "%":  Operator(2, 3, operator.mod),
+    "%": Operator(2, 3, operator.mod),
     "**": Operator(4, SIGN, power),
-}  # fmt: skip
+}
 
 
 class Parser:
@@ -174,7 +176,9 @@ def fitting(value: Fraction) -> Fraction:
 
 def written(value: Fraction) -> str:
     """A whole number or a decimal fraction, exact where that is short."""
-    near = Context(prec=SIGNIFICANT, Emax=10**6, Emin=-(10**6)).divide(Decimal(value.numerator), Decimal(value.denominator))
+    near = Context(prec=SIGNIFICANT, Emax=10**6, Emin=-(10**6)).divide(
+        Decimal(value.numerator), Decimal(value.denominator)
+    )
     if near.adjusted() >= MAX_DIGITS:
         raise ToolError(f"a result of more than {MAX_DIGITS} digits")
     if value and near.adjusted() < TINIEST:
@@ -206,12 +210,17 @@ TOOLS: dict[str, Callable[[str], str]] = {"calculator": calculator, "python": py
 def find_tool(name: str) -> Callable[[str], str] | None:
     """The tool of that name; None for "". Raises UserError for one that is not there."""
     if name and name not in TOOLS:
-        raise UserError(f"tool {name!r} is unknown; expected one of {', '.join(TOOLS)}, or nothing{nearest(name, list(TOOLS), prefix='--tool ')}")
+        raise UserError(
+            f"tool {name!r} is unknown; expected one of {', '.join(TOOLS)}, or"
+            f" nothing{nearest(name, list(TOOLS), prefix='--tool ')}"
+        )
     return TOOLS[name] if name else None
 
 
 class ToolUse:
-    """One row's conversation with its tool: is told each token that the model sampled, answers a call with those to put in next."""
+    """One row's conversation with its tool: is told each token that the model sampled, answers a call with those to put
+    in next.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tool: Callable[[str], str]):
         self.tokenizer, self.tool = tokenizer, tool

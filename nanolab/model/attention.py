@@ -1,8 +1,7 @@
 """The attention layer: what makes queries, keys and values, what is done to them, and the rules that a kernel follows.
 
-Dims: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C width. The product itself is a kernel's
-(kernels.py); latent attention is in latent.py, which also holds the table of attention kinds.
-"""
+Dims: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C width. The product itself is a
+kernel's (kernels.py); latent attention is in latent.py, which also holds the table of attention kinds."""
 
 import math
 from dataclasses import dataclass, field
@@ -50,7 +49,9 @@ class Reading:
         """Of the keys that `append` has returned for this layer."""
         if rules.window not in self.by_window:
             k_pos, all_stored = self.cache.positions(layer, self.pos_BT.size(1))
-            all_seen = all_stored and self.pos_BT.size(1) == 1 and k_pos.size(1) <= rules.window + 1 and rules.first_BT is None
+            all_seen = (
+                all_stored and self.pos_BT.size(1) == 1 and k_pos.size(1) <= rules.window + 1 and rules.first_BT is None
+            )
             self.by_window[rules.window] = Keys(self.pos_BT, k_pos, seen(rules, self.pos_BT, k_pos), all_seen)
         return self.by_window[rules.window]
 
@@ -83,7 +84,9 @@ class NoQKNorm(nn.Module):
 
 
 class RMSQKNorm(NoQKNorm):
-    """q / rms(q), k / rms(k) per head, without gains. Henry et al., arXiv 2010.04245; Dehghani et al., arXiv 2302.05442."""
+    """q / rms(q), k / rms(k) per head, without gains. Henry et al., arXiv 2010.04245; Dehghani et al., arXiv
+    2302.05442.
+    """
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return norm(q), norm(k)
@@ -224,7 +227,9 @@ GATES = {"none": NoGate, "head": HeadGate, "elementwise": ElementwiseGate}
 
 
 class ValueMix(nn.Module):
-    """v + 3 sigmoid(W x[:12]) e with e a row of a table, by token. Value residual learning, arXiv 2410.17897, from a table."""
+    """v + 3 sigmoid(W x[:12]) e with e a row of a table, by token. Value residual learning, arXiv 2410.17897, from a
+    table.
+    """
 
     def __init__(self, n_kv_head: int):
         super().__init__()
@@ -266,7 +271,9 @@ class Core(nn.Module):
     def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, reading: Reading, kernel) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         rules = self.rules(reading.slopes, reading.first_BT, dropout)
-        if reading.cache is None or k_BSGD.size(1) == q_BTHD.size(1) > 1:  # nothing was cached before: plain causal attention
+        if (
+            reading.cache is None or k_BSGD.size(1) == q_BTHD.size(1) > 1
+        ):  # nothing was cached before: plain causal attention
             return kernel(q_BTHD, k_BSGD, v_BSGD, rules)
         return cached(q_BTHD, k_BSGD, v_BSGD, rules, reading.keys(self.layer, rules))
 
@@ -291,7 +298,9 @@ class CausalSelfAttention(nn.Module):
 
     @staticmethod
     def matrices(c: GPTConfig, layer: int) -> list[tuple[int, int]]:
-        """(outputs, inputs) of every matrix; of these, `biased` have a bias with --bias qkv, the last one with --bias out."""
+        """(outputs, inputs) of every matrix; of these, `biased` have a bias with --bias qkv, the last one with --bias
+        out.
+        """
         C, kv = c.n_embd, c.n_kv_head * c.head_dim
         gates = [(c.n_kv_head, VE_GATE_CHANNELS)] if has_value_embedding(c, layer) else []
         return gates + [(C, C), (kv, C), (kv, C), (C, C)]

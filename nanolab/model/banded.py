@@ -14,18 +14,22 @@ BLOCK = 128  # query rows per block: a block's scores (128 x up to T per head) s
 class _Banded(torch.autograd.Function):
     """Attention on (N, T, D) tensors, N = batch x heads, one block of query rows at a time.
 
-    Keys outside the causal band are never multiplied, so a full layer costs T^2/2 and a windowed one T*(window + BLOCK),
-    forward and backward, and nothing of size T x T is made. Probabilities are kept for the backward pass. With P the
-    probabilities and dY the upstream gradient: dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(dP P)), dQ = dS K, dK = dS^T Q.
+    Keys outside the causal band are never multiplied, so a full layer costs T^2/2 and a windowed one T*(window +
+    BLOCK), forward and backward, and nothing of size T x T is made. Probabilities are kept for the backward pass. With
+    P the probabilities and dY the upstream gradient: dV = P^T dY, dP = dY V^T, dS = P (dP - rowsum(dP P)), dQ = dS K,
+    dK = dS^T Q.
 
-    With a sink, k and v come with one more row in front, and every band begins one row earlier: the score of that row is
-    ln n whatever it held, its probability is noted and then set to 0, so that all products above stay as they are. The
-    sink's probability p0 meets a value of 0, hence d ln n = -sum over rows of p0 (dY . Y).
-    """
+    With a sink, k and v come with one more row in front, and every band begins one row earlier: the score of that row
+    is ln n whatever it held, its probability is noted and then set to 0, so that all products above stay as they are.
+    The sink's probability p0 meets a value of 0, hence d ln n = -sum over rows of p0 (dY . Y)."""
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, rules: Rules) -> torch.Tensor:
-        """q (N, T, D), k (N, T, D), v (N, T, E), log_sink (H,) or None -> (N, T, E). With a sink k and v have T + 1 rows."""
+    def forward(
+        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, rules: Rules
+    ) -> torch.Tensor:
+        """q (N, T, D), k (N, T, D), v (N, T, E), log_sink (H,) or None -> (N, T, E). With a sink k and v have T + 1
+        rows.
+        """
         T, extra = q.size(1), k.size(1) - q.size(1)
         y, kept, learns = q.new_empty(*q.shape[:2], v.size(2)), [], any(ctx.needs_input_grad)
         for lo, hi, first in _bands(T, rules.window):

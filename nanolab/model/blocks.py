@@ -1,8 +1,7 @@
 """The parts of a layer that are not attention: the casting linear, norms, MLPs, and what mixes the residual stream.
 
-Dims: B batch, T tokens, C width. Weights are uninitialised until `GPT.init_weights` or a checkpoint fills them; what starts
-at a constant is set by a module's `init_constants`, everything else by an entry of `init.INITS`.
-"""
+Dims: B batch, T tokens, C width. Weights are uninitialised until `GPT.init_weights` or a checkpoint fills them; what
+starts at a constant is set by a module's `init_constants`, everything else by an entry of `init.INITS`."""
 
 import math
 from collections.abc import Callable
@@ -93,8 +92,8 @@ def inverse_rms(x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r with r = (mean(x^2) + eps)^-1/2, and dx = r (dy - y mean(y dy)). On CPUs torch composes it of a dozen passes
-    with fp32 copies; these are two forward and three backward."""
+    """y = x r with r = (mean(x^2) + eps)^-1/2, and dx = r (dy - y mean(y dy)). On CPUs torch composes it of a dozen
+    passes with fp32 copies; these are two forward and three backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -113,7 +112,8 @@ def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without gain. arXiv 1910.07467."""
     if x.is_cuda:
         return F.rms_norm(x, (x.size(-1),), eps=EPS)
-    return _RMSNorm.apply(x) if torch.is_grad_enabled() else x * inverse_rms(x)  # the same without a Function's cost, which a decoded token feels
+    # the same without a Function's cost, which a decoded token feels
+    return _RMSNorm.apply(x) if torch.is_grad_enabled() else x * inverse_rms(x)
 
 
 class Norm(nn.Module):
@@ -162,7 +162,9 @@ def make_norm(c: GPTConfig) -> Norm:
 
 
 class _ReluSquared(torch.autograd.Function):
-    """max(x, 0)^2 in two passes and its gradient 2 max(x, 0) dy in two; composed of torch's own operators it takes seven."""
+    """max(x, 0)^2 in two passes and its gradient 2 max(x, 0) dy in two; composed of torch's own operators it takes
+    seven.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -274,7 +276,9 @@ class Smear(nn.Module):
 
 
 class ResidualScalars(nn.Module):
-    """x <- r_i x + z_i x0 before layer i, with x0 the embedding (modded-nanogpt; the idea is Highway's, arXiv 1505.00387)."""
+    """x <- r_i x + z_i x0 before layer i, with x0 the embedding (modded-nanogpt; the idea is Highway's, arXiv
+    1505.00387).
+    """
 
     def __init__(self, n_layer: int):
         super().__init__()
@@ -292,7 +296,9 @@ class ResidualScalars(nn.Module):
 
 
 class Backout(nn.Module):
-    """x - scale b with b the stream after the middle layer: what served only the middle leaves before the head (modded-nanogpt)."""
+    """x - scale b with b the stream after the middle layer: what served only the middle leaves before the head
+    (modded-nanogpt).
+    """
 
     def __init__(self):
         super().__init__()

@@ -17,10 +17,14 @@ GEMM_ROWS = 1024  # rows per matrix multiplication
 CACHE_ROWS = 64  # rows per pass of elementwise work: 64 x 8192 fp32 logits are 2 MB
 
 
-def plain_cross_entropy(x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
+def plain_cross_entropy(
+    x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, softcap: float, vocab_size: int
+) -> Tensor:
     """Nats per row (N,), at least fp32, 0 where the target is -1: the definition. head: x (N, C) -> logits (N, V)."""
     logits = head(x)[:, :vocab_size]
-    return F.cross_entropy(softcapped(logits.to(wide(logits.dtype)), softcap), targets, ignore_index=-1, reduction="none")
+    return F.cross_entropy(
+        softcapped(logits.to(wide(logits.dtype)), softcap), targets, ignore_index=-1, reduction="none"
+    )
 
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
@@ -29,9 +33,9 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
 
 
 def quickly_softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """The same by tanh(z) = 2 sigmoid(2 z) - 1, six times as fast on CPUs, for logits that are looked at: a number's last bit depends
-    on its place in the tensor, so that of two losses that should be equal the difference would not be 0.
-    """
+    """The same by tanh(z) = 2 sigmoid(2 z) - 1, six times as fast on CPUs, for logits that are looked at: a number's
+    last bit depends on its place in the tensor, so that of two losses that should be equal the difference would not be
+    0."""
     return 2 * softcap * torch.sigmoid(logits * (2 / softcap)) - softcap if softcap else logits
 
 
@@ -39,7 +43,9 @@ class _BlockedCrossEntropy(torch.autograd.Function):
     """Sum of nats, with the gradients of x, W and b computed on the way; `backward` only scales them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, vocab_size: int
+    ) -> Tensor:
         w, total = weight.to(x.dtype), torch.zeros((), dtype=wide(x.dtype), device=x.device)
         dx, dw, db = torch.empty_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
         for rows, logits, y in _logit_blocks(x, w, bias, targets):
@@ -70,9 +76,8 @@ def _logit_blocks(x: Tensor, w: Tensor, bias: Tensor | None, targets: Tensor):
 def _loss_and_grad(logits: Tensor, targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
     """Sum of nats of one block, whose raw logits are overwritten by d nats / d logits.
 
-    With s = sigmoid(2 z / cap), cap * tanh(z / cap) = 2 cap s - cap, and softmax ignores the shift; the derivative of the
-    cap is 4 s (1 - s).
-    """
+    With s = sigmoid(2 z / cap), cap * tanh(z / cap) = 2 cap s - cap, and softmax ignores the shift; the derivative of
+    the cap is 4 s (1 - s)."""
     z, s = logits[:, :vocab_size].to(wide(logits.dtype)), None
     if softcap:
         s = torch.sigmoid_(z.mul_(2 / softcap))
@@ -93,13 +98,19 @@ def _loss_and_grad(logits: Tensor, targets: Tensor, softcap: float, vocab_size: 
     return nats.masked_fill(ignored, 0.0).sum()
 
 
-def blocked_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
-    """Sum of nats (a scalar, at least fp32) over the rows of x (N, C) whose target (N,) is not -1, for W (V, C) and b (V)."""
+def blocked_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, vocab_size: int
+) -> Tensor:
+    """Sum of nats (a scalar, at least fp32) over the rows of x (N, C) whose target (N,) is not -1, for W (V, C) and b
+    (V).
+    """
     return _BlockedCrossEntropy.apply(x, weight, bias, targets, softcap, vocab_size)
 
 
 @torch.no_grad()
-def blocked_nats(x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, softcap: float, vocab_size: int) -> Tensor:
+def blocked_nats(
+    x: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, softcap: float, vocab_size: int
+) -> Tensor:
     """Nats per row (N,), 0 where the target is -1, without ever holding all logits; no gradient."""
     size = GEMM_ROWS if x.is_cpu else 8 * GEMM_ROWS  # elsewhere few launches, and few copies in a compiled graph
     blocks = [slice(lo, lo + size) for lo in range(0, x.size(0), size)]

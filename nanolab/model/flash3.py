@@ -1,9 +1,9 @@
-"""FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, from a prebuilt binary that the `kernels` package fetches on first use.
+"""FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, from a prebuilt binary that the `kernels` package fetches on
+first use.
 
-Read, not run: transformers 5 and trl take version 1 of the same repository, and its builds for torch's stable ABI (2.9 and later, CUDA 12.8 and
-13.0), which kernels 0.16 and later find, are reported to load under torch 2.13. LOCAL_KERNELS=kernels-community/flash-attn3=FOLDER takes a
-build from a folder instead.
-"""
+Read, not run: transformers 5 and trl take version 1 of the same repository, and its builds for torch's stable ABI (2.9
+and later, CUDA 12.8 and 13.0), which kernels 0.16 and later find, are reported to load under torch 2.13.
+LOCAL_KERNELS=kernels-community/flash-attn3=FOLDER takes a build from a folder instead."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,9 @@ Attend = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
 def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """(B, T, H, D). The kernel takes head sizes that are multiples of 8 and scales scores by 1/sqrt(size), so any other scale goes into q."""
+    """(B, T, H, D). The kernel takes head sizes that are multiples of 8 and scales scores by 1/sqrt(size), so any other
+    scale goes into q.
+    """
     attend, _ = probed(q_BTHD.device.type)
     if rules.log_sink is not None:
         return _with_virtual_key(attend, q_BTHD, k_BTGD, v_BTGD, rules)
@@ -34,23 +36,29 @@ def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules:
 
 
 def _call(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
-    """Some builds return (y, log-sum-exp). The gradient of q is summed in any order unless told otherwise; torch cannot tell it."""
+    """Some builds return (y, log-sum-exp). The gradient of q is summed in any order unless told otherwise; torch cannot
+    tell it.
+    """
     if on_cuda(q):
         check_flash(q, k, v, "fa3")
     y = attend(q, k, v, causal=True, window_size=(left, 0), deterministic=torch.are_deterministic_algorithms_enabled())
     return y[0] if isinstance(y, tuple) else y
 
 
-def _with_virtual_key(attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
+def _with_virtual_key(
+    attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules
+) -> torch.Tensor:
     """Full causal attention with a key in front of all others whose score is ln n and whose value is 0.
 
-    The problem stays square by a query in front, whose row is dropped. Two further channels make the score: the queries hold
-    ln n there, in two parts lest bf16 round it, the virtual key holds ones, the other keys zeros. ln n is in the queries
-    since heads that share a key may have sinks of their own. Head sizes are multiples of 8.
-    """
+    The problem stays square by a query in front, whose row is dropped. Two further channels make the score: the queries
+    hold ln n there, in two parts lest bf16 round it, the virtual key holds ones, the other keys zeros. ln n is in the
+    queries since heads that share a key may have sinks of their own. Head sizes are multiples of 8."""
     T, H, D = q_BTHD.shape[1:]
     if rules.window < T - 1:  # a layer that is full at the training length is not on longer rows
-        raise UserError(f"--attn-kernel fa3 has no sink on rows of {T} tokens, longer than the model's {rules.window}; try --attn-kernel sdpa")
+        raise UserError(
+            f"--attn-kernel fa3 has no sink on rows of {T} tokens, longer than the model's {rules.window}; try"
+            " --attn-kernel sdpa"
+        )
     size = D + 2 + -(D + 2) % 8
     log_n = sink_per_head(rules.log_sink, H, q_BTHD.device) * math.sqrt(size)
     head = log_n.to(q_BTHD.dtype)
@@ -76,7 +84,9 @@ def missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capabil
     return _not_hopper(device_type, capability) or probed(device_type)[1]
 
 
-_FOUND: dict[str, tuple[Attend | None, str]] = {}  # by device type; a dict and no lru_cache, which torch.compile would look through
+_FOUND: dict[
+    str, tuple[Attend | None, str]
+] = {}  # by device type; a dict and no lru_cache, which torch.compile would look through
 
 
 def probed(device_type: str) -> tuple[Attend | None, str]:
@@ -95,16 +105,20 @@ def load() -> Attend:
 def _not_hopper(device_type: str, capability: Capability) -> str:
     if capability == CAPABILITY:
         return ""
-    here = f"this one has {capability[0]}.{capability[1]}" if capability else f"there is none for --device-type {device_type}"
+    here = (
+        f"this one has {capability[0]}.{capability[1]}"
+        if capability
+        else f"there is none for --device-type {device_type}"
+    )
     return f"it needs a Hopper GPU (compute capability 9.0), and {here}"
 
 
 def probe(device_type: str, capability: Capability, load: Callable[[], Attend]) -> tuple[Attend | None, str]:
-    """Load the kernel and launch it, forward and backward, against torch's own attention. -> (kernel, "") or (None, why not).
+    """Load the kernel and launch it, forward and backward, against torch's own attention. -> (kernel, "") or (None, why
+    not).
 
-    Anything may fail here (no package, no network, a binary for another torch, a launch), and whatever it is, other kernels
-    can do the work: so every exception becomes a reason.
-    """
+    Anything may fail here (no package, no network, a binary for another torch, a launch), and whatever it is, other
+    kernels can do the work: so every exception becomes a reason."""
     if reason := _not_hopper(device_type, capability):
         return None, reason
     try:
@@ -118,15 +132,25 @@ def probe(device_type: str, capability: Capability, load: Callable[[], Attend]) 
 
 
 def _check(attend: Attend, device_type: str) -> None:
-    """One small full and one windowed problem, two query heads to a key. bf16 results differ by about 1 % of their norm."""
+    """One small full and one windowed problem, two query heads to a key. bf16 results differ by about 1 % of their
+    norm.
+    """
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 32, heads, 64, generator=g).to(device_type, torch.bfloat16).requires_grad_() for heads in (2, 1, 1))
+    q, k, v = (
+        torch.randn(1, 32, heads, 64, generator=g).to(device_type, torch.bfloat16).requires_grad_()
+        for heads in (2, 1, 1)
+    )
     pos = torch.arange(32, device=device_type)
     for left in (-1, 8):
         mask = seen(Rules(left % 32, 1.0), pos[None], pos)[:, None]
-        want = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        want = F.scaled_dot_product_attention(
+            *(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+        ).transpose(1, 2)
         y = _call(attend, q, k, v, left)
-        pairs = zip((y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))), (want, *torch.autograd.grad(want.square().sum(), (q, k, v))))
+        pairs = zip(
+            (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))),
+            (want, *torch.autograd.grad(want.square().sum(), (q, k, v))),
+        )
         for got, wanted in pairs:
             if not (got.float() - wanted.float()).norm() < 0.05 * wanted.float().norm():
                 raise ArithmeticError(f"its results on a small problem with window {left} are wrong")

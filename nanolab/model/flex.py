@@ -1,10 +1,11 @@
-"""torch's flex_attention: any score and mask, compiled into one kernel. CUDA only in training, since it has no CPU backward.
+"""torch's flex_attention: any score and mask, compiled into one kernel. CUDA only in training, since it has no CPU
+backward.
 
-Compiling takes tens of seconds for each length of rows. Training has one; prompts and held-out texts have any, so that passes without gradient
-are computed by blocks of plain operators instead (banded.py, in fp32), except inside torch.compile, where the caller holds the length.
-"""
+Compiling takes tens of seconds for each length of rows. Training has one; prompts and held-out texts have any, so that
+passes without gradient are computed by blocks of plain operators instead (banded.py, in fp32), except inside
+torch.compile, where the caller holds the length."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,29 @@ LEAST = 16  # channels that its kernel takes at least
 
 
 def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """(B, T, H, E). The sink scales softmax's output by S / (n + S), S = exp(lse); flex's lse, unlike flash's, has a gradient."""
+    """(B, T, H, E). The sink scales softmax's output by S / (n + S), S = exp(lse); flex's lse, unlike flash's, has a
+    gradient.
+    """
     if on_cuda(q_BTHD) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return banded(q_BTHD.float(), k_BTGD.float(), v_BTGE.float(), rules).to(q_BTHD.dtype)
     T, H, E = *q_BTHD.shape[1:3], v_BTGE.size(-1)
-    q, k, v = (F.pad(x, (0, LEAST - x.size(-1))) if on_cuda(x) and x.size(-1) < LEAST else x for x in (q_BTHD, k_BTGD, v_BTGE))
+    q, k, v = (
+        F.pad(x, (0, LEAST - x.size(-1))) if on_cuda(x) and x.size(-1) < LEAST else x for x in (q_BTHD, k_BTGD, v_BTGE)
+    )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    blocks = _blocks(T, rules.window, q.device) if rules.first_BT is None else _document_blocks(rules.first_BT, rules.window)
+    blocks = (
+        _blocks(T, rules.window, q.device) if rules.first_BT is None else _document_blocks(rules.first_BT, rules.window)
+    )
     attend = _compiled(flex_attention) if on_cuda(q) else flex_attention
     y, aux = attend(
-        q, k, v, score_mod=_score_mod(rules), block_mask=blocks, scale=rules.scale, enable_gqa=k.size(1) != H, return_aux=AuxRequest(lse=True)
+        q,
+        k,
+        v,
+        score_mod=_score_mod(rules),
+        block_mask=blocks,
+        scale=rules.scale,
+        enable_gqa=k.size(1) != H,
+        return_aux=AuxRequest(lse=True),
     )
     if rules.log_sink is not None:
         y = (y * torch.sigmoid(aux.lse - sink_per_head(rules.log_sink, H, q.device)[:, None])[..., None]).to(y.dtype)
@@ -78,13 +92,14 @@ def _create(device: torch.device):
     return _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(function):
     return torch.compile(function, dynamic=False)
 
 
 def missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capability: Capability) -> str:
-    """Before Ampere torch gives flex its default tiles: 128 KB of shared memory for heads of 128 channels, where a T4 has 64 and a V100 96.
+    """Before Ampere torch gives flex its default tiles: 128 KB of shared memory for heads of 128 channels, where a T4
+    has 64 and a V100 96.
 
     torch 2.13, torch/_inductor/template_heuristics/triton.py: FlexConfig(128, 64, num_stages=3).
     """

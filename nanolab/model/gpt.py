@@ -1,4 +1,5 @@
-"""The model: ids -> logits or loss. Embedding, blocks, head; what is switched off by a flag is a module that passes its input on.
+"""The model: ids -> logits or loss. Embedding, blocks, head; what is switched off by a flag is a module that passes its
+input on.
 
 Dims: B batch, T tokens, C width, V vocabulary (padded inside, sliced outside). Master weights are fp32; activations are
 `compute_dtype`; logits and loss are fp32.
@@ -11,7 +12,19 @@ from torch.utils.checkpoint import checkpoint
 from nanolab.config import GPTConfig
 from nanolab.model.accounting import attention_class, has_value_embedding, padded_vocab
 from nanolab.model.attention import Reading
-from nanolab.model.blocks import MLPS, Backout, Embedding, Linear, Pass, ResidualScalars, Smear, TiedHead, dropout, make_norm, wide
+from nanolab.model.blocks import (
+    MLPS,
+    Backout,
+    Embedding,
+    Linear,
+    Pass,
+    ResidualScalars,
+    Smear,
+    TiedHead,
+    dropout,
+    make_norm,
+    wide,
+)
 from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, quickly_softcapped
 from nanolab.model.init import INITS
 from nanolab.model.kernels import KERNELS, choose_kernel, kernel_line
@@ -54,9 +67,8 @@ class Documents(nn.Module):
 class GPT(nn.Module):
     """Weights are uninitialised until `init_weights` or `load_state_dict`. Raises UserError for flags that cannot work.
 
-    activation_checkpointing (Chen et al., arXiv 1604.06174): for the backward pass each layer keeps its input alone and computes the rest again,
-    with the same random numbers. It may be set at any time.
-    """
+    activation_checkpointing (Chen et al., arXiv 1604.06174): for the backward pass each layer keeps its input alone and
+    computes the rest again, with the same random numbers. It may be set at any time."""
 
     activation_checkpointing = False
 
@@ -73,11 +85,15 @@ class GPT(nn.Module):
         self.smear = Smear() if config.smear else Pass()
         self.drop = dropout(config.embed_dropout)
         self.lambdas = ResidualScalars(n) if config.residual_scalars else Pass()
-        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_width) for i in range(n) if has_value_embedding(config, i)})
+        self.value_embeds = nn.ModuleDict(
+            {str(i): Embedding(V, kv_width) for i in range(n) if has_value_embedding(config, i)}
+        )
         self.h = nn.ModuleList(Block(config, i) for i in range(n))
         self.backout = Backout() if config.backout else Pass()
         self.norm_f = make_norm(config)
-        self.lm_head = TiedHead(self.wte, config.has_bias("head")) if config.tied_head else Linear(C, V, config.has_bias("head"))
+        self.lm_head = (
+            TiedHead(self.wte, config.has_bias("head")) if config.tied_head else Linear(C, V, config.has_bias("head"))
+        )
         self._kernels: dict[str, list] = {}
         if not self.wte.weight.is_meta:
             self.kernel_names(self.wte.weight.device.type)  # refuses a kernel that cannot do what the flags ask
@@ -91,14 +107,18 @@ class GPT(nn.Module):
         INITS[self.config.init](self, torch.Generator(device=self.wte.weight.device).manual_seed(seed))
 
     def kernel_names(self, device_type: str) -> list[str]:
-        """The attention kernel of each layer on this kind of device. Raises UserError where none can do what the flags ask."""
+        """The attention kernel of each layer on this kind of device. Raises UserError where none can do what the flags
+        ask.
+        """
         names = [choose_kernel(needs, device_type, self.compute_dtype, self.kernel_name) for needs in self._needs()]
         self._kernels[device_type] = [KERNELS[name].run for name in names]
         return names
 
     def kernel_line(self, device_type: str) -> str:
         """The same as a line for people, with the reason where a faster kernel is missing."""
-        return kernel_line(list(zip(self.kernel_names(device_type), self._needs())), device_type, self.compute_dtype, self.kernel_name)
+        return kernel_line(
+            list(zip(self.kernel_names(device_type), self._needs())), device_type, self.compute_dtype, self.kernel_name
+        )
 
     def _needs(self) -> list[frozenset[str]]:
         widths = [attention_class(self.config).score_widths(self.config, i) for i in range(len(self.h))]
@@ -137,14 +157,17 @@ class GPT(nn.Module):
         logits = self.lm_head(x)[..., : self.config.vocab_size]
         return quickly_softcapped(logits.to(wide(logits.dtype)), self.config.softcap)
 
-    def layer(self, i: int, x: Tensor, x0: Tensor, idx: Tensor, reading: Reading, kernel, at: tuple[Tensor, Tensor] | None) -> Tensor:
+    def layer(
+        self, i: int, x: Tensor, x0: Tensor, idx: Tensor, reading: Reading, kernel, at: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """The stream x (B, T, C) after layer i, x0 the one before the first."""
         x = self.lambdas(x, x0, i)
         ve = self.value_embeds[str(i)].look_up(idx, x.dtype) if str(i) in self.value_embeds else None
         return self.h[i](x, ve, reading, kernel, at=at)
 
     def hidden(self, idx: Tensor, cache=None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """idx (B, T) -> the normed vectors (B, T, C) that the head reads, or (K, C) of them: at, rows (K,) and columns (K,).
+        """idx (B, T) -> the normed vectors (B, T, C) that the head reads, or (K, C) of them: at, rows (K,) and columns
+        (K,).
 
         Behind the last layer's attention tokens do not meet any more: the others are not computed from there on.
         """

@@ -1,4 +1,5 @@
-"""Initial weights: one function per way. Gains, biases and the learned scalars start at constants that their modules know.
+"""Initial weights: one function per way. Gains, biases and the learned scalars start at constants that their modules
+know.
 
 A residual projection is a matrix that writes into the residual stream: every `c_proj`. C is the width, L the layers.
 """
@@ -10,7 +11,8 @@ from torch import Generator, nn
 
 
 def dial(model: nn.Module, g: Generator) -> None:
-    """U(-s, s), s = sqrt(3 / inputs), in matrices, 0 in residual projections, 0.4 s in c_fc, N(0, 0.8) in wte. karpathy/nanochat.
+    """U(-s, s), s = sqrt(3 / inputs), in matrices, 0 in residual projections, 0.4 s in c_fc, N(0, 0.8) in wte.
+    karpathy/nanochat.
 
     Gates start near 0 from U(0, 0.02), the head at N(0, 0.001); a tied one makes wte N(0, 0.02). wpe is N(0, 0.2).
     """
@@ -36,7 +38,9 @@ def dial(model: nn.Module, g: Generator) -> None:
 def gpt2(model: nn.Module, g: Generator) -> None:
     """N(0, 0.02), residual projections N(0, 0.02 / sqrt(2L)). GPT-2 (Radford et al. 2019), section 2.3."""
     for name, p in matrices(model):
-        p.normal_(0, 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj.weight") else 0.02, generator=g)
+        p.normal_(
+            0, 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj.weight") else 0.02, generator=g
+        )
 
 
 def normal02(model: nn.Module, g: Generator) -> None:

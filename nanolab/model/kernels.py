@@ -1,13 +1,13 @@
 """Kernels of causal attention: the definition, what computes it fast on which machine, and the choice between them.
 
-Dims as in rules.py. Every kernel has the signature (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE, for T queries and T keys at
-positions 0..T-1; `cached` is for new queries over a cache. To add a kernel: a function, a `missing`, a line in KERNELS.
-"""
+Dims as in rules.py. Every kernel has the signature (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE, for T queries and T keys
+at positions 0..T-1; `cached` is for new queries over a cache. To add a kernel: a function, a `missing`, a line in
+KERNELS."""
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,21 @@ from nanolab.config import UserError, nearest
 from nanolab.model import flash3, flex
 from nanolab.model.banded import banded
 from nanolab.model.rules import (
-    FLAGS, NEEDS, Capability, Keys, Rules, before_ampere, capability_of, check_flash, heads_first, lacking, on_cuda, seen, sink_per_head, visible,
-)  # fmt: skip
+    FLAGS,
+    NEEDS,
+    Capability,
+    Keys,
+    Rules,
+    before_ampere,
+    capability_of,
+    check_flash,
+    heads_first,
+    lacking,
+    on_cuda,
+    seen,
+    sink_per_head,
+    visible,
+)
 
 __all__ = ["KERNELS", "NEEDS", "Kernel", "Rules", "cached", "choose_kernel", "definition", "eager", "sdpa", "visible"]
 
@@ -25,19 +38,24 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def definition(
-    q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor,
+    q_BTHD: torch.Tensor,
+    k_BSGD: torch.Tensor,
+    v_BSGE: torch.Tensor,
+    rules: Rules,
+    q_pos_BT: torch.Tensor,
+    k_pos_BS: torch.Tensor,
     mask_BTS: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """(B, T, H, E): the formula of `Rules`, for queries at q_pos (B or 1, T) over keys at k_pos (B or 1, S) or (S,).
 
     mask: what `seen` gives for these, where it is known.
 
-    Products are in the dtype of q, the softmax in fp32 (of fp64, in fp64). Its exponentials are taken from the largest of the
-    scores and ln n, so that neither very negative scores nor a row that sees no key is a problem where there is a sink; the
-    latter gives 0. Without a sink every query must see a key.
-    """
+    Products are in the dtype of q, the softmax in fp32 (of fp64, in fp64). Its exponentials are taken from the largest
+    of the scores and ln n, so that neither very negative scores nor a row that sees no key is a problem where there is
+    a sink; the latter gives 0. Without a sink every query must see a key."""
     (B, T, H, D), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
-    q_BGND = q_BTHD.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)  # N: query heads of a group, times T
+    # N: query heads of a group, times T
+    q_BGND = q_BTHD.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
     s = (q_BGND @ k_BSGD.permute(0, 2, 3, 1)).view(B, H, T, S)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * rules.scale
     if rules.softcap:
@@ -69,22 +87,29 @@ def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rule
 
 
 def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, keys: Keys) -> torch.Tensor:
-    """(B, T, H, E): T new queries over what a cache holds, which may be wider than they are: products are in its dtype."""
+    """(B, T, H, E): T new queries over what a cache holds, which may be wider than they are: products are in its
+    dtype.
+    """
     wide_BTHD = q_BTHD.to(k_BSGD.dtype)
     if rules.log_sink is not None or rules.slopes is not None or rules.softcap:
-        return definition(wide_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS).to(q_BTHD.dtype)
+        return definition(wide_BTHD, k_BSGD, v_BSGE, rules, keys.q_pos_BT, keys.k_pos_BS, keys.mask_BTS).to(
+            q_BTHD.dtype
+        )
     q, k, v = (x.transpose(1, 2) for x in (wide_BTHD, k_BSGD, v_BSGE))
     mask = None if keys.all_seen else keys.mask_BTS[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=bool(q.size(1) != k.size(1)))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=rules.scale, enable_gqa=bool(q.size(1) != k.size(1))
+    )
     return y.transpose(1, 2).to(q_BTHD.dtype)
 
 
 def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
-    """torch's own fused kernels. Windows and sinks go to the flash primitives beneath them, or take a mask on CPU and MPS.
+    """torch's own fused kernels. Windows and sinks go to the flash primitives beneath them, or take a mask on CPU and
+    MPS.
 
-    On GPUs all else goes to scaled_dot_product_attention, which takes flash or the memory-efficient kernel. The latter, for fp32 and for GPUs
-    before Ampere, has no shared heads and wants head sizes of whole 16 bytes: torch would silently make the T x T scores instead.
-    """
+    On GPUs all else goes to scaled_dot_product_attention, which takes flash or the memory-efficient kernel. The latter,
+    for fp32 and for GPUs before Ampere, has no shared heads and wants head sizes of whole 16 bytes: torch would
+    silently make the T x T scores instead."""
     T, size, cuda = q_BTHD.size(1), v_BTGE.size(-1), on_cuda(q_BTHD)
     needs = rules.needs(T)
     q, k, v = _equal_sizes(q_BTHD, k_BTGD, v_BTGE, multiple=8 if cuda else 1)
@@ -98,7 +123,14 @@ def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules
         mask = seen(rules, pos[None], pos)[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=rules.dropout, is_causal=mask is None, scale=rules.scale, enable_gqa=q.size(1) != k.size(1)
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=rules.dropout,
+        is_causal=mask is None,
+        scale=rules.scale,
+        enable_gqa=q.size(1) != k.size(1),
     )
     return y.transpose(1, 2)[..., :size]
 
@@ -129,15 +161,22 @@ def _flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rul
 class _Flash(torch.autograd.Function):
     """The flash primitives that return the log-sum-exp of each row of scores, with a sink by its means.
 
-    y = y0 r with y0 the softmax's output and r = sigmoid(lse - ln n) = S / (n + S), S = exp(lse). The backward kernel makes
-    p = exp(s - lse) and dS = p (dP - rowsum(dY Y)) from whatever lse and Y it is given; with lse' = ln(S + n) and y these are
-    the weights with the sink and their gradient, exactly. The sink itself has weight 1 - r and value 0, so
-    d ln n = -sum over rows of (1 - r) (dY . Y). The lse that torch returns has no gradient: scaling its output by it would
-    silently lose the sink's share of dq and dk, hence this backward.
-    """
+    y = y0 r with y0 the softmax's output and r = sigmoid(lse - ln n) = S / (n + S), S = exp(lse). The backward kernel
+    makes p = exp(s - lse) and dS = p (dP - rowsum(dY Y)) from whatever lse and Y it is given; with lse' = ln(S + n) and
+    y these are the weights with the sink and their gradient, exactly. The sink itself has weight 1 - r and value 0, so
+    d ln n = -sum over rows of (1 - r) (dY . Y). The lse that torch returns has no gradient: scaling its output by it
+    would silently lose the sink's share of dq and dk, hence this backward."""
 
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, mask: torch.Tensor | None, rules: Rules):
+    def forward(
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_sink: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        rules: Rules,
+    ):
         """q (B, T, H, D), k and v (B, T, G, D), log_sink (H,), mask additive -> (B, T, H, D)."""
         y, lse, *random = _flash_forward(q, k, v, mask, rules)
         r = None
@@ -158,7 +197,9 @@ class _Flash(torch.autograd.Function):
         return *_flash_backward(dy, q, k, v, y, lse, mask, random, ctx.rules), d_sink, None, None
 
 
-def _flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rules: Rules) -> tuple[torch.Tensor, ...]:
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rules: Rules
+) -> tuple[torch.Tensor, ...]:
     """(y (B, T, H, D), lse (B, H, T) in fp32, what else the backward kernel wants)."""
     T = q.size(1)
     if q.device.type != "cpu":
@@ -175,7 +216,23 @@ def _flash_backward(dy, q, k, v, y, lse, mask, random, rules: Rules) -> tuple[to
     T = q.size(1)
     if q.device.type != "cpu":
         flash = torch.ops.aten._flash_attention_backward.default
-        return flash(dy.contiguous(), q, k, v, y, lse, None, None, T, T, 0.0, True, *random, scale=rules.scale, **_sides(rules, T))
+        return flash(
+            dy.contiguous(),
+            q,
+            k,
+            v,
+            y,
+            lse,
+            None,
+            None,
+            T,
+            T,
+            0.0,
+            True,
+            *random,
+            scale=rules.scale,
+            **_sides(rules, T),
+        )
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     dy, q, k, v, y = (x.transpose(1, 2) for x in (dy, q, k, v, y))
     grads = flash(dy, q, k, v, y, lse, 0.0, mask is None, attn_mask=mask, scale=rules.scale)
@@ -192,7 +249,10 @@ def _sdpa_missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, c
     if device_type == "cuda":
         old = before_ampere(capability)
         if old and dtype == torch.bfloat16:
-            return f"it computes in bfloat16 from compute capability 8.0 on, and this GPU has {capability[0]}.{capability[1]}; try NANOLAB_DTYPE=float16"
+            return (
+                "it computes in bfloat16 from compute capability 8.0 on, and this GPU has"
+                f" {capability[0]}.{capability[1]}; try NANOLAB_DTYPE=float16"
+            )
         unable |= {"documents"} if dtype in HALF and not old else {"documents", "window", "sink"}
         where += f" before compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})" if old else ""
     elif device_type != "cpu":
@@ -205,8 +265,10 @@ def _sdpa_missing(needs: frozenset[str], device_type: str, dtype: torch.dtype, c
 
 @dataclass(frozen=True)
 class Kernel:
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]  # (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE
-    missing: Callable[[frozenset[str], str, torch.dtype, Capability], str]  # (needs, device type, dtype, capability) -> why it cannot train with these, or ""
+    # (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]
+    # (needs, device type, dtype, capability) -> why it cannot train with these, or ""
+    missing: Callable[[frozenset[str], str, torch.dtype, Capability], str]
 
 
 def _nothing(needs: frozenset[str], device_type: str, dtype: torch.dtype, capability: Capability) -> str:
@@ -227,32 +289,50 @@ PREFERENCE = {  # fastest first
 }
 
 
-def choose_kernel(needs: frozenset[str], device_type: str, dtype: torch.dtype, asked: str = "", capability: Capability = None) -> str:
+def choose_kernel(
+    needs: frozenset[str], device_type: str, dtype: torch.dtype, asked: str = "", capability: Capability = None
+) -> str:
     """The fastest kernel that can do what a layer needs on this kind of machine, or `asked` if that one can.
 
-    capability: of the GPU; default: this machine's. Raises UserError that names --attn-kernel, the flags that need more than it has,
-    and the kernels that have it.
-    """
+    capability: of the GPU; default: this machine's. Raises UserError that names --attn-kernel, the flags that need more
+    than it has, and the kernels that have it."""
     capability = capability or capability_of(device_type)
-    able = [name for name in PREFERENCE[device_type] if not KERNELS[name].missing(needs, device_type, dtype, capability)]
+    able = [
+        name for name in PREFERENCE[device_type] if not KERNELS[name].missing(needs, device_type, dtype, capability)
+    ]
     if not asked:
         return able[0]
     if asked not in KERNELS:
-        raise UserError(f"--attn-kernel {asked!r} is unknown; expected one of {', '.join(KERNELS)}{nearest(asked, list(KERNELS))}")
+        raise UserError(
+            f"--attn-kernel {asked!r} is unknown; expected one of {', '.join(KERNELS)}{nearest(asked, list(KERNELS))}"
+        )
     if reason := KERNELS[asked].missing(needs, device_type, dtype, capability):
-        raise UserError(f"--attn-kernel {asked} cannot run this model: {reason}; expected one of {', '.join(able)}; try --attn-kernel {able[0]}")
+        raise UserError(
+            f"--attn-kernel {asked} cannot run this model: {reason}; expected one of {', '.join(able)}; try"
+            f" --attn-kernel {able[0]}"
+        )
     return asked
 
 
-def kernel_line(layers: list[tuple[str, frozenset[str]]], device_type: str, dtype: torch.dtype, asked: str = "", capability: Capability = None) -> str:
-    """'sdpa x 9 (not fa3: it needs ...), flex x 3 (...)': the kernel of every layer, and why not a faster one. layers: (kernel, needs)."""
+def kernel_line(
+    layers: list[tuple[str, frozenset[str]]],
+    device_type: str,
+    dtype: torch.dtype,
+    asked: str = "",
+    capability: Capability = None,
+) -> str:
+    """'sdpa x 9 (not fa3: it needs ...), flex x 3 (...)': the kernel of every layer, and why not a faster one. layers:
+    (kernel, needs).
+    """
     capability = capability or capability_of(device_type)
 
     def why(name: str, needs: frozenset[str]) -> str:
         if asked:
             return " (--attn-kernel)"
         faster = PREFERENCE[device_type][: PREFERENCE[device_type].index(name)]
-        reasons = "; ".join(f"not {other}: {KERNELS[other].missing(needs, device_type, dtype, capability)}" for other in faster)
+        reasons = "; ".join(
+            f"not {other}: {KERNELS[other].missing(needs, device_type, dtype, capability)}" for other in faster
+        )
         return f" ({reasons})" if reasons else ""
 
     counts = Counter((name, why(name, needs)) for name, needs in layers)

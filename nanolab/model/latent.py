@@ -1,7 +1,8 @@
-"""Multi-head latent attention: keys and values from one small cached vector per token. Also the table of attention kinds.
+"""Multi-head latent attention: keys and values from one small cached vector per token. Also the table of attention
+kinds.
 
-Dims as in attention.py, and r the latent's width, R the rotary width. Per token and layer the cache keeps r + R numbers.
-"""
+Dims as in attention.py, and r the latent's width, R the rotary width. Per token and layer the cache keeps r + R
+numbers."""
 
 import math
 
@@ -9,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from nanolab.config import GPTConfig
-from nanolab.model.attention import GATES, QK_NORMS, CausalSelfAttention, Core, GroupedQueryAttention, MultiQueryAttention, Reading, turning
+from nanolab.model.attention import (
+    GATES,
+    QK_NORMS,
+    CausalSelfAttention,
+    Core,
+    GroupedQueryAttention,
+    MultiQueryAttention,
+    Reading,
+    turning,
+)
 from nanolab.model.blocks import Linear
 from nanolab.model.positions import POSITIONS, rope_dim
 
@@ -21,7 +31,9 @@ def ranks(c: GPTConfig) -> tuple[int, int]:
 
 
 def rotary_width(c: GPTConfig, layer: int) -> int:
-    """Channels of the rotary query and key; none on a layer whose positions do not turn (Kimi Linear, arXiv 2510.26692)."""
+    """Channels of the rotary query and key; none on a layer whose positions do not turn (Kimi Linear, arXiv
+    2510.26692).
+    """
     return rope_dim(c) if POSITIONS[c.positions].turns(c, layer) else 0
 
 
@@ -116,7 +128,9 @@ class LatentAttention(nn.Module):
         y = attend(q_content * self.gain, q_rotary * self.gain, k_rotary, latent, reading, kernel)
         return self.c_proj(self.gate(y, x_BTC).reshape(B, T, -1))
 
-    def naive(self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel) -> Tensor:
+    def naive(
+        self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel
+    ) -> Tensor:
         """Keys and values of every head, made from the latents."""
         latent, k_rotary = latent[:, :, 0].to(q_content.dtype), k_rotary.to(q_content.dtype)
         k_content = self.c_uk(latent).unflatten(-1, self.shape)
@@ -124,7 +138,9 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_content, k_rotary.expand(-1, -1, self.shape[0], -1)), dim=-1)
         return self.core(torch.cat((q_content, q_rotary), dim=-1), k, v, reading, kernel)
 
-    def absorbed(self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel) -> Tensor:
+    def absorbed(
+        self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel
+    ) -> Tensor:
         """Queries brought to the latents, and the mean latent of each head brought to its values."""
         w_uk, w_uv = (up.weight.to(q_content.dtype).unflatten(0, self.shape) for up in (self.c_uk, self.c_uv))
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q_content, w_uk), q_rotary), dim=-1)
@@ -132,4 +148,9 @@ class LatentAttention(nn.Module):
         return torch.einsum("bthr,hdr->bthd", y, w_uv)
 
 
-ATTENTIONS = {"mha": CausalSelfAttention, "gqa": GroupedQueryAttention, "mqa": MultiQueryAttention, "mla": LatentAttention}
+ATTENTIONS = {
+    "mha": CausalSelfAttention,
+    "gqa": GroupedQueryAttention,
+    "mqa": MultiQueryAttention,
+    "mla": LatentAttention,
+}

@@ -21,7 +21,8 @@ class Positions(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.config = c
-        self.register_buffer("slopes_H", self.slopes(c), persistent=False)  # on the device before a step: a copy from the host cannot be recorded
+        # on the device before a step: a copy from the host cannot be recorded
+        self.register_buffer("slopes_H", self.slopes(c), persistent=False)
 
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
         return e_BTC
@@ -80,7 +81,10 @@ class Learned(Positions):
 
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
         if e_BTC.size(1) > self.wpe.num_embeddings:
-            raise UserError(f"a row of {e_BTC.size(1)} tokens is past the {self.wpe.num_embeddings} positions that --positions learned has; cut it, or use other positions")
+            raise UserError(
+                f"a row of {e_BTC.size(1)} tokens is past the {self.wpe.num_embeddings} positions that --positions"
+                " learned has; cut it, or use other positions"
+            )
         return e_BTC + self.wpe.look_up(pos_BT, e_BTC.dtype)
 
     @staticmethod
@@ -106,7 +110,9 @@ class Alibi(Positions):
         return torch.tensor(alibi_slopes(c.n_head), dtype=torch.float32, device=device)
 
     def _apply(self, fn, recurse: bool = True) -> "Alibi":
-        """Whatever a module is moved or cast by leaves the slopes as they are: fp32 in a model of any dtype, and filled where memory was only allocated."""
+        """Whatever a module is moved or cast by leaves the slopes as they are: fp32 in a model of any dtype, and filled
+        where memory was only allocated.
+        """
         super()._apply(fn, recurse)
         self.slopes_H = self.slopes(self.config, self.slopes_H.device)
         return self
@@ -116,7 +122,9 @@ POSITIONS = {"rope": Rope, "nope": Nope, "rnope": RNope, "learned": Learned, "si
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """m_h of each head. Where H is no power of two: those of the power below, then every second one of the power above."""
+    """m_h of each head. Where H is no power of two: those of the power below, then every second one of the power
+    above.
+    """
     below = 2 ** int(math.log2(n_head))
     slopes = [2 ** (-8 * h / below) for h in range(1, below + 1)]
     slopes += [2 ** (-8 * h / (2 * below)) for h in range(1, 2 * below + 1, 2)]
@@ -131,7 +139,9 @@ def rope_dim(c: GPTConfig) -> int:
 
 
 def rope_scaling(c: GPTConfig) -> tuple[str, float]:
-    """(way, factor) of --rope-scaling. Raises UserError for what is neither none, linear:S nor yarn:S with S above 1."""
+    """(way, factor) of --rope-scaling. Raises UserError for what is neither none, linear:S nor yarn:S with S above
+    1.
+    """
     way, _, factor = c.rope_scaling.partition(":")
     if c.rope_scaling == "none":
         return way, 1.0
@@ -140,7 +150,10 @@ def rope_scaling(c: GPTConfig) -> tuple[str, float]:
     except ValueError:
         scale = 0.0
     if way not in ("linear", "yarn") or not scale > 1 or math.isinf(scale):
-        raise UserError(f"--rope-scaling is {c.rope_scaling!r}; expected none, linear:S or yarn:S with a factor S above 1; try --rope-scaling yarn:4")
+        raise UserError(
+            f"--rope-scaling is {c.rope_scaling!r}; expected none, linear:S or yarn:S with a factor S above 1; try"
+            " --rope-scaling yarn:4"
+        )
     return way, scale
 
 
@@ -175,7 +188,9 @@ def rope_angles(c: GPTConfig, pos_BT: Tensor, dtype: torch.dtype) -> Angles:
 
 
 def half(x_BTHD: Tensor, angles: Angles) -> Tensor:
-    """Pairs (x[i], x[i + d/2]) of the first d channels turn by minus the angle, as in the reference harness. GPT-NeoX, arXiv 2204.06745."""
+    """Pairs (x[i], x[i + d/2]) of the first d channels turn by minus the angle, as in the reference harness. GPT-NeoX,
+    arXiv 2204.06745.
+    """
     cos, sin = angles
     d = cos.size(-1)
     a, b, rest = x_BTHD.tensor_split((d, 2 * d), dim=-1)

@@ -11,7 +11,8 @@ import torch
 
 from nanolab.config import UserError
 
-Capability = tuple[int, int] | None  # compute capability of an NVIDIA GPU: (7, 5) is a T4, (9, 0) an H100; None: not known, or another device
+# compute capability of an NVIDIA GPU: (7, 5) is a T4, (9, 0) an H100; None: not known, or another device
+Capability = tuple[int, int] | None
 FLASH_CAPABILITY = (8, 0)  # from Ampere on
 
 FLAGS = {  # what a kernel may be asked for beyond causal softmax attention -> the flag that asks it
@@ -28,18 +29,23 @@ NEEDS = frozenset(FLAGS)
 
 @dataclass
 class Rules:
-    """The weights of one layer: s = scale q.k, softcap, minus slope x distance, mask, p_i = exp(s_i) / (n + sum_j exp(s_j)), dropout."""
+    """The weights of one layer: s = scale q.k, softcap, minus slope x distance, mask, p_i = exp(s_i) / (n + sum_j
+    exp(s_j)), dropout.
+    """
 
     window: int  # keys before itself that a query sees; it always sees itself
     scale: float  # of q.k
-    log_sink: torch.Tensor | float | None = None  # ln n: a number, or (H,) fp32 which gets a gradient; None: n = 0, softmax
+    # ln n: a number, or (H,) fp32 which gets a gradient; None: n = 0, softmax
+    log_sink: torch.Tensor | float | None = None
     slopes: torch.Tensor | None = None  # (H,) of ALiBi: score -= slope * distance, arXiv 2108.12409
     softcap: float = 0.0  # score becomes c tanh(score / c); 0: off
     dropout: float = 0.0  # share of the normalised weights that is dropped, the others grow by 1 / (1 - dropout)
     first_BT: torch.Tensor | None = None  # (B, T) int64: first position that each query may see, of a document mask
 
     def needs(self, T: int) -> frozenset[str]:
-        """What these rules ask of a kernel on rows of T tokens. Only the caller knows of "value size" (E other than D)."""
+        """What these rules ask of a kernel on rows of T tokens. Only the caller knows of "value size" (E other than
+        D).
+        """
         asked = {
             "window": self.window < T - 1,
             "sink": self.log_sink is not None,
@@ -58,7 +64,9 @@ def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tens
 
 
 def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor) -> torch.Tensor:
-    """Boolean (B or 1, T, S): causal, inside the window, inside the document. k_pos: (S,) where it is the same for all rows."""
+    """Boolean (B or 1, T, S): causal, inside the window, inside the document. k_pos: (S,) where it is the same for all
+    rows.
+    """
     k_pos_BS = k_pos_BS.expand(len(q_pos_BT), -1)
     mask = visible(q_pos_BT, k_pos_BS, rules.window)
     return mask if rules.first_BT is None else mask & (k_pos_BS[:, None] >= rules.first_BT[..., None])
@@ -108,14 +116,25 @@ def check_flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor
     """What flash kernels demand of their inputs, whose own errors name neither the flag nor the layer."""
     (H, size), G = q_BTHD.shape[2:], k_BTGD.size(2)
     if size > 256:
-        text = f"--attn-kernel {kernel} takes heads of at most 256 channels, these have {size}; try a smaller --head-dim, or --attn-kernel banded"
+        text = (
+            f"--attn-kernel {kernel} takes heads of at most 256 channels, these have {size}; try a smaller --head-dim,"
+            " or --attn-kernel banded"
+        )
         raise UserError(text, "kernel-head-size", kernel=kernel, size=size)
     if size % 8 or k_BTGD.size(-1) != size or v_BTGD.size(-1) != size or H % G or v_BTGD.size(2) != G:
-        raise ValueError(f"{kernel}: q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}; expected one head size, a multiple of 8, and shared heads")
+        raise ValueError(
+            f"{kernel}: q {tuple(q_BTHD.shape)}, k {tuple(k_BTGD.shape)}, v {tuple(v_BTGD.shape)}; expected one head"
+            " size, a multiple of 8, and shared heads"
+        )
     if any(x.stride(-1) != 1 for x in (q_BTHD, k_BTGD, v_BTGD)):
-        raise ValueError(f"{kernel}: strides {q_BTHD.stride()}, {k_BTGD.stride()}, {v_BTGD.stride()}; expected neighbouring channels side by side")
+        raise ValueError(
+            f"{kernel}: strides {q_BTHD.stride()}, {k_BTGD.stride()}, {v_BTGD.stride()}; expected neighbouring channels"
+            " side by side"
+        )
     if q_BTHD.dtype not in (torch.bfloat16, torch.float16) or {k_BTGD.dtype, v_BTGD.dtype} != {q_BTHD.dtype}:
-        raise ValueError(f"{kernel}: {q_BTHD.dtype}, {k_BTGD.dtype}, {v_BTGD.dtype}; expected bfloat16 or float16 for all three")
+        raise ValueError(
+            f"{kernel}: {q_BTHD.dtype}, {k_BTGD.dtype}, {v_BTGD.dtype}; expected bfloat16 or float16 for all three"
+        )
 
 
 def lacking(needs: Collection[str], where: str) -> str:

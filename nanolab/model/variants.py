@@ -30,25 +30,37 @@ def turns_somewhere(c: GPTConfig) -> bool:
 
 # (the pair, when it is asked for, why it cannot work and what to type)
 REFUSED: list[tuple[str, Callable[[GPTConfig], bool], str]] = [
-    ("--attention mla with --value-embeds", lambda c: c.attention == "mla" and c.value_embeds, "the cache keeps latents, not values; add --no-value-embeds"),
     (
-        "--attention mla with --qk-norm l2", lambda c: c.attention == "mla" and c.qk_norm == "l2",
+        "--attention mla with --value-embeds",
+        lambda c: c.attention == "mla" and c.value_embeds,
+        "the cache keeps latents, not values; add --no-value-embeds",
+    ),
+    (
+        "--attention mla with --qk-norm l2",
+        lambda c: c.attention == "mla" and c.qk_norm == "l2",
         "its norm works on latents, which have no heads; use --qk-norm rms, layernorm or none",
     ),
     (
-        "--attention mla with --mla-rope-dim", lambda c: c.attention == "mla" and (c.mla_rope_dim % 2 == 1 if c.mla_rope_dim >= 0 else False),
+        "--attention mla with --mla-rope-dim",
+        lambda c: c.attention == "mla" and (c.mla_rope_dim % 2 == 1 if c.mla_rope_dim >= 0 else False),
         "channels turn in pairs; use an even number",
     ),
     (
-        "--rope-scaling with --positions", lambda c: rope_scaling(c)[0] != "none" and not turns_somewhere(c),
+        "--rope-scaling with --positions",
+        lambda c: rope_scaling(c)[0] != "none" and not turns_somewhere(c),
         "no layer of these positions turns; use --positions rope or rnope, or --rope-scaling none",
     ),
     (
-        "--window-pattern rope with --positions", lambda c: c.window_pattern == "rope" and not turns_somewhere(c),
+        "--window-pattern rope with --positions",
+        lambda c: c.window_pattern == "rope" and not turns_somewhere(c),
         "no layer of these positions turns; use --positions rnope, or letters such as SSSL",
     ),
-    ("--document-mask", lambda c: c.document_mask and c.bos < 0, "the model was not told which token begins a document; set bos"),
-]  # fmt: skip
+    (
+        "--document-mask",
+        lambda c: c.document_mask and c.bos < 0,
+        "the model was not told which token begins a document; set bos",
+    ),
+]
 
 
 def check(c: GPTConfig) -> None:

@@ -1,1 +1,3 @@
-"""Weights -> people: one engine thread per replica behind a queue, OpenAI's HTTP interface in front of it, and the chat page."""
+"""Weights -> people: one engine thread per replica behind a queue, OpenAI's HTTP interface in front of it, and the chat
+page.
+"""

@@ -1,7 +1,7 @@
 """The HTTP interface: OpenAI's routes, the page, health and metrics, in front of the models' worker threads.
 
-The event loop only carries: generation, and tokenizing what is not short, happen in other threads, so every route answers at any time.
-"""
+The event loop only carries: generation, and tokenizing what is not short, happen in other threads, so every route
+answers at any time."""
 
 import asyncio
 import contextlib
@@ -51,7 +51,8 @@ class Api:
     def __init__(self, models: dict[str, Served], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
-        self.seeds = Random(secrets.randbits(62))  # the system's own would be asked for each request, and the interpreter let go of for that
+        # the system's own would be asked for each request, and the interpreter let go of for that
+        self.seeds = Random(secrets.randbits(62))
         self.writer = ThreadPoolExecutor(1)  # one thread: lines stay whole and in order
         self.writes = True  # whether the last conversation could be written
         if cfg.log_conversations:
@@ -59,10 +60,14 @@ class Api:
                 open(cfg.log_conversations, "a").close()
             except OSError as error:
                 wanted = "expected a file, or a new name in a folder that is there"
-                raise UserError(f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); {wanted}") from None
+                raise UserError(
+                    f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); {wanted}"
+                ) from None
 
     async def generate(self, request: Request, read: Callable[[Any], Ask]) -> Response:
-        """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
+        """Either POST route. What is refused is refused before the first byte, and before any work for it where the
+        queue is full.
+        """
         arrived, name = time.perf_counter(), ""
         try:
             self.admit_any()
@@ -74,11 +79,22 @@ class Api:
                 raise self.no_chat(name)
             rows = ask.prompts * ask.n
             if served.alive and rows > served.places:
-                seen, param = (f"n is {ask.n}", "n") if ask.prompts == 1 else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
-                raise ApiError(400, f"{seen}; expected at most {served.places}, which is all that this server takes at once", param, "invalid_value")
+                seen, param = (
+                    (f"n is {ask.n}", "n")
+                    if ask.prompts == 1
+                    else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
+                )
+                raise ApiError(
+                    400,
+                    f"{seen}; expected at most {served.places}, which is all that this server takes at once",
+                    param,
+                    "invalid_value",
+                )
             served.admit(rows)
             prompts, answer = begin(ask, served) if len(body) < SHORT else await asyncio.to_thread(begin, ask, served)
-            exchange = Exchange(served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log)
+            exchange = Exchange(
+                served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log
+            )
         except (ApiError, Overloaded, Draining, Broken) as error:
             refused = refusal(error)
             self.metrics.requests.add(1, name, request.url.path, str(refused.status))
@@ -100,21 +116,34 @@ class Api:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
-            raise ApiError(400, f"field 'model' is missing; expected one of {', '.join(self.models)}", "model", "missing_field")
+            raise ApiError(
+                400, f"field 'model' is missing; expected one of {', '.join(self.models)}", "model", "missing_field"
+            )
         if name not in self.models:
-            raise ApiError(404, f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}", "model", "model_not_found")
+            raise ApiError(
+                404,
+                f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}",
+                "model",
+                "model_not_found",
+            )
         return self.models[name]
 
     def no_chat(self, name: str) -> ApiError:
         chat = [other.name for other in self.models.values() if other.kind != "base"]
         seen = f"{name} is a base model, which continues text and was not trained to chat"
-        return ApiError(400, f"{seen}; expected {' or '.join(chat) or 'a chat model'}; or use /v1/completions", "model", "base_model")
+        return ApiError(
+            400,
+            f"{seen}; expected {' or '.join(chat) or 'a chat model'}; or use /v1/completions",
+            "model",
+            "base_model",
+        )
 
     def rows(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[engine.Request]:
-        """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others seeds made from it.
+        """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others
+        seeds made from it.
 
-        A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it costs no pass of the model.
-        """
+        A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it
+        costs no pass of the model."""
         cfg, special = self.cfg, served.tokenizer.special
         seed = self.seeds.getrandbits(62) if ask.seed is None else ask.seed
         ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if ask.tools else None
@@ -140,8 +169,8 @@ class Api:
     async def log(self, answer: Answer) -> None:
         """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it.
 
-        A reply waits for its lines, but no longer than LOG_SECONDS. One that cannot be written is counted, and the first of several logged.
-        """
+        A reply waits for its lines, but no longer than LOG_SECONDS. One that cannot be written is counted, and the
+        first of several logged."""
         if not (self.cfg.log_conversations and answer.ask.chat):
             return
         written = asyncio.get_running_loop().run_in_executor(self.writer, append, self.cfg.log_conversations, answer)
@@ -152,22 +181,43 @@ class Api:
         if error:
             self.metrics.lost.add(1, answer.model)
         if self.writes and error:
-            log.error("--log-conversations %s cannot be written (%s); replies go on, and what is lost is counted", self.cfg.log_conversations, error)
+            log.error(
+                "--log-conversations %s cannot be written (%s); replies go on, and what is lost is counted",
+                self.cfg.log_conversations,
+                error,
+            )
         elif not self.writes and not error:
             missing = sum(self.metrics.lost.values.values())
-            log.warning("--log-conversations %s is written again; %d conversations are missing", self.cfg.log_conversations, missing)
+            log.warning(
+                "--log-conversations %s is written again; %d conversations are missing",
+                self.cfg.log_conversations,
+                missing,
+            )
         self.writes = not error
 
     def described(self) -> list[dict[str, Any]]:
         cfg = self.cfg
-        sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens}
+        sampling = {
+            "temperature": cfg.temperature,
+            "top_k": cfg.top_k,
+            "top_p": cfg.top_p,
+            "max_tokens": cfg.max_tokens,
+        }
         about = {"object": "model", "created": self.started, "owned_by": "nanolab"}
-        return [{"id": name, **about, "kind": s.kind, "context": s.limit, "sampling": sampling, "tool": cfg.tool} for name, s in self.models.items()]
+        return [
+            {"id": name, **about, "kind": s.kind, "context": s.limit, "sampling": sampling, "tool": cfg.tool}
+            for name, s in self.models.items()
+        ]
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """(HTTP status, body): ok, degraded (of a model's several replicas not all have failed), draining, or failed."""
+        """(HTTP status, body): ok, degraded (of a model's several replicas not all have failed), draining, or
+        failed.
+        """
         every = self.models.values()
-        models = {s.name: {"running": s.running, "queued": len(s.queue), "replicas": len(s.replicas), "errors": s.errors} for s in every}
+        models = {
+            s.name: {"running": s.running, "queued": len(s.queue), "replicas": len(s.replicas), "errors": s.errors}
+            for s in every
+        }
         status = "degraded" if any(s.errors for s in every) else "ok"
         status = "draining" if any(s.draining for s in every) else status
         status = "failed" if any(not s.alive for s in every) else status
@@ -175,11 +225,16 @@ class Api:
 
 
 def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
-    """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page cannot be read."""
+    """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page
+    cannot be read.
+    """
     try:
         html = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab again") from None
+        raise UserError(
+            f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab"
+            " again"
+        ) from None
     api, headers, key = Api(models, cfg), page_headers(html), find_key(cfg)
 
     @contextlib.asynccontextmanager
@@ -195,9 +250,12 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # no documentation pages: they would load scripts from elsewhere
     app.add_middleware(Gate, cfg=cfg)
     if origins := allowed_origins(cfg):
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
-    # coroutines, since Starlette calls other functions in a thread, which takes longer than all else that a refused request does
+    # coroutines, since Starlette calls other functions in a thread, which takes longer than all else that a refused
+    # request does
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
         return failed(error)
@@ -236,11 +294,14 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
     @app.get("/health")
     async def health(request: Request) -> Response:
         status, body = api.health()
-        return reply(body if has_key(request.headers, key) else {"status": body["status"]}, status)  # the rest names models and quotes errors
+        # the rest names models and quotes errors
+        return reply(body if has_key(request.headers, key) else {"status": body["status"]}, status)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = api.metrics.text({s.name: len(s.queue) for s in models.values()}, {s.name: s.running for s in models.values()})
+        text = api.metrics.text(
+            {s.name: len(s.queue) for s in models.values()}, {s.name: s.running for s in models.values()}
+        )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return app
@@ -257,7 +318,7 @@ def no_route(status: int, method: str, path: str, detail: str) -> ApiError:
 def append(path: str, answer: Answer) -> None:
     """The conversation's lines at the end of a file: all of them, or none and an OSError."""
     lines = []
-    for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
+    for said in (one for one in answer.replies if one.text.strip() or one.calls):
         messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
         try:
             check_messages(messages)  # a line that read_conversations refuses would cost the whole file
@@ -283,7 +344,9 @@ async def read_body(request: Request) -> bytes:
     if kind != "application/json":  # the only one of these that a page of another site cannot send without asking first
         wanted = "expected application/json; with curl: -H 'Content-Type: application/json'"
         raise ApiError(415, f"the body's Content-Type is {kind[:100]!r}; {wanted}", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large")
+    too_large = ApiError(
+        413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large"
+    )
     if int(request.headers.get("content-length", 0)) > MAX_BODY:  # h11 lets only digits through
         raise too_large
 
@@ -298,17 +361,23 @@ async def read_body(request: Request) -> bytes:
     try:
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once", code="body_timeout", headers=CLOSE) from None
+        raise ApiError(
+            408,
+            f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once",
+            code="body_timeout",
+            headers=CLOSE,
+        ) from None
 
 
 async def parsed(body: bytes, read: Callable[[Any], Ask]) -> Ask:
     """What the body asks for; a large one is read in a thread. Raises ApiError.
 
-    json.loads stops every thread of the process until it is done: that takes milliseconds for a long text, but a second for as many numbers
-    as fit MAX_BODY, so these are counted first.
-    """
+    json.loads stops every thread of the process until it is done: that takes milliseconds for a long text, but a second
+    for as many numbers as fit MAX_BODY, so these are counted first."""
     if (values := body.count(b",")) > MAX_VALUES:
-        raise ApiError(413, f"the body has {values} commas; expected at most {MAX_VALUES}; send less", code="request_too_large")
+        raise ApiError(
+            413, f"the body has {values} commas; expected at most {MAX_VALUES}; send less", code="request_too_large"
+        )
     return read(loaded(body)) if len(body) < AT_ONCE else await asyncio.to_thread(lambda: read(loaded(body)))
 
 
@@ -326,7 +395,9 @@ def begin(ask: Ask, served: Served) -> tuple[list[list[int]], Answer]:
 
 
 def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
-    """The tokens that the model is to go on from, for each prompt. Raises ApiError for more than it can read, and for ids that it does not have."""
+    """The tokens that the model is to go on from, for each prompt. Raises ApiError for more than it can read, and for
+    ids that it does not have.
+    """
     tokenizer, longest = served.tokenizer, served.longest
     if ask.chat:
         size = sum(len(part["text"]) for message in ask.prompt for part in parts_of(message["content"]))
@@ -335,7 +406,11 @@ def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
     for i, prompt in enumerate(ask.prompt):
         name = f"prompt[{i}]" if ask.prompts > 1 else "prompt"
         if isinstance(prompt, str):
-            found.append(readable(served, "prompt", name, len(prompt) // longest, lambda: [tokenizer.bos, *tokenizer.encode(prompt)]))
+            found.append(
+                readable(
+                    served, "prompt", name, len(prompt) // longest, lambda: [tokenizer.bos, *tokenizer.encode(prompt)]
+                )
+            )
         else:
             found.append(readable(served, "prompt", name, len(prompt), lambda: prompt))
     return found
@@ -346,7 +421,17 @@ def readable(served: Served, param: str, name: str, least: int, encode: Callable
     ids = encode() if least < served.limit else []
     if not 0 < len(ids) < served.limit:
         seen = f"{len(ids)} tokens" if ids else f"at least {least} tokens"
-        raise ApiError(400, f"{name} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")
+        raise ApiError(
+            400,
+            f"{name} has {seen}; this model reads at most {served.limit - 1}; shorten it",
+            param,
+            "context_length_exceeded",
+        )
     if max(ids) >= served.tokenizer.vocab_size:
-        raise ApiError(400, f"{name} holds the id {max(ids)}; expected ids below {served.tokenizer.vocab_size}", param, "invalid_value")
+        raise ApiError(
+            400,
+            f"{name} holds the id {max(ids)}; expected ids below {served.tokenizer.vocab_size}",
+            param,
+            "invalid_value",
+        )
     return ids

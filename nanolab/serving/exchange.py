@@ -1,4 +1,6 @@
-"""One request at work: its rows among the workers, its answer as it grows, and an eye on whether the client is still there."""
+"""One request at work: its rows among the workers, its answer as it grows, and an eye on whether the client is still
+there.
+"""
 
 import asyncio
 import logging
@@ -35,17 +37,26 @@ class Exchange:
     """
 
     def __init__(
-        self, served: Served, requests: Sequence[engine.Request], answer: Answer, metrics: Metrics, request: Request, arrived: float,
+        self,
+        served: Served,
+        requests: Sequence[engine.Request],
+        answer: Answer,
+        metrics: Metrics,
+        request: Request,
+        arrived: float,
         log: Callable[[Answer], Awaitable[None]],
-    ):  # fmt: skip
+    ):
         self.served, self.answer, self.metrics = served, answer, metrics
         self.request, self.arrived, self.log, self.status = request, arrived, log, 200
-        self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()  # holds the rows' max_tokens at most
+        # holds the rows' max_tokens at most
+        self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()
         self.jobs = served.submit(requests, lambda i, item: self.inbox.put_nowait((i, item)))
         self.watch = asyncio.create_task(self._watch())
 
     async def respond(self) -> Response:
-        """The whole answer, or events. The head of a stream waits for the first token: a failure until then has a status of its own."""
+        """The whole answer, or events. The head of a stream waits for the first token: a failure until then has a
+        status of its own.
+        """
         steps = self._steps()
         try:
             if self.answer.ask.stream:
@@ -90,7 +101,9 @@ class Exchange:
         return i, reply.push(new), going and bool(reply.finish)
 
     async def _events(self, first: Step, steps: AsyncIterator[Step]) -> AsyncIterator[bytes]:
-        """Server-sent events: who speaks, the text as it comes, how it ended, what it took, [DONE]. A failure is the last event."""
+        """Server-sent events: who speaks, the text as it comes, how it ended, what it took, [DONE]. A failure is the
+        last event.
+        """
         answer = self.answer
         try:
             yield b"".join(map(event, answer.first())) + await self._written(lambda: self._chunks(first))
@@ -124,7 +137,11 @@ class Exchange:
         if not self.arrived:  # it has had a token
             used = self.answer.tokens()
             cached = used["prompt_tokens_details"]["cached_tokens"]
-            for kind, n in (("prompt", used["prompt_tokens"]), ("completion", used["completion_tokens"]), ("cached", cached)):
+            for kind, n in (
+                ("prompt", used["prompt_tokens"]),
+                ("completion", used["completion_tokens"]),
+                ("cached", cached),
+            ):
                 self.metrics.tokens.add(n, self.served.name, kind)
 
 

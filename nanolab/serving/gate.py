@@ -1,9 +1,10 @@
-"""Who may come in, and what a browser may do with the page: Host, Origin and key checks, Content-Security-Policy; and JSON as responses.
+"""Who may come in, and what a browser may do with the page: Host, Origin and key checks, Content-Security-Policy; and
+JSON as responses.
 
-A browser can be led to this server by any web page. Other origins cannot read answers (no CORS), cannot send JSON without a preflight, and
-are refused by their Origin header or Sec-Fetch-Site. A name that its owner points at this machine (DNS rebinding) is told apart by the Host
-header: an IP address there cannot be rebound, a DNS name has to be known.
-"""
+A browser can be led to this server by any web page. Other origins cannot read answers (no CORS), cannot send JSON
+without a preflight, and are refused by their Origin header or Sec-Fetch-Site. A name that its owner points at this
+machine (DNS rebinding) is told apart by the Host header: an IP address there cannot be rebound, a DNS name has to be
+known."""
 
 import base64
 import hashlib
@@ -32,13 +33,19 @@ PORTS = {"http": 80, "https": 443}
 
 
 class Gate:
-    """ASGI middleware: refuses Host names that are not this server's, requests that another site's page makes, and /v1 without the key."""
+    """ASGI middleware: refuses Host names that are not this server's, requests that another site's page makes, and /v1
+    without the key.
+    """
 
     def __init__(self, app: ASGIApp, cfg: ServeConfig):
         self.app, self.key = app, find_key(cfg)
         self.listed, self.origins = listed_hosts(cfg), allowed_origins(cfg)
         self.addresses = cfg.host not in LOOPBACK  # whether any IP address will do as Host
-        self.names = {*LOOPBACK, *(own_names(cfg.host) if self.addresses else ()), *(host_name(host) for host in self.listed)}
+        self.names = {
+            *LOOPBACK,
+            *(own_names(cfg.host) if self.addresses else ()),
+            *(host_name(host) for host in self.listed),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self.refusal(scope["path"], Headers(scope=scope))):
@@ -49,29 +56,61 @@ class Gate:
         host = host_name(headers.get("host", ""))
         if not (host in self.names or "*" in self.listed or self.addresses and is_address(host)):
             known = f"expected {', '.join(sorted(self.names))}{' or an IP address' * self.addresses}"
-            return ApiError(403, f"Host is {host[:100]!r}; {known}; if this server is meant, start it with --allowed-hosts {host[:100] or 'NAME'}", code="bad_host")
+            return ApiError(
+                403,
+                f"Host is {host[:100]!r}; {known}; if this server is meant, start it with --allowed-hosts"
+                f" {host[:100] or 'NAME'}",
+                code="bad_host",
+            )
         if not self.is_own(headers):
             origin = headers.get("origin", "")
-            seen = f"the request comes from a page of {origin[:100]!r}" if origin else "the request comes from a page of another site"
-            return ApiError(403, f"{seen}; expected this server's own; to let that page in, start it with --cors {origin[:100] or 'ORIGIN'}", code="bad_origin")
+            seen = (
+                f"the request comes from a page of {origin[:100]!r}"
+                if origin
+                else "the request comes from a page of another site"
+            )
+            return ApiError(
+                403,
+                f"{seen}; expected this server's own; to let that page in, start it with --cors"
+                f" {origin[:100] or 'ORIGIN'}",
+                code="bad_origin",
+            )
         if path.startswith(KEPT_BY_KEY) and not has_key(headers, self.key):
-            return ApiError(401, "the key is missing or wrong; expected the server's own as Authorization: Bearer KEY", code="invalid_api_key")
+            return ApiError(
+                401,
+                "the key is missing or wrong; expected the server's own as Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
         return None
 
     def is_own(self, headers: Headers) -> bool:
-        """Whether no other site's page makes this request: clients that are no browsers send neither header, and links may be followed."""
+        """Whether no other site's page makes this request: clients that are no browsers send neither header, and links
+        may be followed.
+        """
         if origin := headers.get("origin"):
-            own = {origin_of(f"{scheme}://{host}") for host in (headers.get("host", ""), *self.listed) for scheme in PORTS} - {None}
+            own = {
+                origin_of(f"{scheme}://{host}") for host in (headers.get("host", ""), *self.listed) for scheme in PORTS
+            } - {None}
             return "*" in self.origins or origin.lower() in self.origins or origin_of(origin) in own
-        return headers.get("sec-fetch-site", "none") in ("none", "same-origin") or headers.get("sec-fetch-mode") == "navigate"
+        return (
+            headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+            or headers.get("sec-fetch-mode") == "navigate"
+        )
 
 
 def find_key(cfg: ServeConfig) -> str:
-    """The key, "" for none; line ends and blanks around it, which files and shells leave, are not part of it. Raises UserError for a blank one."""
+    """The key, "" for none; line ends and blanks around it, which files and shells leave, are not part of it. Raises
+    UserError for a blank one.
+    """
     given = cfg.api_key or os.environ.get(cfg.api_key_env, "")
     if given and not given.strip():
         name = "--api-key" if cfg.api_key else cfg.api_key_env
-        raise UserError(f"{name} is blank; expected a key, or nothing at all for a server without one; type {cfg.api_key_env}=SECRET", "blank-key", name=name)
+        raise UserError(
+            f"{name} is blank; expected a key, or nothing at all for a server without one; type"
+            f" {cfg.api_key_env}=SECRET",
+            "blank-key",
+            name=name,
+        )
     return given.strip()
 
 
@@ -81,12 +120,18 @@ def has_key(headers: Headers, key: str) -> bool:
 
 
 def listed_hosts(cfg: ServeConfig) -> set[str]:
-    """The names of --allowed-hosts, each with its port where one is given, or "*". Raises UserError for what is no name."""
+    """The names of --allowed-hosts, each with its port where one is given, or "*". Raises UserError for what is no
+    name.
+    """
     listed = {host.strip().lower() for host in cfg.allowed_hosts.split(",") if host.strip()}
     for host in listed - {"*"}:
         if not re.fullmatch(r"[^\s/@*?#]+", host) or not host_name(host):
             hint = host_name(host.partition("://")[2] or host).replace("*", "") or "chat.example.com"
-            raise UserError(f"--allowed-hosts has {host!r}; expected a host name, or * for any; type --allowed-hosts {hint}", "bad-host-name", host=host)
+            raise UserError(
+                f"--allowed-hosts has {host!r}; expected a host name, or * for any; type --allowed-hosts {hint}",
+                "bad-host-name",
+                host=host,
+            )
     return listed
 
 
@@ -97,7 +142,11 @@ def allowed_origins(cfg: ServeConfig) -> set[str]:
         scheme, slashes, rest = origin.partition("://")
         if not slashes or not re.fullmatch(r"[^\s/@*?#]+", rest):
             hint = origin if slashes else f"http://{origin}"
-            raise UserError(f"--cors has {origin!r}; expected an origin; type --cors {hint.split('/')[0]}//{urlsplit(hint).netloc}", "bad-origin", origin=origin)
+            raise UserError(
+                f"--cors has {origin!r}; expected an origin; type --cors {hint.split('/')[0]}//{urlsplit(hint).netloc}",
+                "bad-origin",
+                origin=origin,
+            )
     return origins
 
 
@@ -131,17 +180,32 @@ def origin_of(url: str) -> tuple[str, str, int] | None:
 
 
 def page_headers(html: str) -> dict[str, str]:
-    """The page may run its own inline scripts and styles, known by their hashes, and talk to this server; nothing else at all."""
-    policy = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    """The page may run its own inline scripts and styles, known by their hashes, and talk to this server; nothing else
+    at all.
+    """
+    policy = [
+        "default-src 'none'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
     for tag in ("script", "style"):
         inside = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, re.DOTALL | re.IGNORECASE)
         hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside]
         policy.append(f"{tag}-src " + (" ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"))
-    return {"Content-Security-Policy": "; ".join(policy), "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    return {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
 
 
 def as_json(body: Any) -> bytes:
-    """One line by every reader's count: JSON itself escapes control characters, and these three separators are escaped here."""
+    """One line by every reader's count: JSON itself escapes control characters, and these three separators are escaped
+    here.
+    """
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     for separator in "\x85\u2028\u2029":
         text = text.replace(separator, f"\\u{ord(separator):04x}")
@@ -160,11 +224,15 @@ def refusal(error: Exception) -> ApiError:
     """What a client is told of an error of the workers; an ApiError is told as it is."""
     match error:
         case Overloaded():
-            return ApiError(429, "too many requests at once: the queue is full; try again", code="queue_full", headers=RETRY_AFTER)
+            return ApiError(
+                429, "too many requests at once: the queue is full; try again", code="queue_full", headers=RETRY_AFTER
+            )
         case Draining():
             return ApiError(503, "the server is about to leave", code="draining", headers=RETRY_AFTER)
         case Broken():
-            return ApiError(500, f"generation has failed ({error}); the server has to be started again", code="engine_failed")
+            return ApiError(
+                500, f"generation has failed ({error}); the server has to be started again", code="engine_failed"
+            )
         case RowFailed(code="out_of_memory"):
             return ApiError(503, f"{error}; try again", code="out_of_memory", headers=RETRY_AFTER)
         case RowFailed():

@@ -28,7 +28,9 @@ class Counter:
 
 
 class Histogram:
-    """How many observations were at most as large as each of SECONDS, their number and their sum, per combination of labels."""
+    """How many observations were at most as large as each of SECONDS, their number and their sum, per combination of
+    labels.
+    """
 
     kind = "histogram"
 
@@ -55,11 +57,24 @@ class Metrics:
     """All that a server counts. Touched by the event loop's thread only."""
 
     def __init__(self) -> None:
-        self.requests = Counter("nanolab_requests_total", "Requests answered, by HTTP status.", "model", "route", "status")
-        self.tokens = Counter("nanolab_tokens_total", "Tokens of prompts, of replies, and of prompts that were not computed again.", "model", "kind")
-        self.cancellations = Counter("nanolab_cancellations_total", "Requests whose client left before the end.", "model")
-        self.lost = Counter("nanolab_conversations_lost_total", "Conversations that could not be written to the log.", "model")
-        self.first_token = Histogram("nanolab_time_to_first_token_seconds", "From the arrival of a request to its first token.", "model")
+        self.requests = Counter(
+            "nanolab_requests_total", "Requests answered, by HTTP status.", "model", "route", "status"
+        )
+        self.tokens = Counter(
+            "nanolab_tokens_total",
+            "Tokens of prompts, of replies, and of prompts that were not computed again.",
+            "model",
+            "kind",
+        )
+        self.cancellations = Counter(
+            "nanolab_cancellations_total", "Requests whose client left before the end.", "model"
+        )
+        self.lost = Counter(
+            "nanolab_conversations_lost_total", "Conversations that could not be written to the log.", "model"
+        )
+        self.first_token = Histogram(
+            "nanolab_time_to_first_token_seconds", "From the arrival of a request to its first token.", "model"
+        )
 
     def text(self, queued: dict[str, int], running: dict[str, int]) -> str:
         """The whole page; `queued` and `running` are the rows of each model now."""
@@ -70,7 +85,11 @@ class Metrics:
             ("nanolab_queue_depth", "Rows that wait for a place in a batch.", queued),
             ("nanolab_running", "Rows in a batch.", running),
         ):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} gauge", *(sample(name, ("model",), (model,), n) for model, n in rows.items())]
+            lines += [
+                f"# HELP {name} {help}",
+                f"# TYPE {name} gauge",
+                *(sample(name, ("model",), (model,), n) for model, n in rows.items()),
+            ]
         return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""OpenAI's wire format, read: request bodies -> Ask, every field checked by name; and the error that everything else becomes.
+"""OpenAI's wire format, read: request bodies -> Ask, every field checked by name; and the error that everything else
+becomes.
 
 https://platform.openai.com/docs/api-reference/chat, and .../completions for the older route. Imports no torch.
 """
@@ -19,14 +20,28 @@ MAX_PROMPTS = 2048  # of one request, and OpenAI's own limit
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_TOP = 20  # alternatives per token
 WHOLE = 2**31 - 1
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-ARGUMENTS = {"calculator": "expression", "python": "code"}  # the tools that a client may run, and their parameter's name where it declares none
+KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+# the tools that a client may run, and their parameter's name where it declares none
+ARGUMENTS = {"calculator": "expression", "python": "code"}
 
 
 class ApiError(Exception):
     """An answer other than 200. headers: beside those of JSON."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
@@ -40,7 +55,8 @@ class ApiError(Exception):
 class Ask:
     """What a request wants. None: not said, so the server's default."""
 
-    prompt: list[Message] | list[str | list[int]]  # messages of the chat route; texts and lists of ids, each to be continued, of the other
+    # messages of the chat route; texts and lists of ids, each to be continued, of the other
+    prompt: list[Message] | list[str | list[int]]
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -141,7 +157,11 @@ def only(why: str, *nothing: Any) -> Check:
 
 def stops(value: Any) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or len(found) > MAX_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in found):
+    if (
+        not isinstance(found, list)
+        or len(found) > MAX_STOPS
+        or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in found)
+    ):
         raise Unfit(f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOPS} such strings")
     return tuple(found)
 
@@ -161,7 +181,11 @@ def prompt(value: Any) -> list[str | list[int]]:
 
 
 def continuable(value: Any) -> bool:
-    return isinstance(value, (str, list)) and len(value) > 0 and (isinstance(value, str) or all(type(i) is int and i >= 0 for i in value))
+    return (
+        isinstance(value, (str, list))
+        and len(value) > 0
+        and (isinstance(value, str) or all(type(i) is int and i >= 0 for i in value))
+    )
 
 
 def tools(value: Any) -> dict[str, str]:
@@ -171,17 +195,26 @@ def tools(value: Any) -> dict[str, str]:
 
 
 def tool(entry: Any) -> tuple[str, str]:
-    """(name, parameter) of a declared function: those that a model of ours can call, with the one string that it can give them."""
+    """(name, parameter) of a declared function: those that a model of ours can call, with the one string that it can
+    give them.
+    """
     function = entry.get("function") if isinstance(entry, dict) and entry.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or name not in TOOLS:
         seen = f"the function {name[:40]!r}" if isinstance(name, str) else "an entry that is not a function with a name"
-        raise Unfit(f"no other functions than {' and '.join(TOOLS)}, the only ones that models here can call, found {seen}", "unsupported_tool")
+        raise Unfit(
+            f"no other functions than {' and '.join(TOOLS)}, the only ones that models here can call, found {seen}",
+            "unsupported_tool",
+        )
     schema = function.get("parameters") or {}
     properties = schema.get("properties", {}) if isinstance(schema, dict) else None
     if properties == {}:
         return name, ARGUMENTS[name]
-    if not isinstance(properties, dict) or len(properties) != 1 or not all(isinstance(p, dict) and p.get("type") == "string" for p in properties.values()):
+    if (
+        not isinstance(properties, dict)
+        or len(properties) != 1
+        or not all(isinstance(p, dict) and p.get("type") == "string" for p in properties.values())
+    ):
         raise Unfit(f"the function {name} to have one parameter, a string")
     return name, *properties  # type: ignore[return-value]
 
@@ -189,10 +222,9 @@ def tool(entry: Any) -> tuple[str, str]:
 def messages(value: Any) -> list[Message]:
     """Messages of OpenAI's form in that of nanolab.data.chat, one that a model can go on from.
 
-    Blank messages are skipped, all system and developer messages become the first, neighbours of one role are joined with a blank line, a call and
-    its output become parts of one assistant turn. So a reply of this server is accepted back, whatever it was. Other keys say nothing to the model
-    and are ignored. Raises Unfit.
-    """
+    Blank messages are skipped, all system and developer messages become the first, neighbours of one role are joined
+    with a blank line, a call and its output become parts of one assistant turn. So a reply of this server is accepted
+    back, whatever it was. Other keys say nothing to the model and are ignored. Raises Unfit."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         seen = f"{len(value)} messages" if isinstance(value, list) else type(value).__name__
         raise Unfit(f"a list of 1 to {MAX_MESSAGES} messages, found {seen}")
@@ -205,7 +237,10 @@ def messages(value: Any) -> list[Message]:
             raise Unfit(f"{at} to be an object with a role and content")
         role, last = message["role"], turns[-1] if turns else {"role": ""}
         if role not in ROLES:
-            raise Unfit(f"{at} to have one of the roles {', '.join(ROLES)}, found {role[:40]!r}{nearest(role[:40], list(ROLES))}")
+            raise Unfit(
+                f"{at} to have one of the roles {', '.join(ROLES)}, found"
+                f" {role[:40]!r}{nearest(role[:40], list(ROLES))}"
+            )
         if role == "tool":
             if call is None or message.get("tool_call_id") != call:
                 raise Unfit(f"{at}, a tool's, to follow the assistant's call with its id as tool_call_id")
@@ -216,7 +251,9 @@ def messages(value: Any) -> list[Message]:
             if made is None and blank(found):
                 continue
             if last["role"] == role:
-                last["content"] = parts_of([*last["content"], *([] if awaits_more(last) else [{"type": "text", "text": "\n\n"}]), *found])
+                last["content"] = parts_of(
+                    [*last["content"], *([] if awaits_more(last) else [{"type": "text", "text": "\n\n"}]), *found]
+                )
             else:
                 turns.append({"role": role, "content": found})
             call = made
@@ -231,7 +268,9 @@ def messages(value: Any) -> list[Message]:
     if all(turn["role"] != "user" for turn in turns):
         raise Unfit("at least one user's message with text", "no_user_text")
     if turns[-1]["role"] == "assistant" and not awaits_more(turns[-1]):
-        raise Unfit("a user's message after the assistant's last one, which this server does not continue", "assistant_last")
+        raise Unfit(
+            "a user's message after the assistant's last one, which this server does not continue", "assistant_last"
+        )
     return [{"role": "system", "content": "\n\n".join(system)}] * bool(system) + turns
 
 
@@ -254,13 +293,18 @@ def parts(content: Any, at: str, kinds: Container[str] = ("text",)) -> list[Part
         kind = "text" if kind in TEXTS else kind
         if kind not in kinds or not isinstance(part.get("text"), str):
             seen = f"part {j} is of type {str(kind)[:40]!r}" if isinstance(content, list) else str(kind)
-            raise Unfit(f"{at} to have text as content, or a list of text parts, found {seen}; images and the like are not supported")
+            raise Unfit(
+                f"{at} to have text as content, or a list of text parts, found {seen}; images and the like are not"
+                " supported"
+            )
         found.append({"type": kind, "text": part["text"]})
     return parts_of(found)
 
 
 def said(message: dict[str, Any], at: str) -> tuple[list[Part], str | None]:
-    """An assistant message's parts, and the id of the call that it ends with. `parts`, in full as our own replies have them, go before content."""
+    """An assistant message's parts, and the id of the call that it ends with. `parts`, in full as our own replies have
+    them, go before content.
+    """
     found, calls = parts(message.get("parts") or message.get("content"), at, PARTS), message.get("tool_calls") or []
     if not calls:
         return found, None
@@ -272,7 +316,8 @@ def said(message: dict[str, Any], at: str) -> tuple[list[Part], str | None]:
         raise Unfit(f"{at} to have one tool call, with an id and one string among its arguments") from None
 
 
-# Fields of OpenAI's reference, and two of other servers, that nothing here obeys: the values that ask for nothing are taken.
+# Fields of OpenAI's reference, and two of other servers, that nothing here obeys: the values that ask for nothing are
+# taken.
 NOTHING: dict[str, Check] = {
     "response_format": only("replies cannot be constrained", {"type": "text"}),
     "tool_choice": only("calls cannot be forced", "auto", "none"),
@@ -294,15 +339,35 @@ NOTHING: dict[str, Check] = {
     "best_of": only("expected 1; n gives several replies", 1),
     "echo": only("a chat has no prompt to repeat", False),
     "suffix": only("models here continue a text, they do not fill one in", ""),
-} | dict.fromkeys(("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), ignored)  # fmt: skip
+} | dict.fromkeys(
+    ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), ignored
+)
 SHARED: dict[str, Check] = NOTHING | {
-    "model": text, "stream": flag, "stream_options": stream_options, "n": whole(1, MAX_ROWS), "seed": whole(-(2**63), 2**63 - 1), "stop": stops,
-    "max_tokens": limit(1, WHOLE), "temperature": number(0, 2), "top_p": number(0, 1), "top_k": limit(0, 0), "repetition_penalty": number(0.1, 10),
-}  # fmt: skip
+    "model": text,
+    "stream": flag,
+    "stream_options": stream_options,
+    "n": whole(1, MAX_ROWS),
+    "seed": whole(-(2**63), 2**63 - 1),
+    "stop": stops,
+    "max_tokens": limit(1, WHOLE),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "top_k": limit(0, 0),
+    "repetition_penalty": number(0.1, 10),
+}
 CHAT: dict[str, Check] = SHARED | {
-    "messages": messages, "max_completion_tokens": limit(1, WHOLE), "logprobs": flag, "top_logprobs": whole(0, MAX_TOP), "tools": tools,
-}  # fmt: skip
-COMPLETION: dict[str, Check] = SHARED | {"prompt": prompt, "logprobs": whole(0, MAX_TOP), "echo": flag, "max_tokens": limit(0, WHOLE)}
+    "messages": messages,
+    "max_completion_tokens": limit(1, WHOLE),
+    "logprobs": flag,
+    "top_logprobs": whole(0, MAX_TOP),
+    "tools": tools,
+}
+COMPLETION: dict[str, Check] = SHARED | {
+    "prompt": prompt,
+    "logprobs": whole(0, MAX_TOP),
+    "echo": flag,
+    "max_tokens": limit(0, WHOLE),
+}
 
 
 def read_chat(body: Any) -> Ask:
@@ -312,14 +377,18 @@ def read_chat(body: Any) -> Ask:
     given = read(body, CHAT, "messages")
     wanted, top = given.pop("logprobs", False), given.pop("top_logprobs", 0)
     if top and not wanted:
-        raise ApiError(400, "top_logprobs without logprobs; expected logprobs true beside it", "top_logprobs", "invalid_value")
+        raise ApiError(
+            400, "top_logprobs without logprobs; expected logprobs true beside it", "top_logprobs", "invalid_value"
+        )
     if "max_completion_tokens" in given:
         given["max_tokens"] = given.pop("max_completion_tokens")
     return Ask(prompt=given.pop("messages"), logprobs=top if wanted else -1, **given)
 
 
 def read_completion(body: Any) -> Ask:
-    """The body of /v1/completions. Raises ApiError, naming the field. max_tokens 0: nothing is generated; with echo and logprobs the prompts are scored."""
+    """The body of /v1/completions. Raises ApiError, naming the field. max_tokens 0: nothing is generated; with echo and
+    logprobs the prompts are scored.
+    """
     return Ask(**read(body, COMPLETION, "prompt"))
 
 
@@ -332,20 +401,38 @@ def read(body: Any, checks: dict[str, Check], needed: str) -> dict[str, Any]:
         if value is None:
             continue
         if name not in checks:
-            hint = f": it is a field of {ROUTES[needed == 'messages']}" if name in CHAT or name in COMPLETION else nearest(name[:40], list(checks))
+            hint = (
+                f": it is a field of {ROUTES[needed == 'messages']}"
+                if name in CHAT or name in COMPLETION
+                else nearest(name[:40], list(checks))
+            )
             raise ApiError(400, f"field {name[:40]!r} is not supported here{hint}", name[:40], "unsupported_parameter")
         try:
             fit = checks[name](value)
         except Unfit as error:
-            shown = "" if isinstance(value, (dict, list)) else f" is {value if len(str(value)) < 40 else type(value).__name__!r}"
+            shown = (
+                ""
+                if isinstance(value, (dict, list))
+                else f" is {value if len(str(value)) < 40 else type(value).__name__!r}"
+            )
             raise ApiError(400, f"{name}{shown}; expected {error}", name, error.code) from None
         except Unsupported as why:
             shown = value.get("type") if isinstance(value, dict) else value
-            shown = f" {shown if isinstance(shown, str) else json.dumps(shown)}" if isinstance(shown, (str, int, float)) and len(str(shown)) < 40 else ""
+            shown = (
+                f" {shown if isinstance(shown, str) else json.dumps(shown)}"
+                if isinstance(shown, (str, int, float)) and len(str(shown)) < 40
+                else ""
+            )
             raise ApiError(400, f"{name}{shown} is not supported: {why}", name, "unsupported_value") from None
         if fit is not None:
             given[name] = fit
     if needed not in given:
-        raise ApiError(400, f"field {needed!r} is missing; expected {'a list of messages' if needed == 'messages' else 'text to continue'}", needed, "missing_field")
+        raise ApiError(
+            400,
+            f"field {needed!r} is missing; expected"
+            f" {'a list of messages' if needed == 'messages' else 'text to continue'}",
+            needed,
+            "missing_field",
+        )
     given["include_usage"] = given.pop("stream_options", False)
     return given

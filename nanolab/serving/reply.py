@@ -1,12 +1,12 @@
-"""Sampled tokens -> what a client reads: text, steps of a tool and calls as they become certain, in OpenAI's bodies and chunks. Imports no torch.
+"""Sampled tokens -> what a client reads: text, steps of a tool and calls as they become certain, in OpenAI's bodies and
+chunks. Imports no torch.
 
 A row's tokens go into one Reply; what it hands out is never taken back: whole characters, no part of a stop string.
 
-Logprobs of /v1/completions have an entry for every token, special ones and the one that ends the reply included, but for those that
-a stop string swallowed; tokens have the names of `Tokenizer.name`, which are unique. With echo the prompt's tokens come first: the bos that
-begins a text here is not among them, lists of ids are shown as they came, and the first token shown has null for its logprob and its
-alternatives, as OpenAI's has.
-"""
+Logprobs of /v1/completions have an entry for every token, special ones and the one that ends the reply included, but
+for those that a stop string swallowed; tokens have the names of `Tokenizer.name`, which are unique. With echo the
+prompt's tokens come first: the bos that begins a text here is not among them, lists of ids are shown as they came, and
+the first token shown has null for its logprob and its alternatives, as OpenAI's has."""
 
 import json
 import secrets
@@ -53,11 +53,14 @@ class Echo:
             self.offsets.append(length)
             texts.append(stream.push(token))
             length += len(texts[-1])
-        self.text, self.unfinished = "".join(texts), stream.decoder.getstate()  # of a character that the reply may complete
+        # of a character that the reply may complete
+        self.text, self.unfinished = ("".join(texts), stream.decoder.getstate())
 
 
 class Reply:
-    """One row's tokens as a client sees them. finish: None while it goes on, then stop, length or tool_calls. echo: comes before the first token."""
+    """One row's tokens as a client sees them. finish: None while it goes on, then stop, length or tool_calls. echo:
+    comes before the first token.
+    """
 
     def __init__(self, tokenizer: Tokenizer, ask: Ask, echo: Echo | None = None):
         self.tokenizer, self.ask, self.echo = tokenizer, ask, echo
@@ -112,7 +115,10 @@ class Reply:
         tokens = []
         if self.ask.logprobs >= 0:
             first, *others = new.scores[-len(self.echo.offsets) :]  # without the bos that is not shown
-            tokens = [Token(score, offset) for score, offset in zip([first._replace(logprob=None, top=None), *others], self.echo.offsets)]
+            tokens = [
+                Token(score, offset)
+                for score, offset in zip([first._replace(logprob=None, top=None), *others], self.echo.offsets)
+            ]
         return [self._hand_out(self.echo.text, tokens)]
 
     def _begin(self, kind: str) -> None:
@@ -148,11 +154,24 @@ class Reply:
         return Piece("text", text, tuple(tokens))
 
     def _call(self, code: str) -> list[Piece]:
-        """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is Python."""
-        name = "calculator" if "calculator" in self.ask.tools and ("python" not in self.ask.tools or not calculator(code).startswith("error: ")) else "python"
+        """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is
+        Python.
+        """
+        name = (
+            "calculator"
+            if "calculator" in self.ask.tools
+            and ("python" not in self.ask.tools or not calculator(code).startswith("error: "))
+            else "python"
+        )
         arguments = json.dumps({self.ask.tools[name]: code}, ensure_ascii=False)
         self.parts.append({"type": "python", "text": code})
-        self.calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": arguments}})
+        self.calls.append(
+            {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+        )
         return [Piece("tool_call", code)]
 
 
@@ -162,7 +181,11 @@ class Answer:
     def __init__(self, ask: Ask, model: str, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer):
         self.ask, self.model, self.prompt_tokens = ask, model, sum(map(len, prompts))
         self.tokenizer, self.name = tokenizer, cache(tokenizer.name)
-        echoes = [Echo(tokenizer, ids[isinstance(given, str) :]) if ask.echo else None for given, ids in zip(ask.prompt, prompts)]  # a text's bos is ours
+        # a text's bos is ours
+        echoes = [
+            Echo(tokenizer, ids[isinstance(given, str) :]) if ask.echo else None
+            for given, ids in zip(ask.prompt, prompts)
+        ]
         self.replies = [Reply(tokenizer, ask, echo) for echo in echoes for _ in range(ask.n)]  # n for each prompt
         self.id, self.created = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
 
@@ -174,12 +197,18 @@ class Answer:
         choices = []
         for i, reply in enumerate(self.replies):
             said = {"message": self._message(reply)} if self.ask.chat else {"text": reply.text}
-            choices.append({"index": i, **said, "logprobs": self._logprobs(reply.tokens), "finish_reason": reply.finish})
+            choices.append(
+                {"index": i, **said, "logprobs": self._logprobs(reply.tokens), "finish_reason": reply.finish}
+            )
         return self._body("chat.completion", choices) | {"usage": self.tokens()}
 
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any text: who speaks."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.replies))] if self.ask.chat else []
+        return (
+            [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.replies))]
+            if self.ask.chat
+            else []
+        )
 
     def chunk(self, i: int, piece: Piece) -> dict[str, Any]:
         delta: dict[str, Any] = {"part": {"type": piece.kind, "text": piece.text}}
@@ -199,12 +228,25 @@ class Answer:
     def tokens(self) -> dict[str, Any]:
         made = sum(reply.count for reply in self.replies)
         cached = {"cached_tokens": sum(reply.cached for reply in self.replies[:: self.ask.n])}
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": made, "total_tokens": self.prompt_tokens + made, "prompt_tokens_details": cached}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+            "prompt_tokens_details": cached,
+        }
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind if self.ask.chat else "text_completion", "created": self.created, "model": self.model, "choices": choices}
+        return {
+            "id": self.id,
+            "object": kind if self.ask.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
 
-    def _chunk(self, i: int, delta: dict[str, Any], tokens: tuple[Token, ...] = (), finish: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, i: int, delta: dict[str, Any], tokens: tuple[Token, ...] = (), finish: str | None = None
+    ) -> dict[str, Any]:
         said = {"delta": delta} if self.ask.chat else {"text": delta.get("content", "")}
         choice = {"index": i, **said, "logprobs": self._logprobs(tokens) if tokens else None, "finish_reason": finish}
         return self._body("chat.completion.chunk", [choice]) | ({"usage": None} if self.ask.include_usage else {})
@@ -221,13 +263,19 @@ class Answer:
         if self.ask.logprobs < 0:
             return None
         if self.ask.chat:
-            entries = [self._entry(t.new.token, t.new.logprob) | {"top_logprobs": [self._entry(*top) for top in t.new.top]} for t in tokens]
+            entries = [
+                self._entry(t.new.token, t.new.logprob) | {"top_logprobs": [self._entry(*top) for top in t.new.top]}
+                for t in tokens
+            ]
             return {"content": entries, "refusal": None}
         name = self.name
         return {
             "tokens": [name(t.new.token) for t in tokens],
             "token_logprobs": [None if t.new.logprob is None else max(LEAST, t.new.logprob) for t in tokens],
-            "top_logprobs": [None if t.new.top is None else {name(token): max(LEAST, logprob) for token, logprob in t.new.top} for t in tokens],
+            "top_logprobs": [
+                None if t.new.top is None else {name(token): max(LEAST, logprob) for token, logprob in t.new.top}
+                for t in tokens
+            ],
             "text_offset": [t.offset for t in tokens],
         }
 

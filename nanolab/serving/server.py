@@ -1,4 +1,6 @@
-"""The process around the application: its port, and its end: after SIGTERM running requests finish and new ones get 503."""
+"""The process around the application: its port, and its end: after SIGTERM running requests finish and new ones get
+503.
+"""
 
 import asyncio
 import resource
@@ -25,12 +27,16 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not held up by connections that a process before has closed
+        # not held up by connections that a process before has closed
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         return listening
     except (OSError, OverflowError) as error:
         wanted = "expected an address of this machine, and a port that is free and may be used"
-        raise UserError(f"cannot listen on --host {host} --port {port} ({error}); {wanted}; try --port {port + 1 if 1024 <= port < 65535 else 8000}") from None
+        raise UserError(
+            f"cannot listen on --host {host} --port {port} ({error}); {wanted}; try --port"
+            f" {port + 1 if 1024 <= port < 65535 else 8000}"
+        ) from None
 
 
 def most_connections() -> int:
@@ -39,14 +45,23 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """A client's connection: heads of requests have HEAD_SECONDS to arrive, and one connection too many is told so and closed."""
+    """A client's connection: heads of requests have HEAD_SECONDS to arrive, and one connection too many is told so and
+    closed.
+    """
 
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            self.app = failed(ApiError(503, "too many connections at once; try again", code="too_many_connections", headers=RETRY_AFTER | CLOSE))
+            self.app = failed(
+                ApiError(
+                    503,
+                    "too many connections at once; try again",
+                    code="too_many_connections",
+                    headers=RETRY_AFTER | CLOSE,
+                )
+            )
         self.wait()
 
     def data_received(self, data: bytes) -> None:
@@ -54,7 +69,9 @@ class Connection(H11Protocol):
         self.wait()
 
     def wait(self) -> None:
-        """Start the clock while a head, or the unread rest of a body, is awaited; an idle connection between requests has uvicorn's own clock."""
+        """Start the clock while a head, or the unread rest of a body, is awaited; an idle connection between requests
+        has uvicorn's own clock.
+        """
         awaited = self.conn.our_state in (h11.IDLE, h11.DONE) and self.timeout_keep_alive_task is None
         if awaited and self.late is None:
             self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
@@ -72,14 +89,21 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Answers until SIGTERM or Ctrl-C, then lets running requests finish for `drain_seconds`; a second signal ends it at once.
+    """Answers until SIGTERM or Ctrl-C, then lets running requests finish for `drain_seconds`; a second signal ends it
+    at once.
 
     Uvicorn by itself closes the port as soon as it is told to leave: those who come then would not learn why.
     ready: called when it listens.
     """
 
     def __init__(self, app: FastAPI, models: Collection[Served], drain_seconds: float, ready: Callable[[], None]):
-        settings = {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 65, "timeout_graceful_shutdown": 1}
+        settings = {
+            "log_level": "warning",
+            "access_log": False,
+            "server_header": False,
+            "timeout_keep_alive": 65,
+            "timeout_graceful_shutdown": 1,
+        }
         super().__init__(uvicorn.Config(app, http=Connection, ws="none", **settings))
         self.models, self.drain_seconds, self.ready = models, drain_seconds, ready
 

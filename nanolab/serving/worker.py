@@ -1,8 +1,7 @@
 """Worker threads: one per replica runs its engine; one queue stands in front of all replicas of a model.
 
-Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens over.
-No lock is held while an engine computes, so that the event loop never waits for one.
-"""
+Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens
+over. No lock is held while an engine computes, so that the event loop never waits for one."""
 
 import logging
 import threading
@@ -20,8 +19,10 @@ log = logging.getLogger(__name__)
 
 FAILURES = 20
 
-Post = Callable[..., Any]  # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
-Deliver = Callable[[int, "Sampled | Exception"], None]  # (row of the submission, its next token, or why there will be none)
+# (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
+Post = Callable[..., Any]
+# (row of the submission, its next token, or why there will be none)
+Deliver = Callable[[int, "Sampled | Exception"], None]
 
 
 class Overloaded(Exception):
@@ -45,7 +46,8 @@ class RowFailed(Exception):
 
 
 class Job:
-    """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none yet.
+    """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none
+    yet.
 
     done: nothing will be delivered any more.
     """
@@ -87,8 +89,8 @@ class Served:
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
         """Queue all of these rows or none. `deliver` is called, in the thread that `post` calls in, for every token.
 
-        Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is left.
-        """
+        Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is
+        left."""
         for request in requests:
             request.check(self.limit)
         with self.changed:
@@ -108,7 +110,9 @@ class Served:
             raise Overloaded
 
     def cancel(self, jobs: Sequence[Job]) -> bool:
-        """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going on."""
+        """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going
+        on.
+        """
         with self.changed:
             going = [job for job in jobs if not job.done]
             for job in going:
@@ -155,9 +159,8 @@ class Served:
 class Replica(threading.Thread):
     """An engine and its thread. Of several replicas the one with the fewest rows takes the next from the queue.
 
-    A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and after FAILURES
-    such steps without a reply that came to its end.
-    """
+    A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and
+    after FAILURES such steps without a reply that came to its end."""
 
     def __init__(self, served: Served, engine: Engine):
         super().__init__(daemon=True, name=f"engine of {served.name}")
@@ -189,7 +192,9 @@ class Replica(threading.Thread):
     def _step(self) -> None:
         step = self.engine.step()
         failed, self.engine.failed = self.engine.failed, []
-        out = [(self.rows[new.row], new) for new in step] + [(self.rows[row], RowFailed(code, text)) for row, code, text in failed]
+        out = [(self.rows[new.row], new) for new in step] + [
+            (self.rows[row], RowFailed(code, text)) for row, code, text in failed
+        ]
         if any(new.finish for new in step):
             self.failures = 0
         self._drop([job for job, new in out if isinstance(new, Exception) or new.finish])
@@ -246,7 +251,9 @@ class Replica(threading.Thread):
             except Exception as error:
                 log.error("a request could not be taken", exc_info=error)
                 self._drop([job])
-                self._post([(job, RowFailed("out_of_memory" if out_of_memory(error) else "engine_failed", described(error)))])
+                self._post(
+                    [(job, RowFailed("out_of_memory" if out_of_memory(error) else "engine_failed", described(error)))]
+                )
         return True
 
     @property

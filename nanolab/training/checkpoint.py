@@ -6,10 +6,9 @@ A checkpoint is a folder step_000123/ with
   meta.json                  step, configs, data position, loop state, versions: enough to go on, or to say what it was
   manifest.json              format version, and size and sha256 of every other file; written last
 It is written in a hidden sibling folder, every file and the folder are flushed to disk, and then it is renamed. A kill
-at any moment leaves a hidden folder, which the next save removes. Training saves through a `Writer`: the step waits for a copy
-of the state in the host's memory alone, a thread does the rest. A folder of checkpoints has one writer at a time (the
-run directory's lock sees to that) and is shared by all ranks.
-"""
+at any moment leaves a hidden folder, which the next save removes. Training saves through a `Writer`: the step waits for
+a copy of the state in the host's memory alone, a thread does the rest. A folder of checkpoints has one writer at a time
+(the run directory's lock sees to that) and is shared by all ranks."""
 
 import hashlib
 import json
@@ -38,18 +37,28 @@ class CheckpointError(UserError):
 
 
 def save(
-    root: Path, step: int, *, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor] | None, meta: dict[str, Any], runtime: Runtime
+    root: Path,
+    step: int,
+    *,
+    weights: dict[str, torch.Tensor],
+    optimizer: dict[str, torch.Tensor] | None,
+    meta: dict[str, Any],
+    runtime: Runtime,
 ) -> Path:
     """Write step_<step>/ under `root` and return it. Called by every rank; `weights` and `meta` are taken from rank 0.
 
     optimizer: this rank's shards (None: weights only). Raises UserError on every rank if a file cannot be written; what
     was saved before is untouched and nothing half-written stays.
     """
-    return _save(root, step, weights, None if optimizer is None else {**optimizer, **_rng_state(runtime)}, meta, runtime)
+    return _save(
+        root, step, weights, None if optimizer is None else {**optimizer, **_rng_state(runtime)}, meta, runtime
+    )
 
 
 class Writer:
-    """Saves one checkpoint at a time in a thread, beside the next steps. Every rank has one and calls each method when the others do."""
+    """Saves one checkpoint at a time in a thread, beside the next steps. Every rank has one and calls each method when
+    the others do.
+    """
 
     def __init__(self, runtime: Runtime):
         # messages of the threads have a group of their own: those of the step may not come between
@@ -57,8 +66,18 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._future: Future[Path] | None = None
 
-    def save(self, root: Path, step: int, *, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state to the host's memory, and return; `save` above, of the copy, is under way then. The one before it must have been waited for."""
+    def save(
+        self,
+        root: Path,
+        step: int,
+        *,
+        weights: dict[str, torch.Tensor],
+        optimizer: dict[str, torch.Tensor],
+        meta: dict[str, Any],
+    ) -> None:
+        """Copy the state to the host's memory, and return; `save` above, of the copy, is under way then. The one before
+        it must have been waited for.
+        """
         mine = weights if self._runtime.is_main else {}
         copies = [{k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for tensors in (mine, optimizer)]
         shards = copies[1] | _rng_state(self._runtime)
@@ -86,7 +105,14 @@ class Writer:
             print0(f"note: {error}")
 
 
-def _save(root: Path, step: int, weights: dict[str, torch.Tensor], shards: dict[str, torch.Tensor] | None, meta: dict[str, Any], runtime: Runtime) -> Path:
+def _save(
+    root: Path,
+    step: int,
+    weights: dict[str, torch.Tensor],
+    shards: dict[str, torch.Tensor] | None,
+    meta: dict[str, Any],
+    runtime: Runtime,
+) -> Path:
     final = root / f"step_{step:06d}"
     temp = root / f".tmp-{final.name}"
     tensors = [*(weights.values() if runtime.is_main else ()), *(shards or {}).values()]
@@ -107,7 +133,10 @@ def _save(root: Path, step: int, weights: dict[str, torch.Tensor], shards: dict[
         return files
 
     def publish() -> None:
-        _write(temp / "manifest.json", {"format": FORMAT, "step": step, "files": {k: v for part in parts for k, v in part.items()}})
+        _write(
+            temp / "manifest.json",
+            {"format": FORMAT, "step": step, "files": {k: v for part in parts for k, v in part.items()}},
+        )
         _sync(temp)
         if final.exists():  # a damaged one of the same step, or the same step once more
             final.rename(root / f".tmp-replaced-{final.name}")
@@ -124,11 +153,14 @@ def _save(root: Path, step: int, weights: dict[str, torch.Tensor], shards: dict[
         if runtime.is_main:
             shutil.rmtree(temp, ignore_errors=True)
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {root}: {error}. It needs {need / 1e6:.1f} MB; the disk has "
-            f"{free / 1e6:.1f} MB free. Checkpoints saved before are untouched. Make room (or raise the file size limit), then type "
-            f"the same command with --resume; --keep 1 keeps fewer checkpoints",
-            "checkpoint-not-written", step=step, need=need, free=free,
-        )  # fmt: skip
+            f"the checkpoint of step {step} could not be written to {root}: {error}. It needs {need / 1e6:.1f} MB; the"
+            f" disk has {free / 1e6:.1f} MB free. Checkpoints saved before are untouched. Make room (or raise the file"
+            " size limit), then type the same command with --resume; --keep 1 keeps fewer checkpoints",
+            "checkpoint-not-written",
+            step=step,
+            need=need,
+            free=free,
+        )
     if runtime.is_main:
         remove_stale(root)
     return final
@@ -150,7 +182,9 @@ def verify(path: Path, only: Iterable[str] | None = None, deep: bool = True) -> 
         records = {name: (r["bytes"], r["sha256"]) for name, r in manifest["files"].items()}
         found = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is half-written or damaged: no readable manifest.json ({error})") from None
+        raise CheckpointError(
+            f"checkpoint {path} is half-written or damaged: no readable manifest.json ({error})"
+        ) from None
     if found != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {found}; this nanolab reads format {FORMAT}")
     for name in {"model.safetensors", "meta.json", *records} if only is None else only:
@@ -159,9 +193,13 @@ def verify(path: Path, only: Iterable[str] | None = None, deep: bool = True) -> 
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
         if file.stat().st_size != size:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}")
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}"
+            )
         if deep and _sha256(file) != digest:
-            raise CheckpointError(f"checkpoint {path} is damaged: the content of {name} is not what was saved (sha256 differs)")
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: the content of {name} is not what was saved (sha256 differs)"
+            )
 
 
 def newest_valid(root: Path, only: Iterable[str] | None = None) -> Path | None:
@@ -218,7 +256,9 @@ class Shards(Mapping[str, torch.Tensor]):
 
 
 def retain(root: Path, keep: int | str, best: int | None = None) -> None:
-    """Remove checkpoints, except the newest `keep` ("all": every one), step `best`, and damaged ones, which stay to be seen."""
+    """Remove checkpoints, except the newest `keep` ("all": every one), step `best`, and damaged ones, which stay to be
+    seen.
+    """
     if keep == "all":
         return
     whole = []
@@ -251,7 +291,9 @@ def write_text(path: Path, text: str) -> None:
         temp.replace(path)
     except OSError as error:
         temp.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error.strerror}; make room there, then type the same command again") from error
+        raise UserError(
+            f"{path} could not be written: {error.strerror}; make room there, then type the same command again"
+        ) from error
     _sync(path.parent)
 
 

@@ -18,10 +18,22 @@ def mfu_text(mfu: float | None) -> str:
 
 
 def step_line(
-    step: int, total: int | None, *, progress: float, loss: float, lrm: float, dt: float, tokens: int, mfu: float | None,
-    epoch: float, elapsed: float, left: float | None,
-) -> str:  # fmt: skip
-    """One line for a finished step. dt, elapsed, left: seconds. tokens: of this step, all ranks. total: None if the clock ends the run."""
+    step: int,
+    total: int | None,
+    *,
+    progress: float,
+    loss: float,
+    lrm: float,
+    dt: float,
+    tokens: int,
+    mfu: float | None,
+    epoch: float,
+    elapsed: float,
+    left: float | None,
+) -> str:
+    """One line for a finished step. dt, elapsed, left: seconds. tokens: of this step, all ranks. total: None if the
+    clock ends the run.
+    """
     width = max(5, len(str(total or 0)))
     of = f"/{total:0{width}d}" if total is not None else ""
     return (
@@ -31,7 +43,9 @@ def step_line(
 
 
 class Eta:
-    """Seconds left, from the median of the last steps: the slow first ones (compilation, cold caches) do not count for long."""
+    """Seconds left, from the median of the last steps: the slow first ones (compilation, cold caches) do not count for
+    long.
+    """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=50)

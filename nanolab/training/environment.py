@@ -49,17 +49,23 @@ def kernel_text(names: list[str]) -> str:
 
 
 def attention_line(config: GPTConfig, dtype: torch.dtype, device_type: str, asked: str = "") -> str:
-    """The line of a plan that names the kernel of every layer and, where a faster one is missing, why. asked: --attn-kernel."""
+    """The line of a plan that names the kernel of every layer and, where a faster one is missing, why. asked:
+    --attn-kernel.
+    """
     with torch.device("meta"):
         return f"attention       {GPT(config, dtype, asked).kernel_line(device_type)}"
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, "+changes" if tracked files differ; None outside a checkout."""
+    """Commit of the checkout that this package runs from, "+changes" if tracked files differ; None outside a
+    checkout.
+    """
     root = Path(nanolab.__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:

@@ -1,10 +1,10 @@
-"""Fine-tuning: what a run inherits from the model it starts from, its stages, its plan, and what later stages unlearned.
+"""Fine-tuning: what a run inherits from the model it starts from, its stages, its plan, and what later stages
+unlearned.
 
-Learning rates are the pretraining run's own, with its batch law in them, times --init-lr-frac; the batch law also covers a
-batch of another size. In every stage they are constant, then fall linearly to --final-lr-frac of that over the last part.
-Matrices do not decay, as in nanochat's recipe. The model keeps its row length, whatever the rows of conversations: windows
-of attention are shares of it.
-"""
+Learning rates are the pretraining run's own, with its batch law in them, times --init-lr-frac; the batch law also
+covers a batch of another size. In every stage they are constant, then fall linearly to --final-lr-frac of that over the
+last part. Matrices do not decay, as in nanochat's recipe. The model keeps its row length, whatever the rows of
+conversations: windows of attention are shares of it."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, check_bounds, check_given, check_read, from_json, given, nearest, read_toml
+from nanolab.config import (
+    BaseTrainConfig,
+    GPTConfig,
+    RLConfig,
+    SFTConfig,
+    UserError,
+    check_bounds,
+    check_given,
+    check_read,
+    from_json,
+    given,
+    nearest,
+    read_toml,
+)
 from nanolab.data.packing import share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.flags import RATES as READ_BY_RECIPE
@@ -37,7 +50,8 @@ class Origin:
     model: GPTConfig
     pretraining: dict[str, Any]  # flags of base_train
     plan: dict[str, Any]  # its Plan
-    tokens_per_second: float | None  # at which it, or what was fine-tuned from it, was trained; None after rl, whose time is mostly for drawing replies
+    # at which it, or what was fine-tuned from it, was trained; None after rl, whose time is mostly for drawing replies
+    tokens_per_second: float | None
 
     @classmethod
     def of(cls, meta: dict[str, Any], name: str = "") -> "Origin":
@@ -45,9 +59,14 @@ class Origin:
 
         name: default is the recorded one, for a run that goes on without the model that it started from.
         """
-        was, seconds = meta.get("origin", {"pretraining": meta["config"], "plan": meta["plan"]}), meta["loop"]["total_training_time"]
+        was, seconds = (
+            meta.get("origin", {"pretraining": meta["config"], "plan": meta["plan"]}),
+            meta["loop"]["total_training_time"],
+        )
         rate = meta["tokens"] / seconds if seconds and meta.get("kind") != "rl" else None
-        return cls(name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], rate)
+        return cls(
+            name or was["name"], from_json(GPTConfig, meta["model_config"]), was["pretraining"], was["plan"], rate
+        )
 
     @classmethod
     def found(cls, model: ModelRef) -> "Origin":
@@ -72,13 +91,15 @@ def check_chat_tokens(model: GPTConfig, tokenizer: Tokenizer) -> None:
     """Raise UserError for a model that has no place for the tokens that mark up conversations."""
     if missing := [name for name in SPECIAL_TOKENS if tokenizer.special(name) >= model.vocab_size]:
         raise UserError(
-            f"the model has a vocabulary of {model.vocab_size} tokens, without {', '.join(missing)}; expected one with chat tokens; "
-            f"start from a model trained by scripts.base_train"
+            f"the model has a vocabulary of {model.vocab_size} tokens, without {', '.join(missing)}; expected one with"
+            " chat tokens; start from a model trained by scripts.base_train"
         )
 
 
 def task_versions(meta: dict[str, Any]) -> dict[str, int]:
-    """Versions of the tasks that a fine-tuned model learned from. A checkpoint that does not name them has files of conversations split by the first rule."""
+    """Versions of the tasks that a fine-tuned model learned from. A checkpoint that does not name them has files of
+    conversations split by the first rule.
+    """
     return meta.get("task_versions", {"jsonl": 1})
 
 
@@ -97,46 +118,82 @@ class Stage:
 def stages_of(cfg: SFTConfig) -> list[Stage]:
     """The stages of a run: one from the flags, or those of the --stages file, where the flags are the defaults.
 
-    The file: [[stage]] tables with the fields of Stage; `tasks` is required, a missing name is the stage's number. Raises
-    UserError for what cannot be read or meant.
-    """
+    The file: [[stage]] tables with the fields of Stage; `tasks` is required, a missing name is the stage's number.
+    Raises UserError for what cannot be read or meant."""
     common = {f.name: getattr(cfg, f.name) for f in fields(Stage) if f.name != "name"}
-    stages = [Stage(**common, name="sft")] if not cfg.stages else _read_stages(Path(cfg.stages).expanduser(), common, given(cfg))
+    stages = (
+        [Stage(**common, name="sft")]
+        if not cfg.stages
+        else _read_stages(Path(cfg.stages).expanduser(), common, given(cfg))
+    )
     for stage in stages:
         at = f"stage {stage.name}: " if cfg.stages else ""
         if stage.num_iterations < 1 and stage.epochs < 1:
-            raise UserError(f"{at}neither epochs ({stage.epochs}) nor num-iterations ({stage.num_iterations}) is above 0; expected one of them; try --epochs 1")
+            raise UserError(
+                f"{at}neither epochs ({stage.epochs}) nor num-iterations ({stage.num_iterations}) is above 0; expected"
+                " one of them; try --epochs 1"
+            )
         if not stage.init_lr_frac > 0:
             raise UserError(f"{at}--init-lr-frac is {stage.init_lr_frac:g}; expected above 0; try --init-lr-frac 0.8")
     return stages
 
 
 def _read_stages(path: Path, common: dict[str, Any], typed: Collection[str]) -> list[Stage]:
-    """common: the defaults of the fields, from the flags. typed: the flags that were typed, of which each has to serve a stage."""
+    """common: the defaults of the fields, from the flags. typed: the flags that were typed, of which each has to serve
+    a stage.
+    """
     expected = 'expected [[stage]] tables, each with tasks = "NAME:WEIGHT,..."'
     content = read_toml(path)
     tables = content.pop("stage", [])
     if content or not isinstance(tables, list) or not tables:
-        raise UserError(f"--stages {path} has {'the field ' + next(iter(content)) if content else 'no [[stage]]'}; {expected}; mend the file")
+        raise UserError(
+            f"--stages {path} has {'the field ' + next(iter(content)) if content else 'no [[stage]]'}; {expected}; mend"
+            " the file"
+        )
     stages: list[Stage] = []
     types = {f.name: type(common.get(f.name, "")) for f in fields(Stage)}
     for i, table in enumerate(tables, 1):
         for key, value in table.items():
             if key not in types:
-                raise UserError(f"--stages {path}, stage {i}: no field {key!r}; expected some of {', '.join(types)}{nearest(key, list(types))}")
+                raise UserError(
+                    f"--stages {path}, stage {i}: no field {key!r}; expected some of"
+                    f" {', '.join(types)}{nearest(key, list(types))}"
+                )
             if not isinstance(value, (int, float) if types[key] is float else types[key]) or isinstance(value, bool):
-                raise UserError(f"--stages {path}, stage {i}: {key} is {value!r}; expected {types[key].__name__}; mend the file")
+                raise UserError(
+                    f"--stages {path}, stage {i}: {key} is {value!r}; expected {types[key].__name__}; mend the file"
+                )
         check_bounds(SFTConfig, table, f"--stages {path}, stage {i}: ")
         if "tasks" not in table:
             raise UserError(f"--stages {path}, stage {i}: no tasks; {expected}; add them")
         stage = Stage(**{"name": str(i)} | common | table)
         if not stage.name or set(stage.name) & set("/ ") or stage.name in [s.name for s in stages]:
-            raise UserError(f"--stages {path}, stage {i}: the name {stage.name!r} is taken, or has a blank or slash; expected one of its own; mend the file")
+            raise UserError(
+                f"--stages {path}, stage {i}: the name {stage.name!r} is taken, or has a blank or slash; expected one"
+                " of its own; mend the file"
+            )
         if stage.num_iterations > 0:
-            check_read({"epochs"} & {*table}, {"epochs": Condition("epochs", "num_iterations", bool, f"one of the two in stage {stage.name} of {path}")}, vars(stage))
+            check_read(
+                {"epochs"} & {*table},
+                {
+                    "epochs": Condition(
+                        "epochs", "num_iterations", bool, f"one of the two in stage {stage.name} of {path}"
+                    )
+                },
+                vars(stage),
+            )
         stages.append(stage)
-    read = {name for table, stage in zip(tables, stages) for name in common if name not in table and (name != "epochs" or stage.num_iterations < 1)}
-    check_read(typed, {name: Condition(name, "stages", bool, f"a stage of {path} without it") for name in {*common} - read}, {"stages": str(path)})
+    read = {
+        name
+        for table, stage in zip(tables, stages)
+        for name in common
+        if name not in table and (name != "epochs" or stage.num_iterations < 1)
+    }
+    check_read(
+        typed,
+        {name: Condition(name, "stages", bool, f"a stage of {path} without it") for name in {*common} - read},
+        {"stages": str(path)},
+    )
     return stages
 
 
@@ -162,7 +219,10 @@ def shape_of(cfg: SFTConfig, origin: Origin, world_size: int, batch: int = -1) -
     longest = origin.model.sequence_len
     T = cfg.max_seq_len if cfg.max_seq_len != -1 else longest
     if not 8 <= T <= longest:
-        raise UserError(f"--max-seq-len is {T}; expected 8 to {longest}, the rows that {origin.name} was trained on; try --max-seq-len {min(max(T, 8), longest)}")
+        raise UserError(
+            f"--max-seq-len is {T}; expected 8 to {longest}, the rows that {origin.name} was trained on; try"
+            f" --max-seq-len {min(max(T, 8), longest)}"
+        )
     rows = cfg.device_batch_size if cfg.device_batch_size != -1 else origin.plan["device_batch_size"]
     if rows < 1:
         raise UserError(f"--device-batch-size is {rows}; expected at least 1")
@@ -220,21 +280,39 @@ def make_plan(cfg: SFTConfig, origin: Origin, shape: Shape, stages: Sequence[tup
     total = sum(steps for _, steps in stages)
     shortest = min(steps for _, steps in stages)
     return FineTunePlan(
-        model=origin.model, num_iterations=total, max_seconds=None, total_batch_size=shape.total_batch_size, device_batch_size=shape.device_batch_size,
-        grad_accum=-(-shape.shares[0] // shape.device_batch_size), world_size=shape.world_size,
-        flops_per_token=train_flops_per_token(origin.model), recipe=recipe, batch_scale=origin.plan["batch_scale"] * law, weight_decay=0.0,
-        warmup_steps=round(cfg.warmup_ratio * shortest), warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac, grad_clip=cfg.grad_clip,
+        model=origin.model,
+        num_iterations=total,
+        max_seconds=None,
+        total_batch_size=shape.total_batch_size,
+        device_batch_size=shape.device_batch_size,
+        grad_accum=-(-shape.shares[0] // shape.device_batch_size),
+        world_size=shape.world_size,
+        flops_per_token=train_flops_per_token(origin.model),
+        recipe=recipe,
+        batch_scale=origin.plan["batch_scale"] * law,
+        weight_decay=0.0,
+        warmup_steps=round(cfg.warmup_ratio * shortest),
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
+        grad_clip=cfg.grad_clip,
         seq_len=shape.seq_len,
-        stages=tuple(StagePlan(stage.name, first, steps, stage.init_lr_frac) for first, (stage, steps) in zip(firsts, stages)),
-    )  # fmt: skip
+        stages=tuple(
+            StagePlan(stage.name, first, steps, stage.init_lr_frac) for first, (stage, steps) in zip(firsts, stages)
+        ),
+    )
 
 
 def optimizer_state(found: ModelRef) -> Mapping[str, Tensor]:
-    """The optimizer's state as the checkpoint's ranks left it, for any number of ranks. Raises UserError where it has none."""
+    """The optimizer's state as the checkpoint's ranks left it, for any number of ranks. Raises UserError where it has
+    none.
+    """
     checkpoint.verify(found.checkpoint)
     pieces = checkpoint.load_optimizer(found.checkpoint)
     if not len(pieces):
-        raise UserError(f"{found.checkpoint} holds weights only; expected the optimizer's state beside them; type --no-load-optimizer to start with a fresh one")
+        raise UserError(
+            f"{found.checkpoint} holds weights only; expected the optimizer's state beside them; type"
+            " --no-load-optimizer to start with a fresh one"
+        )
     return pieces
 
 
@@ -253,7 +331,9 @@ class Forgotten(NamedTuple):
 
 
 def forgetting(rows: Sequence[dict[str, Any]], ends: Sequence[int]) -> list[Forgotten]:
-    """rows: a run's metrics; ends: steps done at the end of each stage. Losses and bits are better low, all else high."""
+    """rows: a run's metrics; ends: steps done at the end of each stage. Losses and bits are better low, all else
+    high.
+    """
     evaluated = {row["step"]: row for row in rows}
     names = dict.fromkeys(name for row in rows for name in row if name.startswith(("val/", "eval/", "chatcore")))
     out = []
@@ -262,12 +342,21 @@ def forgetting(rows: Sequence[dict[str, Any]], ends: Sequence[int]) -> list[Forg
         final = evaluated.get(ends[-1], {}).get(name)
         if final is not None:
             low = name.startswith(("val/loss", "val/bpb"))
-            out.append(Forgotten(name, [evaluated.get(step, {}).get(name) for step in (0, *ends)], min(values) if low else max(values), final))
+            out.append(
+                Forgotten(
+                    name,
+                    [evaluated.get(step, {}).get(name) for step in (0, *ends)],
+                    min(values) if low else max(values),
+                    final,
+                )
+            )
     return out
 
 
 def forgetting_table(found: Sequence[Forgotten], stages: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table: a metric per row, its value at the start and after each stage, the best, and what was lost."""
+    """Lines of a Markdown table: a metric per row, its value at the start and after each stage, the best, and what was
+    lost.
+    """
     cell = lambda value: "-" if value is None else f"{value:.4f}"  # noqa: E731
     head = ["metric", "start", *(f"after {name}" for name in stages), "best", "lost"]
     body = [[one.metric, *map(cell, (*one.after, one.best, one.lost))] for one in found]

@@ -16,7 +16,9 @@ class Batches(Protocol):
 
     epoch: float
 
-    def next(self) -> Any: ...  # one micro-batch of this rank, with inputs (B, T), perhaps of no rows, and n_targets: int
+    def next(
+        self,
+    ) -> Any: ...  # one micro-batch of this rank, with inputs (B, T), perhaps of no rows, and n_targets: int
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def where(self) -> str: ...  # which documents the last micro-batch came from
@@ -45,16 +47,22 @@ def gather(batches: Batches, grad_accum: int) -> Micro:
 
 
 def accumulate(
-    model: nn.Module, params: Iterable[nn.Parameter], micro: Micro, loss_fn: Callable[[nn.Module, Any], torch.Tensor], *,
-    step: int, runtime: Runtime, scaler: LossScaler | None, stop: Callable[[], bool],
-) -> tuple[float, bool]:  # fmt: skip
+    model: nn.Module,
+    params: Iterable[nn.Parameter],
+    micro: Micro,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    *,
+    step: int,
+    runtime: Runtime,
+    scaler: LossScaler | None,
+    stop: Callable[[], bool],
+) -> tuple[float, bool]:
     """Run forward and backward over this rank's micro-batches of a step.
 
-    Returns (mean nats per target over the global batch, whether `stop()` is true on some rank). Each micro-batch counts by
-    its targets: its summed loss is divided by the number of targets of all micro-batches of all ranks, so that the ranks'
-    gradients only have to be summed. Raises NonFinite on every rank if a loss or gradient of one rank is not finite; with
-    a loss scaler, which has its own answer to infinite gradients, only losses are looked at.
-    """
+    Returns (mean nats per target over the global batch, whether `stop()` is true on some rank). Each micro-batch counts
+    by its targets: its summed loss is divided by the number of targets of all micro-batches of all ranks, so that the
+    ranks' gradients only have to be summed. Raises NonFinite on every rank if a loss or gradient of one rank is not
+    finite; with a loss scaler, which has its own answer to infinite gradients, only losses are looked at."""
     n_targets = torch.tensor(sum(b.n_targets for b in micro.batches), device=runtime.device)
     n_targets = runtime.all_reduce_(n_targets)
     losses = []
@@ -68,7 +76,9 @@ def accumulate(
         grads = [p.grad for p in params if p.grad is not None]
         bad = bad | ~torch.nn.utils.get_total_norm(grads).isfinite()
     # One message and one wait for the device per step: the loss, and what all ranks have to agree on.
-    mean, n_bad, n_stop = runtime.all_reduce_(torch.stack([total, bad.float(), torch.tensor(float(stop()), device=total.device)])).tolist()
+    mean, n_bad, n_stop = runtime.all_reduce_(
+        torch.stack([total, bad.float(), torch.tensor(float(stop()), device=total.device)])
+    ).tolist()
     if n_bad:
         raise NonFinite(_report(step, runtime, bool(bad), [x.item() for x in losses], micro.where, int(n_targets)))
     return mean, n_stop > 0
@@ -86,6 +96,7 @@ def _report(step: int, runtime: Runtime, bad: bool, losses: list[float], where: 
     found = "; ".join(text for text in runtime.gather_objects(mine) if text)
     empty = " The global batch has no target at all." if n_targets == 0 else ""
     return (
-        f"step {step} is not finite: {found}.{empty} Expected finite numbers; the weights were not updated. Look at these documents, or "
-        f"try lower learning rates in a new run (--matrix-lr, --embedding-lr); the last checkpoint is whole (--resume)"
+        f"step {step} is not finite: {found}.{empty} Expected finite numbers; the weights were not updated. Look at"
+        " these documents, or try lower learning rates in a new run (--matrix-lr, --embedding-lr); the last checkpoint"
+        " is whole (--resume)"
     )

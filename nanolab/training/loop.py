@@ -33,7 +33,9 @@ SMOOTHING = 0.9  # of the loss on the console
 
 @dataclass
 class Every:
-    """Cadences in steps, -1 is off, and what to do at them. All functions are called on every rank, `measure` at every step."""
+    """Cadences in steps, -1 is off, and what to do at them. All functions are called on every rank, `measure` at every
+    step.
+    """
 
     log: int = 1
     eval: int = -1
@@ -45,17 +47,20 @@ class Every:
     grad_norm: bool = False
     # metrics, for example {"val/bpb": 1.2}. What looks at fit's `stop` raises Stopped, on every rank
     evaluate: Callable[[], dict[str, float]] = dict
-    # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}; it gets what says whether this rank is to stop, and
-    # is None, on every rank, where it did. The step is saved before it.
+    # metrics of what takes longer, for example {"core_metric": 0.2, "centered_results": {...}}; it gets what says
+    # whether this rank is to stop, and is None, on every rank, where it did. The step is saved before it.
     run_benchmark: Callable[[Stop], dict[str, Any] | None] = lambda stop: {}
     measure: Callable[[], dict[str, float]] = dict  # metrics of the step just made, beside the loop's own
-    work: Callable[[], Any] | None = None  # rollout.Work so far, where steps differ in tokens; None: each has the plan's
+    # rollout.Work so far, where steps differ in tokens; None: each has the plan's
+    work: Callable[[], Any] | None = None
     draw_samples: Callable[[], None] = lambda: None
     planned_bytes: int = 0  # of one rank, at the peak; a GPU's statistics are printed beside it
 
     def __post_init__(self) -> None:
         if self.keep != "all" and not (str(self.keep).isdigit() and int(self.keep) >= 1):
-            raise UserError(f"--keep is {self.keep!r}; expected a number of checkpoints from 1 on, or all; try --keep 2")
+            raise UserError(
+                f"--keep is {self.keep!r}; expected a number of checkpoints from 1 on, or all; try --keep 2"
+            )
 
 
 @dataclass
@@ -100,7 +105,9 @@ class Loop:
         """Share of the run that is done, in [0, 1], the same on every rank."""
         if self.plan.num_iterations is not None:
             return min(1.0, self.state.step / max(1, self.plan.num_iterations))
-        elapsed = torch.tensor(self.state.total_training_time if self.runtime.is_main else 0.0, device=self.runtime.device)
+        elapsed = torch.tensor(
+            self.state.total_training_time if self.runtime.is_main else 0.0, device=self.runtime.device
+        )
         return min(1.0, self.runtime.all_reduce_(elapsed).item() / self.plan.max_seconds)
 
     def last(self, progress: float) -> bool:
@@ -130,7 +137,10 @@ class Loop:
     def flops(self) -> dict[str, int]:
         if self.every.work is None:
             return {"total_training_flops": self.plan.flops_per_token * self.tokens}
-        return {"total_training_flops": self.every.work().training_flops, "total_generating_flops": self.every.work().generating_flops}
+        return {
+            "total_training_flops": self.every.work().training_flops,
+            "total_generating_flops": self.every.work().generating_flops,
+        }
 
     def resume(self) -> None:
         """Load everything from the run's checkpoint, if it has one."""
@@ -155,22 +165,40 @@ class Loop:
         if self.writer.busy:
             self.retain()
         meta = {
-            "run": self.run.name, "kind": self.run.kind, **self.run.facts, "model_config": dataclasses.asdict(self.bare_model.config),
-            "config": self.run.config, "plan": dataclasses.asdict(self.plan), "env": self.run.env, "loop": dataclasses.asdict(self.state),
-            "tokens": self.tokens, "batches": self.batches.state_dict(), "scaler": self.scaler.state_dict() if self.scaler else None,
-        }  # fmt: skip
+            "run": self.run.name,
+            "kind": self.run.kind,
+            **self.run.facts,
+            "model_config": dataclasses.asdict(self.bare_model.config),
+            "config": self.run.config,
+            "plan": dataclasses.asdict(self.plan),
+            "env": self.run.env,
+            "loop": dataclasses.asdict(self.state),
+            "tokens": self.tokens,
+            "batches": self.batches.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
         self.run.sync()
-        self.writer.save(self.run.checkpoints, self.state.step, weights=self.bare_model.state_dict(), optimizer=self.optimizer.state_dict(), meta=meta)
+        self.writer.save(
+            self.run.checkpoints,
+            self.state.step,
+            weights=self.bare_model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            meta=meta,
+        )
         self.saved_step = self.state.step
 
     def retain(self) -> None:
-        """Wait for the checkpoint that is being written and drop old ones; called after the metrics of its step are on record, since they decide which is the best."""
+        """Wait for the checkpoint that is being written and drop old ones; called after the metrics of its step are on
+        record, since they decide which is the best.
+        """
         self.writer.wait()
         if self.runtime.is_main:
             checkpoint.retain(self.run.checkpoints, self.every.keep, self.run.best_step())
 
     def evaluate(self, last: bool, stop: StopRequest) -> dict[str, Any] | None:
-        """The metrics of what is due at this step; None where a part of it was asked to stop: then none of it counts, and a resumed run makes it again."""
+        """The metrics of what is due at this step; None where a part of it was asked to stop: then none of it counts,
+        and a resumed run makes it again.
+        """
         metrics: dict[str, Any] = {}
         if self.eval_due(last):
             try:
@@ -188,7 +216,10 @@ class Loop:
         if bpb is not None:
             self.state.min_val_bpb = bpb if self.state.min_val_bpb is None else min(bpb, self.state.min_val_bpb)
         if metrics:
-            print0(f"step {self.state.step:05d} | " + " | ".join(f"{k} {v:.6f}" for k, v in metrics.items() if isinstance(v, float)))
+            print0(
+                f"step {self.state.step:05d} | "
+                + " | ".join(f"{k} {v:.6f}" for k, v in metrics.items() if isinstance(v, float))
+            )
         return metrics
 
     def train_step(self, progress: float, stop: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -199,8 +230,15 @@ class Loop:
         if self.cold:
             began += self.warm_up(micro)
         loss, asked = accumulate(
-            self.model, self.params, micro, self.loss_fn, step=step, runtime=self.runtime, scaler=self.scaler, stop=stop.asked
-        )  # fmt: skip
+            self.model,
+            self.params,
+            micro,
+            self.loss_fn,
+            step=step,
+            runtime=self.runtime,
+            scaler=self.scaler,
+            stop=stop.asked,
+        )
         overflow = self.scaler.unscale_(self.optimizer) if self.scaler else False
         wanted = plan.grad_clip > 0 or (self.every.grad_norm and self.log_due())
         grad_norm = self.optimizer.grad_norm(plan.grad_clip) if wanted else None
@@ -222,23 +260,36 @@ class Loop:
         self.state.waits += self.waits() > waits
         self.state.total_training_time += dt
         self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * loss
-        peak, tokens, flops = device_peaks(self.runtime.device_name)[0], self.tokens - tokens, sum(self.flops().values()) - flops
+        peak, tokens, flops = (
+            device_peaks(self.runtime.device_name)[0],
+            self.tokens - tokens,
+            sum(self.flops().values()) - flops,
+        )
         metrics = {
-            "train/loss": loss, "train/lrm": lrm, "train/dt": dt, "train/tok_per_sec": tokens / dt,
+            "train/loss": loss,
+            "train/lrm": lrm,
+            "train/dt": dt,
+            "train/tok_per_sec": tokens / dt,
             "train/mfu": 100 * flops / dt / (peak * self.runtime.world_size) if peak else None,  # percent
-            "train/epoch": float(self.batches.epoch), "mem/peak_mib": self.runtime.peak_memory_mib(),
-        }  # fmt: skip
+            "train/epoch": float(self.batches.epoch),
+            "mem/peak_mib": self.runtime.peak_memory_mib(),
+        }
         metrics |= {"train/tokens": tokens} if self.every.work else {}
-        return metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}) | self.every.measure(), asked
+        return (
+            metrics | ({} if grad_norm is None else {"train/grad_norm": grad_norm.item()}) | self.every.measure(),
+            asked,
+        )
 
     def waits(self) -> int:
-        return getattr(self.batches, "waits", 0)  # of Prefetch; what makes its batches in the step itself has none ahead
+        # of Prefetch; what makes its batches in the step itself has none ahead
+        return getattr(self.batches, "waits", 0)
 
     def warm_up(self, micro: Micro) -> float:
-        """Compile the model: one forward and backward pass for each shape of the step, whose gradients are dropped. Returns the seconds it took.
+        """Compile the model: one forward and backward pass for each shape of the step, whose gradients are dropped.
+        Returns the seconds it took.
 
-        Weights, batches and the generators' states are as before, so that the run is the same without it; the ranks go on together.
-        """
+        Weights, batches and the generators' states are as before, so that the run is the same without it; the ranks go
+        on together."""
         began = time.perf_counter()
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -259,11 +310,19 @@ class Loop:
     def print_step(self, step: int, progress: float, metrics: dict[str, Any], left: float | None) -> None:
         print0(
             step_line(
-                step, self.plan.num_iterations, progress=progress, loss=self.smooth_loss, lrm=metrics["train/lrm"], dt=metrics["train/dt"],
-                tokens=metrics.get("train/tokens", self.plan.total_batch_size), mfu=metrics["train/mfu"], epoch=metrics["train/epoch"],
-                elapsed=self.state.total_training_time, left=left,
+                step,
+                self.plan.num_iterations,
+                progress=progress,
+                loss=self.smooth_loss,
+                lrm=metrics["train/lrm"],
+                dt=metrics["train/dt"],
+                tokens=metrics.get("train/tokens", self.plan.total_batch_size),
+                mfu=metrics["train/mfu"],
+                epoch=metrics["train/epoch"],
+                elapsed=self.state.total_training_time,
+                left=left,
             )
-        )  # fmt: skip
+        )
 
     def time_left(self, dt: float) -> float | None:
         """Seconds to the horizon after a step of `dt` seconds; None while unknown."""
@@ -275,22 +334,36 @@ class Loop:
         """The plan's expected time, corrected by what steps take here. A run by the clock takes what it was given."""
         if self.plan.num_iterations is not None and left:
             total = self.state.total_training_time + left
-            print0(f"expected time   measured: about {clock(total).strip()} in all, {clock(left).strip()} left (median of {MEASURED_AFTER} steps, evaluations not counted)")
+            print0(
+                f"expected time   measured: about {clock(total).strip()} in all, {clock(left).strip()} left (median of"
+                f" {MEASURED_AFTER} steps, evaluations not counted)"
+            )
 
     def print_memory(self) -> None:
         """The plan's peak of memory beside that of the device so far. A CPU's holds much else."""
         if self.every.planned_bytes and self.runtime.device.type == "cuda":
             peak, planned = self.runtime.peak_memory_mib() / 2**10, self.every.planned_bytes / 2**30
-            print0(f"peak memory     {peak:.1f} GiB on rank 0, by torch.cuda.max_memory_allocated; planned {planned:.1f} GiB ({peak / planned - 1:+.0%})")
+            print0(
+                f"peak memory     {peak:.1f} GiB on rank 0, by torch.cuda.max_memory_allocated; planned {planned:.1f}"
+                f" GiB ({peak / planned - 1:+.0%})"
+            )
 
     def result(self, last: dict[str, Any]) -> dict[str, Any]:
         """The numbers that a finished run is known by; `last` are the metrics of the final evaluation."""
         seconds = self.state.total_training_time
         return {
-            "run": self.run.name, "kind": self.run.kind, "step": self.state.step, "tokens": self.tokens, "train/loss": self.smooth_loss,
-            **last, "min_val_bpb": self.state.min_val_bpb, **self.totals(), "tok_per_sec": self.tokens / seconds if seconds else None,
-            "mem/peak_mib": self.runtime.peak_memory_mib(), "steps_waited": self.state.waits,
-        }  # fmt: skip
+            "run": self.run.name,
+            "kind": self.run.kind,
+            "step": self.state.step,
+            "tokens": self.tokens,
+            "train/loss": self.smooth_loss,
+            **last,
+            "min_val_bpb": self.state.min_val_bpb,
+            **self.totals(),
+            "tok_per_sec": self.tokens / seconds if seconds else None,
+            "mem/peak_mib": self.runtime.peak_memory_mib(),
+            "steps_waited": self.state.waits,
+        }
 
     def leave(self, stop: StopRequest) -> None:
         """Say how to go on and end the process with the exit code that a shell expects of the signal."""
@@ -304,20 +377,30 @@ class Loop:
 
 
 def fit(
-    run: Run, model: nn.Module, optimizer: Any, batches: Batches, plan: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor], every: Every,
-    stop: StopRequest | None = None, compiled: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    run: Run,
+    model: nn.Module,
+    optimizer: Any,
+    batches: Batches,
+    plan: Any,
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor],
+    every: Every,
+    stop: StopRequest | None = None,
+    compiled: bool = False,
+) -> dict[str, Any]:
     """Train until the plan's horizon, from the run's checkpoint if it has one; finish the run and return its result.
 
-    plan: a schedule.Plan or anything with its fields and schedules. loss_fn(model, micro_batch): the SUM of nats over the
-    micro-batch's targets. stop: what evaluations look at, too. compiled: whether the loss compiles at its first call: that is
-    then no training time. Raises NonFinite, and UserError when memory or the disk is full; signals (see signals.py) save
-    and raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step` updates (val/bpb,
-    train/loss) and the totals up to there.
-    """
+    plan: a schedule.Plan or anything with its fields and schedules. loss_fn(model, micro_batch): the SUM of nats over
+    the micro-batch's targets. stop: what evaluations look at, too. compiled: whether the loss compiles at its first
+    call: that is then no training time. Raises NonFinite, and UserError when memory or the disk is full; signals (see
+    signals.py) save and raise SystemExit. A line of metrics.jsonl holds what was measured with the weights after `step`
+    updates (val/bpb, train/loss) and the totals up to there."""
     loop = Loop(run, model, optimizer, batches, plan, loss_fn, every, compiled)
     try:
-        with (stop or StopRequest()) as stop, quiet_gc() as after_step, out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1):
+        with (
+            stop or StopRequest() as stop,
+            quiet_gc() as after_step,
+            out_of_memory_named(plan.device_batch_size, plan.grad_accum if run.runtime.world_size == 1 else 1),
+        ):
             loop.resume()
             model.train()
             first, asked = loop.state.step, False
@@ -342,7 +425,10 @@ def fit(
                     loop.retain()
                     result = loop.result(row)
                     if loop.state.waits:
-                        print0(f"waits           {loop.state.waits:,} of {step:,} steps waited for their batches (the first one of each start nearly always does)")
+                        print0(
+                            f"waits           {loop.state.waits:,} of {step:,} steps waited for their batches (the"
+                            " first one of each start nearly always does)"
+                        )
                     run.finish(result)
                     return result
                 log_due = loop.log_due()

@@ -20,10 +20,13 @@ Named = dict[str, nn.Parameter]  # those of one model, by name
 class Recipe:
     """An optimizer's groups, and the shape of its rates. What is read of a plan is named in `param_groups`."""
 
-    groups: Callable[[Named, BaseTrainConfig, Any], list[dict[str, Any]]]  # (parameters, flags, plan) -> groups, some perhaps empty
+    # (parameters, flags, plan) -> groups, some perhaps empty
+    groups: Callable[[Named, BaseTrainConfig, Any], list[dict[str, Any]]]
     lr_shape: Callable[[Any, int, float], float]  # (plan, step, progress) -> factor of every learning rate
     moves: Callable[[Any], str]  # plan -> that shape in words
-    laws: bool  # rates and decay are scaled by the laws of batch and horizon (schedule.py); otherwise they are the flags'
+    laws: (
+        bool  # rates and decay are scaled by the laws of batch and horizon (schedule.py); otherwise they are the flags'
+    )
     decays: bool = True
 
 
@@ -37,18 +40,22 @@ def param_groups(model: nn.Module, cfg: BaseTrainConfig, plan: Any) -> list[dict
     groups = [group for group in RECIPES[plan.recipe].groups(named, cfg, plan) if group["params"]]
     taken = [name for group in groups for name, _ in group["params"]]
     if wrong := [f"{name} {tuple(p.shape)}" for name, p in named.items() if taken.count(name) != 1]:
-        raise ValueError(f"recipe {plan.recipe}: not in exactly one group: {', '.join(wrong)}; expected a rule for each; add it to training/recipes.py")
+        raise ValueError(
+            f"recipe {plan.recipe}: not in exactly one group: {', '.join(wrong)}; expected a rule for each; add it to"
+            " training/recipes.py"
+        )
     return groups
 
 
 def dial_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
-    """Muon for the matrices of blocks, by shape; AdamW for everything else: the first rule that matches a name takes it.
+    """Muon for the matrices of blocks, by shape; AdamW for everything else: the first rule that matches a name takes
+    it.
 
     The rates of tables are scaled by sqrt(768 / width), the width at which they were tuned. A table of positions has a
-    quarter of the embedding's rate, since its initial values are a quarter as large; that is untuned. A tied table trains like a head: it gets the head's gradient in every row at every step, and the
-    embedding's rate is meant for rows that are rarely seen. Vectors (gains, biases, sinks) begin where they work already,
-    so they move slowly and do not decay; their rate is untuned.
-    """
+    quarter of the embedding's rate, since its initial values are a quarter as large; that is untuned. A tied table
+    trains like a head: it gets the head's gradient in every row at every step, and the embedding's rate is meant for
+    rows that are rarely seen. Vectors (gains, biases, sinks) begin where they work already, so they move slowly and do
+    not decay; their rate is untuned."""
     m, c = plan.batch_scale, math.sqrt(768 / plan.model.n_embd)
     head = r"lm_head\.weight" if "lm_head.weight" in named else r"wte\.weight"
     # group, names, lr, betas, weight decay
@@ -73,7 +80,18 @@ def dial_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str,
         lr = cfg.matrix_lr * m * math.sqrt(max(1.0, shape[0] / shape[1]))
         params = [(name, p) for name, p in matrices.items() if tuple(p.shape) == shape]
         name = f"muon_{shape[0]}x{shape[1]}"
-        groups.append(dict(name=name, kind="muon", params=params, lr=lr, momentum=0.95, beta2=0.9, weight_decay=plan.weight_decay, ns_steps=5))
+        groups.append(
+            dict(
+                name=name,
+                kind="muon",
+                params=params,
+                lr=lr,
+                momentum=0.95,
+                beta2=0.9,
+                weight_decay=plan.weight_decay,
+                ns_steps=5,
+            )
+        )
     return groups
 
 
@@ -81,7 +99,12 @@ def adam_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str,
     """AdamW for all, with decay for what has two dimensions or more: matrices and tables, not gains and biases."""
     rates = dict(kind="adamw", lr=cfg.learning_rate * plan.batch_scale, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     return [
-        dict(name="matrices", params=[(n, p) for n, p in named.items() if p.ndim >= 2], weight_decay=plan.weight_decay, **rates),
+        dict(
+            name="matrices",
+            params=[(n, p) for n, p in named.items() if p.ndim >= 2],
+            weight_decay=plan.weight_decay,
+            **rates,
+        ),
         dict(name="vectors", params=[(n, p) for n, p in named.items() if p.ndim < 2], weight_decay=0.0, **rates),
     ]
 
@@ -103,7 +126,9 @@ def cosine(plan: Any, step: int, progress: float) -> float:
     """
     before = min(1.0, plan.warmup_steps / plan.num_iterations) if plan.num_iterations else 0.0
     share = min(1.0, max(0.0, progress - before) / (1.0 - before)) if before < 1.0 else 0.0
-    return warmup(plan, step) * (plan.final_lr_frac + (1.0 - plan.final_lr_frac) * 0.5 * (1.0 + math.cos(math.pi * share)))
+    return warmup(plan, step) * (
+        plan.final_lr_frac + (1.0 - plan.final_lr_frac) * 0.5 * (1.0 + math.cos(math.pi * share))
+    )
 
 
 def constant(plan: Any, step: int, progress: float) -> float:
@@ -115,7 +140,9 @@ def warmup_text(plan: Any) -> str:
 
 
 def trapezoid_text(plan: Any) -> str:
-    fall = f", then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}" if plan.warmdown_ratio > 0 else ""
+    fall = (
+        f", then to {plan.final_lr_frac:g} over the last {plan.warmdown_ratio:.0%}" if plan.warmdown_ratio > 0 else ""
+    )
     return f"{warmup_text(plan)}constant{fall}"
 
 
@@ -124,17 +151,25 @@ def cosine_text(plan: Any) -> str:
 
 
 def warmup_warning(plan: Any, spans: Sequence[tuple[int, int, float]], advice: str) -> list[str]:
-    """A line where the warm-up keeps the rates well below the plan's. spans: (first step, steps, factor of the rates) of each part of the run."""
+    """A line where the warm-up keeps the rates well below the plan's. spans: (first step, steps, factor of the rates)
+    of each part of the run.
+    """
     if not plan.num_iterations or plan.warmup_steps <= 0:
         return []
     peaks = []
     for first, steps, factor in spans:
         rising = range(first, first + min(steps, plan.warmup_steps + 1))  # what follows falls
-        peaks.append(max((plan.lr_multiplier(step, step / plan.num_iterations) for step in rising), default=0.0) / factor)
+        peaks.append(
+            max((plan.lr_multiplier(step, step / plan.num_iterations) for step in rising), default=0.0) / factor
+        )
     longer = any(plan.warmup_steps > steps for _, steps, _ in spans)
     if not longer and min(peaks) >= 0.9:
         return []
-    why = f"the warm-up of {plan.warmup_steps:,} steps is longer than the run of {plan.num_iterations:,}" if longer else "the rates fall before the warm-up ends"
+    why = (
+        f"the warm-up of {plan.warmup_steps:,} steps is longer than the run of {plan.num_iterations:,}"
+        if longer
+        else "the rates fall before the warm-up ends"
+    )
     return [f"warning         {why}: the rates reach {min(peaks):.2f} of the plan's at most; {advice}"]
 
 

@@ -1,10 +1,10 @@
 """Reinforcement learning's batches: prompts -> replies of the model itself -> rewards -> rows to train on.
 
-A rollout is `examples_per_step` prompts with `num_samples` replies each, drawn from the model as it is. `Rollouts` makes
-one whenever the loop asks for a micro-batch and the last one has been used up, which is after `updates_per_batch` passes
-over it, each of them one optimizer step. A reply depends on the weights, the seed and its place (rollout, prompt, sample)
-alone: not on the number of ranks, on the other replies or on what was drawn before. So the state is a number; between two
-updates on the same rollout it holds the rollout too, because the weights that drew it are gone.
+A rollout is `examples_per_step` prompts with `num_samples` replies each, drawn from the model as it is. `Rollouts`
+makes one whenever the loop asks for a micro-batch and the last one has been used up, which is after `updates_per_batch`
+passes over it, each of them one optimizer step. A reply depends on the weights, the seed and its place (rollout,
+prompt, sample) alone: not on the number of ranks, on the other replies or on what was drawn before. So the state is a
+number; between two updates on the same rollout it holds the rollout too, because the weights that drew it are gone.
 
 The probabilities trained are the model's own, at temperature 1 over the whole vocabulary, with every dropout off. With
 another --temperature, or with --top-k, the replies come from a sharper distribution than that.
@@ -52,7 +52,9 @@ class Task(Protocol):
 
     def __len__(self) -> int: ...
     def example(self, i: int) -> Any: ...  # .messages end with the reference's turn
-    def rewards(self, example: Any, content: Any) -> dict[str, float]: ...  # content: an assistant's, as chat.parse_reply gives it
+    def rewards(
+        self, example: Any, content: Any
+    ) -> dict[str, float]: ...  # content: an assistant's, as chat.parse_reply gives it
 
 
 class Part(NamedTuple):
@@ -67,7 +69,9 @@ class Part(NamedTuple):
 
 
 def reward_parts(text: str, known: Sequence[str]) -> list[Part]:
-    """"correct=1,format=0.1:0.3" -> parts: name=weight or name=weight:cap. known: the names that the task gives values for."""
+    """ "correct=1,format=0.1:0.3" -> parts: name=weight or name=weight:cap. known: the names that the task gives values
+    for.
+    """
     parts = []
     for item in text.split(","):
         name, _, numbers = item.strip().partition("=")
@@ -75,13 +79,20 @@ def reward_parts(text: str, known: Sequence[str]) -> list[Part]:
         try:
             part = Part(name.strip(), float(weight), float(cap) if colon else math.inf)
         except ValueError:
-            raise UserError(f"--reward has {item.strip()!r}; expected NAME=WEIGHT or NAME=WEIGHT:CAP; try --reward {known[0]}=1") from None
+            raise UserError(
+                f"--reward has {item.strip()!r}; expected NAME=WEIGHT or NAME=WEIGHT:CAP; try --reward {known[0]}=1"
+            ) from None
         if part.name not in known:
-            raise UserError(f"--reward names {part.name!r}; this task gives {', '.join(known)}{nearest(part.name, list(known))}")
+            raise UserError(
+                f"--reward names {part.name!r}; this task gives {', '.join(known)}{nearest(part.name, list(known))}"
+            )
         if part.name in [p.name for p in parts]:
             raise UserError(f"--reward names {part.name!r} twice; expected each part once; add the weights")
         if not math.isfinite(part.weight) or not part.weight or not part.cap > 0:
-            raise UserError(f"--reward has {item.strip()!r}; expected a weight other than 0 and a cap above 0; try --reward {part.name}=1")
+            raise UserError(
+                f"--reward has {item.strip()!r}; expected a weight other than 0 and a cap above 0; try --reward"
+                f" {part.name}=1"
+            )
         parts.append(part)
     return parts
 
@@ -96,8 +107,10 @@ class Reply:
     ids: list[int]  # with the end of turn, if the model came to it
     trained: list[bool]  # of each id: drawn from the model, not put there by a tool
     advantage: float = 0.0
-    old: list[float] = dataclasses.field(default_factory=list)  # log probabilities under the policy that drew it; empty before the first update
-    reference: list[float] = dataclasses.field(default_factory=list)  # the same under the start model, where there is a --kl
+    # log probabilities under the policy that drew it; empty before the first update
+    old: list[float] = dataclasses.field(default_factory=list)
+    # the same under the start model, where there is a --kl
+    reference: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -114,26 +127,42 @@ class MicroBatch:
 
 
 def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training either."""
+    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training
+    either.
+    """
     model.eval()
     return -model(inputs, targets, reduction="none")
 
 
 @dataclass(frozen=True)
 class RLPlan(Plan):
-    """A run, resolved. total_batch_size is what a step's replies may have at most; what they have is counted in `Work`."""
+    """A run, resolved. total_batch_size is what a step's replies may have at most; what they have is counted in
+    `Work`.
+    """
 
     lr_frac: float
 
     def lr_multiplier(self, step: int, progress: float) -> float:
         """--init-lr-frac of the inherited rates: warm-up, constant, linear fall over the last `warmdown_ratio`."""
-        return self.lr_frac * warmup(self, step) * (self.final_lr_frac + (1.0 - self.final_lr_frac) * self.warmdown_left(progress))
+        return (
+            self.lr_frac
+            * warmup(self, step)
+            * (self.final_lr_frac + (1.0 - self.final_lr_frac) * self.warmdown_left(progress))
+        )
 
     def muon_momentum(self, step: int, progress: float) -> float:
         return 0.85 + (PEAK_MOMENTUM - 0.85) * min(1.0, step / MOMENTUM_STEPS)
 
 
-LEAST = {"examples_per_step": 1, "num_samples": 2, "device_batch_size": 1, "max_new_tokens": 1, "updates_per_batch": 1, "num_epochs": 1, "rollout_batch_size": 0}
+LEAST = {
+    "examples_per_step": 1,
+    "num_samples": 2,
+    "device_batch_size": 1,
+    "max_new_tokens": 1,
+    "updates_per_batch": 1,
+    "num_epochs": 1,
+    "rollout_batch_size": 0,
+}
 
 
 def make_plan(cfg: RLConfig, origin: Origin, prompts: int, world_size: int) -> RLPlan:
@@ -145,45 +174,67 @@ def make_plan(cfg: RLConfig, origin: Origin, prompts: int, world_size: int) -> R
             raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least {least}{why}")
     check_settings(cfg.temperature, cfg.top_k, 1.0)
     if cfg.temperature < COLDEST:
-        raise UserError(f"--temperature is {cfg.temperature:g}: all replies to a prompt would be the same; expected above 0; try --temperature 1")
+        raise UserError(
+            f"--temperature is {cfg.temperature:g}: all replies to a prompt would be the same; expected above 0; try"
+            " --temperature 1"
+        )
     if P < world_size:
         fitting = next(n for n in range(world_size, world_size + B) if n * G % B == 0)
         raise UserError(
-            f"{world_size} ranks cannot share {P} prompts of a rollout; expected at least a prompt for each; try --examples-per-step {fitting}",
-            "fewer-prompts-than-ranks", prompts=P, ranks=world_size,
-        )  # fmt: skip
+            f"{world_size} ranks cannot share {P} prompts of a rollout; expected at least a prompt for each; try"
+            f" --examples-per-step {fitting}",
+            "fewer-prompts-than-ranks",
+            prompts=P,
+            ranks=world_size,
+        )
     if P * G % B:  # a batch that one rank takes, any number takes
         mine = P * G if P % world_size else P * G // world_size
         fitting = max(n for n in range(1, B) if mine % n == 0)
         shape = f"{P} prompts x {G} samples" + (f" / {world_size} ranks" if mine != P * G else "")
         raise UserError(
-            f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try --device-batch-size {fitting}",
-            "batch-not-a-multiple", replies=P * G, unit=B,
-        )  # fmt: skip
+            f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try"
+            f" --device-batch-size {fitting}",
+            "batch-not-a-multiple",
+            replies=P * G,
+            unit=B,
+        )
     steps = max(1, prompts * cfg.num_epochs // P) * cfg.updates_per_batch
     return RLPlan(
-        model=origin.model, num_iterations=cfg.num_iterations if cfg.num_iterations > 0 else steps, max_seconds=None,
-        total_batch_size=P * G * cfg.max_new_tokens, device_batch_size=B, grad_accum=micro_batches(cfg, world_size), world_size=world_size,
-        flops_per_token=train_flops_per_token(origin.model), recipe=origin.plan["recipe"], batch_scale=origin.plan["batch_scale"],
-        weight_decay=cfg.weight_decay, warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
-        grad_clip=cfg.grad_clip, lr_frac=cfg.init_lr_frac,
-    )  # fmt: skip
+        model=origin.model,
+        num_iterations=cfg.num_iterations if cfg.num_iterations > 0 else steps,
+        max_seconds=None,
+        total_batch_size=P * G * cfg.max_new_tokens,
+        device_batch_size=B,
+        grad_accum=micro_batches(cfg, world_size),
+        world_size=world_size,
+        flops_per_token=train_flops_per_token(origin.model),
+        recipe=origin.plan["recipe"],
+        batch_scale=origin.plan["batch_scale"],
+        weight_decay=cfg.weight_decay,
+        warmup_steps=cfg.warmup_steps,
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
+        grad_clip=cfg.grad_clip,
+        lr_frac=cfg.init_lr_frac,
+    )
 
 
 def micro_batches(cfg: RLConfig, world_size: int) -> int:
-    """Of each rank in a step: as many as the one with most prompts needs; the last ones of the others may be smaller, or empty."""
+    """Of each rank in a step: as many as the one with most prompts needs; the last ones of the others may be smaller,
+    or empty.
+    """
     return -(-(-(-cfg.examples_per_step // world_size) * cfg.num_samples) // cfg.device_batch_size)
 
 
 @dataclass
 class Work:
-    """What a run has computed so far, over all ranks. Padding is not counted; FLOPs are by the formulas of model/accounting.py, and of
-    the tokens that are read: of a text, all but the last.
-    """
+    """What a run has computed so far, over all ranks. Padding is not counted; FLOPs are by the formulas of
+    model/accounting.py, and of the tokens that are read: of a text, all but the last."""
 
     tokens: int = 0  # of prompts and replies, what a tool said included; those of a rollout count in each update on it
     drawn: int = 0  # of replies alone, once
-    training_flops: int = 0  # forward and backward; where there is a --kl, also the start model's forward over each rollout
+    # forward and backward; where there is a --kl, also the start model's forward over each rollout
+    training_flops: int = 0
     generating_flops: int = 0  # reading prompts, and one pass for each token of a reply
 
 
@@ -203,9 +254,8 @@ def generating_flops(c: GPTConfig, replies: Sequence[Reply]) -> int:
 class PolicyLoss:
     """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
 
-    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to the
-    bit, and it leaves them in the micro-batch for the updates to come.
-    """
+    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to
+    the bit, and it leaves them in the micro-batch for the updates to come."""
 
     def __init__(self, objective: Objective, max_tokens: int, runtime: Runtime):
         self.objective, self.max_tokens, self.runtime = objective, max_tokens, runtime
@@ -223,21 +273,40 @@ class PolicyLoss:
         return policy_loss(o, lp, batch.old, batch.reference, mask, batch.advantages, self.max_tokens)
 
     def measure(self) -> dict[str, float]:
-        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token from the start model."""
+        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token
+        from the start model.
+        """
         tokens, cut, away = self.runtime.all_reduce_(self._sums).tolist()
         self._sums = torch.zeros_like(self._sums)
         return {"rl/clipped": cut / tokens} | ({"rl/kl": away / tokens} if self.objective.kl else {})
 
 
 class Rollouts:
-    """`fit`'s batches. Rank r of W answers the prompts r, r + W, ... of each rollout; all samples of a prompt are on one rank."""
+    """`fit`'s batches. Rank r of W answers the prompts r, r + W, ... of each rollout; all samples of a prompt are on
+    one rank.
+    """
 
     def __init__(
-        self, cfg: RLConfig, objective: Objective, model: nn.Module, engine: Engine, task: Task, runtime: Runtime, folder: Path,
-        tools: Callable[[str], str] | None = None, reference: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        cfg: RLConfig,
+        objective: Objective,
+        model: nn.Module,
+        engine: Engine,
+        task: Task,
+        runtime: Runtime,
+        folder: Path,
+        tools: Callable[[str], str] | None = None,
+        reference: nn.Module | None = None,
+    ) -> None:
         """folder: where rollouts.jsonl is written. reference: the start model, where objective.kl is not 0."""
-        self.cfg, self.objective, self.model, self.engine, self.task, self.runtime = cfg, objective, model, engine, task, runtime
+        self.cfg, self.objective, self.model, self.engine, self.task, self.runtime = (
+            cfg,
+            objective,
+            model,
+            engine,
+            task,
+            runtime,
+        )
         self.tools, self.reference = tools, reference
         self.tokenizer: Tokenizer = engine.tokenizer
         self._passed_over = False  # whether it was said that prompts are
@@ -277,7 +346,9 @@ class Rollouts:
         return f"replies to {self.task.name} examples {', '.join(map(str, sorted({r.example for r in batch.replies})))}"
 
     def measure(self) -> dict[str, float]:
-        """Means over the rollout that the last step began with, over all ranks; nothing where it went on with an older one."""
+        """Means over the rollout that the last step began with, over all ranks; nothing where it went on with an older
+        one.
+        """
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -286,18 +357,33 @@ class Rollouts:
         if self._log:
             self._log.sync()
         if self.updates == self.cfg.updates_per_batch:
-            return {"made": self.made, "updates": self.cfg.updates_per_batch, "replies": [], "work": dataclasses.asdict(self.work)}
+            return {
+                "made": self.made,
+                "updates": self.cfg.updates_per_batch,
+                "replies": [],
+                "work": dataclasses.asdict(self.work),
+            }
         mine = [dataclasses.asdict(reply) for batch in self.micro for reply in remembered(batch)]
-        return {"made": self.made, "updates": self.updates, "replies": self._gathered(mine), "work": dataclasses.asdict(self.work)}
+        return {
+            "made": self.made,
+            "updates": self.updates,
+            "replies": self._gathered(mine),
+            "work": dataclasses.asdict(self.work),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made, self.micro, self.handed = state["made"], [], 0
         replies = [Reply(**reply) for reply in state["replies"]]
         self.lengths, self.work = [len(r.prompt) + len(r.ids) for r in replies], Work(**state.get("work", {}))
         if "work" not in state:
-            print0("note: tokens and FLOPs are counted from here on: an earlier version, which made this checkpoint, did not count them")
+            print0(
+                "note: tokens and FLOPs are counted from here on: an earlier version, which made this checkpoint, did"
+                " not count them"
+            )
         if replies:
-            mine = [r for r in replies if r.place // self.cfg.num_samples % self.runtime.world_size == self.runtime.rank]
+            mine = [
+                r for r in replies if r.place // self.cfg.num_samples % self.runtime.world_size == self.runtime.rank
+            ]
             self.micro = self._batched(mine)
             self.handed = state["updates"] * len(self.micro)
 
@@ -316,7 +402,9 @@ class Rollouts:
             replies, flops = self._draw()
         rows = [self._scored(reply) for reply in replies]
         rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64).view(-1, G)
-        for reply, row, advantage in zip(replies, rows, ADVANTAGES[self.objective.advantage](rewards).flatten().tolist()):
+        for reply, row, advantage in zip(
+            replies, rows, ADVANTAGES[self.objective.advantage](rewards).flatten().tolist()
+        ):
             reply.advantage = row["advantage"] = advantage
         self.micro, self.handed = self._batched(replies), 0
         everywhere = self._gathered(rows)
@@ -344,9 +432,13 @@ class Rollouts:
         for lo in range(0, len(replies), size):
             part = replies[lo : lo + size]
             steps = self.engine.generate(
-                [r.prompt for r in part], max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k,
-                seed=seeds[lo : lo + size], tools=self.tools,
-            )  # fmt: skip
+                [r.prompt for r in part],
+                max_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                top_k=cfg.top_k,
+                seed=seeds[lo : lo + size],
+                tools=self.tools,
+            )
             for step in steps:
                 for new in step:
                     part[new.row].ids.append(new.token)
@@ -369,11 +461,15 @@ class Rollouts:
             if len(prompt) <= self.room:
                 return i, prompt
             if not self._passed_over:
-                print0(f"{self.task.name}: prompts of more than {self.room} tokens, which leave no room for --max-new-tokens {self.cfg.max_new_tokens}, are passed over")
+                print0(
+                    f"{self.task.name}: prompts of more than {self.room} tokens, which leave no room for"
+                    f" --max-new-tokens {self.cfg.max_new_tokens}, are passed over"
+                )
             self._passed_over = True
         raise UserError(
-            f"task {self.task.name}: not one of {N} prompts has at most {self.room} tokens, what --max-new-tokens {self.cfg.max_new_tokens} leaves of the "
-            f"{self.engine.limit} that the model reads; expected prompts that fit; lower --max-new-tokens, or take another task"
+            f"task {self.task.name}: not one of {N} prompts has at most {self.room} tokens, what --max-new-tokens"
+            f" {self.cfg.max_new_tokens} leaves of the {self.engine.limit} that the model reads; expected prompts that"
+            " fit; lower --max-new-tokens, or take another task"
         )
 
     def _scored(self, reply: Reply) -> dict[str, Any]:
@@ -381,19 +477,31 @@ class Rollouts:
         example = self.task.example(reply.example)
         values = self.task.rewards(example, parse_reply(self.tokenizer, reply.ids))
         return {
-            "step": self.made * self.cfg.updates_per_batch, "place": reply.place, "example": reply.example, "sample": reply.place % self.cfg.num_samples,
-            "prompt": self.tokenizer.decode(reply.prompt), "reply": self.tokenizer.decode(reply.ids), "tokens": sum(reply.trained),
-            "length": len(reply.prompt) + len(reply.ids), "drawn": len(reply.ids),
+            "step": self.made * self.cfg.updates_per_batch,
+            "place": reply.place,
+            "example": reply.example,
+            "sample": reply.place % self.cfg.num_samples,
+            "prompt": self.tokenizer.decode(reply.prompt),
+            "reply": self.tokenizer.decode(reply.ids),
+            "tokens": sum(reply.trained),
+            "length": len(reply.prompt) + len(reply.ids),
+            "drawn": len(reply.ids),
             "ended": reply.ids[-1] == self.tokenizer.special("<|assistant_end|>"),
-            "parts": {name: float(v) for name, v in values.items()}, "reward": sum(part.of(values) for part in self.parts),
-        }  # fmt: skip
+            "parts": {name: float(v) for name, v in values.items()},
+            "reward": sum(part.of(values) for part in self.parts),
+        }
 
     def _batched(self, replies: list[Reply]) -> list[MicroBatch]:
         """Micro-batches of rows of like lengths, so that little is padded."""
         B, ordered = self.cfg.device_batch_size, sorted(replies, key=lambda r: (len(r.prompt) + len(r.ids), r.place))
         batches = [self._rows(ordered[i : i + B]) for i in range(0, len(ordered), B)]
-        nothing, none = torch.zeros(0, 1, dtype=torch.int64, device=self.runtime.device), torch.zeros(0, device=self.runtime.device)
-        empty = [MicroBatch([], nothing, nothing, none, 0)] * (micro_batches(self.cfg, self.runtime.world_size) - len(batches))
+        nothing, none = (
+            torch.zeros(0, 1, dtype=torch.int64, device=self.runtime.device),
+            torch.zeros(0, device=self.runtime.device),
+        )
+        empty = [MicroBatch([], nothing, nothing, none, 0)] * (
+            micro_batches(self.cfg, self.runtime.world_size) - len(batches)
+        )
         if self.reference is not None:
             with torch.no_grad():
                 for batch in batches:
@@ -410,29 +518,34 @@ class Rollouts:
             targets[row, at : at + len(r.ids)] = np.where(r.trained, r.ids, -1)
         device = self.runtime.device
         batch = MicroBatch(
-            replies, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device),
+            replies,
+            torch.from_numpy(inputs).to(device),
+            torch.from_numpy(targets).to(device),
             torch.tensor([r.advantage for r in replies], dtype=torch.float32, device=device),
             NORMALISERS[self.objective.normaliser].total(torch.from_numpy(targets >= 0)),
-        )  # fmt: skip
+        )
         for name in ("old", "reference"):
             if getattr(replies[0], name):
                 setattr(batch, name, torch.stack([_padded(r, getattr(r, name), T) for r in replies]).to(device))
         return batch
 
     def _tell(self, m: dict[str, float]) -> None:
-        """One line of what the model did, as often as steps are logged; and a warning where nothing can be learnt from it."""
+        """One line of what the model did, as often as steps are logged; and a warning where nothing can be learnt from
+        it.
+        """
         parts = " | ".join(f"{k.removeprefix('rl/part/')} {v:.3f}" for k, v in m.items() if k.startswith("rl/part/"))
         if self.cfg.log_every > 0 and (self.made - 1) * self.cfg.updates_per_batch % self.cfg.log_every == 0:
             print0(
-                f"rollout {self.made:05d} | reward {m['rl/reward']:7.4f} | {parts} | {m['rl/tokens']:5.1f} tokens | ended {m['rl/ended']:4.0%} | "
-                f"mixed groups {m['rl/mixed']:4.0%} | {m['rl/rollout_seconds']:.1f} s"
+                f"rollout {self.made:05d} | reward {m['rl/reward']:7.4f} | {parts} | {m['rl/tokens']:5.1f} tokens |"
+                f" ended {m['rl/ended']:4.0%} | mixed groups {m['rl/mixed']:4.0%} | {m['rl/rollout_seconds']:.1f} s"
             )
         if not m["rl/mixed"] and not self._warned:
             self._warned = True
             why = "with --kl alone to move the weights" if self.objective.kl else "the gradient is zero"
             print0(
-                f"warning: all {self.cfg.num_samples} replies to each of the {self.cfg.examples_per_step} prompts have the same reward, so every advantage "
-                f"is 0: {why}. Expected some that differ; try easier or harder examples, more --num-samples, a higher --temperature, or other --reward parts"
+                f"warning: all {self.cfg.num_samples} replies to each of the {self.cfg.examples_per_step} prompts have"
+                f" the same reward, so every advantage is 0: {why}. Expected some that differ; try easier or harder"
+                " examples, more --num-samples, a higher --temperature, or other --reward parts"
             )
 
 
@@ -461,7 +574,9 @@ def number(*key: Any) -> int:
 def fingerprint(task: Task, examples: int = 256) -> str:
     """Tells apart tasks that would ask other questions, from their length and about so many examples."""
     n = len(task)
-    return hashlib.sha256(repr([n, *(task.example(i) for i in range(0, n, max(1, n // examples)))]).encode()).hexdigest()
+    return hashlib.sha256(
+        repr([n, *(task.example(i) for i in range(0, n, max(1, n // examples)))]).encode()
+    ).hexdigest()
 
 
 def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
@@ -470,13 +585,18 @@ def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
     groups = [rewards[i : i + samples] for i in range(0, len(rewards), samples)]
     means = {f"rl/part/{name}": statistics.fmean(row["parts"][name] for row in rows) for name in rows[0]["parts"]}
     return {
-        "rl/reward": statistics.fmean(rewards), **means, "rl/tokens": statistics.fmean(row["tokens"] for row in rows),
-        "rl/ended": statistics.fmean(row["ended"] for row in rows), "rl/mixed": statistics.fmean(min(g) < max(g) for g in groups),
-    }  # fmt: skip
+        "rl/reward": statistics.fmean(rewards),
+        **means,
+        "rl/tokens": statistics.fmean(row["tokens"] for row in rows),
+        "rl/ended": statistics.fmean(row["ended"] for row in rows),
+        "rl/mixed": statistics.fmean(min(g) < max(g) for g in groups),
+    }
 
 
 class RolloutLog:
-    """rollouts.jsonl, one object per reply. The first write drops what a run that was ended after its checkpoint left of that step on."""
+    """rollouts.jsonl, one object per reply. The first write drops what a run that was ended after its checkpoint left
+    of that step on.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -491,7 +611,10 @@ class RolloutLog:
             self._file.write("".join(as_json(row, self.path.name) + "\n" for row in rows).encode())
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{self.path} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
+            raise UserError(
+                f"{self.path} could not be written: {error.strerror}; make room there, then type the same command with"
+                " --resume"
+            ) from error
 
     def _lines(self) -> list[dict[str, Any]]:
         """What is there already, without a line that a crash tore."""

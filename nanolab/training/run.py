@@ -31,7 +31,16 @@ from nanolab.flags import RATES
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
 from nanolab.training.environment import environment
-from nanolab.training.models import ModelRef, best_step, find_model, load_model, read_json, read_metrics, recorded, runs_dir
+from nanolab.training.models import (
+    ModelRef,
+    best_step,
+    find_model,
+    load_model,
+    read_json,
+    read_metrics,
+    recorded,
+    runs_dir,
+)
 from nanolab.training.sink import WandbSink
 
 __all__ = ["ModelRef", "Run", "best_step", "find_model", "load_model", "read_metrics", "recorded", "runs_dir"]
@@ -40,17 +49,49 @@ T = TypeVar("T")
 
 # Flags that a resumed run may change: they do not shape its result. Paths may move, because fingerprints are compared.
 MAY_CHANGE = {
-    "run", "resume", "dry_run", "plan_for", "device_type", "data_dir", "val_data", "tokenizer", "eval_every", "eval_tokens",
-    "stages", "sample_every", "save_every", "keep", "log_every", "log_grad_norm", "wandb", "device_batch_size", "threads",
-    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "allow_unsandboxed", "activation_checkpointing", "attn_kernel",
-    "eval_text", "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample", "eval_split", "eval_examples", "eval_samples", "rollout_batch_size",
-}  # fmt: skip
+    "run",
+    "resume",
+    "dry_run",
+    "plan_for",
+    "device_type",
+    "data_dir",
+    "val_data",
+    "tokenizer",
+    "eval_every",
+    "eval_tokens",
+    "stages",
+    "sample_every",
+    "save_every",
+    "keep",
+    "log_every",
+    "log_grad_norm",
+    "wandb",
+    "device_batch_size",
+    "threads",
+    "core_metric_every",
+    "core_metric_max_per_task",
+    "eval_bundle",
+    "allow_unsandboxed",
+    "activation_checkpointing",
+    "attn_kernel",
+    "eval_text",
+    "chatcore_every",
+    "chatcore_tasks",
+    "chatcore_max_cat",
+    "chatcore_max_sample",
+    "eval_split",
+    "eval_examples",
+    "eval_samples",
+    "rollout_batch_size",
+}
 HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.
 MUST_KEEP = {
-    "device": "--device-type {}", "dtype": "NANOLAB_DTYPE={}", "threads": "--threads {}",
+    "device": "--device-type {}",
+    "dtype": "NANOLAB_DTYPE={}",
+    "threads": "--threads {}",
     "kind": "another --run than this {} run",
-}  # fmt: skip
+}
 # Flags and facts of the machine that change rounding only: a resumed run that finds others says so and goes on.
 NOTED = ("world_size", "device_batch_size", "attn_kernel", "deterministic", "commit", "torch", "device_name")
 
@@ -71,7 +112,13 @@ class Run:
 
     @classmethod
     def start(
-        cls, name: str, config: dict[str, Any], runtime: Runtime, resume: bool = False, kind: str = "base", env: dict[str, Any] | None = None
+        cls,
+        name: str,
+        config: dict[str, Any],
+        runtime: Runtime,
+        resume: bool = False,
+        kind: str = "base",
+        env: dict[str, Any] | None = None,
     ) -> "Run":
         """Open the directory for writing. Called by every rank.
 
@@ -81,7 +128,9 @@ class Run:
         """
         check_name(name.replace(",", "") if resume else name)  # a run of an earlier version may have a comma
         run = cls(name, config, runtime, kind)
-        run.env, run.resume_from = on_main(runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})}))
+        run.env, run.resume_from = on_main(
+            runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})})
+        )
         return run
 
     @property
@@ -96,18 +145,30 @@ class Run:
         folder, typed = self.dir / "tokenizer", self.config.get("tokenizer")
         if self.resume_from is None:
             on_main(self.runtime, lambda: str(load().save(folder)))
-        elif typed and (not (there := Path(typed).expanduser().exists()) or Tokenizer.load(typed, checked=True).hash != Tokenizer.load(folder, checked=True).hash):
-            print0(f"note: --tokenizer {typed} {'is another one now' if there else 'is not there'}: the run goes on with its own copy, {folder}")
+        elif typed and (
+            not (there := Path(typed).expanduser().exists())
+            or Tokenizer.load(typed, checked=True).hash != Tokenizer.load(folder, checked=True).hash
+        ):
+            print0(
+                f"note: --tokenizer {typed} {'is another one now' if there else 'is not there'}: the run goes on with"
+                f" its own copy, {folder}"
+            )
         tokenizer = Tokenizer.load(folder, checked=True)
         self.identify(tokenizer_hash=tokenizer.hash)
         return tokenizer
 
     def pinned(self) -> kept.Pinned:
         """The validation text that a resumed run began with."""
-        return kept.Pinned.of(self.dir, checkpoint.load_meta(self.resume_from).get("val_fingerprint", "")) if self.resume_from else kept.Pinned()
+        return (
+            kept.Pinned.of(self.dir, checkpoint.load_meta(self.resume_from).get("val_fingerprint", ""))
+            if self.resume_from
+            else kept.Pinned()
+        )
 
     def keep_data(self, data: Data) -> None:
-        """Record the data by fingerprint, and its files and validation text in the directory. A resumed run must find the same. Called by every rank."""
+        """Record the data by fingerprint, and its files and validation text in the directory. A resumed run must find
+        the same. Called by every rank.
+        """
         folder = self.dir / "data"
         if self.resume_from and (folder / "files.json").exists():
             kept.check_same(data, folder)
@@ -121,13 +182,18 @@ class Run:
         for key, value in facts.items():
             if without_paths(then.get(key, value)) != without_paths(value):
                 raise UserError(
-                    f"run {self.name} was trained with {key} {then[key]} and finds {value} now: the files behind it have changed. Put the "
-                    f"old ones back, or start another run with --run NAME",
-                    "fingerprint-differs", fact=key, then=then[key], now=value,
-                )  # fmt: skip
+                    f"run {self.name} was trained with {key} {then[key]} and finds {value} now: the files behind it"
+                    " have changed. Put the old ones back, or start another run with --run NAME",
+                    "fingerprint-differs",
+                    fact=key,
+                    then=then[key],
+                    now=value,
+                )
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, flushed, and send the same to wandb. Values that are not finite become null."""
+        """Append one line to metrics.jsonl, flushed, and send the same to wandb. Values that are not finite become
+        null.
+        """
         if self._metrics is None:
             return
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in metrics.items()}
@@ -136,7 +202,10 @@ class Run:
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise UserError(f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the same command with --resume") from error
+            raise UserError(
+                f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the"
+                " same command with --resume"
+            ) from error
         if self._sink:
             self._sink.log(step, finite)
 
@@ -156,7 +225,10 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json in one step and close. Called by every rank."""
-        on_main(self.runtime, lambda: checkpoint.write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n"))
+        on_main(
+            self.runtime,
+            lambda: checkpoint.write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n"),
+        )
         self.close(result)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
@@ -174,13 +246,15 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.dir / ".lock", "a+")
         except OSError as error:
-            raise UserError(f"run directory {self.dir} cannot be written: {error.strerror}; try another NANOLAB_BASE_DIR") from None
+            raise UserError(
+                f"run directory {self.dir} cannot be written: {error.strerror}; try another NANOLAB_BASE_DIR"
+            ) from None
         self._take_lock()
         saved = bool(checkpoint.steps(self.checkpoints)) or self.finished
         if not resume and (saved or read_metrics(self.dir)):
             raise UserError(
-                f"run {self.name!r} exists already in {self.dir}. Type --resume to continue it, --run NAME for a new one, or remove it "
-                f"first: rm -r {self.dir}"
+                f"run {self.name!r} exists already in {self.dir}. Type --resume to continue it, --run NAME for a new"
+                f" one, or remove it first: rm -r {self.dir}"
             )
         before = recorded(self.name) if saved else {}
         if saved:
@@ -198,7 +272,8 @@ class Run:
             self.drop_from(-1)
         checkpoint.write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
         checkpoint.write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
-        mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")  # the reference's name for a run without wandb
+        # the reference's name for a run without wandb
+        mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")
         self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config, read_metrics(self.dir))
         self._metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         return env, source
@@ -210,7 +285,10 @@ class Run:
         except OSError:
             self._lock.seek(0)
             owner = self._lock.read().strip()
-            raise UserError(f"run {self.name!r} is being worked on by another process ({owner}) in {self.dir}; wait for it, stop it, or type --run NAME") from None
+            raise UserError(
+                f"run {self.name!r} is being worked on by another process ({owner}) in {self.dir}; wait for it, stop"
+                " it, or type --run NAME"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {os.uname().nodename}")
         self._lock.flush()
@@ -219,7 +297,8 @@ class Run:
         """The flags that nothing reads in such a run."""
         cls = {"base": BaseTrainConfig, "sft": SFTConfig, "rl": RLConfig}[self.kind]
         values = to_json(cls()) | config
-        saved = checkpoint.newest_valid(self.checkpoints) if self.kind != "base" else None  # whose model was pretrained by a recipe
+        # whose model was pretrained by a recipe
+        saved = checkpoint.newest_valid(self.checkpoints) if self.kind != "base" else None
         recipe = checkpoint.load_meta(saved).get("plan", {}).get("recipe") if saved else None
         rates = not_read(cls, values | {"recipe": recipe}, RATES) if recipe else {}
         return {*not_read(cls, values), *rates}
@@ -227,27 +306,42 @@ class Run:
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""
         may_change = MAY_CHANGE | ({"data"} if self.kind in ("sft", "rl") else set())  # there it is a folder
-        may_change |= set() if old.get("deterministic") else {"deterministic"}  # a run that began without has promised nothing
+        # a run that began without has promised nothing
+        may_change |= set() if old.get("deterministic") else {"deterministic"}
         flags = {k: (old[k], self.config[k]) for k in old if k in self.config and k not in may_change}
-        flags = {k: (a, b) for k, (a, b) in flags.items() if (without_paths(a) != without_paths(b) if k in HOLD_PATHS else a != b)}
-        ignored = self._not_read(old) & self._not_read(self.config) if flags else set()  # an older version took flags that nothing read
+        flags = {
+            k: (a, b)
+            for k, (a, b) in flags.items()
+            if (without_paths(a) != without_paths(b) if k in HOLD_PATHS else a != b)
+        }
+        # an older version took flags that nothing read
+        ignored = self._not_read(old) & self._not_read(self.config) if flags else set()
         wrong = [f"--{k.replace('_', '-')} was {a!r}, now {b!r}" for k, (a, b) in flags.items() if k not in ignored]
         for key, flag in MUST_KEEP.items():
-            if key in env and old_env.get(key, env[key]) != env[key] and not (key == "threads" and env["device"] != "cpu"):
+            if (
+                key in env
+                and old_env.get(key, env[key]) != env[key]
+                and not (key == "threads" and env["device"] != "cpu")
+            ):
                 wrong.append(f"{key} was {old_env[key]}, now {env[key]} (type {flag.format(old_env[key])})")
         if wrong:
             raise UserError(
-                f"run {self.name!r} cannot go on with what would change its result: {'; '.join(wrong)}. Type the values it was started "
-                f"with, or start a new run with --run NAME"
+                f"run {self.name!r} cannot go on with what would change its result: {'; '.join(wrong)}. Type the values"
+                " it was started with, or start a new run with --run NAME"
             )
         then, now = {**old, **old_env}, {**self.config, **env}  # of the kernel, that which was chosen
         for key in NOTED:
             if key in now and then.get(key, now[key]) != now[key]:
-                print0(f"note: {key} was {then[key]}, now {now[key]}: the same batches, but losses may differ in the last digits")
+                print0(
+                    f"note: {key} was {then[key]}, now {now[key]}: the same batches, but losses may differ in the last"
+                    " digits"
+                )
 
 
 def without_paths(value: Any) -> Any:
-    """A flag or fact without the paths in it: of "jsonl=/a/b.jsonl@9:2,gsm8k" and "/a/texts:0.3,pydocs:0.7". What lies there is compared by fingerprint."""
+    """A flag or fact without the paths in it: of "jsonl=/a/b.jsonl@9:2,gsm8k" and "/a/texts:0.3,pydocs:0.7". What lies
+    there is compared by fingerprint.
+    """
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     if isinstance(value, dict):
@@ -262,7 +356,12 @@ def without_paths(value: Any) -> Any:
 def check_name(name: str) -> None:
     """Raise UserError unless `name` can be a folder and the NAME of NAME@STEP."""
     if not name or name.startswith(".") or set(name) & set("/\\@:,") or name != name.strip():
-        raise UserError(f"run name {name!r} cannot be a folder name here; expected letters, digits, - _ . without / \\ @ : ,; try --run my-run", "run-name", name=name)
+        raise UserError(
+            f"run name {name!r} cannot be a folder name here; expected letters, digits, - _ . without / \\ @ : ,; try"
+            " --run my-run",
+            "run-name",
+            name=name,
+        )
 
 
 def on_main(runtime: Runtime, work: Callable[[], T]) -> T:

@@ -30,7 +30,9 @@ def shard(seed: int, rows: int = 300) -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """`faults[path]` is a list of what happens to the next requests for that file: drop, truncate, flip, whole, 404, 503."""
+    """`faults[path]` is a list of what happens to the next requests for that file: drop, truncate, flip, whole, 404,
+    503.
+    """
 
     daemon_threads = True
 
@@ -62,11 +64,18 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/api/datasets/me/data/tree/"):
             entries = [
-                {"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest(),
-                 "lfs": {"oid": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 130}}
+                {
+                    "type": "file",
+                    "path": f,
+                    "size": len(b),
+                    "oid": hashlib.sha1(b).hexdigest(),
+                    "lfs": {"oid": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 130},
+                }
                 for f, b in hub_.files.items()
-            ]  # fmt: skip
-            self.reply(json.dumps([{"type": "file", "path": "README.md", "size": 3, "oid": "0" * 40}, *entries]).encode())
+            ]
+            self.reply(
+                json.dumps([{"type": "file", "path": "README.md", "size": 3, "oid": "0" * 40}, *entries]).encode()
+            )
         elif path.startswith("/api/datasets/me/data"):
             self.reply(json.dumps({"id": "me/data", "sha": hub_.revision}).encode())
         elif path.startswith(prefix := f"/datasets/me/data/resolve/{hub_.revision}/"):
@@ -243,7 +252,9 @@ def test_a_damaged_file_on_disk_is_refused(server, base_dir):
 
 def test_no_network(base_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="tinystories is not downloaded and http://127.0.0.1:9 cannot be asked.*try --data pydocs"):
+    with pytest.raises(
+        UserError, match="tinystories is not downloaded and http://127.0.0.1:9 cannot be asked.*try --data pydocs"
+    ):
         open_data(DataConfig(data="tinystories"))
     assert not (base_dir / "corpora/tinystories").exists()
 
@@ -267,6 +278,9 @@ def test_the_command_ends_with_code_1_and_names_what_failed(server, capsys):
         main(lambda: run(DataBuildConfig(data="toy", num_shards=2, json=True)))
     assert end.value.code == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(s["source"], s["documents"], s["files"]) for s in report["sources"]] == [("toy", 600, 2), ("validation", 300, 1)]
+    assert [(s["source"], s["documents"], s["files"]) for s in report["sources"]] == [
+        ("toy", 600, 2),
+        ("validation", 300, 1),
+    ]
     tables = [pq.read_table(io.BytesIO(server.files[f"data/shard_{i}.parquet"])) for i in (0, 1)]
     assert report["sources"][0]["bytes"] == sum(len(t) for table in tables for t in table["text"].to_pylist())

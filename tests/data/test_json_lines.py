@@ -1,4 +1,6 @@
-"""Lines that JSON allows and Python does not read, too long ones, in every reader: the error names file and line. Oracle: where the line was put."""
+"""Lines that JSON allows and Python does not read, too long ones, in every reader: the error names file and line.
+Oracle: where the line was put.
+"""
 
 import gzip
 import json
@@ -15,7 +17,11 @@ from nanolab.data.synthesis import Collection, Spec
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import read_rows
 
-UNREADABLE = {"digits": "1" * 5000, "lists": "[" * 100_000 + "]" * 100_000, "objects": '{"a": ' * 100_000 + "1" + "}" * 100_000}
+UNREADABLE = {
+    "digits": "1" * 5000,
+    "lists": "[" * 100_000 + "]" * 100_000,
+    "objects": '{"a": ' * 100_000 + "1" + "}" * 100_000,
+}
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 READERS: dict[str, tuple[dict, Callable]] = {  # a good line; the reader
     "corpus": ({"text": "some words"}, index_file),
@@ -45,8 +51,16 @@ def test_other_files_that_python_cannot_read_are_named(tmp_path, what):
     (tmp_path / "tokenizer").mkdir()
     for path, text, read in (
         (tmp_path / "tokenizer" / "tokenizer.json", f'{{"n": {UNREADABLE[what]}}}', Tokenizer.load),
-        (tmp_path / "stages.toml", f"n = {UNREADABLE[what]}" if what != "objects" else "n = " + "{a = " * 5000 + "1" + "}" * 5000, read_toml),
-        (tmp_path / "chats.jsonl", f'{{"index": {UNREADABLE[what]}}}\n', lambda path: Collection(path, Spec({}, "", ""), 1)),
+        (
+            tmp_path / "stages.toml",
+            f"n = {UNREADABLE[what]}" if what != "objects" else "n = " + "{a = " * 5000 + "1" + "}" * 5000,
+            read_toml,
+        ),
+        (
+            tmp_path / "chats.jsonl",
+            f'{{"index": {UNREADABLE[what]}}}\n',
+            lambda path: Collection(path, Spec({}, "", ""), 1),
+        ),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=path.name):

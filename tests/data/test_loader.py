@@ -36,7 +36,13 @@ class Numbers:
 
 def packed(documents=None, rank: int = 0, world_size: int = 1) -> PackedBatches:
     return PackedBatches(
-        [(documents or Numbers(), 1.0)], TOKENIZER, seq_len=32, device_batch_size=2, rows_per_step=16, rank=rank, world_size=world_size
+        [(documents or Numbers(), 1.0)],
+        TOKENIZER,
+        seq_len=32,
+        device_batch_size=2,
+        rows_per_step=16,
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -64,7 +70,9 @@ def test_batches_states_and_places_are_those_of_the_batch_last_handed_out(loader
     assert ahead.state_dict() == plain.state_dict()
     for i in range(20):
         a, b = plain.next(), ahead.next()
-        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and a.n_targets == b.n_targets == 64
+        assert (
+            torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and a.n_targets == b.n_targets == 64
+        )
         if i % 5 == 0:
             time.sleep(0.02)  # the thread runs ahead meanwhile
         assert ahead.state_dict() == plain.state_dict()
@@ -106,7 +114,9 @@ def test_an_error_in_the_thread_is_raised_by_next_after_the_batches_before_it(lo
 
 @pytest.mark.fault("core D6")
 def test_a_step_finds_all_its_batches_made(tmp_path, monkeypatch):
-    """A packer that is faster than the step: whatever it made while one step ran is enough for the next one, of 8 micro-batches."""
+    """A packer that is faster than the step: whatever it made while one step ran is enough for the next one, of 8
+    micro-batches.
+    """
     made, handed, ahead, steps = [0], [0], [], 6
     pack, take, forward = PackedBatches.next, Prefetch.next, GPT.forward
 
@@ -121,7 +131,9 @@ def test_a_step_finds_all_its_batches_made(tmp_path, monkeypatch):
     def computed(self, *args, **kwargs):
         if torch.is_grad_enabled() and handed[0] // 8 > len(ahead):  # a step's first pass
             deadline = time.monotonic() + 2
-            while made[0] - handed[0] < 8 + 5 and time.monotonic() < deadline:  # 12 in the queue, one that waits for a place
+            while (
+                made[0] - handed[0] < 8 + 5 and time.monotonic() < deadline
+            ):  # 12 in the queue, one that waits for a place
                 time.sleep(0.001)
             ahead.append(made[0] - handed[0])
         return forward(self, *args, **kwargs)
@@ -129,16 +141,34 @@ def test_a_step_finds_all_its_batches_made(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("\n".join(f"document number {n}; " * (n % 13 + 1) for n in range(3000)))
     TOKENIZER.save(tmp_path / "tokenizer")
-    for target, name, function in ((PackedBatches, "next", packed_one), (Prefetch, "next", taken), (GPT, "forward", computed)):
+    for target, name, function in (
+        (PackedBatches, "next", packed_one),
+        (Prefetch, "next", taken),
+        (GPT, "forward", computed),
+    ):
         monkeypatch.setattr(target, name, function)
     cfg = BaseTrainConfig(
-        run="fed", data_dir=str(tmp_path / "text"), tokenizer=str(tmp_path / "tokenizer"), depth=2, aspect_ratio=16, head_dim=16, max_seq_len=32,
-        device_batch_size=2, total_batch_size=8 * 64, num_iterations=steps, eval_every=-1, sample_every=-1, device_type="cpu", log_every=-1,
-    )  # fmt: skip
+        run="fed",
+        data_dir=str(tmp_path / "text"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        depth=2,
+        aspect_ratio=16,
+        head_dim=16,
+        max_seq_len=32,
+        device_batch_size=2,
+        total_batch_size=8 * 64,
+        num_iterations=steps,
+        eval_every=-1,
+        sample_every=-1,
+        device_type="cpu",
+        log_every=-1,
+    )
     base_train.run(cfg)
     assert len(ahead) == steps and min(ahead) >= 8, ahead
     assert max(ahead) <= 13, "what is made ahead is bounded"
-    assert read_json(runs_dir() / "fed" / "result.json")["steps_waited"] == 1, "the first one, before which nothing was made"
+    assert read_json(runs_dir() / "fed" / "result.json")["steps_waited"] == 1, (
+        "the first one, before which nothing was made"
+    )
 
 
 class Gated:
@@ -177,7 +207,9 @@ def test_waits_are_counted(loader):
 
 
 class FakeGPUs:
-    """What torch.cuda does of devices and streams, without any: each thread has a device, 0 at first, on which a call creates a context."""
+    """What torch.cuda does of devices and streams, without any: each thread has a device, 0 at first, on which a call
+    creates a context.
+    """
 
     class Stream(NamedTuple):
         device: torch.device
@@ -190,10 +222,14 @@ class FakeGPUs:
     def __init__(self, monkeypatch) -> None:
         self.now, self.contexts = threading.local(), []
         cuda = {
-            "set_device": self.set_device, "Stream": self.Stream, "current_stream": self.current_stream,
+            "set_device": self.set_device,
+            "Stream": self.Stream,
+            "current_stream": self.current_stream,
             "set_stream": lambda stream: self.set_device(stream.device),
-            "_get_device_index": lambda device, optional=False: self.current(), "_exchange_device": self.exchange, "_maybe_exchange_device": self.exchange,
-        }  # fmt: skip
+            "_get_device_index": lambda device, optional=False: self.current(),
+            "_exchange_device": self.exchange,
+            "_maybe_exchange_device": self.exchange,
+        }
         for name, function in cuda.items():
             monkeypatch.setattr(torch.cuda, name, function)
         for name in ("pin_memory", "to", "record_stream"):
@@ -219,7 +255,9 @@ class FakeGPUs:
 def test_the_thread_stays_on_the_device_of_its_rank(monkeypatch):
     """torch's own context of streams, on stand-ins for what it calls."""
     gpus = FakeGPUs(monkeypatch)
-    ahead = Prefetch(packed(), Runtime(torch.device("cuda", 3), torch.bfloat16, rank=3, local_rank=3, world_size=4, backend="nccl"))
+    ahead = Prefetch(
+        packed(), Runtime(torch.device("cuda", 3), torch.bfloat16, rank=3, local_rank=3, world_size=4, backend="nccl")
+    )
     for _ in range(6):
         ahead.next()
     ahead.close()

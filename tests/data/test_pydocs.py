@@ -1,4 +1,6 @@
-"""The offline corpus: what is taken from a file, what is dropped, and that the same installation gives the same corpus."""
+"""The offline corpus: what is taken from a file, what is dropped, and that the same installation gives the same
+corpus.
+"""
 
 import importlib.metadata
 import json
@@ -13,7 +15,10 @@ from nanolab.config import DataConfig, UserError
 from nanolab.data import pydocs
 from nanolab.data.corpus import hold_out, open_data
 
-PROSE = "The quick reader will note that this is a sentence of the kind that people write when they have to explain a thing. "
+PROSE = (
+    "The quick reader will note that this is a sentence of the kind that people write when they have to explain a"
+    " thing. "
+)
 
 
 def units(tmp_path, source, name="m.py"):
@@ -47,10 +52,12 @@ def test_docstrings_are_read_with_their_names_and_nothing_is_run(tmp_path):
                 """
             class D:
                 """Inner words."""
-        add_docstr(thing, r"""''' + PROSE * 3 + '''""".format(**common))
+        add_docstr(thing, r"""'''
+        + PROSE * 3
+        + '''""".format(**common))
         short = "not long enough"
         ''',
-    )  # fmt: skip
+    )
     assert found == [
         [("", "Module words.")],
         [("f(a, b, c)", "Function words.")],
@@ -66,13 +73,18 @@ def test_long_comments_of_a_file_are_one_document(tmp_path):
     assert units(tmp_path, source)[1:] == [[("", f"{PROSE}\n\n{PROSE}\n"), ("", f"{PROSE}\n" * 3)]]
 
 
-@pytest.mark.parametrize("content", ['"""unclosed', '"""x"""\nprint "old"', '"""x\0y"""', "# -*- coding: nonsense -*-\n'''x'''"])
+@pytest.mark.parametrize(
+    "content", ['"""unclosed', '"""x"""\nprint "old"', '"""x\0y"""', "# -*- coding: nonsense -*-\n'''x'''"]
+)
 def test_files_that_do_not_parse_hold_nothing(tmp_path, content):
     assert units(tmp_path, content) == []
 
 
 def test_a_description_follows_the_headers(tmp_path):
-    assert units(tmp_path, "Name: x\nVersion: 1\n\n# Title\n\nWords.\n", "METADATA") == [[], [("", "# Title\n\nWords.\n")]]
+    assert units(tmp_path, "Name: x\nVersion: 1\n\n# Title\n\nWords.\n", "METADATA") == [
+        [],
+        [("", "# Title\n\nWords.\n")],
+    ]
 
 
 def test_clean_drops_sessions_code_and_the_headings_they_leave():
@@ -96,7 +108,9 @@ def test_clean_drops_sessions_code_and_the_headings_they_leave():
     --------
     more words"""
     text += "\n\n    ```python\n    x = 1\n    ```\nNotes\n=====\n\n>>> only()\n\n[![badge](x)](y)\n"
-    cleaned = "Words before.\n\n    Parameters\n    ----------\n    x : kept\n\n    See Also\n    --------\n    more words"
+    cleaned = (
+        "Words before.\n\n    Parameters\n    ----------\n    x : kept\n\n    See Also\n    --------\n    more words"
+    )
     assert pydocs.clean(text) == cleaned
 
 
@@ -104,7 +118,9 @@ def test_prose_is_told_from_code_tables_and_other_languages():
     assert pydocs.is_prose(PROSE * 2)
     assert not pydocs.is_prose("x = foo(bar, baz) + qux[3] ** 2; return x.y.z\n" * 6)
     assert not pydocs.is_prose("0.1  0.2  0.3  the  4.5\n" * 12)
-    assert not pydocs.is_prose("Dies ist ein Satz, den jemand auf Deutsch geschrieben hat, damit er etwas erklären kann. " * 3)
+    assert not pydocs.is_prose(
+        "Dies ist ein Satz, den jemand auf Deutsch geschrieben hat, damit er etwas erklären kann. " * 3
+    )
 
 
 def test_documents_are_long_enough_and_each_text_appears_once():
@@ -147,7 +163,10 @@ def test_sources_are_the_standard_library_and_required_distributions_only():
     assert not found.keys() & {"pytest", "hypothesis", "nanolab"}
     files, versions, _ = pydocs.source_files()
     groups = {g for g, _ in files}
-    assert {"python.asyncio", "python.argparse", "numpy", "numpy.linalg"} <= groups and not groups & {"python.test", "python.site-packages"}
+    assert {"python.asyncio", "python.argparse", "numpy", "numpy.linalg"} <= groups and not groups & {
+        "python.test",
+        "python.site-packages",
+    }
     assert versions == {name: importlib.metadata.version(name) for name in found}
     assert len(files) == len(set(files))
 
@@ -165,7 +184,10 @@ def test_groups_held_out_fit_the_cap_and_do_not_depend_on_order():
 def few_sources(monkeypatch):
     """The corpus from a dozen packages of the standard library: the real path in a second."""
     files, versions, left_out = pydocs.source_files()
-    wanted = {f"python.{n}" for n in "asyncio email http logging unittest xml json turtle argparse typing difflib pydoc_data".split()}
+    wanted = {
+        f"python.{n}"
+        for n in "asyncio email http logging unittest xml json turtle argparse typing difflib pydoc_data".split()
+    }
     files = [f for f in files if f[0] in wanted]
     monkeypatch.setattr(pydocs, "source_files", lambda: (files, versions, left_out))
 

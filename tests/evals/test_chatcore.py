@@ -34,7 +34,8 @@ def test_the_score_is_the_mean_of_centred_accuracies_by_hand():
 def test_a_mean_over_all_members_and_only_that_is_called_chatcore():
     rows = [(name, 0.0, 0.5, Interval(0.4, 0.6)) for name in MEMBERS]
     assert chatcore_score(rows)[:2] == ("ChatCORE", 0.5)
-    assert chatcore_score([*rows, ("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))])[:2] == ("ChatCORE", 0.5)  # not a member
+    # not a member
+    assert chatcore_score([*rows, ("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))])[:2] == ("ChatCORE", 0.5)
     assert chatcore_score(rows[1:]).label == "ChatCORE-5 of 6"
     assert chatcore_score([("arithmetic", 0.0, 1.0, Interval(0.9, 1.0)), rows[0]]) is None  # one member is no mean
 
@@ -48,8 +49,14 @@ def test_members_are_tasks_that_can_be_graded():
 
 def tasks():
     letters = [("A", "B")] * 4
-    categorical = examples.ListTask([("plain?", "A"), ("words", "B"), ("é", "A"), ("only", "A")], letters, name="mmlu", baseline=0.25)
-    return [categorical, examples.ListTask([("one", "a"), ("two", ""), ("three", "e")], name="gsm8k"), examples.ListTask([("x", "")], name="arithmetic")]
+    categorical = examples.ListTask(
+        [("plain?", "A"), ("words", "B"), ("é", "A"), ("only", "A")], letters, name="mmlu", baseline=0.25
+    )
+    return [
+        categorical,
+        examples.ListTask([("one", "a"), ("two", ""), ("three", "e")], name="gsm8k"),
+        examples.ListTask([("x", "")], name="arithmetic"),
+    ]
 
 
 def test_a_look_while_training_names_every_task_and_what_is_lacking():
@@ -58,7 +65,12 @@ def test_a_look_while_training_names_every_task_and_what_is_lacking():
     a = multiple_choice.evaluate(engine, categorical, range(3)).accuracy
     b = generative.evaluate(engine, generated, range(2), max_tokens=5).accuracy
     assert found == pytest.approx(
-        {"chatcore/mmlu": a, "chatcore/gsm8k": b, "chatcore/arithmetic": 1.0, "chatcore/ChatCORE-2 of 6": ((a - 0.25) / 0.75 + b) / 2}
+        {
+            "chatcore/mmlu": a,
+            "chatcore/gsm8k": b,
+            "chatcore/arithmetic": 1.0,
+            "chatcore/ChatCORE-2 of 6": ((a - 0.25) / 0.75 + b) / 2,
+        }
     )
     assert set(chatcore(engine, [other], max_tokens=5)) == {"chatcore/arithmetic"}
 

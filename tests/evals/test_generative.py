@@ -32,7 +32,12 @@ def test_a_reply_is_what_it_would_be_alone(batch_size):
     assert [(r.index, r.sample) for r in result.replies] == [(i, s) for i in (0, 1, 2, 4) for s in range(3)]
     assert len({str(r.content) for r in result.replies}) > 6
     for r in result.replies:
-        steps = engine.generate([prompt(engine, QUESTIONS[r.index])], max_tokens=12, temperature=1.0, seed=[reply_seed(5, r.index, r.sample)])
+        steps = engine.generate(
+            [prompt(engine, QUESTIONS[r.index])],
+            max_tokens=12,
+            temperature=1.0,
+            seed=[reply_seed(5, r.index, r.sample)],
+        )
         ids = [new.token for (new,) in steps]
         assert r.content == parse_reply(engine.tokenizer, ids)
         assert r.correct == TASK.correct(TASK.example(r.index), r.content)

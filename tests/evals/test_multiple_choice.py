@@ -16,7 +16,16 @@ examples = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(examples)
 
 ABC, ABCDE = ("A", "B", "C"), ("A", "B", "C", "D", "E")
-QUESTIONS = ["plain?", "words and words and words", "é", "only", "which of these words is a plain one, and which is not?", "A", "one two", "longer"]
+QUESTIONS = [
+    "plain?",
+    "words and words and words",
+    "é",
+    "only",
+    "which of these words is a plain one, and which is not?",
+    "A",
+    "one two",
+    "longer",
+]
 ARCHITECTURES = {
     "default": {},
     "windows": {"window_pattern": "SL", "window_size": 4},
@@ -45,7 +54,9 @@ def test_logits_after_each_prompt_of_a_batch_are_those_it_gets_alone(flags):
     engine = examples.engine(**flags)
     assert flags.get("bos", engine.tokenizer.bos) == engine.tokenizer.bos
     prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": q}]) for q in QUESTIONS]
-    torch.testing.assert_close(last_logits(engine.model, prompts, torch.device("cpu")), torch.stack([alone(engine, q) for q in QUESTIONS]))
+    torch.testing.assert_close(
+        last_logits(engine.model, prompts, torch.device("cpu")), torch.stack([alone(engine, q) for q in QUESTIONS])
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -87,14 +87,18 @@ def test_it_is_downloaded_once_pinned_and_said(server, tmp_path, base_dir, capsy
     published.ensure()
     assert len(server.seen) == 3
     (folder / "core.yaml").write_text("icl_tasks: [{label: a}]")
-    with pytest.raises(UserError, match="core.yaml is not the file that was downloaded; expected sha256 .*; type rm -r"):
+    with pytest.raises(
+        UserError, match="core.yaml is not the file that was downloaded; expected sha256 .*; type rm -r"
+    ):
         published.ensure()
 
 
 def test_a_damaged_archive_leaves_nothing(server, base_dir):
     at = server.body.index(b"was too small")
     server.body = server.body[:at] + b"W" + server.body[at + 1 :]
-    with pytest.raises(UserError, match="is damaged .*Bad CRC-32.*; expected a whole zip archive; type the same command again"):
+    with pytest.raises(
+        UserError, match="is damaged .*Bad CRC-32.*; expected a whole zip archive; type the same command again"
+    ):
         published.ensure()
     assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"]
     server.body = b"<html>not here</html>"
@@ -134,7 +138,13 @@ def test_an_archive_that_would_fill_the_disk_is_not_unpacked(server, base_dir, m
 
 def test_without_a_network_the_flag_is_named(monkeypatch, base_dir):
     monkeypatch.setattr(published, "URL", "http://127.0.0.1:9/eval_bundle.zip")
-    with pytest.raises(UserError, match=r"is not in .*eval_bundle, and http.* cannot be downloaded \(.*refused.*\); expected a network; type --eval-bundle DIR"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"is not in .*eval_bundle, and http.* cannot be downloaded \(.*refused.*\); expected a network; type"
+            r" --eval-bundle DIR"
+        ),
+    ):
         published.ensure()
 
 

@@ -18,7 +18,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(make_gpt, tokenizer):
-    return make_gpt(GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), scale=0.3)
+    return make_gpt(
+        GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), scale=0.3
+    )
 
 
 @torch.no_grad()

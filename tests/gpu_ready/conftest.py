@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "contracts")]  # demands; axes, the values of every flag
+# demands; axes, the values of every flag
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "contracts")]
 pytest.register_assert_rewrite("demands")
 
-from demands import flash_attn_func, flex_attention, fused
+from demands import flash_attn_func, flex_attention, fused  # noqa: E402
 
-from nanolab.model import flash3, flex, gpt, kernels
+from nanolab.model import flash3, flex, gpt, kernels  # noqa: E402
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function capability -> None: from there on the meta device is a GPU of it, on which every package is installed."""
+    """A function capability -> None: from there on the meta device is a GPU of it, on which every package is
+    installed.
+    """
 
     def put(capability):
         for module in (kernels, flex, flash3, gpt):

@@ -1,4 +1,6 @@
-"""Forward and backward of every branch that only GPUs take, on tensors without numbers: the calls are ones that a GPU accepts."""
+"""Forward and backward of every branch that only GPUs take, on tensors without numbers: the calls are ones that a GPU
+accepts.
+"""
 
 import itertools
 import math
@@ -15,17 +17,38 @@ from nanolab.model.kernels import KERNELS, choose_kernel
 from nanolab.model.rules import Rules
 
 T = 160  # two blocks of banded's, and no other dimension here
-SHAPES = {"heads 2": (2, 2, 2, 64, 64), "shared": (1, 4, 2, 64, 64), "odd": (1, 2, 1, 12, 12), "values": (1, 2, 2, 24, 16), "wide": (1, 2, 2, 128, 128)}
+SHAPES = {
+    "heads 2": (2, 2, 2, 64, 64),
+    "shared": (1, 4, 2, 64, 64),
+    "odd": (1, 2, 1, 12, 12),
+    "values": (1, 2, 2, 24, 16),
+    "wide": (1, 2, 2, 128, 128),
+}
 CASES = {
-    "plain": {}, "window": {"window": 100}, "sink": {"log_sink": "learned"}, "fixed sink, window": {"log_sink": 0.0, "window": 100},
-    "alibi": {"slopes": True}, "softcap": {"softcap": 5.0}, "documents": {"first_BT": True}, "dropout": {"dropout": 0.1},
-}  # fmt: skip
-GPUS = [((7, 5), torch.float16), ((7, 0), torch.float32), ((8, 0), torch.bfloat16), ((8, 0), torch.float32), ((9, 0), torch.bfloat16), ((10, 0), torch.bfloat16)]
+    "plain": {},
+    "window": {"window": 100},
+    "sink": {"log_sink": "learned"},
+    "fixed sink, window": {"log_sink": 0.0, "window": 100},
+    "alibi": {"slopes": True},
+    "softcap": {"softcap": 5.0},
+    "documents": {"first_BT": True},
+    "dropout": {"dropout": 0.1},
+}
+GPUS = [
+    ((7, 5), torch.float16),
+    ((7, 0), torch.float32),
+    ((8, 0), torch.bfloat16),
+    ((8, 0), torch.float32),
+    ((9, 0), torch.bfloat16),
+    ((10, 0), torch.bfloat16),
+]
 
 
 def problem(shape, case, dtype):
     B, H, G, D, E = shape
-    q, k, v = (torch.empty(B, T, n, d, device="meta", dtype=dtype, requires_grad=True) for n, d in ((H, D), (G, D), (G, E)))
+    q, k, v = (
+        torch.empty(B, T, n, d, device="meta", dtype=dtype, requires_grad=True) for n, d in ((H, D), (G, D), (G, E))
+    )
     options = {"window": T, "scale": 0.3} | case
     if case.get("log_sink") == "learned":
         options["log_sink"] = torch.empty(H, device="meta", requires_grad=True)
@@ -55,21 +78,41 @@ def test_every_kernel_that_a_gpu_may_be_given(gpu, capability, dtype, case):
 
 
 ELSEWHERE = {  # axes that attention does not read
-    "mlp", "norm", "init", "bias", "pad_vocab_to", "softcap", "embed_dropout", "resid_dropout", "mlp_dropout", "embed_norm", "smear", "residual_scalars",
-    "backout", "tied_head", "qk_gain",
-}  # fmt: skip
+    "mlp",
+    "norm",
+    "init",
+    "bias",
+    "pad_vocab_to",
+    "softcap",
+    "embed_dropout",
+    "resid_dropout",
+    "mlp_dropout",
+    "embed_norm",
+    "smear",
+    "residual_scalars",
+    "backout",
+    "tied_head",
+    "qk_gain",
+}
 
 
 def models():
     yield "default", {}
-    yield from ((label(value), value) for axis, values in axes().items() if axis not in ELSEWHERE for value in list(values.values())[1:])
+    yield from (
+        (label(value), value)
+        for axis, values in axes().items()
+        if axis not in ELSEWHERE
+        for value in list(values.values())[1:]
+    )
 
 
 @pytest.mark.parametrize("changes", [pytest.param(value, id=name) for name, value in models()])
 def test_a_training_step_of_every_variant(gpu, changes):
     """On a T4 and an A100, the default on an H100 too: no call that they refuse, and none that is T x T."""
     config = GPTConfig(**vars(BASE) | {"sequence_len": T, "n_embd": 64, "window_size": 100} | changes)
-    for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)][: 2 if changes else 3]:
+    for capability, dtype in [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)][
+        : 2 if changes else 3
+    ]:
         gpu(capability)
         with torch.device("meta"):
             model = GPT(config, dtype)
@@ -108,7 +151,9 @@ def test_strides_and_dtypes_that_flash_kernels_would_refuse_are_refused_by_name(
 
 @pytest.mark.fault("core likely: flex for reading prompts")
 def test_prompts_and_held_out_rows_compile_nothing(gpu, monkeypatch):
-    """Ten lengths without gradient: flex is not called. With gradient it is compiled, and inside another compilation it is part of that."""
+    """Ten lengths without gradient: flex is not called. With gradient it is compiled, and inside another compilation it
+    is part of that.
+    """
     gpu((8, 0))
     compiled = []
     monkeypatch.setattr(flex, "_compiled", lambda function: compiled.append(function) or function)
@@ -126,12 +171,20 @@ def test_prompts_and_held_out_rows_compile_nothing(gpu, monkeypatch):
 
 @pytest.mark.parametrize("case", ["alibi", "softcap", "documents", "fixed sink, window"])
 def test_flex_without_gradient_equals_the_definition(monkeypatch, case):
-    """The branch for passes without gradient, on a CPU that is taken for a GPU, in bf16: closer to the formula than a bf16 rounding of its own."""
+    """The branch for passes without gradient, on a CPU that is taken for a GPU, in bf16: closer to the formula than a
+    bf16 rounding of its own.
+    """
     monkeypatch.setattr(flex, "on_cuda", lambda x: True)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 200, n, 32, generator=g).bfloat16() for n in (4, 2, 2))
     first = (torch.rand(2, 200, generator=g) < 0.02) * torch.arange(200)
-    options = {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])} if case == "alibi" else {"first_BT": first.cummax(1).values} if case == "documents" else CASES[case]
+    options = (
+        {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}
+        if case == "alibi"
+        else {"first_BT": first.cummax(1).values}
+        if case == "documents"
+        else CASES[case]
+    )
     asked = Rules(**{"window": 1 << 40, "scale": 1 / math.sqrt(32)} | options)
     with torch.no_grad():
         y, want = flex.run(q, k, v, asked), kernels.eager(q.double(), k.double(), v.double(), asked)
@@ -141,10 +194,15 @@ def test_flex_without_gradient_equals_the_definition(monkeypatch, case):
 
 @pytest.mark.parametrize("case", ["window", "fixed sink, window", "alibi"])
 def test_a_t4s_kernel_in_fp16_equals_the_definition(case):
-    """Forward and backward on a CPU, which has the same operators. Far keys of ALiBi and masked ones stay within fp16's range."""
+    """Forward and backward on a CPU, which has the same operators. Far keys of ALiBi and masked ones stay within fp16's
+    range.
+    """
     g = torch.Generator().manual_seed(0)
     inputs = [(4 * torch.randn(2, 700, n, 32, generator=g)).half().requires_grad_() for n in (4, 2, 2)]
-    asked = Rules(**{"window": 1 << 40, "scale": 1 / math.sqrt(32)} | ({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])} if case == "alibi" else CASES[case]))
+    asked = Rules(
+        **{"window": 1 << 40, "scale": 1 / math.sqrt(32)}
+        | ({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])} if case == "alibi" else CASES[case])
+    )
     upstream, results = torch.randn(2, 700, 4, 32, generator=g), []
     for run, dtype in ((KERNELS["banded"].run, torch.float16), (kernels.eager, torch.float64)):
         y = run(*(x.to(dtype) for x in inputs), asked)
@@ -155,7 +213,9 @@ def test_a_t4s_kernel_in_fp16_equals_the_definition(case):
 
 @pytest.mark.fault("core likely: block masks of inference mode")
 def test_a_mask_first_made_for_a_prompt_serves_a_step_with_gradient():
-    """RL: prompts of T tokens are read in inference mode, then rows of T are trained on. autograd saves the mask's tensors."""
+    """RL: prompts of T tokens are read in inference mode, then rows of T are trained on. autograd saves the mask's
+    tensors.
+    """
     flex._blocks.cache_clear()
     with torch.inference_mode():
         flex._blocks(130, 64, torch.device("cpu"))
@@ -175,4 +235,8 @@ def test_no_branch_is_left_out(gpu):
     inputs, rules = problem((1, 2, 2, 64, 64), {"window": 100}, torch.bfloat16)
     with Demands() as demands:
         KERNELS["sdpa"].run(*inputs, rules).sum().backward()
-    assert demands.counts[aten._flash_attention_forward.default] == demands.counts[aten._flash_attention_backward.default] == 1
+    assert (
+        demands.counts[aten._flash_attention_forward.default]
+        == demands.counts[aten._flash_attention_backward.default]
+        == 1
+    )

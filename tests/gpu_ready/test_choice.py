@@ -49,7 +49,9 @@ def test_every_generation_gets_a_kernel_that_it_can_run(needs, dtype, names):
 
 @pytest.mark.fault("core D3")
 def test_before_ampere_nothing_takes_flash_or_flex():
-    """All needs together and in every combination: sdpa is left for what its memory-efficient kernel does, causal rows without a window."""
+    """All needs together and in every combination: sdpa is left for what its memory-efficient kernel does, causal rows
+    without a window.
+    """
     for gpu, dtype in itertools.product((V100, T4), (FP16, BF16, FP32)):
         for n in range(len(NEEDS) + 1):
             for needs in map(frozenset, itertools.combinations(sorted(NEEDS), n)):
@@ -58,7 +60,9 @@ def test_before_ampere_nothing_takes_flash_or_flex():
 
 
 @pytest.mark.fault("core D3")
-@pytest.mark.parametrize("gpu,dtype,names", [(T4, FP16, ["banded"] * 3 + ["sdpa"]), (A100, BF16, ["sdpa"] * 4), (H100, BF16, ["fa3"] * 4)])
+@pytest.mark.parametrize(
+    "gpu,dtype,names", [(T4, FP16, ["banded"] * 3 + ["sdpa"]), (A100, BF16, ["sdpa"] * 4), (H100, BF16, ["fa3"] * 4)]
+)
 def test_the_default_model_by_what_torch_says_of_the_gpu(monkeypatch, gpu, dtype, names):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
@@ -80,13 +84,18 @@ def test_the_line_of_a_plan_says_why_a_faster_kernel_is_missing(monkeypatch):
     """Each reason is the kernel's own, beside the layers that it is about; none where the fastest runs."""
     layers = [("sdpa", frozenset({"window"})), ("sdpa", frozenset({"window"})), ("flex", frozenset({"alibi"}))]
     line = kernels.kernel_line(layers, "cuda", BF16, capability=A100)
-    fa3, sdpa = (KERNELS[name].missing(frozenset(need), "cuda", BF16, A100) for name, need in (("fa3", ()), ("sdpa", {"alibi"})))
+    fa3, sdpa = (
+        KERNELS[name].missing(frozenset(need), "cuda", BF16, A100) for name, need in (("fa3", ()), ("sdpa", {"alibi"}))
+    )
     assert line == f"sdpa x 2 (not fa3: {fa3}), flex x 1 (not fa3: {fa3}; not sdpa: {sdpa})" and "8.0" in fa3
     assert kernels.kernel_line([("fa3", frozenset())] * 3, "cuda", BF16, capability=H100) == "fa3 x 3"
     assert kernels.kernel_line([("banded", frozenset())] * 3, "cpu", FP32) == "banded x 3"
     assert kernels.kernel_line([("eager", frozenset())], "cpu", FP32, asked="eager") == "eager x 1 (--attn-kernel)"
     monkeypatch.setattr(flash3, "probed", lambda device_type: (None, "no network"))
-    assert kernels.kernel_line([("sdpa", frozenset())] * 2, "cuda", BF16, capability=H100) == "sdpa x 2 (not fa3: no network)"
+    assert (
+        kernels.kernel_line([("sdpa", frozenset())] * 2, "cuda", BF16, capability=H100)
+        == "sdpa x 2 (not fa3: no network)"
+    )
 
 
 @pytest.mark.fault("P1", "core D1")

@@ -11,7 +11,9 @@ from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training.models import load_model
 
-spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).parents[1] / "training" / "pretrained.py")
+spec = importlib.util.spec_from_file_location(
+    "nanolab_tests_pretrained", Path(__file__).parents[1] / "training" / "pretrained.py"
+)
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrained)
 

@@ -8,7 +8,10 @@ from nanolab.inference.engine import Engine, Request
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
-CONFIG = GPTConfig(sequence_len=160, vocab_size=61, n_layer=2, n_head=2, attention="mqa", n_embd=32, window_pattern="SL")  # S is 128
+# S is 128
+CONFIG = GPTConfig(
+    sequence_len=160, vocab_size=61, n_layer=2, n_head=2, attention="mqa", n_embd=32, window_pattern="SL"
+)
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 GREEDY = dict(temperature=0.0, stop_ids=())
 
@@ -68,7 +71,10 @@ def test_prefill_in_chunks_equals_whole_prefill(model, prefill_tokens):
     prompts = [prompt(40), prompt(40, seed=1), prompt(13)]
     expected = Engine(model, None, RUNTIME).complete(prompts, max_tokens=10, **GREEDY)
     counted = Counting(model)
-    assert Engine(counted, None, RUNTIME, prefill_tokens=prefill_tokens).complete(prompts, max_tokens=10, **GREEDY) == expected
+    assert (
+        Engine(counted, None, RUNTIME, prefill_tokens=prefill_tokens).complete(prompts, max_tokens=10, **GREEDY)
+        == expected
+    )
     assert all(B * T <= prefill_tokens for B, T in counted.shapes if T > 1)
 
 
@@ -99,7 +105,9 @@ def test_the_stream_says_how_each_row_ended_and_complete_leaves_the_stop_out(mod
     stop = reply[5]
     n = reply.index(stop)
     steps = list(engine.generate([ids], max_tokens=8, temperature=0.0, stop_ids=[stop]))
-    assert [(s.row, s.token, s.finish) for step in steps for s in step] == [(0, t, None) for t in reply[:n]] + [(0, stop, "stop")]
+    assert [(s.row, s.token, s.finish) for step in steps for s in step] == [(0, t, None) for t in reply[:n]] + [
+        (0, stop, "stop")
+    ]
     assert engine.complete([ids], max_tokens=8, temperature=0.0, stop_ids=[stop]) == [reply[:n]]
     last = list(engine.generate([ids], max_tokens=2, **GREEDY))[-1][0]
     assert last.finish == "length"
@@ -154,17 +162,22 @@ def test_bf16_runs_in_bf16(model):
     engine = Engine(bf16, None, RUNTIME)
     engine.add(Request(tuple(prompt(9)), 5, stop_ids=()))
     engine.step()
-    assert all(torch.equal(t, t.bfloat16().float()) for t in engine.cache.k + engine.cache.v) and engine.cache.k[0].any()
+    assert (
+        all(torch.equal(t, t.bfloat16().float()) for t in engine.cache.k + engine.cache.v) and engine.cache.k[0].any()
+    )
     assert [len(r) for r in engine.complete([prompt(9), prompt(4), prompt(1)], max_tokens=5, **GREEDY)] == [5, 5, 5]
 
 
-@pytest.mark.parametrize("prompts, settings, message", [
-    ([[]], {}, "prompt 0 has 0 tokens"),
-    ([[1], [1] * 160], {}, "prompt 1 has 160 tokens; this model reads 1 to 159"),
-    ([[1]], {"max_tokens": 0}, "--max-tokens"),
-    ([[1]], {"temperature": -1.0}, "--temperature"),
-    ([[1], [2]], {"seed": [1]}, "1 seeds for 2 rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompts, settings, message",
+    [
+        ([[]], {}, "prompt 0 has 0 tokens"),
+        ([[1], [1] * 160], {}, "prompt 1 has 160 tokens; this model reads 1 to 159"),
+        ([[1]], {"max_tokens": 0}, "--max-tokens"),
+        ([[1]], {"temperature": -1.0}, "--temperature"),
+        ([[1], [2]], {"seed": [1]}, "1 seeds for 2 rows"),
+    ],
+)
 def test_bad_requests_are_refused_at_the_call(engine, prompts, settings, message):
     with pytest.raises(UserError, match=message):
         engine.generate(prompts, stop_ids=(), **settings)

@@ -1,4 +1,6 @@
-"""Tool use inside a generation, against a loop that recomputes everything for every token and knows the protocol by heart."""
+"""Tool use inside a generation, against a loop that recomputes everything for every token and knows the protocol by
+heart.
+"""
 
 import math
 import threading
@@ -18,7 +20,10 @@ from nanolab.runtime import Runtime
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train(["plain"], 265)  # bytes and special tokens
 CONFIG = GPTConfig(sequence_len=96, vocab_size=265, n_layer=2, n_head=2, n_embd=32, window_pattern="SL")
-START, END, OUT, OUT_END, STOP = (TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end"))
+START, END, OUT, OUT_END, STOP = (
+    TOKENIZER.special(f"<|{name}|>")
+    for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
+)
 
 
 def ids(text: str) -> list[int]:
@@ -60,7 +65,8 @@ REPLY = [*CALL[1:], OUT, *ids("42"), OUT_END, *ids("b"), STOP]
 
 
 def test_the_result_is_forced_after_the_call_and_the_model_reads_it():
-    model = Chain(CALL, [OUT_END, *ids("b"), STOP], [END, STOP], [OUT, STOP], [*ids("4"), STOP], [*ids("2"), STOP])  # it would end where it is forced
+    # it would end where it is forced
+    model = Chain(CALL, [OUT_END, *ids("b"), STOP], [END, STOP], [OUT, STOP], [*ids("4"), STOP], [*ids("2"), STOP])
     ((tokens, forced, logprobs),), ends = run(model, [ids("a")])
     assert tokens == REPLY and ends == ["stop"]
     assert forced == [False] * 5 + [True] * 4 + [False] * 2
@@ -109,13 +115,18 @@ def test_the_tool_runs_after_its_call_was_handed_out():
 
 
 def test_an_error_is_a_result_too():
-    model = Chain([*ids("a"), START, *ids("1/0"), END], [OUT_END, STOP], *([i, STOP] for i in (END, OUT, *ids("error: division by zero"))))
+    model = Chain(
+        [*ids("a"), START, *ids("1/0"), END],
+        [OUT_END, STOP],
+        *([i, STOP] for i in (END, OUT, *ids("error: division by zero"))),
+    )
     model.after |= {ids("1")[0]: ids("/")[0], ids("/")[0]: ids("0")[0], ids("0")[0]: END}
     ((tokens, _, _),), _ = run(model, [ids("a")])
     assert "<|output_start|>error: division by zero<|output_end|>" in TOKENIZER.decode(tokens)
 
 
-# ------------------------------------------------------------------------- a real model that calls its tool all the time
+# ------------------------------------------------------------------------- a real model that calls its tool all the
+# time
 
 
 class Eager(torch.nn.Module):
@@ -181,12 +192,15 @@ def test_rows_with_calls_are_what_each_would_be_alone(eager):
         assert [p == 0 for p in logprobs] == forced and all(math.isfinite(p) for p in logprobs)
     flags = [forced for _, forced, _ in rows]
     assert sum(map(any, flags)) >= 4 and len(set(ends)) == 2  # most rows made calls; some stopped, some were cut
-    assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))  # forced and sampled tokens in one batch
+    # forced and sampled tokens in one batch
+    assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_rows_whose_tool_takes_long_step_aside(eager, graphs):
-    """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up meanwhile is gone."""
+    """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up
+    meanwhile is gone.
+    """
     engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=5, tool_threads=1, graphs=graphs)
     if graphs:
         engine.recorder.after = 2
@@ -241,7 +255,11 @@ def test_a_tool_that_the_machine_fails_is_a_result_too(eager):
 def test_a_row_that_finds_no_place_waits_without_spinning(eager):
     engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=1, tool_threads=1)
     for i in (2, 2):
-        engine.add(Request(tuple(PROMPTS[i]), top_k=0, stop_ids=(), tools=lambda code: time.sleep(0.2) or "ok", seed=22, **SETTINGS))
+        engine.add(
+            Request(
+                tuple(PROMPTS[i]), top_k=0, stop_ids=(), tools=lambda code: time.sleep(0.2) or "ok", seed=22, **SETTINGS
+            )
+        )
     steps = 0
     while not engine.idle:
         engine.step()

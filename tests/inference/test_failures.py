@@ -1,7 +1,8 @@
-"""What goes wrong beside the text: recording, a tool, memory, logits. The rows that are not concerned get the text that they get alone."""
+"""What goes wrong beside the text: recording, a tool, memory, logits. The rows that are not concerned get the text that
+they get alone.
+"""
 
 import copy
-import logging
 import random
 import sys
 from types import SimpleNamespace
@@ -22,12 +23,25 @@ from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train(["plain"], 265)  # bytes and special tokens
-CONFIG = GPTConfig(sequence_len=96, vocab_size=265, n_layer=2, n_head=2, n_embd=32, window_size=7, window_pattern="SL", bos=TOKENIZER.bos)
+CONFIG = GPTConfig(
+    sequence_len=96,
+    vocab_size=265,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    window_size=7,
+    window_pattern="SL",
+    bos=TOKENIZER.bos,
+)
 PROMPTS = [tuple(random.Random(i).randrange(250) for _ in range(n)) for i, n in enumerate((9, 30, 3, 17, 9, 22))]
 ERRORS = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"),
-]  # fmt: skip
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+        " allocate 4096 bytes"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,9 @@ def once(function, error: BaseException, at: int):
 
 
 @pytest.mark.fault("outer D2")
-@pytest.mark.parametrize("error", [RuntimeError("not supported"), TypeError("x"), *ERRORS], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("not supported"), TypeError("x"), *ERRORS], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_recorder_that_fails_is_said_once_and_done_without(model, alone, monkeypatch, caplog, error, replay):
     made = []
@@ -142,7 +158,9 @@ def test_a_snapshot_larger_than_the_room_is_not_made_and_nothing_goes_for_it(mod
     kept, used = list(engine.prefixes.kept), engine.prefixes.used
     assert len(kept) == 6 and used <= 20_000
     copies = []
-    monkeypatch.setattr(KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: copies.append(row) or plain(cache, row))
+    monkeypatch.setattr(
+        KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: copies.append(row) or plain(cache, row)
+    )
     number = engine.add(Request(tuple(range(10, 90)), 4, 0.0, stop_ids=()))
     got, _ = drain(engine)
     assert len(got[number]) == 4
@@ -176,7 +194,9 @@ def test_the_longest_snapshot_is_found(model):
 
 
 @pytest.mark.fault("outer D10")
-@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3), None], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3), None], ids=repr
+)
 def test_a_tool_that_raises_anything_or_gives_no_text_is_a_result_and_logged(caplog, error):
     def tool(code: str):
         if error:
@@ -229,9 +249,15 @@ POINTS = {
 
 @pytest.mark.fault("outer D11")
 @pytest.mark.parametrize("point", list(POINTS))
-@pytest.mark.parametrize("error, prefix_bytes", [(ERRORS[0], 0), (ERRORS[1], 1 << 20), (ERRORS[2], 1 << 20)], ids=["cuda", "python", "cpu"])
-def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(model, alone, monkeypatch, caplog, point, error, prefix_bytes):
-    """Memory runs out once, at the first, the second, ... of the places where that could be; rows come in over several steps."""
+@pytest.mark.parametrize(
+    "error, prefix_bytes", [(ERRORS[0], 0), (ERRORS[1], 1 << 20), (ERRORS[2], 1 << 20)], ids=["cuda", "python", "cpu"]
+)
+def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(
+    model, alone, monkeypatch, caplog, point, error, prefix_bytes
+):
+    """Memory runs out once, at the first, the second, ... of the places where that could be; rows come in over several
+    steps.
+    """
     ran_out = 0
     for at in (0, 2, 9, 20):
         with monkeypatch.context() as patch:
@@ -264,7 +290,9 @@ def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(model, alone, 
 
 @pytest.mark.fault("outer D11")
 def test_with_room_for_two_rows_the_two_oldest_of_six_arrive(model, alone, monkeypatch):
-    """A cache of at most 2 rows' keys, whenever it grows: the youngest are given up until the others fit; then there is room for new ones."""
+    """A cache of at most 2 rows' keys, whenever it grows: the youngest are given up until the others fit; then there is
+    room for new ones.
+    """
     plain = KVCache._resize
 
     def limited(cache, rows):
@@ -299,7 +327,11 @@ def test_rows_that_wait_for_a_tool_survive_too(model, monkeypatch):
                 for new in engine.step():
                     out.append(new.token)
                     if len(out) == 4:
-                        row.use.code, row.tokens[-1], row.unheard = TOKENIZER.encode("7"), TOKENIZER.special("<|python_end|>"), True
+                        row.use.code, row.tokens[-1], row.unheard = (
+                            TOKENIZER.encode("7"),
+                            TOKENIZER.special("<|python_end|>"),
+                            True,
+                        )
         engine.close()
         assert not engine.failed
         return out, made
@@ -349,8 +381,7 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(model, alone, graphs):
         numbers = [engine.add(r) for r in (request(0), request(0, 30), bad, request(1))]
         bad = numbers[2]
         for _ in range(3):
-            for new in engine.step():
-                pass
+            list(engine.step())
         assert [(row, code) for row, code, _ in engine.failed] == [(bad, "non_finite_logits")]
         engine.failed.clear()
         engine.add(request(2))

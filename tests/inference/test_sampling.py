@@ -10,7 +10,9 @@ from nanolab.config import UserError
 from nanolab.inference.sampling import Draws, check_settings, choose, row_generators, truncate
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: list) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: list
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log probabilities of rows with the same settings."""
     chosen = choose(logits, [Draws(temperature, top_k, top_p, g) for g in generators])
     return torch.tensor([c.token for c in chosen]), torch.tensor([c.logprob for c in chosen])
@@ -34,7 +36,9 @@ def nucleus(logits: np.ndarray, temperature: float, top_k: int, top_p: float) ->
     return out / out.sum()
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", list(itertools.product([0.5, 1.0, 2.0], [0, 1, 3, 50], [0.0, 0.3, 0.9, 1.0])))
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", list(itertools.product([0.5, 1.0, 2.0], [0, 1, 3, 50], [0.0, 0.3, 0.9, 1.0]))
+)
 def test_truncated_distribution_is_the_formula(temperature, top_k, top_p):
     logits = np.random.default_rng(3).normal(size=(6, 20)).astype(np.float32) * 2
     scores = truncate(torch.from_numpy(logits) / temperature, top_k, top_p)
@@ -42,7 +46,9 @@ def test_truncated_distribution_is_the_formula(temperature, top_k, top_p):
     np.testing.assert_allclose(scores.softmax(-1).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("top_k, top_p, kept", [(3, 1.0, [1, 2, 4]), (1, 1.0, [1]), (0, 0.55, [1, 2, 4]), (0, 0.5, [1, 2]), (4, 0.4, [1, 2])])
+@pytest.mark.parametrize(
+    "top_k, top_p, kept", [(3, 1.0, [1, 2, 4]), (1, 1.0, [1]), (0, 0.55, [1, 2, 4]), (0, 0.5, [1, 2]), (4, 0.4, [1, 2])]
+)
 def test_ties_at_the_cut_go_to_the_lowest_ids(top_k, top_p, kept):
     probs = torch.tensor([[0.0625, 0.25, 0.25, 0.0625, 0.1875, 0.1875]])
     assert torch.isfinite(truncate(probs.log(), top_k, top_p))[0].nonzero()[:, 0].tolist() == kept
@@ -105,7 +111,16 @@ def test_extreme_logits_stay_finite():
         assert torch.isfinite(logprobs).all() and ((0 <= ids) & (ids < 3)).all()
 
 
-@pytest.mark.parametrize("settings, flag", [((-1.0, 0, 1.0), "--temperature"), ((float("nan"), 0, 1.0), "--temperature"), ((1.0, -2, 1.0), "--top-k"), ((1.0, 0, 1.5), "--top-p"), ((1.0, 0, 1.0, 0.0), "penalty")])
+@pytest.mark.parametrize(
+    "settings, flag",
+    [
+        ((-1.0, 0, 1.0), "--temperature"),
+        ((float("nan"), 0, 1.0), "--temperature"),
+        ((1.0, -2, 1.0), "--top-k"),
+        ((1.0, 0, 1.5), "--top-p"),
+        ((1.0, 0, 1.0, 0.0), "penalty"),
+    ],
+)
 def test_meaningless_settings_are_refused(settings, flag):
     with pytest.raises(UserError, match=flag):
         check_settings(*settings)
@@ -119,7 +134,17 @@ def test_a_wrong_number_of_seeds_is_refused():
 def test_rows_with_settings_of_their_own_are_drawn_as_each_alone():
     rng = np.random.default_rng(4)
     logits = torch.from_numpy(rng.normal(size=(40, 9, 30))).float()
-    settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.5), (1.0, 0, 0.9), (0.7, 5, 0.8), (0.0, 3, 0.5)]
+    settings = [
+        (0.0, 0, 1.0),
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (1.0, 5, 1.0),
+        (2.0, 5, 1.0),
+        (1.0, 0, 0.5),
+        (1.0, 0, 0.9),
+        (0.7, 5, 0.8),
+        (0.0, 3, 0.5),
+    ]
 
     def draw(members: list[int]) -> list[list[int]]:
         draws = [Draws(*settings[i], row_generators([i], 1)[0], 1.0 + 0.2 * (i % 2), i % 3) for i in members]

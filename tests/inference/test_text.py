@@ -12,7 +12,8 @@ SAMPLE = "naïve café: 漢字かな 🙂🙃 — done\n"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["plain words and plain words only " * 20], 275)  # so that é, 漢 and 🙂 are spread over tokens
+    # so that é, 漢 and 🙂 are spread over tokens
+    return Tokenizer.train(["plain words and plain words only " * 20], 275)
 
 
 def test_pieces_join_to_the_text_and_no_piece_holds_half_a_character(tokenizer):
@@ -51,7 +52,9 @@ def test_a_text_cut_inside_a_character_says_so_at_the_end(tokenizer):
 
 
 def until(text: str, stop: list[str]) -> str:
-    """By definition: read on character by character; the first stop string that is complete cuts the text before itself."""
+    """By definition: read on character by character; the first stop string that is complete cuts the text before
+    itself.
+    """
     for end in range(len(text) + 1):
         found = [len(s) for s in stop if text[:end].endswith(s)]
         if found:

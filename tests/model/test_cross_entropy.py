@@ -79,7 +79,9 @@ def test_nats_per_row(case, blocks):
 
 
 def test_a_certain_prediction_costs_little_and_a_wrong_one_the_cap():
-    """Logits at the cap's two ends: the loss must come out of the tails exactly. With V = 2 logits +-15: log(1 + e^-30), 30 + that."""
+    """Logits at the cap's two ends: the loss must come out of the tails exactly. With V = 2 logits +-15: log(1 +
+    e^-30), 30 + that.
+    """
     x, w, y = torch.tensor([[1e4], [1e4]]), torch.tensor([[1.0], [-1.0]]).repeat(1, 1), torch.tensor([0, 1])
     nats = blocked_nats(x, head(w), y, CAP, 2)
     torch.testing.assert_close(nats, torch.tensor([0.0, 30.0]), atol=1e-5, rtol=0)
@@ -112,7 +114,9 @@ def test_bf16_gradients_are_within_rounding():
     assert (dx.double() - want_dx).norm() < 4 * 2.0**-8 * want_dx.double().norm()
     assert (dw - want_dw).norm() < 4 * 2.0**-8 * want_dw.norm()
     unscaled = torch.autograd.grad(blocked_cross_entropy(x, w, None, y, CAP, vocab), x)[0].float() / 106
-    assert abs((dx.float() * unscaled).sum() / unscaled.square().sum() - 1) < 1e-3, "the upstream gradient was rounded by itself"
+    assert abs((dx.float() * unscaled).sum() / unscaled.square().sum() - 1) < 1e-3, (
+        "the upstream gradient was rounded by itself"
+    )
 
 
 @pytest.mark.parametrize("cap", [0.0, CAP])

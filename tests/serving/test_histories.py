@@ -1,4 +1,6 @@
-"""What clients send as a history, and what the model reads of it. Oracles: the strict form of each, written by hand; what the server itself has said."""
+"""What clients send as a history, and what the model reads of it. Oracles: the strict form of each, written by hand;
+what the server itself has said.
+"""
 
 import json
 from collections import Counter
@@ -34,8 +36,16 @@ def test_the_model_reads_what_training_would_render(tok, name, given):
 
 
 def test_the_strict_forms_are_strict():
-    """All but those that no training text has: a greeting first, an output without a call, a call and an output that are empty."""
-    odd = {"a greeting first", "a system and a greeting first", "an empty question first", "an output that no call asked for", "an empty call and its empty output"}
+    """All but those that no training text has: a greeting first, an output without a call, a call and an output that
+    are empty.
+    """
+    odd = {
+        "a greeting first",
+        "a system and a greeting first",
+        "an empty question first",
+        "an output that no call asked for",
+        "an empty call and its empty output",
+    }
     for name, strict in STRICT.items():
         if name not in odd:
             check_messages(strict, prompt=True)
@@ -49,22 +59,31 @@ def test_what_is_refused(name, given, code):
 
 
 def test_generation_is_that_of_the_strict_form(live, tok):
-    """The same text and log probabilities as from the ids that training would render, given as they are to the other route."""
+    """The same text and log probabilities as from the ids that training would render, given as they are to the other
+    route.
+    """
     for name, given, strict in CASES[::3]:
         ids = render_prompt(tok, strict)
-        chat = live.http.post(CHAT, json={"model": "parrot", "messages": given, "max_tokens": 4, "logprobs": True}).json()
-        plain = live.http.post("/v1/completions", json={"model": "parrot", "prompt": ids, "max_tokens": 4, "logprobs": 0}).json()
+        chat = live.http.post(
+            CHAT, json={"model": "parrot", "messages": given, "max_tokens": 4, "logprobs": True}
+        ).json()
+        plain = live.http.post(
+            "/v1/completions", json={"model": "parrot", "prompt": ids, "max_tokens": 4, "logprobs": 0}
+        ).json()
         said, text = chat["choices"][0], plain["choices"][0]
         assert chat["usage"]["prompt_tokens"] == len(ids), name
         if "parts" not in said["message"]:
             assert said["message"]["content"] == text["text"], name
-            found = [entry["logprob"] for entry in said["logprobs"]["content"]]  # without a character that was cut, which the other route shows
+            # without a character that was cut, which the other route shows
+            found = [entry["logprob"] for entry in said["logprobs"]["content"]]
             assert found and found == pytest.approx(text["logprobs"]["token_logprobs"][: len(found)], abs=1e-5), name
 
 
 @pytest.mark.fault("S1")
 def test_the_server_takes_back_all_that_it_says(start_server):
-    """200 random replies of a model that was never trained, each given back as it came and as role and content alone."""
+    """200 random replies of a model that was never trained, each given back as it came and as role and content
+    alone.
+    """
     live = start_server(model="young", max_rows=8, queue=64)
     question, following = {"role": "user", "content": "What is 3 + 4?"}, {"role": "user", "content": "And 5 + 6?"}
 
@@ -90,7 +109,11 @@ texts = st.sampled_from(["plain", " ", "\n", "é", "12+30", "a"]).map(lambda tex
 
 @pytest.mark.fault("S1")
 @settings(max_examples=300, deadline=None)
-@drawn(found=st.lists(special | special | texts | st.binary(min_size=1, max_size=2), min_size=1, max_size=8), tools=st.booleans(), finish=st.sampled_from(["stop", "length"]))
+@drawn(
+    found=st.lists(special | special | texts | st.binary(min_size=1, max_size=2), min_size=1, max_size=8),
+    tools=st.booleans(),
+    finish=st.sampled_from(["stop", "length"]),
+)
 def test_any_reply_is_taken_back(tok, found, tools, finish):
     ids = [i for piece in found for i in ([tok.special(f"<|{piece}|>")] if isinstance(piece, str) else list(piece))]
     question, following = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
@@ -111,7 +134,12 @@ def test_the_log_holds_what_training_reads(start_server, tmp_path, capfd):
     log = tmp_path / "log.jsonl"
     live = start_server(model="parrot", log_conversations=str(log))
     fine = [{"role": "system", "content": ""}, {"role": "user", "content": "hi"}]
-    for history in (fine, [{"role": "assistant", "content": "Hello."}, *fine]):  # no training text begins with a greeting
+    for history in (
+        fine,
+        [{"role": "assistant", "content": "Hello."}, *fine],
+    ):  # no training text begins with a greeting
         assert live.http.post(CHAT, json={"messages": history}).status_code == 200
-    assert [turn["role"] for turn in read_conversations(log)[0]] == ["user", "assistant"] and len(read_conversations(log)) == 1
+    assert [turn["role"] for turn in read_conversations(log)[0]] == ["user", "assistant"] and len(
+        read_conversations(log)
+    ) == 1
     assert "not logged" in capfd.readouterr().err

@@ -21,7 +21,7 @@ def parse(text: str) -> tuple[dict[str, str], dict[tuple, float]]:
             assert re.sub("_(bucket|sum|count)$", "", name) in kinds or name in kinds  # a type comes before its samples
             found = [(key, re.sub(r"\\.", lambda m: PLAIN[m[0]], raw)) for key, raw in LABEL.findall(labels)]
             assert (name, *found) not in values
-            values[name, *found] = float(value)
+            values[(name, *found)] = float(value)
     return kinds, values
 
 
@@ -35,10 +35,14 @@ def test_the_text_format():
         metrics.first_token.observe(seconds, "a")
     kinds, values = parse(metrics.text({"a": 2, "b": 0}, {"a": 4, "b": 0}))
     assert kinds == {
-        "nanolab_requests_total": "counter", "nanolab_tokens_total": "counter", "nanolab_cancellations_total": "counter",
+        "nanolab_requests_total": "counter",
+        "nanolab_tokens_total": "counter",
+        "nanolab_cancellations_total": "counter",
         "nanolab_conversations_lost_total": "counter",
-        "nanolab_time_to_first_token_seconds": "histogram", "nanolab_queue_depth": "gauge", "nanolab_running": "gauge",
-    }  # fmt: skip
+        "nanolab_time_to_first_token_seconds": "histogram",
+        "nanolab_queue_depth": "gauge",
+        "nanolab_running": "gauge",
+    }
     route = ("route", "/v1/completions")
     assert values["nanolab_requests_total", ("model", "a"), route, ("status", "200")] == 3
     assert values["nanolab_requests_total", ("model", 'quo"te\\n\n'), route, ("status", "429")] == 1
@@ -46,7 +50,8 @@ def test_the_text_format():
     assert (values["nanolab_queue_depth", ("model", "a")], values["nanolab_running", ("model", "b")]) == (2, 0)
     name, model = "nanolab_time_to_first_token_seconds", ("model", "a")
     buckets = {key[2][1]: value for key, value in values.items() if key[0] == f"{name}_bucket"}
-    assert [buckets[edge] for edge in ("0.01", "0.025", "0.25", "0.5", "60.0", "+Inf")] == [2, 3, 3, 4, 4, 5]  # at most the edge
+    # at most the edge
+    assert [buckets[edge] for edge in ("0.01", "0.025", "0.25", "0.5", "60.0", "+Inf")] == [2, 3, 3, 4, 4, 5]
     assert values[f"{name}_count", model] == 5 and abs(values[f"{name}_sum", model] - 100.331) < 1e-6
     edges = [float(edge) for edge in buckets]
     assert edges == sorted(edges) and list(buckets.values()) == sorted(buckets.values())
@@ -69,7 +74,11 @@ def test_a_server_counts(start_server):
     }
     tokens = {(key[1][1], key[2][1]): value for key, value in values.items() if key[0] == "nanolab_tokens_total"}
     assert tokens == {
-        ("parrot", "prompt"): 12, ("parrot", "completion"): 28, ("parrot", "cached"): 6,  # the second prompt was known
-        ("endless", "prompt"): 2, ("endless", "completion"): 6, ("endless", "cached"): 0,
-    }  # fmt: skip
+        ("parrot", "prompt"): 12,
+        ("parrot", "completion"): 28,
+        ("parrot", "cached"): 6,  # the second prompt was known
+        ("endless", "prompt"): 2,
+        ("endless", "completion"): 6,
+        ("endless", "cached"): 0,
+    }
     assert values["nanolab_time_to_first_token_seconds_count", ("model", "parrot")] == 2

@@ -1,4 +1,6 @@
-"""Reply token by token against parse_reply on the whole, and against the definition of a stop string. Oracle: nanolab.data.chat, str.find."""
+"""Reply token by token against parse_reply on the whole, and against the definition of a stop string. Oracle:
+nanolab.data.chat, str.find.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +37,9 @@ texts = st.sampled_from(["plain", " words", "é", "🙂", "12+30", "a"]).map(lam
 def test_what_is_handed_out_is_the_parsed_reply(tok, found):
     ids = [i for piece in found for i in ([tok.special(f"<|{piece}|>")] if isinstance(piece, str) else list(piece))]
     reply, pieces = fed(tok, Ask(HI), [*ids, tok.special("<|assistant_end|>")], "stop")
-    assert parts_of([{"type": piece.kind, "text": piece.text} for piece in pieces]) == reply.parts == parse_reply(tok, ids)
+    assert (
+        parts_of([{"type": piece.kind, "text": piece.text} for piece in pieces]) == reply.parts == parse_reply(tok, ids)
+    )
     assert (reply.finish, reply.count) == ("stop", len(ids) + 1)
     plain, _ = fed(tok, Ask(["x"]), [*ids, tok.bos], "stop")  # to text that is only continued, marks mean nothing
     specials = set(tok.specials.values())
@@ -43,20 +47,27 @@ def test_what_is_handed_out_is_the_parsed_reply(tok, found):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text("abé🙂", max_size=12), stops=st.lists(st.text("abé🙂", min_size=1, max_size=3), min_size=1, max_size=3))
+@given(
+    text=st.text("abé🙂", max_size=12), stops=st.lists(st.text("abé🙂", min_size=1, max_size=3), min_size=1, max_size=3)
+)
 def test_stop_strings_by_their_definition(tok, text, stops):
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     expected = text[: min(ends)[1]] if ends else text
-    reply, pieces = fed(tok, Ask(HI, stop=tuple(stops), logprobs=0), tok.encode(text) + [tok.special("<|assistant_end|>")], "stop")
+    reply, pieces = fed(
+        tok, Ask(HI, stop=tuple(stops), logprobs=0), tok.encode(text) + [tok.special("<|assistant_end|>")], "stop"
+    )
     assert reply.text == "".join(piece.text for piece in pieces) == expected and reply.finish == "stop"
     assert tok.decode(token.new.token for token in reply.tokens)[: len(expected)] == expected
-    assert [token.offset for token in reply.tokens if token.new.token < 128] == [i for i, letter in enumerate(expected) if letter < "\x80"]
+    assert [token.offset for token in reply.tokens if token.new.token < 128] == [
+        i for i, letter in enumerate(expected) if letter < "\x80"
+    ]
 
 
 def test_a_reply_that_is_cut_short(tok):
     reply, pieces = fed(tok, Ask(HI), list("é🙂".encode())[:-1], "length")  # in the middle of a character
     assert ([p.text for p in pieces], reply.text, reply.finish) == (["é"], "é", "length")
-    reply, _ = fed(tok, Ask(HI, stop=("ab!",)), tok.encode("xab"), "length")  # what could have become a stop string is shown after all
+    # what could have become a stop string is shown after all
+    reply, _ = fed(tok, Ask(HI, stop=("ab!",)), tok.encode("xab"), "length")
     assert (reply.text, reply.finish) == ("xab", "length")
     call = [tok.special("<|python_start|>"), *tok.encode("1+")]
     reply, _ = fed(tok, Ask(HI), call, "length")
@@ -74,14 +85,22 @@ def test_a_call_with_text_before_it(tok):
     (choice,) = answer.whole()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("so ", "tool_calls")
     (call,) = choice["message"]["tool_calls"]
-    assert call["function"] == {"name": "calculator", "arguments": '{"expression": "1+1"}'} and "parts" not in choice["message"]
+    assert (
+        call["function"] == {"name": "calculator", "arguments": '{"expression": "1+1"}'}
+        and "parts" not in choice["message"]
+    )
     assert answer.replies[0].push(Sampled(0, 5, -1.0, None)) == []  # nothing follows
 
 
-@pytest.mark.parametrize(("code", "offered", "name"), [
-    ("1+1", {"calculator": "e", "python": "c"}, "calculator"), ("print(1)", {"calculator": "e", "python": "c"}, "python"),
-    ("print(1)", {"calculator": "e"}, "calculator"), ("1+1", {"python": "c"}, "python"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "offered", "name"),
+    [
+        ("1+1", {"calculator": "e", "python": "c"}, "calculator"),
+        ("print(1)", {"calculator": "e", "python": "c"}, "python"),
+        ("print(1)", {"calculator": "e"}, "calculator"),
+        ("1+1", {"python": "c"}, "python"),
+    ],
+)
 def test_which_function_a_call_is(tok, code, offered, name):
     ids = [tok.special("<|python_start|>"), *tok.encode(code), tok.special("<|python_end|>")]
     reply, _ = fed(tok, Ask(HI, tools=offered), ids, "stop")

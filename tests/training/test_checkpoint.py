@@ -32,8 +32,12 @@ def tensors(seed: int, numel: int = 1000) -> dict[str, torch.Tensor]:
 
 
 def save(root: Path, step: int, runtime: Runtime = ALONE, numel: int = 1000) -> Path:
-    state = {f"wte.weight/exp_avg@{runtime.rank * 5}:{runtime.rank * 5 + 5}": torch.full((5,), float(step + runtime.rank))}
-    return checkpoint.save(root, step, weights=tensors(step, numel), optimizer=state, meta={"loop": {"step": step}}, runtime=runtime)
+    state = {
+        f"wte.weight/exp_avg@{runtime.rank * 5}:{runtime.rank * 5 + 5}": torch.full((5,), float(step + runtime.rank))
+    }
+    return checkpoint.save(
+        root, step, weights=tensors(step, numel), optimizer=state, meta={"loop": {"step": step}}, runtime=runtime
+    )
 
 
 def child(*args: object) -> subprocess.CompletedProcess:
@@ -47,7 +51,12 @@ def hidden(root: Path) -> list[str]:
 def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path, 7)
     assert path.name == "step_000007" and not hidden(tmp_path)
-    assert {p.name for p in path.iterdir()} == {"model.safetensors", "optim_rank0.safetensors", "meta.json", "manifest.json"}
+    assert {p.name for p in path.iterdir()} == {
+        "model.safetensors",
+        "optim_rank0.safetensors",
+        "meta.json",
+        "manifest.json",
+    }
     assert len({p.stat().st_mode for p in path.iterdir()}) == 1  # who may read one may read all
     for name, value in load_file(path / "model.safetensors").items():
         assert torch.equal(value, tensors(7)[name])
@@ -81,7 +90,10 @@ DAMAGES = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json"),
     "torn manifest": (lambda p: (p / "manifest.json").write_text('{"format": 1, "fi'), "manifest.json"),
     "manifest of something else": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json"),
-    "manifest without files": (lambda p: (p / "manifest.json").write_text('{"format": 1, "files": {}}'), "expected -1|damaged"),
+    "manifest without files": (
+        lambda p: (p / "manifest.json").write_text('{"format": 1, "files": {}}'),
+        "expected -1|damaged",
+    ),
     "another format": (lambda p: (p / "manifest.json").write_text('{"format": 2, "files": {}}'), "format 2"),
     "truncated": (lambda p: os.truncate(p / "model.safetensors", 100), "model.safetensors has 100 bytes"),
     "flipped byte": (lambda p: flip_a_byte(p / "model.safetensors"), "model.safetensors"),
@@ -136,7 +148,17 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     assert not (save(tmp_path, 4) / "optim_rank9.safetensors").exists() and not hidden(tmp_path)
 
 
-@pytest.mark.parametrize("keep,best,left", [(2, None, [4, 5]), ("2", 1, [1, 4, 5]), (1, 5, [5]), (1, 4, [4, 5]), ("all", None, [1, 2, 3, 4, 5]), (9, None, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "keep,best,left",
+    [
+        (2, None, [4, 5]),
+        ("2", 1, [1, 4, 5]),
+        (1, 5, [5]),
+        (1, 4, [4, 5]),
+        ("all", None, [1, 2, 3, 4, 5]),
+        (9, None, [1, 2, 3, 4, 5]),
+    ],
+)
 def test_retention_keeps_the_last_and_the_best(tmp_path, keep, best, left):
     for step in range(1, 6):
         save(tmp_path, step)
@@ -158,7 +180,10 @@ def test_full_disk_is_one_message_and_loses_nothing(tmp_path):
     process = child("starve", tmp_path)
     err = process.stderr
     assert process.returncode == 1, err
-    assert err.startswith("error [checkpoint-not-written]: the checkpoint of step 2 could not be written to ") and err.count("\n") == 1
+    assert (
+        err.startswith("error [checkpoint-not-written]: the checkpoint of step 2 could not be written to ")
+        and err.count("\n") == 1
+    )
     assert "File too large" in err and "0.8 MB" in err and "--resume" in err and str(tmp_path) in err
     assert checkpoint.newest_valid(tmp_path) == tmp_path / "step_000001"
     assert [s for s, _ in checkpoint.steps(tmp_path)] == [1] and not hidden(tmp_path)
@@ -218,9 +243,16 @@ def test_two_ranks_write_one_checkpoint_or_none(tmp_path, run_ranks):
     for text in run_ranks(two_ranks, 2, tmp_path):
         assert text.startswith("the checkpoint of step 2") and "(rank 1)" in text and "File too large" in text
     path = tmp_path / "step_000001"
-    assert checkpoint.newest_valid(tmp_path) == path and [s for s, _ in checkpoint.steps(tmp_path)] == [1] and not hidden(tmp_path)
+    assert (
+        checkpoint.newest_valid(tmp_path) == path
+        and [s for s, _ in checkpoint.steps(tmp_path)] == [1]
+        and not hidden(tmp_path)
+    )
     shards = checkpoint.load_optimizer(path)
-    assert {k: v[0].item() for k, v in shards.items()} == {"wte.weight/exp_avg@0:5": 1.0, "wte.weight/exp_avg@5:10": 2.0}
+    assert {k: v[0].item() for k, v in shards.items()} == {
+        "wte.weight/exp_avg@0:5": 1.0,
+        "wte.weight/exp_avg@5:10": 2.0,
+    }
     (path / "optim_rank1.safetensors").unlink()
     with pytest.raises(CheckpointError, match="optim_rank1"):
         checkpoint.verify(path)
@@ -228,7 +260,15 @@ def test_two_ranks_write_one_checkpoint_or_none(tmp_path, run_ranks):
 
 def two_ranks(runtime: Runtime, root: Path) -> str:
     writer, weights = checkpoint.Writer(runtime), tensors(1)
-    writer.save(root, 1, weights=weights, optimizer={f"wte.weight/exp_avg@{runtime.rank * 5}:{runtime.rank * 5 + 5}": torch.full((5,), 1.0 + runtime.rank)}, meta={})
+    writer.save(
+        root,
+        1,
+        weights=weights,
+        optimizer={
+            f"wte.weight/exp_avg@{runtime.rank * 5}:{runtime.rank * 5 + 5}": torch.full((5,), 1.0 + runtime.rank)
+        },
+        meta={},
+    )
     for value in weights.values():
         value.zero_()  # by the next steps, whose messages do not meet those of the threads
     steps = 0

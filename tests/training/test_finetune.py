@@ -1,4 +1,6 @@
-"""Fine-tuning: inherited rates, schedule of stages, warm start over ranks, the mean over supervised tokens, what was unlearned."""
+"""Fine-tuning: inherited rates, schedule of stages, warm start over ranks, the mean over supervised tokens, what was
+unlearned.
+"""
 
 import importlib.util
 import math
@@ -69,7 +71,12 @@ def pretraining_groups(found) -> dict[str, dict]:
     """The groups as pretraining had them at the height of its schedule: flags x its batch scale."""
     meta = checkpoint.load_meta(found.checkpoint)
     cfg = Origin.found(found).rates(SFTConfig())
-    plan = SimpleNamespace(recipe=cfg.recipe, batch_scale=meta["plan"]["batch_scale"], weight_decay=meta["plan"]["weight_decay"], model=Origin.found(found).model)
+    plan = SimpleNamespace(
+        recipe=cfg.recipe,
+        batch_scale=meta["plan"]["batch_scale"],
+        weight_decay=meta["plan"]["weight_decay"],
+        model=Origin.found(found).model,
+    )
     return {g["name"]: g for g in param_groups(GPT(plan.model), cfg, plan)}
 
 
@@ -87,7 +94,9 @@ def test_rates_are_those_that_pretraining_ended_up_with(base):
 
 def test_a_batch_of_another_size_scales_them_by_its_root(base):
     origin = Origin.found(base())
-    assert plan_of(SFTConfig(total_batch_size=2048), origin).batch_scale == 0.1 * 2.0, "four times the batch, twice the rate"
+    assert plan_of(SFTConfig(total_batch_size=2048), origin).batch_scale == 0.1 * 2.0, (
+        "four times the batch, twice the rate"
+    )
     adam = Origin.found(base(recipe="adamw_cosine", lr_scale=-1.0, learning_rate=1e-3))
     assert plan_of(SFTConfig(total_batch_size=2048), adam).batch_scale == 1.0, "this recipe knows no such law"
     assert groups_of(SFTConfig(learning_rate=2e-4), adam)["matrices"]["lr"] == 2e-4
@@ -134,7 +143,10 @@ def test_shape_of_a_step(base, flags, ranks, expected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"max_seq_len": 65}, r"--max-seq-len is 65; expected 8 to 64, the rows that b\d@4 was trained on; try --max-seq-len 64"),
+        (
+            {"max_seq_len": 65},
+            r"--max-seq-len is 65; expected 8 to 64, the rows that b\d@4 was trained on; try --max-seq-len 64",
+        ),
         ({"max_seq_len": 0}, "--max-seq-len is 0; .*try --max-seq-len 8"),
         ({"total_batch_size": 500}, "500 is not a multiple of 256 .*try --total-batch-size 512"),
         ({"device_batch_size": 0}, "--device-batch-size is 0; expected at least 1"),
@@ -148,7 +160,10 @@ def test_shapes_that_do_not_fit(base, flags, message):
 def test_a_model_without_chat_tokens_is_refused():
     tokenizer = Tokenizer.train([], 265)
     finetune.check_chat_tokens(GPTConfig(vocab_size=265), tokenizer)
-    with pytest.raises(UserError, match=r"vocabulary of 257 tokens, without <\|user_start\|>, .*<\|output_end\|>; expected one with chat tokens"):
+    with pytest.raises(
+        UserError,
+        match=r"vocabulary of 257 tokens, without <\|user_start\|>, .*<\|output_end\|>; expected one with chat tokens",
+    ):
         finetune.check_chat_tokens(GPTConfig(vocab_size=257), tokenizer)
 
 
@@ -158,8 +173,14 @@ def test_a_model_without_chat_tokens_is_refused():
 def test_rates_are_constant_then_fall_to_zero_in_every_stage(base):
     origin = Origin.found(base())
     cfg = SFTConfig(warmdown_ratio=0.5)
-    plan = make_plan(cfg, origin, shape_of(cfg, origin, 1), [(Stage("a", "x"), 4), (Stage("b", "y", init_lr_frac=0.5), 8)])
-    assert plan.num_iterations == 12 and plan.stages == (StagePlan("a", 0, 4, 0.8), StagePlan("b", 4, 8, 0.5)) and plan.ends() == {4: "a", 12: "b"}
+    plan = make_plan(
+        cfg, origin, shape_of(cfg, origin, 1), [(Stage("a", "x"), 4), (Stage("b", "y", init_lr_frac=0.5), 8)]
+    )
+    assert (
+        plan.num_iterations == 12
+        and plan.stages == (StagePlan("a", 0, 4, 0.8), StagePlan("b", 4, 8, 0.5))
+        and plan.ends() == {4: "a", 12: "b"}
+    )
     shape = [plan.lr_multiplier(step, step / 12) for step in range(13)]
     expected = [0.8, 0.8, 0.8, 0.4] + [0.5] * 5 + [0.375, 0.25, 0.125] + [0.0]
     assert shape == pytest.approx(expected)
@@ -182,7 +203,10 @@ def stages_from(tmp_path, text: str, **flags) -> list[Stage]:
 
 
 def test_a_stage_takes_from_the_flags_what_the_file_leaves_open(tmp_path):
-    text = '[[stage]]\nname = "sums"\ntasks = "arithmetic:2"\nepochs = 3\ninit_lr_frac = 1\n[[stage]]\ntasks = "identity"\nnum_iterations = 7\n'
+    text = (
+        '[[stage]]\nname = "sums"\ntasks = "arithmetic:2"\nepochs = 3\ninit_lr_frac = 1\n[[stage]]\ntasks ='
+        ' "identity"\nnum_iterations = 7\n'
+    )
     assert stages_from(tmp_path, text, replay=0.25, init_lr_frac=0.6) == [
         Stage("sums", "arithmetic:2", epochs=3, init_lr_frac=1, replay=0.25),
         Stage("2", "identity", num_iterations=7, init_lr_frac=0.6, replay=0.25),
@@ -197,7 +221,10 @@ def test_a_stage_takes_from_the_flags_what_the_file_leaves_open(tmp_path):
         ("", r"has no \[\[stage\]\]"),
         ('tasks = "x"\n', "has the field tasks"),
         ('[[stage]]\nname = "a"\n', "stage 1: no tasks; .*add them"),
-        ('[[stage]]\ntasks = "x"\n[[stage]]\ntasks = "y"\nepoch = 2\n', "stage 2: no field 'epoch'.*did you mean epochs"),
+        (
+            '[[stage]]\ntasks = "x"\n[[stage]]\ntasks = "y"\nepoch = 2\n',
+            "stage 2: no field 'epoch'.*did you mean epochs",
+        ),
         ('[[stage]]\ntasks = "x"\nepochs = "2"\n', "stage 1: epochs is '2'; expected int"),
         ('[[stage]]\ntasks = "x"\nepochs = true\n', "stage 1: epochs is True; expected int"),
         ('[[stage]]\ntasks = "x"\nname = "a"\n[[stage]]\ntasks = "x"\nname = "a"\n', "stage 2: the name 'a' is taken"),
@@ -256,7 +283,14 @@ def test_warm_start_on_two_ranks_of_what_one_rank_saved(base, run_ranks):
 def test_weights_alone_give_no_warm_start(base):
     found = base()
     weights = checkpoint.load_weights(found.checkpoint)
-    path = checkpoint.save(found.run_dir / "bare", 1, weights=weights, optimizer=None, meta=checkpoint.load_meta(found.checkpoint), runtime=ALONE)
+    path = checkpoint.save(
+        found.run_dir / "bare",
+        1,
+        weights=weights,
+        optimizer=None,
+        meta=checkpoint.load_meta(found.checkpoint),
+        runtime=ALONE,
+    )
     with pytest.raises(UserError, match="holds weights only.*--no-load-optimizer"):
         finetune.optimizer_state(replace(found, checkpoint=path))
 
@@ -270,10 +304,19 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_step():
     chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * n}] for n in (1, 30)]
     reader = Reader(Listed(chats), tokenizer, 41)
     batches = ConversationBatches(reader, survey(reader, ALONE), device_batch_size=1, rows_per_step=2)
-    model = GPT(GPTConfig(sequence_len=40, vocab_size=265, n_layer=1, n_head=1, n_embd=32, window_pattern="L", softcap=0.0))
+    model = GPT(
+        GPTConfig(sequence_len=40, vocab_size=265, n_layer=1, n_head=1, n_embd=32, window_pattern="L", softcap=0.0)
+    )
     model.init_weights(1)
     loss, _ = gradients.accumulate(
-        model, list(model.parameters()), gradients.gather(batches, 2), lambda m, b: m(b.inputs, b.targets, reduction="sum"), step=0, runtime=ALONE, scaler=None, stop=lambda: False
+        model,
+        list(model.parameters()),
+        gradients.gather(batches, 2),
+        lambda m, b: m(b.inputs, b.targets, reduction="sum"),
+        step=0,
+        runtime=ALONE,
+        scaler=None,
+        stop=lambda: False,
     )
     mine = model.lm_head.weight.grad.clone()
     model.zero_grad()
@@ -282,7 +325,9 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_step():
         ids, mask = render(tokenizer, chat)
         logits = model(torch.tensor([ids[:-1]]))[0]
         wanted = torch.tensor(mask[1:]) == 1
-        total = total + torch.nn.functional.cross_entropy(logits[wanted], torch.tensor(ids[1:])[wanted], reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits[wanted], torch.tensor(ids[1:])[wanted], reduction="sum"
+        )
         count += int(wanted.sum())
     (total / count).backward()
     assert count == 2 + 31 and loss == pytest.approx(float(total.detach() / count), rel=1e-5)
@@ -313,8 +358,10 @@ def test_what_was_unlearned_by_hand():
     ]
     found = finetune.forgetting(rows, [3, 8])
     assert [(f.metric, f.after, f.best, f.final) for f in found] == [
-        ("val/loss", [4.0, 2.0, 1.5], 1.0, 1.5), ("val/bpb", [2.0, 2.2, 2.3], 2.0, 2.3), ("chatcore", [None, 0.1, 0.4], 0.5, 0.4)
-    ]  # fmt: skip
+        ("val/loss", [4.0, 2.0, 1.5], 1.0, 1.5),
+        ("val/bpb", [2.0, 2.2, 2.3], 2.0, 2.3),
+        ("chatcore", [None, 0.1, 0.4], 0.5, 0.4),
+    ]
     assert [f.lost for f in found] == pytest.approx([0.5, 0.3, 0.1])
     table = finetune.forgetting_table(found, ["a", "b"])
     assert table[0] == "| metric | start | after a | after b | best | lost |"

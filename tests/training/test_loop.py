@@ -51,7 +51,10 @@ def by_hand(steps: int, accum: int, clip: float = math.inf) -> tuple[list[float]
         for g, (lr, wd) in zip(optimizer.groups, rates):
             g["lr"] = lr * plan.lr_multiplier(step, step / steps)
             if g["kind"] == "muon":
-                g["momentum"], g["weight_decay"] = plan.muon_momentum(step, 0), wd * plan.weight_decay_multiplier(step, step / steps)
+                g["momentum"], g["weight_decay"] = (
+                    plan.muon_momentum(step, 0),
+                    wd * plan.weight_decay_multiplier(step, step / steps),
+                )
         optimizer.step()
         optimizer.zero_grad()
         out.append(loss.item())
@@ -78,7 +81,11 @@ def test_clipped_training_is_torchs_clipping_written_out():
     for clip in (-1.0, 5.0):
         run, model, optimizer, batches = parts(f"clip{clip}")
         fit(run, model, optimizer, batches, ToyPlan(grad_clip=clip), nats, Every(grad_norm=True, log=1))
-        runs[clip] = losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/grad_norm" in row], model.state_dict()
+        runs[clip] = (
+            losses(run),
+            [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/grad_norm" in row],
+            model.state_dict(),
+        )
     (plain, _, _), (clipped, norms, weights) = runs.values()
     expected, by_torch = by_hand(6, 1, clip=5.0)
     assert min(norms) < 5.0 < max(norms), norms
@@ -92,7 +99,9 @@ def test_gradients_are_clipped_after_the_loss_scale_is_out_of_them():
     for dtype in (torch.float32, torch.float16):
         run, model, optimizer, batches = parts(f"{dtype}", Runtime(torch.device("cpu"), dtype))
         fit(run, model, optimizer, batches, ToyPlan(grad_clip=5.0), nats, Every())
-        assert (json.loads((run.checkpoints / "step_000006/meta.json").read_text())["scaler"] is None) == (dtype == torch.float32)
+        assert (json.loads((run.checkpoints / "step_000006/meta.json").read_text())["scaler"] is None) == (
+            dtype == torch.float32
+        )
         seen.append((losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/loss" in row]))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5) and seen[0][1] == pytest.approx(seen[1][1], rel=1e-5)
 
@@ -114,7 +123,9 @@ def test_rates_follow_the_schedules():
         for name, (lr, momentum, wd) in seen.items():
             assert lr == pytest.approx(start[name][0] * lrm)
             if name.startswith("muon"):
-                assert momentum == pytest.approx(0.85 + 0.01 * step) and wd == pytest.approx(start[name][1] * (1 - step / 4))
+                assert momentum == pytest.approx(0.85 + 0.01 * step) and wd == pytest.approx(
+                    start[name][1] * (1 - step / 4)
+                )
             else:
                 assert momentum is None and wd == start[name][1]
     assert [row["train/lrm"] for row in read_metrics(run.dir)] == pytest.approx([1.0, 0.825, 0.65, 0.475])
@@ -132,7 +143,11 @@ def train(name: str, runtime: Runtime, plan, loss=nats):
 def train_on_rank(runtime: Runtime, base: str) -> list:
     """Three runs: a plain one, one that fails on rank 1, one that ends by the clock; and one that is refused."""
     toy.use_base(base)
-    bad = lambda m, b: nats(m, b) * (math.inf if runtime.rank == 1 and torch.equal(b.inputs, toy.global_micro_batch(3).inputs) else 1)  # noqa: E731
+
+    def bad(m, b):
+        here = runtime.rank == 1 and torch.equal(b.inputs, toy.global_micro_batch(3).inputs)
+        return nats(m, b) * (math.inf if here else 1)
+
     return [
         train("plain", runtime, ToyPlan(grad_accum=2)),
         train("bad", runtime, ToyPlan(), bad),
@@ -182,16 +197,35 @@ def test_metrics_and_result_have_the_names_that_dashboards_know():
     result = fit(run, model, optimizer, batches, ToyPlan(), nats, every)
     rows = read_metrics(run.dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
-    names = {"train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/mfu", "train/epoch", "train/grad_norm", "mem/peak_mib"}
+    names = {
+        "train/loss",
+        "train/lrm",
+        "train/dt",
+        "train/tok_per_sec",
+        "train/mfu",
+        "train/epoch",
+        "train/grad_norm",
+        "mem/peak_mib",
+    }
     totals = {"step", "total_training_time", "total_training_flops"}
     for row in rows[:6]:
         assert set(row) == names | totals | ({"val/bpb"} if row["step"] % 2 == 0 else set())
-        assert row["train/tok_per_sec"] == pytest.approx(64 / row["train/dt"]) and row["total_training_flops"] == row["step"] * 64 * 1000
+        assert (
+            row["train/tok_per_sec"] == pytest.approx(64 / row["train/dt"])
+            and row["total_training_flops"] == row["step"] * 64 * 1000
+        )
         assert row["train/mfu"] is None, "the peak of a CPU is unknown, not zero"
-    assert rows[6] == {"step": 6, "val/bpb": 2.25, "total_training_time": rows[6]["total_training_time"], "total_training_flops": 384000}
+    assert rows[6] == {
+        "step": 6,
+        "val/bpb": 2.25,
+        "total_training_time": rows[6]["total_training_time"],
+        "total_training_flops": 384000,
+    }
     for a, b in zip(rows, rows[1:]):
         assert b["total_training_time"] == pytest.approx(a["total_training_time"] + a["train/dt"])
-    assert result["val/bpb"] == 2.25 and result["min_val_bpb"] == 2.0 and result["tokens"] == 384 and result["step"] == 6
+    assert (
+        result["val/bpb"] == 2.25 and result["min_val_bpb"] == 2.0 and result["tokens"] == 384 and result["step"] == 6
+    )
     assert json.loads((run.dir / "result.json").read_text()) == result and run.finished
     smooth = 0.0
     for row in rows[:6]:
@@ -221,7 +255,15 @@ def test_evaluations_leave_no_trace():
         torch.manual_seed(5)
         return {"val/bpb": watched(toy.global_micro_batch(0).inputs).mean().item()}
 
-    fit(run, watched, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, sample=2, evaluate=evaluate, draw_samples=lambda: torch.manual_seed(6)))
+    fit(
+        run,
+        watched,
+        optimizer,
+        batches,
+        ToyPlan(),
+        noisy_nats,
+        Every(eval=1, sample=2, evaluate=evaluate, draw_samples=lambda: torch.manual_seed(6)),
+    )
     assert losses(run) == losses(plain) and modes == [(False, False)] * 7 and watched.training
     same_weights(watched.state_dict(), model.state_dict())
 
@@ -261,8 +303,13 @@ def test_cadences_and_the_order_of_a_step(monkeypatch):
     monkeypatch.setattr(checkpoint.Writer, "save", lambda *a, **kw: save() and plain(*a, **kw))
     saved = lambda: save.call_count  # noqa: E731
     every = Every(
-        eval=2, sample=3, save=4, keep="all", evaluate=lambda: seen.append(("eval", batches.n, saved())) or {}, draw_samples=lambda: seen.append(("sample", batches.n, saved()))
-    )  # fmt: skip
+        eval=2,
+        sample=3,
+        save=4,
+        keep="all",
+        evaluate=lambda: seen.append(("eval", batches.n, saved())) or {},
+        draw_samples=lambda: seen.append(("sample", batches.n, saved())),
+    )
     fit(run, model, optimizer, batches, ToyPlan(num_iterations=5), nats, every)
     assert seen == [("eval", 0, 0), ("eval", 2, 0), ("sample", 3, 0), ("eval", 4, 1), ("eval", 5, 2), ("sample", 5, 2)]
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [4, 5]
@@ -271,20 +318,40 @@ def test_cadences_and_the_order_of_a_step(monkeypatch):
 @pytest.mark.parametrize("cadence,expected", [(-1, [0, 1, 5]), (2, [0, 1, 2, 4, 5, 6])])
 def test_evaluations_at_steps_named_one_by_one(cadence, expected):
     run, model, optimizer, batches = parts()
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=cadence, eval_steps=(0, 1, 5), evaluate=lambda: {"val/n": batches.n}))
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(),
+        nats,
+        Every(eval=cadence, eval_steps=(0, 1, 5), evaluate=lambda: {"val/n": batches.n}),
+    )
     assert [(r["step"], r["val/n"]) for r in read_metrics(run.dir) if "val/n" in r] == [(n, n) for n in expected]
 
 
 def test_what_a_step_measures_stands_in_its_line():
     run, model, optimizer, batches = parts()
     seen = iter(range(100))
-    fit(run, model, optimizer, batches, ToyPlan(num_iterations=4), nats, Every(log=2, measure=lambda: {"rl/n": next(seen)}))
-    assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], "asked at every step"
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(num_iterations=4),
+        nats,
+        Every(log=2, measure=lambda: {"rl/n": next(seen)}),
+    )
+    assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], (
+        "asked at every step"
+    )
 
 
 def test_all_cadences_off_still_saves_the_end():
     run, model, optimizer, batches = parts()
-    never = Every(log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off"))
+    never = Every(
+        log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off")
+    )
     fit(run, model, optimizer, batches, ToyPlan(), nats, never)
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [6] and read_metrics(run.dir) == []
 
@@ -320,7 +387,15 @@ def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
         fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=benchmark))
     assert seen == [(3, [3], False)] and left.value.code == 128 + signal.SIGTERM
     run, model, optimizer, batches = parts(resume=True)
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}))
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(),
+        nats,
+        Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}),
+    )
     assert [row["step"] for row in read_metrics(run.dir) if "core_metric" in row] == [3, 6], "measured again"
 
 
@@ -386,7 +461,15 @@ def test_an_error_waits_for_the_write_and_a_failed_write_ends_the_run(monkeypatc
 def test_retention_keeps_the_best_by_bpb():
     run, model, optimizer, batches = parts()
     bpb = {0: 0.5, 1: 4.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 2.0, 6: 2.0}
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=1, save=1, keep=1, evaluate=lambda: {"val/bpb": bpb[batches.n]}))
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(),
+        nats,
+        Every(eval=1, save=1, keep=1, evaluate=lambda: {"val/bpb": bpb[batches.n]}),
+    )
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [2, 6]
 
 
@@ -422,7 +505,9 @@ def test_resumed_is_uninterrupted_to_the_bit(where):
     same_weights(resumed.state_dict(), model.state_dict())
     for key in ("train/loss", "val/bpb", "min_val_bpb", "tokens", "total_training_flops"):
         assert result[key] == whole_result[key]
-    assert optimizer.seen[0]["lm_head"] == pytest.approx((optimizer.groups[0]["initial_lr"] * (1 - 0.7 * where / 6), None, 0.01))
+    assert optimizer.seen[0]["lm_head"] == pytest.approx(
+        (optimizer.groups[0]["initial_lr"] * (1 - 0.7 * where / 6), None, 0.01)
+    )
 
 
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
@@ -456,10 +541,24 @@ def test_meta_says_what_the_checkpoint_is():
     run.identify(data_fingerprint="d1", tokenizer_hash="t1")
     fit(run, model, optimizer, batches, ToyPlan(), nats, Every())
     meta = checkpoint.load_meta(checkpoint.newest_valid(run.checkpoints))
-    assert meta["step"] == 6 and meta["tokens"] == 384 and meta["batches"] == {"n": 6} and meta["plan"]["flops_per_token"] == 1000
+    assert (
+        meta["step"] == 6
+        and meta["tokens"] == 384
+        and meta["batches"] == {"n": 6}
+        and meta["plan"]["flops_per_token"] == 1000
+    )
     assert meta["data_fingerprint"] == "d1" and meta["tokenizer_hash"] == "t1" and meta["model_config"]["n_layer"] == 3
-    assert meta["config"]["depth"] == 20 and meta["env"]["torch"] == torch.__version__ and meta["env"]["world_size"] == 1
-    assert meta["loop"].keys() == {"step", "total_training_time", "compile_seconds", "waits", "smooth_loss", "min_val_bpb"}
+    assert (
+        meta["config"]["depth"] == 20 and meta["env"]["torch"] == torch.__version__ and meta["env"]["world_size"] == 1
+    )
+    assert meta["loop"].keys() == {
+        "step",
+        "total_training_time",
+        "compile_seconds",
+        "waits",
+        "smooth_loss",
+        "min_val_bpb",
+    }
 
 
 # what stops it
@@ -470,12 +569,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     before = {}
 
     def loss(model, batch):
-        if batches.n == 6 and torch.equal(batch.inputs, toy.global_micro_batch(4).inputs):  # step 2, the second of its two
+        if batches.n == 6 and torch.equal(
+            batch.inputs, toy.global_micro_batch(4).inputs
+        ):  # step 2, the second of its two
             before.update({k: v.clone() for k, v in model.state_dict().items()})
             return nats(model, batch) * math.nan
         return nats(model, batch)
 
-    with pytest.raises(NonFinite, match=r"step 2 .*micro-batch 1 of 2 \(nan\) on rank 0, made of document 4\. .*not updated"):
+    with pytest.raises(
+        NonFinite, match=r"step 2 .*micro-batch 1 of 2 \(nan\) on rank 0, made of document 4\. .*not updated"
+    ):
         fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every())
     assert len(optimizer.seen) == 2 and len(losses(run)) == 2 and not run.finished
     same_weights(model.state_dict(), before)
@@ -486,7 +589,8 @@ def test_a_gradient_that_is_not_finite_stops_too():
 
     def loss(model, batch):
         total = nats(model, batch)
-        return total + (0.0 * model.lm_head.weight.sum()).sqrt() if batches.n == 3 else total  # 0, with an infinite slope
+        # 0, with an infinite slope
+        return total + (0.0 * model.lm_head.weight.sum()).sqrt() if batches.n == 3 else total
 
     with pytest.raises(NonFinite, match="step 2 .* a gradient on rank 0, made of document 2"):
         fit(run, model, optimizer, batches, ToyPlan(), loss, Every())
@@ -505,13 +609,23 @@ def test_a_global_batch_without_targets_is_said():
         fit(run, model, optimizer, Empty(toy.ALONE), ToyPlan(), nats, Every())
 
 
-@pytest.mark.parametrize("rows,accum,typed", [(4, 1, "--device-batch-size 2"), (5, 2, "--device-batch-size 2"), (5, 3, "--device-batch-size 1"), (1, 1, "--max-seq-len")])
+@pytest.mark.parametrize(
+    "rows,accum,typed",
+    [
+        (4, 1, "--device-batch-size 2"),
+        (5, 2, "--device-batch-size 2"),
+        (5, 3, "--device-batch-size 1"),
+        (1, 1, "--max-seq-len"),
+    ],
+)
 def test_out_of_memory_names_the_flag_and_a_value_that_divides(rows, accum, typed):
     run, model, optimizer, batches = parts()
     plan = ToyPlan(device_batch_size=rows, grad_accum=accum)
     with pytest.raises(UserError) as error:
         fit(run, model, optimizer, batches, plan, lambda m, b: torch.empty(1 << 50), Every())
-    assert f"--device-batch-size {rows}:" in str(error.value) and f"type {typed}" in str(error.value).replace("half the ", "")
+    assert f"--device-batch-size {rows}:" in str(error.value) and f"type {typed}" in str(error.value).replace(
+        "half the ", ""
+    )
 
 
 def test_other_errors_keep_their_own_words():
@@ -571,7 +685,9 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
 
 @pytest.mark.fault("core D8")
 def test_compiling_is_no_training_time(monkeypatch):
-    """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which compiles again."""
+    """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which
+    compiles again.
+    """
     clock_now, cold, crash_at = [0.0], [True], 3
     monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
 
@@ -599,7 +715,9 @@ def test_compiling_is_no_training_time(monkeypatch):
 
 @pytest.mark.fault("core D8")
 def test_a_compiled_run_is_the_same_run(capsys):
-    """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled before it."""
+    """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled
+    before it.
+    """
     seen, found = [], {}
 
     class Uneven(toy.ToyBatches):  # the second micro-batch of each step is smaller
@@ -615,7 +733,9 @@ def test_a_compiled_run_is_the_same_run(capsys):
         run, model, optimizer, batches = parts(f"compiled-{compiled}")
         batches = Uneven(toy.ALONE)
         result = fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), compiled=compiled)
-        assert ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
+        assert (
+            ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
+        )
         state = {name: value.clone() for name, value in model.state_dict().items()}
         found[compiled] = losses(run), state, optimizer.state_dict(), batches.n, torch.get_rng_state()
     assert seen == [2, 1] * 6 + [2, 1] + [2, 1] * 6, "one pass more for each shape"
@@ -623,7 +743,9 @@ def test_a_compiled_run_is_the_same_run(capsys):
     (plain, weights, moments, n, rng), (losses_2, weights_2, moments_2, n_2, rng_2) = found.values()
     assert plain == losses_2 and n == n_2 and torch.equal(rng, rng_2)
     for a, b in ((weights, weights_2), (moments, moments_2)):
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+        assert a.keys() == b.keys() and all(
+            torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+        )
 
 
 @pytest.mark.slow
@@ -635,7 +757,16 @@ def test_a_model_in_torchs_compiler_is_the_same_run():
         run, model, optimizer, batches = parts(f"by-{compile_}", config=config)
         step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else model
         loss = lambda _, b: step_model(b.inputs, b.targets, reduction="sum")  # noqa: B023, E731
-        fit(run, model, optimizer, batches, ToyPlan(num_iterations=3, model=config), loss, Every(), compiled=step_model is not model)
+        fit(
+            run,
+            model,
+            optimizer,
+            batches,
+            ToyPlan(num_iterations=3, model=config),
+            loss,
+            Every(),
+            compiled=step_model is not model,
+        )
         found.append((losses(run), model.state_dict()))
     assert found[0][0] == found[1][0]
     same_weights(found[0][1], found[1][1])
@@ -650,9 +781,18 @@ def test_the_step_line_never_changes_width():
     usual = line()
     assert "mfu unknown" in usual and "0.0%" not in usual.split("mfu")[1]
     for changes in (
-        {"step": 99, "progress": 0.99}, {"loss": 123.4567}, {"loss": 0.01}, {"dt": 9999.0}, {"dt": 0.0001}, {"tokens": 10**7}, {"mfu": 45.2},
-        {"epoch": 999.9}, {"elapsed": 359999.0, "left": 12.0}, {"left": 5e5}, {"lrm": 0.05, "progress": 1.0},
-    ):  # fmt: skip
+        {"step": 99, "progress": 0.99},
+        {"loss": 123.4567},
+        {"loss": 0.01},
+        {"dt": 9999.0},
+        {"dt": 0.0001},
+        {"tokens": 10**7},
+        {"mfu": 45.2},
+        {"epoch": 999.9},
+        {"elapsed": 359999.0, "left": 12.0},
+        {"left": 5e5},
+        {"lrm": 0.05, "progress": 1.0},
+    ):
         assert len(line(**changes)) == len(usual), changes
     assert len(line(total=10**6, step=1)) == len(line(total=10**6, step=10**6))
     assert line(step=12, total=None).startswith("step 00012  50.0% |")

@@ -38,7 +38,10 @@ class Fables:
 
     def get(self, n: int) -> str:
         rng = random.Random(n % 40)
-        return " ".join(rng.choice(["the", "fox", "saw", "a", "crow", "grapes", "and", "sour"]) for _ in range(rng.choice([2, 5, 30])))
+        return " ".join(
+            rng.choice(["the", "fox", "saw", "a", "crow", "grapes", "and", "sour"])
+            for _ in range(rng.choice([2, 5, 30]))
+        )
 
     def where(self, n: int) -> str:
         return f"fable {n % 40}"
@@ -46,7 +49,9 @@ class Fables:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Trained once, before anything is forked: the trainer's thread pool does not survive a fork, and waits for ever."""
+    """Trained once, before anything is forked: the trainer's thread pool does not survive a fork, and waits for
+    ever.
+    """
     return Tokenizer.train((Fables().get(n) for n in range(40)), 290)
 
 
@@ -63,7 +68,9 @@ def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool 
         each()
         return toy.noisy_nats(model, batch)
 
-    every = Every(eval=2, save=save, evaluate=lambda: {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))})
+    every = Every(
+        eval=2, save=save, evaluate=lambda: {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))}
+    )
     fit(run, model, optimizer, batches, toy.ToyPlan(num_iterations=steps, grad_accum=2), loss, every)
     batches.close()
 
@@ -73,12 +80,14 @@ def story(name: str) -> tuple:
     rows = [(r["step"], r.get("train/loss"), r.get("val/bpb")) for r in read_metrics(runs_dir() / name)]
     last = checkpoint.newest_valid(runs_dir() / name / "checkpoints")
     assert last is not None
-    return rows, [hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")]
+    return rows, [
+        hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")
+    ]
 
 
 def kill_and_resume(kills: int, steps: int) -> None:
-    """Fork the training and kill it some steps later, at a random moment, `kills` times; then let it end. Compare with a
-    run left alone."""
+    """Fork the training and kill it some steps later, at a random moment, `kills` times; then let it end. Compare with
+    a run left alone."""
     rng, at = random.Random(2), []
     train("whole", steps, resume=False)
     while len(at) < kills:
@@ -100,9 +109,18 @@ def kill_and_resume(kills: int, steps: int) -> None:
 
 
 def signals() -> None:
-    """Fork trainings that would last for ever, send each its signals in the fourth step, and tell what became of them."""
+    """Fork trainings that would last for ever, send each its signals in the fourth step, and tell what became of
+    them.
+    """
     stories = {}
-    asked = {"SIGTERM": [signal.SIGTERM], "SIGINT": [signal.SIGINT], "SIGHUP": [signal.SIGHUP], "SIGUSR1": [signal.SIGUSR1], "SIGUSR2": [signal.SIGUSR2], "twice": [signal.SIGINT, signal.SIGINT]}
+    asked = {
+        "SIGTERM": [signal.SIGTERM],
+        "SIGINT": [signal.SIGINT],
+        "SIGHUP": [signal.SIGHUP],
+        "SIGUSR1": [signal.SIGUSR1],
+        "SIGUSR2": [signal.SIGUSR2],
+        "twice": [signal.SIGINT, signal.SIGINT],
+    }
     for name, numbers in asked.items():
         ticks, tick = os.pipe()
         said = runs_dir().parent / f"{name}.txt"
@@ -113,7 +131,12 @@ def signals() -> None:
             n = iter(range(10**6))
             code = 0
             try:
-                train(name, 10**6, each=lambda: (os.write(tick, b"."), time.sleep(60.0 if name == "twice" and next(n) == 6 else 0.01)), save=10**6)
+                train(
+                    name,
+                    10**6,
+                    each=lambda: (os.write(tick, b"."), time.sleep(60.0 if name == "twice" and next(n) == 6 else 0.01)),
+                    save=10**6,
+                )
             except SystemExit as leave:
                 code = leave.code
             os._exit(code)
@@ -126,7 +149,12 @@ def signals() -> None:
         began = time.monotonic()
         _, status = os.waitpid(pid, 0)
         steps = [step for step, _ in checkpoint.steps(runs_dir() / name / "checkpoints")]
-        stories[name] = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "steps": steps, "said": said.read_text()}
+        stories[name] = {
+            "code": os.waitstatus_to_exitcode(status),
+            "seconds": time.monotonic() - began,
+            "steps": steps,
+            "said": said.read_text(),
+        }
         stories[name]["logged"] = len(read_metrics(runs_dir() / name))
     print(json.dumps(stories))
 
@@ -154,8 +182,16 @@ def stories(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name,code", [("SIGTERM", 143), ("SIGINT", 130), *(pytest.param(name, code, marks=pytest.mark.fault("F17")) for name, code in (("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140)))]
-)  # fmt: skip
+    "name,code",
+    [
+        ("SIGTERM", 143),
+        ("SIGINT", 130),
+        *(
+            pytest.param(name, code, marks=pytest.mark.fault("F17"))
+            for name, code in (("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140))
+        ),
+    ],
+)
 def test_a_signal_saves_and_leaves(stories, name, code):
     story = stories[name]
     assert story["code"] == code, story["said"]
@@ -168,7 +204,9 @@ def test_a_signal_saves_and_leaves(stories, name, code):
 
 def test_a_second_ctrl_c_leaves_at_once(stories):
     story = stories["twice"]
-    assert story["code"] == -signal.SIGINT and story["seconds"] < 50 and story["steps"] == [], "in the middle of a step of a minute"
+    assert story["code"] == -signal.SIGINT and story["seconds"] < 50 and story["steps"] == [], (
+        "in the middle of a step of a minute"
+    )
     assert story["said"].count("finishing this step") == 1
 
 

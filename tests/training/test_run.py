@@ -6,8 +6,8 @@ Run as a script this file is a process that holds a run's lock or loses wandb.
 import json
 import os
 import resource
-import signal
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +44,9 @@ def tokenizer() -> Tokenizer:
 def save(run: Run, step: int, tokenizer: Tokenizer | None = None) -> Path:
     model = GPT(MODEL)
     model.init_weights(step)
-    meta = {"model_config": to_json(MODEL), "data_fingerprint": "d1"} | ({"tokenizer_hash": tokenizer.hash} if tokenizer else {})
+    meta = {"model_config": to_json(MODEL), "data_fingerprint": "d1"} | (
+        {"tokenizer_hash": tokenizer.hash} if tokenizer else {}
+    )
     return checkpoint.save(run.checkpoints, step, weights=model.state_dict(), optimizer={}, meta=meta, runtime=ALONE)
 
 
@@ -64,10 +66,23 @@ def test_records_of_a_fresh_run(base_dir):
     assert run.dir == base_dir / "runs" / "a"
     assert json.loads((run.dir / "config.json").read_text()) == config(depth=4)
     env = json.loads((run.dir / "env.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout.strip()
     assert env["commit"] is None or (commit and env["commit"].startswith(commit))
-    expected = {"torch": torch.__version__, "python": sys.version.split()[0], "dtype": "float32", "device": "cpu", "threads": 1, "world_size": 1}
-    assert {k: env[k] for k in expected} == expected and env["kind"] == "base" and shlex.split(env["command"]) == sys.orig_argv
+    expected = {
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "world_size": 1,
+    }
+    assert (
+        {k: env[k] for k in expected} == expected
+        and env["kind"] == "base"
+        and shlex.split(env["command"]) == sys.orig_argv
+    )
     assert not run.finished
 
 
@@ -102,7 +117,9 @@ def test_a_torn_line_is_left_out_and_later_lines_are_dropped():
         f.write('{"step": 5, "train/lo')
     assert [row["step"] for row in read_metrics(run.dir)] == [0, 1, 2, 3, 4]
     run.drop_from(3)
-    assert (run.dir / "metrics.jsonl").read_text() == "".join(f'{{"step": {s}, "train/loss": {s}.0}}\n' for s in range(3))
+    assert (run.dir / "metrics.jsonl").read_text() == "".join(
+        f'{{"step": {s}, "train/loss": {s}.0}}\n' for s in range(3)
+    )
 
 
 def test_a_directory_with_a_run_is_not_overwritten():
@@ -144,7 +161,10 @@ def test_resume_drops_what_the_checkpoint_does_not_know(capsys):
     assert len(json.loads((run.dir / "env.json").read_text())["resumes"]) == 1
 
 
-@pytest.mark.parametrize("flag,value", [("depth", 5), ("matrix_lr", 0.03), ("seed", 7), ("total_batch_size", 4096), ("num_iterations", 9), ("data", "x")])
+@pytest.mark.parametrize(
+    "flag,value",
+    [("depth", 5), ("matrix_lr", 0.03), ("seed", 7), ("total_batch_size", 4096), ("num_iterations", 9), ("data", "x")],
+)
 def test_resume_refuses_by_name_what_would_change_the_result(flag, value):
     run = start()
     save(run, 3)
@@ -236,7 +256,13 @@ def test_resume_refuses_other_data_and_keeps_its_tokenizer(tokenizer):
 
 
 @pytest.mark.fault("F9")
-@pytest.mark.parametrize("kind, cfg", [("rl", RLConfig(task="gsm8k", data="/a/gsm8k")), ("sft", SFTConfig(tasks="gsm8k", data="/a/gsm8k", stages="/a/s.toml"))])
+@pytest.mark.parametrize(
+    "kind, cfg",
+    [
+        ("rl", RLConfig(task="gsm8k", data="/a/gsm8k")),
+        ("sft", SFTConfig(tasks="gsm8k", data="/a/gsm8k", stages="/a/s.toml")),
+    ],
+)
 def test_the_folder_of_a_task_may_move_and_its_questions_may_not_change(kind, cfg):
     def begin(cfg, resume: bool) -> Run:
         run = Run.start("a", to_json(cfg), ALONE, resume=resume, kind=kind)
@@ -250,7 +276,11 @@ def test_the_folder_of_a_task_may_move_and_its_questions_may_not_change(kind, cf
     run = begin(moved, True)
     with pytest.raises(UserError) as error:
         run.identify(data_fingerprint="q2")
-    assert error.value.code == "fingerprint-differs" and error.value.values == {"fact": "data_fingerprint", "then": "q1", "now": "q2"}
+    assert error.value.code == "fingerprint-differs" and error.value.values == {
+        "fact": "data_fingerprint",
+        "then": "q1",
+        "now": "q2",
+    }
     run.close()
 
 
@@ -264,7 +294,9 @@ def test_a_finished_run_knows_it(tokenizer):
         start()
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a@3", "..", "c:d", pytest.param("a,b", marks=pytest.mark.fault("F20"))])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", ".hidden", "a@3", "..", "c:d", pytest.param("a,b", marks=pytest.mark.fault("F20"))]
+)
 def test_bad_names_are_refused(name):
     with pytest.raises(UserError, match="run name"):
         start(name)
@@ -305,7 +337,8 @@ def test_wandb_offline_keeps_its_run_id(quiet_wandb):
     save(run, 1)
     run.close()
     start(resume=True, wandb="offline").close()
-    ids = [p.name.split("-")[3] for p in run.dir.glob("wandb/offline-run-*")]  # offline-run-TIME-ID, and -1 for a second one within the same second
+    # offline-run-TIME-ID, and -1 for a second one within the same second
+    ids = [p.name.split("-")[3] for p in run.dir.glob("wandb/offline-run-*")]
     assert len(ids) == 2 and set(ids) == {run.env["wandb_id"]}
 
 
@@ -328,7 +361,9 @@ def test_wandb_that_dies_on_the_way_warns_once(quiet_wandb):
 def lose_wandb() -> None:
     """Kill wandb's own process, log until the sink notices, then some more."""
     run = start(wandb="offline")
-    children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True
+    ).stdout.split()
     assert children
     for pid in children:
         os.kill(int(pid), signal.SIGKILL)
@@ -399,7 +434,13 @@ def test_the_newest_finished_run_of_a_kind(tokenizer):
     save(run, 2, tokenizer)
     run.finish({"step": 2, "kind": "sft"})
     assert find_model().name == find_model(kind="sft").name == "tuned"
-    with pytest.raises(UserError, match=r"no finished rl run .*there are: base, tuned \(name one with --model\). Train one: python -m scripts.chat_rl"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"no finished rl run .*there are: base, tuned \(name one with --model\). Train one: python -m"
+            r" scripts.chat_rl"
+        ),
+    ):
         find_model(kind="rl")
 
 
@@ -465,7 +506,13 @@ def test_load_model_refuses_texts_that_begin_otherwise_than_in_training(tokenize
         model.init_weights(0)
         meta = {"model_config": to_json(c), "tokenizer_hash": both.hash, "env": {"commit": "c0ffee"}}
         checkpoint.save(run.checkpoints, step, weights=model.state_dict(), optimizer=None, meta=meta, runtime=ALONE)
-    with pytest.raises(UserError, match=rf"begin with <\|bos\|> \(token {bos}\), but .* begins them with <\|endoftext\|> \(token {end}\).*nanolab of commit c0ffee"):
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"begin with <\|bos\|> \(token {bos}\), but .* begins them with <\|endoftext\|> \(token {end}\).*nanolab"
+            r" of commit c0ffee"
+        ),
+    ):
         load_model("a@1", ALONE)
     assert load_model("a@2", ALONE)[1].bos == end == load_model("a@3", ALONE)[1].bos  # older runs still do not say
 

@@ -16,14 +16,30 @@ from nanolab.data.tokenizer import Tokenizer
 ROOT = Path(__file__).parents[2]
 SAVE, STEPS = 150, 1500
 TRAIN = (
-    f"--run killed --depth 1 --aspect-ratio 32 --head-dim 32 --max-seq-len 32 --device-batch-size 4 --total-batch-size 128 --num-iterations {STEPS} "
-    f"--save-every {SAVE} --eval-every {SAVE} --eval-tokens 256 --keep all --device-type cpu --log-every 1 --wandb offline"
-).split()  # fmt: skip
+    "--run killed --depth 1 --aspect-ratio 32 --head-dim 32 --max-seq-len 32 --device-batch-size 4 --total-batch-size"
+    f" 128 --num-iterations {STEPS} --save-every {SAVE} --eval-every {SAVE} --eval-tokens 256 --keep all --device-type"
+    " cpu --log-every 1 --wandb offline"
+).split()
 
 
 def begin(base: Path, *flags: str) -> subprocess.Popen:
-    env = os.environ | {"NANOLAB_BASE_DIR": str(base), "PYTHONPATH": str(ROOT), "NANOLAB_DTYPE": "float32", "WANDB_ERROR_REPORTING": "false"}
-    command = [sys.executable, "-m", "scripts.base_train", "--data-dir", str(base / "texts"), "--tokenizer", str(base / "tokenizer"), *TRAIN, *flags]
+    env = os.environ | {
+        "NANOLAB_BASE_DIR": str(base),
+        "PYTHONPATH": str(ROOT),
+        "NANOLAB_DTYPE": "float32",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.base_train",
+        "--data-dir",
+        str(base / "texts"),
+        "--tokenizer",
+        str(base / "tokenizer"),
+        *TRAIN,
+        *flags,
+    ]
     with open(base / "said.txt", "w") as said:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
 
@@ -31,7 +47,13 @@ def begin(base: Path, *flags: str) -> subprocess.Popen:
 def rows_in(folder: Path) -> list[dict]:
     """The rows of one offline folder, each by wandb's own reader."""
     (log,) = folder.glob("run-*.wandb")
-    done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
     return [found["history"]["item"] for found in map(json.loads, done.stdout.splitlines()) if "history" in found]
 
 
@@ -40,7 +62,9 @@ def rows_in(folder: Path) -> list[dict]:
 def test_every_step_is_in_wandb_once_and_in_order_after_a_kill_and_a_resume(base_dir):
     (base_dir / "texts").mkdir(parents=True)
     for i in range(40):
-        (base_dir / "texts" / f"{i}.txt").write_text(f"Number {i} is a fox that saw the crow with the cheese, and said so. " * 3)
+        (base_dir / "texts" / f"{i}.txt").write_text(
+            f"Number {i} is a fox that saw the crow with the cheese, and said so. " * 3
+        )
     Tokenizer.train(["a fox saw the crow with the cheese"] * 9, 280).save(base_dir / "tokenizer")
     run, killed = base_dir / "runs" / "killed", begin(base_dir)
     metrics = run / "metrics.jsonl"
@@ -49,7 +73,8 @@ def test_every_step_is_in_wandb_once_and_in_order_after_a_kill_and_a_resume(base
     lines = metrics.read_bytes().count(b"\n")
     made = time.monotonic()
     while killed.poll() is None and time.monotonic() < made + 1:
-        lines = metrics.read_bytes().count(b"\n") if time.monotonic() < made + 0.02 else lines  # those older than a second at the kill
+        # those older than a second at the kill
+        lines = metrics.read_bytes().count(b"\n") if time.monotonic() < made + 0.02 else lines
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -95,7 +120,14 @@ def with_core(folder: Path, first: str) -> subprocess.CompletedProcess:
     core.write_text(f'#!/bin/sh\n{first}\nexec "{Path(wandb.__file__).parent}/bin/wandb-core" "$@"\n')
     core.chmod(0o755)
     env = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "false"}
-    return subprocess.run([sys.executable, "-c", CORE, str(folder), str(core)], env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, "-c", CORE, str(folder), str(core)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 @pytest.mark.slow
@@ -103,11 +135,15 @@ def test_on_a_busy_machine_wandb_may_begin_late(tmp_path):
     """With wandb's own patience of 30 seconds the run's folder stayed without a log."""
     done = with_core(tmp_path, "sleep 1")
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert done.returncode == 0 and "wandb failed" not in done.stderr and [row["step"] for row in rows_in(folder)] == [0], done.stderr
+    assert (
+        done.returncode == 0 and "wandb failed" not in done.stderr and [row["step"] for row in rows_in(folder)] == [0]
+    ), done.stderr
 
 
 @pytest.mark.slow
 def test_whatever_wandb_raises_is_one_line(tmp_path):
     """Also what is none of its own exceptions: an IndexError, of a port file that is still empty."""
     done = with_core(tmp_path, 'while [ "$1" != --port-filename ]; do set -- "$@" "$1"; shift; done; : > "$2"; sleep 3')
-    assert done.returncode == 0 and done.stderr.count("wandb failed and is off for the rest of this run (IndexError") == 1, done.stderr
+    assert (
+        done.returncode == 0 and done.stderr.count("wandb failed and is off for the rest of this run (IndexError") == 1
+    ), done.stderr

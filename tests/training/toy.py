@@ -1,7 +1,7 @@
 """A training run small enough to be made by hand: tiny GPT, real optimizer, batches that any code can make again."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,8 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_model(config: GPTConfig = CONFIG) -> GPT:
-    """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and Adam
-    would blow the rounding up."""
+    """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and
+    Adam would blow the rounding up."""
     model, g = GPT(config), torch.Generator().manual_seed(8)
     model.init_weights(7)
     with torch.no_grad():
