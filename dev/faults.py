@@ -24,7 +24,7 @@ COMMIT = "9e9a9b1"
 OLD_TESTS = [f"tests/contracts/{name}.py" for name in ("axes", "contracts", "covering", "test_pairs")]
 sys.path.insert(0, str(ROOT))
 
-from nanolab.config import read_toml  # noqa: E402
+from nanolab.cli import read_toml  # noqa: E402
 
 
 def outcomes(tree: Path, only: list[str]) -> dict[str, dict[str, list[bool]]]:

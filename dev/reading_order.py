@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
-nanolab/config.py nanolab/presets.py nanolab/runtime.py
+nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
 nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py
 nanolab/data/conversations.py
 nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py

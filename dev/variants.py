@@ -2,7 +2,7 @@
 that cover all pairs of choices: python dev/variants.py [--check]
 
 Nothing in the index is typed by hand. Names come from the tables; formulas and papers from the first paragraph of an
-entry's docstring, "formula. Source."; what a flag sets from its comment in config.py; what is tested from
+entry's docstring, "formula. Source."; what a flag sets from its comment in model/config.py; what is tested from
 tests/contracts."""
 
 import ast
@@ -24,8 +24,8 @@ import axes  # noqa: E402
 from covering import every_pair  # noqa: E402
 
 from nanolab import presets  # noqa: E402
-from nanolab.config import Architecture, BaseTrainConfig, InspectConfig, UserError, from_preset  # noqa: E402
-from nanolab.config import main as run  # noqa: E402
+from nanolab.cli import UserError, from_preset  # noqa: E402
+from nanolab.cli import main as run  # noqa: E402
 from nanolab.model import (  # noqa: E402
     accounting,
     attention,
@@ -40,7 +40,9 @@ from nanolab.model import (  # noqa: E402
     rules,
     variants,
 )
+from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.training import recipes  # noqa: E402
+from nanolab.training.config import BaseTrainConfig  # noqa: E402
 from nanolab.training.schedule import gpt_config  # noqa: E402
 
 FILE = ROOT / "dev" / "VARIANTS.md"
@@ -376,9 +378,13 @@ def comment_above(module: Any, key: str) -> str:
 
 
 def helps() -> dict[str, str]:
-    """Field of Architecture -> the comment at its end."""
-    lines = inspect.getsource(Architecture).splitlines()
-    return {match[1]: match[2] for line in lines if (match := re.match(r"    (\w+): .*?  # (.*)", line))}
+    """Field of Architecture -> the comment at its end, or above it."""
+    found, above = {}, []
+    for line in inspect.getsource(Architecture).splitlines():
+        if match := re.match(r"    (\w+): [^#]*(?:# (.*))?", line):
+            found[match[1]] = match[2] or " ".join(above)
+        above = [*above, line.strip("# ")] if line.startswith("    # ") else []
+    return found
 
 
 def default(flag: str) -> str:

@@ -1,6 +1,6 @@
 """Which flags are read under which choice, and which values a number may have: two tables, for every command.
 
-Pure data: imports nothing of nanolab. config.py checks both, in `parse` and wherever flags are read from a file.
+Pure data: imports nothing of nanolab. cli.py checks both, in `parse` and wherever flags are read from a file.
 """
 
 import math

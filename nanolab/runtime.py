@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.terminal import harmless
 
 T = TypeVar("T")

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import BaseEvalConfig, DataConfig, UserError, as_json, check_max_per_task, main, nearest, parse
+from nanolab.cli import UserError, as_json, main, nearest, parse
+from nanolab.data.config import DataConfig
+from nanolab.evals.config import BaseEvalConfig, check_max_per_task
 
 SPLIT_TOKENS = {"cuda": 40 * 524288}  # tokens of each split, by device; elsewhere:
 SPLIT_TOKENS_ELSEWHERE = 524288

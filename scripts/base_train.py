@@ -2,7 +2,10 @@
 
 import os
 
-from nanolab.config import BaseTrainConfig, UserError, check_max_per_task, chosen, main, parse, to_json
+from nanolab.cli import UserError, main, parse, to_json
+from nanolab.evals.config import check_max_per_task
+from nanolab.model.config import chosen
+from nanolab.training.config import BaseTrainConfig
 
 TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multiply peak that a whole step reaches
 

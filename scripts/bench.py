@@ -4,7 +4,8 @@ JSON document).
 
 import sys
 
-from nanolab.config import BenchConfig, UserError, as_json, main, parse, to_json
+from nanolab.cli import UserError, as_json, main, parse, to_json
+from nanolab.lab.config import BenchConfig
 from scripts import GENERATING, spin
 
 WHAT = ("train", "data", "tokenizer", "infer", "eval")

@@ -10,8 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from nanolab.config import ChatConfig, UserError, check_given, main, parse
+from nanolab.cli import UserError, check_given, main, parse
 from nanolab.flags import ANSWERING
+from nanolab.serving.config import ChatConfig
 from nanolab.terminal import harmless
 from scripts import GENERATING, spin
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from nanolab.config import ChatEvalConfig, UserError, as_json, check_given, main, parse
+from nanolab.cli import UserError, as_json, check_given, main, parse
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.flags import SAMPLING
 
 SETTINGS = ("data", "num_samples", "temperature", "top_k", "max_tokens", "tool", "max_problems", "seed")

@@ -4,7 +4,8 @@ flag).
 
 import os
 
-from nanolab.config import RLConfig, UserError, main, nearest, parse, to_json
+from nanolab.cli import UserError, main, nearest, parse, to_json
+from nanolab.training.config import RLConfig
 
 
 def run(cfg: RLConfig) -> int:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nanolab.config import SFTConfig, UserError, main, parse, to_json
+from nanolab.cli import UserError, main, parse, to_json
+from nanolab.training.config import SFTConfig
 
 EVAL_TOKENS = {"cuda": 40 * 524288}  # held out, of conversations and of text, by device; elsewhere:
 EVAL_TOKENS_ELSEWHERE = 65536

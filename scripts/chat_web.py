@@ -4,7 +4,8 @@ OpenAI's API under /v1.
 
 import sys
 
-from nanolab.config import ServeConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.serving.config import ServeConfig
 from scripts import GENERATING, spin
 
 TOOL_THREADS = 4  # programs of `--tool python` that run at once beside each replica

@@ -8,7 +8,8 @@ examples) and contaminated.jsonl (set, line and splits of each such item, so tha
 import json
 from pathlib import Path
 
-from nanolab.config import ContaminationConfig, UserError, as_json, main, parse
+from nanolab.cli import UserError, as_json, main, parse
+from nanolab.evals.config import ContaminationConfig
 
 
 def run(cfg: ContaminationConfig) -> int:

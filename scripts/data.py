@@ -5,7 +5,8 @@ Reads every document once, so that a corpus that passes is whole; hub corpora: -
 
 import json
 
-from nanolab.config import DataBuildConfig, main, parse
+from nanolab.cli import main, parse
+from nanolab.data.config import DataBuildConfig
 
 
 def run(cfg: DataBuildConfig) -> None:

@@ -6,7 +6,8 @@ AutoModelForCausalLM loads it: a gpt2-shaped model as GPT2LMHeadModel, every oth
 
 from pathlib import Path
 
-from nanolab.config import ExportConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.interop.config import ExportConfig
 
 
 def run(cfg: ExportConfig) -> int:

@@ -6,7 +6,8 @@ continues where an earlier one was stopped. Train on the file with the task json
 
 import os
 
-from nanolab.config import GenChatConfig, UserError, as_json, main, parse
+from nanolab.cli import UserError, as_json, main, parse
+from nanolab.data.config import GenChatConfig
 from nanolab.terminal import harmless
 
 

@@ -12,7 +12,9 @@ gpt2 presets.
 import sys
 from pathlib import Path
 
-from nanolab.config import BaseTrainConfig, ImportConfig, UserError, from_preset, main, parse, to_json
+from nanolab.cli import UserError, from_preset, main, parse, to_json
+from nanolab.interop.config import ImportConfig
+from nanolab.training.config import BaseTrainConfig
 
 PADDED_TO = (1, 8, 16, 32, 64, 128)  # rows may be the tokens' number rounded up to a multiple of one of these
 BATCH = 512  # rows of an optimizer step, as GPT-2 was trained; fine-tuning has its own flags for less

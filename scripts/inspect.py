@@ -6,7 +6,8 @@ import re
 from dataclasses import asdict, fields
 from typing import Any
 
-from nanolab.config import Architecture, GPTConfig, InspectConfig, as_json, main, parse
+from nanolab.cli import as_json, main, parse
+from nanolab.model.config import Architecture, GPTConfig, InspectConfig
 
 # the first word of a parameter's name, after the block's -> what the table calls it, in this order; other words come
 # last

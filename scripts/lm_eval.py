@@ -4,7 +4,7 @@ hellaswag.
 Every flag is the harness's own; --model_args are explained in nanolab/interop/lm_eval.py.
 """
 
-from nanolab.config import main
+from nanolab.cli import main
 
 
 def run() -> None:

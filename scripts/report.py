@@ -12,19 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import (
-    BaseTrainConfig,
-    ModelFlags,
-    ReportConfig,
-    UserError,
-    as_json,
-    chosen,
-    from_preset,
-    main,
-    not_read,
-    parse,
-)
+from nanolab.cli import UserError, as_json, from_preset, main, not_read, parse
+from nanolab.evals.config import ReportConfig
+from nanolab.model.config import ModelFlags, chosen
 from nanolab.terminal import harmless
+from nanolab.training.config import BaseTrainConfig
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]
@@ -95,8 +87,9 @@ def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
 
 def story(stages: list) -> list[str]:
     """One sentence: what it is and how it came to be."""
-    from nanolab.config import GPTConfig, from_json
+    from nanolab.cli import from_json
     from nanolab.model.accounting import n_params
+    from nanolab.model.config import GPTConfig
 
     last, seconds = stages[-1].meta, sum(stage.seconds for stage in stages)
     did = [f"{verb} {names(of(stage.meta['config']))}" for stage in stages for verb, of in [DID[stage.kind]]]
@@ -193,9 +186,10 @@ def says(last) -> list[str]:
 
 def trained(stages: list) -> list[str]:
     """The model, its text and the machine; what the later stages learnt from."""
-    from nanolab.config import GPTConfig, from_json
+    from nanolab.cli import from_json
     from nanolab.evals.card import sized, table
     from nanolab.model.accounting import n_params
+    from nanolab.model.config import GPTConfig
     from nanolab.training.models import read_metrics
 
     base, later = stages[0], stages[1:]

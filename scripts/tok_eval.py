@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from itertools import islice
 
-from nanolab.config import TokEvalConfig, as_json, main, parse
+from nanolab.cli import as_json, main, parse
+from nanolab.data.config import TokEvalConfig
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 PATIENCE = 20  # seconds that a download may take

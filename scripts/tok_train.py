@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nanolab.config import TokTrainConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.data.config import TokTrainConfig
 
 CHECK_CHARS = 4_000_000  # validation text to measure and to round-trip
 PART_CHARS = 1000  # of a document over the cap, parts of about this size are read

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nanolab.config import UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest, split_weight
 from tasks.arc import Arc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Example, Task, permutation

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.chat import Message, Part, read_jsonl, text_of
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ one whose lines are sorted has to be shuffled."""
 from collections import Counter
 from collections.abc import Sequence
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import Message, parts_of, read_conversations
 from tasks.common import Example, Task, share
 

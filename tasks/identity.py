@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nanolab.config import UserError, nearest, read_toml
+from nanolab.cli import UserError, nearest, read_toml
 from nanolab.data.chat import text_of
 from tasks.common import Content, Draws, Example, Task, hold_out
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError, nearest, read_toml
+from nanolab.cli import UserError, nearest, read_toml
 from nanolab.data.chat import parts_of, text_of
 from tasks.common import Content, Draws, Example, Task
 

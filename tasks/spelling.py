@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parts_of, text_of
 from tasks.common import Content, Draws, Example, Task, permutation, share, tool_call
 from tasks.numbers import same_number

@@ -19,7 +19,7 @@ LEVEL = {
     "presets": 0,
     "flags": 0,
     "terminal": 0,
-    "config": 1,
+    "cli": 1,
     "runtime": 2,
     "data": 3,
     "model": 4,
@@ -140,8 +140,8 @@ def test_an_import_down_the_arrows_is_allowed(tmp_path):
     for path, text in {
         "nanolab/training/rollout.py": "from nanolab.inference.engine import Engine",
         "nanolab/evals/bpb.py": "import torch\nfrom nanolab.training.run import find_model",
-        "scripts/base_train.py": "import tasks\nfrom nanolab.config import main",
-        "nanolab/config.py": "import json",
+        "scripts/base_train.py": "import tasks\nfrom nanolab.cli import main",
+        "nanolab/cli.py": "import json",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -184,7 +184,7 @@ def import_without_torch(names: list[str]) -> str:
 
 def test_modules_that_promise_it_import_without_torch():
     names = promised_torch_free()
-    assert {"nanolab.config", "scripts.base_train"} <= set(names)
+    assert {"nanolab.cli", "nanolab.model.config", "scripts.base_train"} <= set(names)
     assert import_without_torch(names) == ""
 
 

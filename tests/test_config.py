@@ -5,22 +5,14 @@ import json
 import pickle
 
 import pytest
+from helpers import configs
 
-from nanolab import config
-from nanolab.config import (
-    BaseTrainConfig,
-    ChatConfig,
-    GPTConfig,
-    UserError,
-    chosen,
-    from_json,
-    from_preset,
-    main,
-    parse,
-    to_json,
-)
+from nanolab.cli import UserError, from_json, from_preset, main, parse, to_json
+from nanolab.model.config import GPTConfig, chosen
+from nanolab.serving.config import ChatConfig
+from nanolab.training.config import BaseTrainConfig
 
-ALL = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+ALL = list(configs().values())
 
 
 def test_every_kind_of_value_is_parsed():

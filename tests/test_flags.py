@@ -13,27 +13,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import configs
 
-from nanolab import config
-from nanolab.config import (
-    BaseEvalConfig,
-    BaseTrainConfig,
-    BenchConfig,
-    ChatConfig,
-    ChatEvalConfig,
-    DataBuildConfig,
-    GPTConfig,
-    InspectConfig,
-    RLConfig,
-    ServeConfig,
-    SFTConfig,
-    UserError,
-    from_json,
-    parse,
-    to_json,
-)
+from nanolab.cli import UserError, from_json, parse, to_json
+from nanolab.data.config import DataBuildConfig, GenChatConfig
+from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
+from nanolab.lab.config import BenchConfig
+from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.variants import AXES
 from nanolab.presets import PRESETS
+from nanolab.serving.config import ChatConfig, ServeConfig
+from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +39,7 @@ def neighbour(path: str):
     return module
 
 
-CONFIGS = [c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == "nanolab.config"]
+CONFIGS = list(configs().values())
 BASE, BENCH = BaseTrainConfig, BenchConfig
 
 
@@ -241,7 +231,7 @@ def test_zeros_of_chat_rl_are_refused_by_their_own_names(flag):
             ),
         ),
         (RLConfig, "--kl 0 --rollout-batch-size 0 --top-k 0 --log-every -1 --eval-examples -1"),
-        (config.GenChatConfig, "--max-tokens 0"),
+        (GenChatConfig, "--max-tokens 0"),
         (ServeConfig, "--port 0 --prefix-mb 0"),
         (InspectConfig, "--context 0"),
     ],
@@ -261,7 +251,7 @@ def test_a_record_with_no_number_is_refused(value):
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
 def test_every_number_has_bounds_that_hold_its_default(cls):
     """A new flag needs a line in flags.BOUNDS. None is free: what is not finite never is a value."""
-    from nanolab.config import bounds_of
+    from nanolab.cli import bounds_of
 
     numbers = [f for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
     assert [f.name for f in numbers if bounds_of(cls, f.name) is None] == []
@@ -270,7 +260,7 @@ def test_every_number_has_bounds_that_hold_its_default(cls):
 
 
 def test_presets_are_within_bounds():
-    from nanolab.config import check_bounds, from_preset
+    from nanolab.cli import check_bounds, from_preset
 
     for name in PRESETS:
         for cls in (BaseTrainConfig, InspectConfig, BenchConfig):
@@ -324,7 +314,7 @@ SHAPES = {
 def test_architecture_flags_are_read_where_the_table_says(shape):
     import torch
 
-    from nanolab.config import not_read
+    from nanolab.cli import not_read
     from nanolab.model.gpt import GPT
 
     base = GPTConfig(
@@ -422,7 +412,7 @@ def test_rates_of_every_entry_are_read_where_the_table_says(entry):
 def test_rates_are_read_where_the_table_says(recipe, model, names=tuple(RATES)):
     import torch
 
-    from nanolab.config import not_read
+    from nanolab.cli import not_read
     from nanolab.model.gpt import GPT
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan
@@ -489,7 +479,7 @@ def test_written_commands_give_no_flag_that_is_not_read():
         if len(call.args) > 1 and words and not words[0].startswith("-"):
             words = [{"bench": "--what", "import_hf": "--folder"}[path.stem], *words]
         try:
-            parse(getattr(config, call.args[0].id), words)
+            parse(configs()[call.args[0].id], words)
         except (UserError, SystemExit) as error:
             raise AssertionError(f"{where}: {module} {' '.join(words)}: {error}") from error
 

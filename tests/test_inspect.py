@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from nanolab.config import InspectConfig, UserError, from_preset, parse
+from nanolab.cli import UserError, from_preset, parse
 from nanolab.model import accounting
+from nanolab.model.config import InspectConfig
 from nanolab.presets import PRESETS
 from nanolab.training.schedule import gpt_config
 from scripts.inspect import flag, numbers, run, scaled

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ServeConfig
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ServeConfig
 from nanolab.training.models import load_model
 
 ROOT = Path(__file__).parents[1]

@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import (
-    HORIZONS,
-    Architecture,
-    BaseTrainConfig,
-    BenchConfig,
-    GPTConfig,
-    InspectConfig,
-    UserError,
-    from_preset,
-)
+from nanolab.cli import HORIZONS, UserError, from_preset
+from nanolab.lab.config import BenchConfig
 from nanolab.model.accounting import n_params
+from nanolab.model.config import Architecture, GPTConfig, InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import PRESETS
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 from nanolab.training.schedule import gpt_config, make_plan

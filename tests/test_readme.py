@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers import configs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "dev" / "guides").glob("*.md"))]
@@ -93,8 +94,6 @@ def test_flags_and_scripts_exist(name):
 
 def flags_of(module: str) -> set[str]:
     """The flags of a script: the fields of the config that it parses, switches also with no_ in front."""
-    import nanolab.config
-
     path = ROOT / (module.replace(".", "/") + ".py")
     assert path.exists(), f"{path} does not exist"
     calls = [
@@ -102,7 +101,7 @@ def flags_of(module: str) -> set[str]:
         for n in ast.walk(ast.parse(path.read_text()))
         if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"
     ]
-    fields = [f for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))]
+    fields = [f for call in calls for f in dataclasses.fields(configs()[call.args[0].id])]
     return {f.name for f in fields} | {f"no_{f.name}" for f in fields if f.type is bool} | {"help"}
 
 
@@ -119,8 +118,8 @@ def test_links_and_named_tests_exist(name):
 
 
 def test_the_dial_is_what_the_plan_says():
-    from nanolab.config import BaseTrainConfig
     from nanolab.model.accounting import n_params
+    from nanolab.training.config import BaseTrainConfig
     from nanolab.training.schedule import make_plan
 
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)

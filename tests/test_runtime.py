@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nanolab import runtime
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model import flash3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.guards import undisturbed
 from scripts import base_train
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseEvalConfig, ChatConfig, main, parse
+from nanolab.cli import main, parse
+from nanolab.evals.config import BaseEvalConfig
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ChatConfig
 from scripts import base_eval, chat_cli
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +140,7 @@ def test_output_that_nobody_reads(world, name, flags):
 
 @pytest.mark.fault("S16")
 def test_a_closed_stdout_ends_quietly_and_another_pipe_is_a_bug(capfd):
-    code = "from nanolab.config import main; import sys; main(lambda: print('x' * 9))"
+    code = "from nanolab.cli import main; import sys; main(lambda: print('x' * 9))"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, text=True)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, UserError, parse
+from nanolab.cli import UserError, parse
 from nanolab.model import blocks, variants
+from nanolab.model.config import Architecture, GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS
 from nanolab.presets import PRESETS
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.recipes import RECIPES, param_groups
 
 ROOT = Path(__file__).parents[1]

@@ -43,8 +43,9 @@ def make_model(base: Path) -> str:
     """A run with a small base model of random weights whose logits are all equal: greedy, it never ends."""
     import torch
 
-    from nanolab.config import GPTConfig, to_json
+    from nanolab.cli import to_json
     from nanolab.data.tokenizer import Tokenizer
+    from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
     from nanolab.runtime import Runtime
     from nanolab.training import checkpoint

@@ -27,8 +27,9 @@ def make_model(base: Path) -> str:
     """A run with a base model of depth 4 and random weights."""
     import torch
 
-    from nanolab.config import GPTConfig, to_json
+    from nanolab.cli import to_json
     from nanolab.data.tokenizer import Tokenizer
+    from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
     from nanolab.runtime import Runtime
     from nanolab.training import checkpoint

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LOADER = """
 import sys
-from nanolab.config import DataConfig
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer

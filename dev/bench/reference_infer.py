@@ -22,10 +22,11 @@ from types import ModuleType
 import torch
 
 from nanolab import runtime
-from nanolab.config import BenchConfig, parse
+from nanolab.cli import parse
 from nanolab.inference.engine import Request
 from nanolab.lab.bench import measured
 from nanolab.lab.bench_infer import Prompts
+from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
 from nanolab.training.environment import environment
 from nanolab.training.schedule import gpt_config

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.data.kinds import check_kind
 from nanolab.data.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.chat import Message, Rendered, render
 from nanolab.data.packing import Batch, PackedBatches, Turns, share_rows
 from nanolab.data.tokenizer import Tokenizer

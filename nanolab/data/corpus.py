@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from nanolab.config import DataConfig, UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
+from nanolab.data.config import DataConfig
 from nanolab.data.formats import (
     CUT_BYTES,
     LONG_LINE,
@@ -312,6 +313,7 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned |
 
     Raises UserError for what is missing or damaged.
     """
+    pinned = pinned or Pinned()
     if cfg.num_shards < 1 and cfg.num_shards != -1:
         raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
     mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)

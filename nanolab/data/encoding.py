@@ -5,7 +5,7 @@ torch.
 import codecs
 from pathlib import Path
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 # UTF-32's little-endian mark begins with UTF-16's
 MARKS = [

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.data.kinds import check_kind, recognise
 from nanolab.runtime import base_dir, print0

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.formats import index_file, locked, sha256_file, write_atomically
 from nanolab.runtime import base_dir, print0, progress
 

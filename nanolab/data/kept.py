@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.formats import write_atomically
 
 

@@ -4,7 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 # first bytes, kind, its suffix, command that unpacks NAME.SUFFIX to NAME
 PACKED = [

@@ -241,7 +241,7 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
 
     Once built the corpus stays as it is, whatever is installed later. Raises UserError when its files are damaged.
     """
-    from nanolab.config import UserError
+    from nanolab.cli import UserError
     from nanolab.data.formats import index_file, locked
     from nanolab.runtime import base_dir
 

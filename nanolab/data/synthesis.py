@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError, nearest, read_toml
+from nanolab.cli import UserError, nearest, read_toml
 from nanolab.data.chat import Message, check_messages, text_of
 from nanolab.terminal import harmless
 

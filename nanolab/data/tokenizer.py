@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import tokenizer_files as files
 
 # In the order in which they follow the ordinary tokens. A document starts with bos; the others mark up conversations.

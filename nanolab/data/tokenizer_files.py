@@ -25,7 +25,7 @@ import tiktoken
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.kinds import check_pointer
 
 # Text is cut into pieces by the first alternative that matches; tokens never span pieces. In order: English

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.score import Z95, Interval
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop

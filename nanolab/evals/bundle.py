@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.formats import sha256_file
 from nanolab.evals.icl import KINDS, Item
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import ChatEvalConfig, UserError, not_read
+from nanolab.cli import UserError, not_read
 from nanolab.evals import bpb
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.training import checkpoint

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
-from nanolab.config import UserError, as_json
+from nanolab.cli import UserError, as_json
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
 from nanolab.training.models import WEIGHTS_ONLY, ModelRef

@@ -9,7 +9,7 @@ import gzip
 import lzma
 from collections.abc import Callable, Iterable
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 # bytes of a text that are compressed: seconds, while other ranks wait; xz -9e would need minutes for all that a GPU
 # scores

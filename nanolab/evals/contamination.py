@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.corpus import Documents
 from nanolab.data.formats import iter_block
 from nanolab.evals.bundle import open_bundle, read_rows

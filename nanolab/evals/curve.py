@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 Point = tuple[float, float, float | None, float | None]  # x, score, low and high end of its interval
 

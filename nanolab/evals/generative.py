@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply
 from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
 from nanolab.evals.likelihood import Reader, Score, common

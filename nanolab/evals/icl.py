@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.likelihood import Reader, Score, Text, common, score
 from nanolab.runtime import Runtime, Stop, Stopped
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefill import in_blocks
 from nanolab.model.gpt import GPT

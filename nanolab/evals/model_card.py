@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from nanolab.config import GPTConfig, chosen
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown, table
 from nanolab.evals.hellaswag import RULES
 from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
+from nanolab.model.config import GPTConfig, chosen
 from nanolab.training import checkpoint
 from nanolab.training.environment import git_commit
 from nanolab.training.models import ModelRef, runs_dir

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import logits_at, padded
 from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary

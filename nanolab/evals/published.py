@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.formats import locked, sha256_file
 from nanolab.data.hub import TIMEOUT, fetch
 from nanolab.runtime import base_dir, print0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import Part, parts_of, render_prompt
 from nanolab.data.tokenizer import Tokenizer
 

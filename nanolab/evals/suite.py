@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import BaseEvalConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.formats import sha256_file
 from nanolab.evals.bundle import TaskSpec, fingerprint, open_bundle, read_items
+from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.core import Core
 from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table, original_items
 from nanolab.evals.icl import Encoder

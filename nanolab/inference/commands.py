@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.inference.dialogue import Dialogue
 from nanolab.terminal import harmless
 

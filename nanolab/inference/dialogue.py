@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import (
     Message,
     Part,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.sampling import Chosen, Draws, check_settings, row_generators
 from nanolab.inference.text import TextStream

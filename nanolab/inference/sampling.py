@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 COLDEST = 1e-5  # below this temperature the softmax is greedy to within fp32, and dividing by it overflows
 AT_ONCE = 32  # uniform numbers that a row takes from its generator at a time

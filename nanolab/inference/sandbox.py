@@ -28,7 +28,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 LAYERS = ("landlock", "seccomp", "namespaces")
 REQUIRED = ("landlock", "seccomp")

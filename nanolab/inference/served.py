@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model.attention import CausalSelfAttention, NoQKNorm, Reading, RMSQKNorm, unturned
 from nanolab.model.blocks import LayerNorm, Linear, Pass, ResidualScalars, RMSNorm, SwiGLU, norm
 from nanolab.model.gpt import GPT

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanolab.config import UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import gpt2, one_file

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nanolab.config import Architecture, GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.kinds import check_pointer
 from nanolab.model.accounting import padded_vocab, windows
+from nanolab.model.config import Architecture, GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2, PRESETS
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.formats import sha256_file
 from nanolab.data.kinds import check_pointer
 from nanolab.interop.gpt2 import check_finite

@@ -14,8 +14,8 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT, Block
 
 # its name since transformers 5.24, and before

@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.chat import PARTS, render, template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.checkpoints import weights_of

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanolab.config import BaseTrainConfig, BenchConfig, UserError
+from nanolab.cli import UserError
+from nanolab.lab.config import BenchConfig
 from nanolab.runtime import Runtime, device_peaks, print0
+from nanolab.training.config import BaseTrainConfig
 
 
 def measured(samples: list[float], unit: str, digits: int = 4) -> dict[str, Any]:

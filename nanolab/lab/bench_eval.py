@@ -6,13 +6,14 @@ that the model reads."""
 import random
 from typing import Any, NamedTuple
 
-from nanolab.config import BenchConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import bundle, icl
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference.served import served
 from nanolab.lab.bench import measured, seconds
 from nanolab.lab.bench_infer import the_model
+from nanolab.lab.config import BenchConfig
 from nanolab.runtime import Runtime, print0
 from nanolab.training.environment import kernel_text
 

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import BenchConfig, ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.served import served
 from nanolab.lab.bench import measured
+from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, device_peaks
+from nanolab.serving.config import ServeConfig
 from nanolab.training.environment import kernel_text
 from nanolab.training.models import load_model
 from nanolab.training.schedule import gpt_config

@@ -6,9 +6,9 @@ shapes.
 
 from typing import Any
 
-from nanolab.config import GPTConfig
 from nanolab.model.attention import GATES, NORMALISERS, QK_NORMS, has_value_embedding, windows
 from nanolab.model.blocks import MLPS, NORMS, SMEAR_CHANNELS
+from nanolab.model.config import GPTConfig
 from nanolab.model.latent import ATTENTIONS
 from nanolab.model.positions import POSITIONS
 from nanolab.model.variants import check

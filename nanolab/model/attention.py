@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig
 from nanolab.model.blocks import LayerNorm, Linear, Pass, norm
+from nanolab.model.config import GPTConfig
 from nanolab.model.kernels import cached
 from nanolab.model.positions import POSITIONS, ROTATIONS, Angles
 from nanolab.model.rules import Keys, Rules, seen

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
 SMEAR_CHANNELS = 24  # leading embedding channels that steer the smear gate
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model.rules import Capability, Rules, capability_of, check_flash, lacking, on_cuda, seen, sink_per_head
 
 REPOSITORY = "kernels-community/flash-attn3"  # its publisher is one that kernels trusts without being told to

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model.blocks import Linear
 
 VALUES = torch.float8_e4m3fn  # of inputs and weights: 4 bits of exponent, 3 of mantissa, up to 448

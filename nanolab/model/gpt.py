@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanolab.config import GPTConfig
 from nanolab.model.accounting import attention_class, has_value_embedding, padded_vocab
 from nanolab.model.attention import Reading
 from nanolab.model.blocks import (
@@ -25,6 +24,7 @@ from nanolab.model.blocks import (
     make_norm,
     wide,
 )
+from nanolab.model.config import GPTConfig
 from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, quickly_softcapped
 from nanolab.model.init import INITS
 from nanolab.model.kernels import KERNELS, choose_kernel, kernel_line

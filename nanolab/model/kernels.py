@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.model import flash3, flex
 from nanolab.model.banded import banded
 from nanolab.model.rules import (

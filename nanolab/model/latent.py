@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig
 from nanolab.model.attention import (
     GATES,
     QK_NORMS,
@@ -21,6 +20,7 @@ from nanolab.model.attention import (
     turning,
 )
 from nanolab.model.blocks import Linear
+from nanolab.model.config import GPTConfig
 from nanolab.model.positions import POSITIONS, rope_dim
 
 

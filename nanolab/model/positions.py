@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model.blocks import Embedding
+from nanolab.model.config import GPTConfig
 
 Angles = tuple[Tensor, Tensor]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 # compute capability of an NVIDIA GPU: (7, 5) is a T4, (9, 0) an H100; None: not known, or another device
 Capability = tuple[int, int] | None

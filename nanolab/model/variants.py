@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from nanolab.config import GPTConfig, UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.model.attention import GATES, NORMALISERS, QK_NORMS
 from nanolab.model.blocks import MLPS, NORMS
+from nanolab.model.config import GPTConfig
 from nanolab.model.init import INITS
 from nanolab.model.latent import ATTENTIONS
 from nanolab.model.positions import POSITIONS, ROTATIONS, rope_scaling

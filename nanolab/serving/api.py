@@ -23,10 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from nanolab.config import ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, parts_of, render_prompt
 from nanolab.inference import engine
 from nanolab.inference.tools import find_tool
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.exchange import LEFT, Exchange
 from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key, has_key, page_headers, refusal, reply
 from nanolab.serving.metrics import Metrics

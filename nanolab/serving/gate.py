@@ -21,7 +21,8 @@ from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanolab.config import ServeConfig, UserError
+from nanolab.cli import UserError
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.openai import ApiError
 from nanolab.serving.worker import Broken, Draining, Overloaded, RowFailed
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanolab.config import nearest
+from nanolab.cli import nearest
 from nanolab.data.chat import PARTS, Message, Part, awaits_more, parts_of, text_of
 from nanolab.inference.tools import TOOLS
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.serving.gate import CLOSE, RETRY_AFTER, failed
 from nanolab.serving.openai import ApiError
 from nanolab.serving.worker import Served

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime, print0
 
 FORMAT = 1

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 import nanolab
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, cpu_name
 

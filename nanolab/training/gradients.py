@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training.scaler import LossScaler
 

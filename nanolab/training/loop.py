@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Stop, Stopped, device_peaks, print0
 from nanolab.training import checkpoint
 from nanolab.training.console import Eta, clock, step_line

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import GPTConfig, UserError, from_json
+from nanolab.cli import UserError, from_json
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, base_dir, print0
 from nanolab.training import checkpoint

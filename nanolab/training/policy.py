@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanolab.config import RLConfig, UserError, nearest
+from nanolab.cli import UserError, nearest
+from nanolab.training.config import RLConfig
 
 STD_EPS = 1e-4  # beside the standard deviation, so that rewards which differ by rounding do not become advantages of 1
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nanolab.config import BaseTrainConfig
+from nanolab.training.config import BaseTrainConfig
 
 Named = dict[str, nn.Parameter]  # those of one model, by name
 

@@ -27,14 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import GPTConfig, RLConfig, UserError, as_json, nearest
+from nanolab.cli import UserError, as_json, nearest
 from nanolab.data.chat import parse_reply, render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
 from nanolab.inference.sampling import COLDEST, check_settings
 from nanolab.model.accounting import decode_flops_per_token, prompt_flops, train_flops_per_token
+from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime, print0
 from nanolab.training.checkpoint import write_text
+from nanolab.training.config import RLConfig
 from nanolab.training.finetune import MOMENTUM_STEPS, PEAK_MOMENTUM, Origin
 from nanolab.training.guards import undisturbed
 from nanolab.training.policy import ADVANTAGES, NORMALISERS, Objective, clipped, k3, policy_loss

@@ -23,13 +23,14 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from nanolab.config import BaseTrainConfig, RLConfig, SFTConfig, UserError, as_json, not_read, to_json
+from nanolab.cli import UserError, as_json, not_read, to_json
 from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.flags import RATES
 from nanolab.runtime import Runtime, print0
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.environment import environment
 from nanolab.training.models import (
     ModelRef,

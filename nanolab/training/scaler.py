@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 
 GROWTH, BACKOFF = 2.0, 0.5  # powers of two: scaling and unscaling are exact

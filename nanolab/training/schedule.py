@@ -6,9 +6,11 @@ the rates were tuned."""
 import math
 from dataclasses import dataclass, fields, replace
 
-from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, ModelFlags, UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.data.packing import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
+from nanolab.model.config import Architecture, GPTConfig, ModelFlags
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.recipes import RECIPES
 
 REFERENCE_DEPTH = 12

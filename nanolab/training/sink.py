@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 MODES = ("off", "offline", "online")
 

@@ -16,14 +16,15 @@ import pytest
 import torch
 import uvicorn
 
-from nanolab.config import GPTConfig, ServeConfig
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
 from nanolab.inference.request import Request, Sampled
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.worker import Served
 
 # The names that runs/test.sh looks for.

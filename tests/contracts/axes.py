@@ -11,8 +11,9 @@ from typing import Any
 
 from covering import Pair, covering_rows
 
-from nanolab.config import Architecture, GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model import variants
+from nanolab.model.config import Architecture, GPTConfig
 
 Settings = dict[str, Any]  # fields of GPTConfig
 

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import BaseTrainConfig, GPTConfig, UserError, chosen, from_json, to_json
+from nanolab.cli import UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting, variants
 from nanolab.model.attention import windows
+from nanolab.model.config import GPTConfig, chosen
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 

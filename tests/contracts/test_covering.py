@@ -13,8 +13,9 @@ import pytest
 import torch
 from covering import covering_rows, every_pair
 
-from nanolab.config import Architecture, UserError
+from nanolab.cli import UserError
 from nanolab.model import accounting, banded, variants
+from nanolab.model.config import Architecture
 from nanolab.model.gpt import GPT
 
 TOY = {"a": ["1", "2", "3"], "b": ["1", "2", "3", "4"], "c": ["1", "2"], "d": ["1", "2", "3"], "e": ["1", "2"]}

@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
 from nanolab.inference.recorded import fixed_step
 from nanolab.inference.served import served
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 aten = torch.ops.aten

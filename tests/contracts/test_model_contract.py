@@ -7,7 +7,7 @@ import contracts
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
 SHAPES = {
     "one layer, odd row, odd vocabulary": GPTConfig(sequence_len=25, vocab_size=37, n_layer=1, n_head=1, n_embd=34),

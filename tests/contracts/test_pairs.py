@@ -9,7 +9,7 @@ import axes
 import contracts
 import pytest
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model import banded
 
 TABLE = {axis: list(values) for axis, values in axes.axes().items()}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import (
     check_messages,
     parse_reply,

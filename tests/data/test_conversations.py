@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render
 from nanolab.data.conversations import ConversationBatches, Reader, Staged, held_out_rows, pack, survey
 from nanolab.data.loader import Prefetch

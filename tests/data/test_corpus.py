@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import corpus
 from nanolab.data.chat import read_conversations
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import Documents, open_data, parse_mixture
 
 
@@ -406,7 +407,7 @@ def test_a_large_file_does_not_have_to_fit_into_memory(tmp_path):
     code = f"""
 # not ru_maxrss, which begins with the parent's
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-from nanolab.config import DataConfig
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 before = peak()
 data = open_data(DataConfig(data_dir={str(path)!r}))

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import BaseTrainConfig, DataBuildConfig, DataConfig, TokTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import read_conversations
+from nanolab.data.config import DataBuildConfig, DataConfig, TokTrainConfig
 from nanolab.data.corpus import Documents, open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.training.config import BaseTrainConfig
 
 MARK = "<|endoftext|>"
 
@@ -313,8 +315,8 @@ def peak_mib(script: str) -> float:
 
 
 IMPORTS = (
-    "from nanolab.config import *; from nanolab.data.corpus import open_data; from nanolab.data.packing import"
-    " PackedBatches; from nanolab.data.tokenizer import Tokenizer; "
+    "from nanolab.data.config import DataConfig; from nanolab.data.corpus import open_data; from nanolab.data.packing"
+    " import PackedBatches; from nanolab.data.tokenizer import Tokenizer; "
 )
 LOADER = (
     IMPORTS + "b = PackedBatches(open_data(DataConfig(data_dir={0!r}, val_data={1!r})).train, Tokenizer.train([], 265),"

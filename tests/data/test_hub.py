@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import hub
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import CORPORA, open_data
 from nanolab.data.formats import locked
 from nanolab.data.hub import HubCorpus
@@ -267,7 +268,8 @@ def test_table_is_pinned():
 
 
 def test_the_command_ends_with_code_1_and_names_what_failed(server, capsys):
-    from nanolab.config import DataBuildConfig, main
+    from nanolab.cli import main
+    from nanolab.data.config import DataBuildConfig
     from scripts.data import run
 
     server.faults = {"data/shard_0.parquet": ["404"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import UserError, read_toml
+from nanolab.cli import UserError, read_toml
 from nanolab.data import chat
 from nanolab.data.chat import read_conversations, read_jsonl
 from nanolab.data.formats import index_file

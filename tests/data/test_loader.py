@@ -7,12 +7,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.loader import Prefetch
 from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.models import read_json, runs_dir
 from scripts import base_train
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.packing import POOL, PackedBatches, Packer, merge_states, validation_rows
 from nanolab.data.tokenizer import Tokenizer
 

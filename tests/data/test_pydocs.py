@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.requirements import Requirement
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import pydocs
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import hold_out, open_data
 
 PROSE = (

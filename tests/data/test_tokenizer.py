@@ -17,7 +17,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import tokenizer_files as files
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 

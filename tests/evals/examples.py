@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import text_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 

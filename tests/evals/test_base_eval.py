@@ -17,15 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseEvalConfig, BaseTrainConfig, DataConfig, GPTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import compressors, icl
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import Mode, follow
+from nanolab.evals.config import BaseEvalConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.models import ModelRef
 from scripts.base_eval import run
 
@@ -566,7 +570,7 @@ def test_what_draws_is_looked_for_before_the_evaluation(world, monkeypatch):
 def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle, tmp_path, capsys, base_dir):
     """The same weights under gpt2's own class: the same bits per byte, the same tasks."""
     pytest.importorskip("transformers")
-    from nanolab.config import from_preset
+    from nanolab.cli import from_preset
     from nanolab.interop.export import export
     from nanolab.training.run import find_model
     from nanolab.training.schedule import gpt_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.bundle import CORE, fingerprint, open_bundle, read_items
 from nanolab.evals.icl import Item
 

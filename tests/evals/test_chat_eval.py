@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatEvalConfig, GPTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import parts_of, render
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.score import wilson
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint

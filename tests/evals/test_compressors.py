@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.compressors import COMPRESSORS, compressor_bpb
 
 WORDS = random.Random(0).choices(

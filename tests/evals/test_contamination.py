@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import ContaminationConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import formats
 from nanolab.data.corpus import Documents
 from nanolab.evals import contamination
+from nanolab.evals.config import ContaminationConfig
 from nanolab.evals.contamination import EvalSet, Search, item_texts, read_sets, split
 from nanolab.evals.score import wilson
 from scripts.contamination import run

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, open_bundle, read_items
 from nanolab.evals.core import Core, TaskScore, csv_lines, metrics, summary

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.curve import COLOURS, DASHES, MARKERS, counted, draw, spread
 
 pytest.importorskip("matplotlib", reason="needs the extra plots")

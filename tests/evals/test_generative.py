@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
 from nanolab.evals.generative import evaluate, reply_seed
 from nanolab.evals.score import pass_at_k, wilson

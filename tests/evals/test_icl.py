@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.icl import KINDS, Item, encode, is_greedy, judged, lowest_mean, rendered, shots
 from nanolab.evals.likelihood import Score
 from nanolab.runtime import Runtime

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference import prefill
 from nanolab.inference.served import served

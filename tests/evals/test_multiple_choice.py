@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
 from nanolab.evals.multiple_choice import evaluate, last_logits
 

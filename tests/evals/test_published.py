@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import hub
 from nanolab.evals import published
 from nanolab.evals.bundle import open_bundle

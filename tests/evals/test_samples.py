@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, print_samples, unconditioned
+from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

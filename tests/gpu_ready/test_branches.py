@@ -10,8 +10,9 @@ import torch
 from axes import BASE, axes, label
 from demands import Demands, aten
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model import flex, kernels, rules
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS, choose_kernel
 from nanolab.model.rules import Rules

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.model import flash3, kernels
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS, NEEDS, choose_kernel
 
@@ -101,7 +101,7 @@ def test_the_line_of_a_plan_says_why_a_faster_kernel_is_missing(monkeypatch):
 @pytest.mark.fault("P1", "core D1")
 def test_every_plan_has_the_line(monkeypatch):
     """base_train's in full; chat_sft and chat_rl call the same function."""
-    from nanolab.config import BaseTrainConfig
+    from nanolab.training.config import BaseTrainConfig
     from nanolab.training.schedule import make_plan
     from scripts.base_train import describe
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from demands import Demands, aten
 
-from nanolab.config import GPTConfig
 from nanolab.model import fp8
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 

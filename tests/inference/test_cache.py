@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 # S is 128

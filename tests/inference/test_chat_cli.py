@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatConfig, GPTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import read_conversations, render, render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.commands import COMMANDS
 from nanolab.inference.dialogue import Dialogue, as_written
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.tools import calculator
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ChatConfig
 from nanolab.training import checkpoint
 from scripts.chat_cli import BLOCK, call_marks, run, show, stream, typed
 

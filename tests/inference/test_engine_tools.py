@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import Draws, choose, row_generators
 from nanolab.inference.tools import calculator
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 

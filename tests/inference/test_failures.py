@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference import engine as engine_module
 from nanolab.inference import recorded
@@ -18,6 +18,7 @@ from nanolab.inference.cache import KVCache
 from nanolab.inference.dialogue import Dialogue
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.tools import ToolUse
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 

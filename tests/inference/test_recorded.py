@@ -15,11 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
-from nanolab.config import GPTConfig
 from nanolab.inference import recorded
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.recorded import AFTER, Recorder
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.inference.sampling import Draws, check_settings, choose, row_generators, truncate
 
 

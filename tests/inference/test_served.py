@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.inference.served import served
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 SMALL = dict(sequence_len=64, vocab_size=61, n_layer=3, n_head=4, n_embd=64, bos=60, window_size=7)
@@ -108,8 +109,8 @@ def test_without_torchao_int8_says_what_to_do(monkeypatch):
 def test_int8_is_quiet():
     pytest.importorskip("torchao")
     code = (
-        "from nanolab.config import GPTConfig; from nanolab.inference.served import served; from nanolab.model.gpt"
-        f" import GPT; served(GPT(GPTConfig(**{SMALL})).eval(), int8=True)"
+        "from nanolab.model.config import GPTConfig; from nanolab.inference.served import served; from"
+        f" nanolab.model.gpt import GPT; served(GPT(GPTConfig(**{SMALL})).eval(), int8=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

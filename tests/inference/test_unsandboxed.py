@@ -17,12 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatConfig, ChatEvalConfig, GPTConfig, RLConfig, ServeConfig, SFTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.inference import sandbox
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ChatConfig, ServeConfig
 from nanolab.training import checkpoint
+from nanolab.training.config import RLConfig, SFTConfig
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, chat_web
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these protections are Linux's")

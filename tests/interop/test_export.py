@@ -14,11 +14,13 @@ import torch
 import transformers
 
 import nanolab
-from nanolab.config import ExportConfig, GPTConfig, UserError, from_json
+from nanolab.cli import UserError, from_json
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.model_card import model_card
 from nanolab.interop import export
+from nanolab.interop.config import ExportConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2
 from nanolab.training import checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import to_json
+from nanolab.cli import to_json
 from nanolab.interop import one_file
 from nanolab.interop.export import castable
 from nanolab.model.gpt import GPT

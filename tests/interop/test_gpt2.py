@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from nanolab.config import GPTConfig, InspectConfig, UserError, from_preset
+from nanolab.cli import UserError, from_preset
 from nanolab.interop import gpt2
+from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.training.schedule import gpt_config
 

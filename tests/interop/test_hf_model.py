@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.likelihood import Text, score
 from nanolab.interop.hf_model import load, weights_of

@@ -15,13 +15,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nanolab.config import BaseEvalConfig, ChatConfig, ImportConfig, InspectConfig, SFTConfig, UserError, from_preset
+from nanolab.cli import UserError, from_preset
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanolab.evals.config import BaseEvalConfig
 from nanolab.inference.engine import Engine
 from nanolab.interop import export, gpt2, hf_model
+from nanolab.interop.config import ImportConfig
+from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ChatConfig
+from nanolab.training.config import SFTConfig
 from nanolab.training.models import find_model, load_model, read_json
 from nanolab.training.schedule import gpt_config
 from scripts import base_eval, chat_cli, chat_sft, import_hf

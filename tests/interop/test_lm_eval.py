@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanolab.config import ImportConfig, ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render, render_prompt, template_of
 from nanolab.evals import icl
 from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference.tools import TOOLS
 from nanolab.interop import gpt2
+from nanolab.interop.config import ImportConfig
 from nanolab.runtime import Runtime
+from nanolab.serving.config import ServeConfig
 from nanolab.training.models import load_model, runs_dir
 from scripts import import_hf
 

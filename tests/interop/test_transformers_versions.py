@@ -15,10 +15,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import render, template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 pytestmark = pytest.mark.slow

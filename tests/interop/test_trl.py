@@ -5,10 +5,10 @@ and it learns.
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import BenchConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.engine import Engine
 from nanolab.inference.served import served
 from nanolab.lab import bench, bench_infer
+from nanolab.lab.config import BenchConfig
 from nanolab.model.accounting import kv_bytes_per_token, n_params
 from nanolab.runtime import start
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import BenchConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import Text
 from nanolab.lab import bench, bench_eval
 from nanolab.lab.bench_eval import SHAPES, synthetic
+from nanolab.lab.config import BenchConfig
 from nanolab.runtime import start
 
 CFG = BenchConfig(

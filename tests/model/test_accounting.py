@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 CONFIG = GPTConfig(sequence_len=48, vocab_size=100, n_layer=3, n_head=4, attention="gqa:2", n_embd=64)

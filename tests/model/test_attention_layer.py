@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
 CONFIG = GPTConfig(
     sequence_len=24,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
 MODELS = {
     "default": {},

@@ -12,7 +12,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model import flash3
 from nanolab.model.kernels import choose_kernel, eager
 from nanolab.model.rules import Rules

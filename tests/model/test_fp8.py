@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model import fp8
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.model.blocks import Linear
+from nanolab.model.config import GPTConfig
 from nanolab.model.fp8 import Float8Linear, convert, eligible, full_precision, quantise
 from nanolab.model.gpt import GPT
 

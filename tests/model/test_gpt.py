@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 PLAIN = GPTConfig(sequence_len=32, vocab_size=61, n_layer=3, n_head=2, n_embd=48)

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from nanolab.config import InspectConfig, from_preset
+from nanolab.cli import from_preset
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.training.schedule import gpt_config
 

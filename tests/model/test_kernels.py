@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.model import banded as banded_module
 from nanolab.model import rules as rules_module
 from nanolab.model.kernels import KERNELS, cached, choose_kernel, definition, eager, sdpa

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.latent import rotary_width
 

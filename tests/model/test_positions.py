@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.model.attention import windows
+from nanolab.model.config import GPTConfig
 from nanolab.model.positions import POSITIONS, ROTATIONS, rope_angles, rope_dim, rope_rates
 
 D, T = 16, 40  # head size, row

@@ -11,12 +11,14 @@ import httpx
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, ServeConfig, to_json
+from nanolab.cli import to_json
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import Server, bind
 from nanolab.serving.worker import Served
 from nanolab.training import checkpoint

@@ -9,8 +9,9 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
-from nanolab.config import ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.serving import api, server
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.gate import Gate, find_key
 
 HI = [{"role": "user", "content": "hi"}]

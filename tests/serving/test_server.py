@@ -21,10 +21,11 @@ import openai
 import pytest
 import torch
 
-from nanolab.config import ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import read_conversations
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import bind
 from scripts import chat_web
 

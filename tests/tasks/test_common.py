@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from tasks.common import Draws, Reader, hold_out, multiple_choice, permutation, same_letter, share

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, render, text_of
 from nanolab.data.formats import write_documents
 from nanolab.data.tokenizer import Tokenizer

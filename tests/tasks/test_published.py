@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, text_of
 from tasks.humaneval import code_of, program_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages
 from tasks.identity import TOPICS, cores
 

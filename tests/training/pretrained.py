@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from nanolab.config import BaseTrainConfig, to_json
+from nanolab.cli import to_json
 from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups

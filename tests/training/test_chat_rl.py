@@ -10,13 +10,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model import gpt
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.run import load_model, read_metrics, runs_dir
 from scripts.chat_rl import run
 from tasks import build
@@ -238,7 +240,7 @@ def test_a_base_model_is_refused():
 
 @pytest.mark.fault("F8")
 def test_a_dry_run_prints_the_plan_and_writes_nothing(base_dir, capsys):
-    from nanolab.config import parse
+    from nanolab.cli import parse
 
     before = sorted(p for p in base_dir.rglob("*") if p.name != "machine.json")
     flags = (
@@ -268,7 +270,7 @@ def test_rollouts_are_told_as_often_as_steps_are_logged(every, capsys):
 
 @pytest.mark.fault("F5")
 def test_a_rate_that_the_models_recipe_does_not_read_is_refused():
-    from nanolab.config import parse
+    from nanolab.cli import parse
 
     for flag in ("--learning-rate", "--learning-rate=1"):
         line = [

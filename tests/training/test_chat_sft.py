@@ -19,12 +19,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nanolab.config import ChatEvalConfig, SFTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt, text_of
 from nanolab.data.conversations import Reader, held_out_rows
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.model import gpt
 from nanolab.runtime import Runtime, base_dir
 from nanolab.training import checkpoint
+from nanolab.training.config import SFTConfig
 from nanolab.training.finetune import FineTunePlan
 from nanolab.training.models import find_model, load_model, read_json, read_metrics, runs_dir
 from scripts import chat_eval, chat_sft
@@ -525,7 +527,7 @@ def test_few_steps_are_warned_of_with_the_epochs_that_would_make_more(capsys):
 @pytest.mark.fault("F5")
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_a_rate_that_the_models_recipe_does_not_read_is_refused(dry):
-    from nanolab.config import parse
+    from nanolab.cli import parse
 
     flags = [
         "--model",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
 from nanolab.training.checkpoint import CheckpointError
@@ -190,7 +190,7 @@ def test_full_disk_is_one_message_and_loses_nothing(tmp_path):
 
 
 def starve(root: Path) -> None:
-    from nanolab.config import main
+    from nanolab.cli import main
 
     save(root, 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

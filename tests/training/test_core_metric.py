@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import open_bundle
 from nanolab.evals.core import Core
 from nanolab.evals.likelihood import GPTReader
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.run import load_model, read_metrics, runs_dir
 from scripts.base_train import run
 

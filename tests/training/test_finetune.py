@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, SFTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render
 from nanolab.data.conversations import ConversationBatches, Reader, survey
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint, finetune, gradients
+from nanolab.training.config import SFTConfig
 from nanolab.training.finetune import FineTunePlan, Origin, Stage, StagePlan, make_plan, shape_of, stages_of
 from nanolab.training.models import find_model
 from nanolab.training.optim import MuonAdamW

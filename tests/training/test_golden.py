@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 

@@ -20,7 +20,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
 from nanolab.training.console import Eta, clock, step_line

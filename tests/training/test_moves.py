@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, SFTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig, SFTConfig
 from nanolab.training.models import find_model, read_metrics, runs_dir
 from scripts import base_train, chat_sft
 

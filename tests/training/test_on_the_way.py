@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nanolab import runtime
-from nanolab.config import BaseTrainConfig, SFTConfig
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig, SFTConfig
 from nanolab.training.loop import Every, Loop
 from nanolab.training.models import find_model, read_metrics, runs_dir
 from nanolab.training.schedule import make_plan

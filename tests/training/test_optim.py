@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig, UserError
+from nanolab.cli import UserError
+from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import RLConfig, UserError
+from nanolab.cli import UserError
+from nanolab.training.config import RLConfig
 from nanolab.training.policy import (
     ADVANTAGES,
     ALGORITHMS,

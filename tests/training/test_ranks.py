@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint, gradients
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.models import read_metrics, runs_dir
 from nanolab.training.schedule import make_plan
 from scripts import base_train

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.variants import AXES
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 from nanolab.training.schedule import Plan, make_plan

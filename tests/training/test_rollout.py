@@ -23,15 +23,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import render, text_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.card import Stage
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint, loop
+from nanolab.training.config import BaseTrainConfig, RLConfig
 from nanolab.training.finetune import Origin
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW

@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig, UserError, parse, to_json
+from nanolab.cli import UserError, parse, to_json
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.training import checkpoint
+from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.run import MUST_KEEP, Run, find_model, load_model, read_metrics, recorded
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training.scaler import LossScaler
 

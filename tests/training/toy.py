@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig, to_json
+from nanolab.cli import to_json
 from nanolab.data.packing import Batch
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.run import Run

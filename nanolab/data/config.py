@@ -1,0 +1,60 @@
+"""Flags of the data and of the commands that read or make text. Imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from."""
+
+    data: str = "pydocs"  # corpus name, or a weighted mixture such as pydocs:0.7,tinystories:0.3
+    # a folder or file of your own text (parquet with a `text` column, .jsonl, .txt); overrides --data
+    data_dir: str = ""
+    val_data: str = ""  # file or folder that is the validation text; default: the corpus's own, or a pinned split
+    num_shards: int = -1  # training shards to use of a hub corpus; -1: those that are on disk, at least 8
+
+
+@dataclass(frozen=True)
+class DataBuildConfig(DataConfig):
+    """Build or download a corpus and say what it holds."""
+
+    workers: int = 4  # parallel downloads or builders
+    json: bool = False  # last line of output is one JSON document
+
+
+@dataclass(frozen=True)
+class TokTrainConfig(DataConfig):
+    """Train the byte-level BPE tokenizer."""
+
+    vocab_size: int = 32768  # special tokens included
+    max_chars: int = 2_000_000_000  # characters to read
+    doc_cap: int = 10_000  # characters read of one document: of a longer one, an even sample
+    tokenizer: str = ""  # folder to write tokenizer.json to; default: tokenizer/ in the base directory
+
+
+@dataclass(frozen=True)
+class TokEvalConfig(DataConfig):
+    """Compare the tokenizer with GPT-2's and GPT-4's on several kinds of text."""
+
+    tokenizer: str = ""  # folder or file of the tokenizer; default: tokenizer/ in the base directory
+    json: bool = False  # last line of output is one JSON document
+
+
+@dataclass(frozen=True)
+class GenChatConfig:
+    """Have another model write conversations, through any endpoint that speaks OpenAI's chat API."""
+
+    spec: str = ""  # TOML file: topics, personas, openings, dynamics, and the instructions (nanolab/data/synthesis.py)
+    output: str = ""  # JSONL file that conversations are appended to; what is in it already is not asked for again
+    model: str = ""  # the endpoint's name of the model
+    url: str = "https://api.openai.com/v1"  # of the endpoint, without /chat/completions
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; none is sent if it is not set
+    num: int = 1000  # conversations
+    workers: int = 4  # requests at a time
+    temperature: float = 1.0
+    max_tokens: int = 4096  # of an answer; 0: the endpoint is not told
+    # json_schema | json_object | none: how much of the form the endpoint can be told to keep
+    response_format: str = "json_schema"
+    timeout: float = 120.0  # seconds for one answer
+    seed: int = 42  # of the choices; the file keeps it
+    json: bool = False  # last line of output is one JSON document
