@@ -263,9 +263,9 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises UserError for a file that is missing or is not TOML."""
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

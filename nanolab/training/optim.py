@@ -131,7 +131,7 @@ class AdamWGroup(Group):
             *lists,
             [],
             [self.steps[i] for i in held],
-            fused=True,
+            fused=True,  # pyrefly: ignore[bad-keyword-argument]
             amsgrad=False,
             maximize=False,
             lr=g["lr"],
