@@ -19,7 +19,7 @@ nanolab/model/kernels.py
 nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py
 nanolab/model/gpt.py
 nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py
-nanolab/training/checkpoint.py nanolab/training/run.py
+nanolab/records/checkpoint.py nanolab/records/run.py
 nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
 nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py
 nanolab/inference/request.py nanolab/inference/prefill.py

@@ -65,7 +65,7 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
     from nanolab.evals.checkpoints import weights_of
     from nanolab.evals.likelihood import GPTReader
     from nanolab.inference.served import served
-    from nanolab.training.run import load_model
+    from nanolab.records.models import load_model
 
     model, tokenizer, _ = load_model(found, rt)
     about = {
@@ -82,8 +82,8 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
 
 def pretraining(found) -> dict[str, Any]:
     """The flags that the model was pretrained with, and the fingerprint of its validation text."""
-    from nanolab.training.checkpoint import load_meta
-    from nanolab.training.models import read_json
+    from nanolab.records.checkpoint import load_meta
+    from nanolab.records.models import read_json
 
     meta = load_meta(found.checkpoint)
     # a fine-tuned model's is the first model's
@@ -112,8 +112,8 @@ def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
 
 def evaluate(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     from nanolab.evals.likelihood import check_finite
+    from nanolab.records.models import find_model
     from nanolab.runtime import print0
-    from nanolab.training.run import find_model
 
     subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
     check_finite(subject.model, subject.tokenizer, rt.device, subject.about["model"])
@@ -307,8 +307,8 @@ def write(folder: Path, result: dict) -> None:
     """eval_base.json, with what earlier evaluations found beside it; and CORE as CSV, which is of the same weights."""
     from nanolab.evals.core import csv_lines
     from nanolab.evals.record import merge_base
-    from nanolab.training.checkpoint import write_text
-    from nanolab.training.models import read_json
+    from nanolab.records.checkpoint import write_text
+    from nanolab.records.models import read_json
 
     path, table = folder / "eval_base.json", folder / "eval_base.csv"
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,8 +324,8 @@ def evaluate_all(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
     from nanolab.evals.checkpoints import Mode, follow, picture
     from nanolab.evals.curve import drawing
+    from nanolab.records.models import find_model
     from nanolab.runtime import print0
-    from nanolab.training.run import find_model
 
     def text_settings(found) -> dict:
         return {

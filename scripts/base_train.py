@@ -2,7 +2,7 @@
 
 import os
 
-from nanolab.cli import UserError, main, parse, to_json
+from nanolab.cli import UserError, main, parse
 from nanolab.evals.config import check_max_per_task
 from nanolab.model.config import chosen
 from nanolab.training.config import BaseTrainConfig
@@ -12,7 +12,7 @@ TYPICAL_UTILISATION = {"cuda": 0.45, "cpu": 0.35}  # share of the matrix-multipl
 
 def run(cfg: BaseTrainConfig) -> int:
     from nanolab import runtime
-    from nanolab.training.models import recorded
+    from nanolab.records.models import recorded
 
     check_max_per_task(cfg.core_metric_max_per_task, "--core-metric-max-per-task")
     if cfg.dry_run:
@@ -46,15 +46,15 @@ def train(cfg: BaseTrainConfig, rt) -> int:
     from nanolab.model.accounting import peak_bytes
     from nanolab.model.fp8 import convert, full_precision
     from nanolab.model.gpt import GPT
+    from nanolab.records.run import Run
     from nanolab.runtime import base_dir, compiled, print0
     from nanolab.training.loop import Every, fit
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
-    from nanolab.training.run import Run
     from nanolab.training.schedule import make_plan
     from nanolab.training.signals import StopRequest
 
-    record = Run.start(run_name(cfg), to_json(cfg), rt, resume=cfg.resume, env={"attn_kernel": kernels(cfg, rt)})
+    record = Run.start(run_name(cfg), cfg, rt, resume=cfg.resume, env={"attn_kernel": kernels(cfg, rt)})
     if record.finished:
         print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
         record.close()
@@ -183,7 +183,7 @@ def kernels(cfg: BaseTrainConfig, rt) -> str:
     import torch
 
     from nanolab.model.gpt import GPT
-    from nanolab.training.environment import kernel_text
+    from nanolab.records.environment import kernel_text
     from nanolab.training.schedule import gpt_config
 
     with torch.device("meta"):
@@ -202,7 +202,7 @@ def dry_run(cfg: BaseTrainConfig) -> int:
     from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
     from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT
-    from nanolab.training.run import check_name
+    from nanolab.records.run import check_name
     from nanolab.training.schedule import make_plan
 
     check_name(run_name(cfg))
@@ -245,8 +245,8 @@ def describe(cfg: BaseTrainConfig, plan, kind: str, device_name: str, dtype: str
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text, share_rows
     from nanolab.model.accounting import n_params, peak_bytes
+    from nanolab.records.environment import attention_line
     from nanolab.runtime import DTYPES, cpu_gflops, device_peaks
-    from nanolab.training.environment import attention_line
     from nanolab.training.recipes import RECIPES, warmup_warning
 
     m, p = plan.model, n_params(plan.model)

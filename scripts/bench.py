@@ -25,7 +25,7 @@ def run(cfg: BenchConfig) -> int:
 
     from nanolab import runtime
     from nanolab.lab import bench, bench_eval, bench_infer
-    from nanolab.training.environment import environment
+    from nanolab.records.environment import environment
 
     measure = {
         "train": bench.train,

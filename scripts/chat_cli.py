@@ -40,7 +40,7 @@ def run(cfg: ChatConfig) -> int:
     from nanolab.inference.sandbox import walls
     from nanolab.inference.served import served
     from nanolab.inference.tools import find_tool
-    from nanolab.training.run import load_model
+    from nanolab.records.models import load_model
 
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
     tool = find_tool(cfg.tool)

@@ -34,9 +34,9 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
     from nanolab.inference.engine import Engine
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.tools import find_tool
+    from nanolab.records.checkpoint import load_meta
+    from nanolab.records.models import find_model, load_model
     from nanolab.runtime import print0
-    from nanolab.training.checkpoint import load_meta
-    from nanolab.training.run import find_model, load_model
 
     check_settings(cfg.temperature, cfg.top_k, 1.0)
     tool = find_tool(cfg.tool)
@@ -83,8 +83,8 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
 def write(path: Path, result: dict) -> dict:
     """The file with `result` beside what it held; the whole of it."""
     from nanolab.evals.record import merge_chat
-    from nanolab.training.checkpoint import write_text
-    from nanolab.training.models import read_json
+    from nanolab.records.checkpoint import write_text
+    from nanolab.records.models import read_json
 
     whole = merge_chat(read_json(path) if path.exists() else {}, result)
     whole["chatcore"] = score(
@@ -98,9 +98,9 @@ def split_versions(meta: dict) -> dict[str, int]:
     """The rule by which files of conversations were split for this model, or for the one that it started from: what was
     held out then is so now.
     """
-    from nanolab.training.checkpoint import load_meta, steps
+    from nanolab.records.checkpoint import load_meta, steps
+    from nanolab.records.models import runs_dir
     from nanolab.training.finetune import task_versions
-    from nanolab.training.models import runs_dir
 
     while meta.get("kind") == "rl":
         name, _, step = meta["origin"]["name"].partition("@")

@@ -4,13 +4,13 @@ flag).
 
 import os
 
-from nanolab.cli import UserError, main, nearest, parse, to_json
+from nanolab.cli import UserError, main, nearest, parse
 from nanolab.training.config import RLConfig
 
 
 def run(cfg: RLConfig) -> int:
     from nanolab import runtime
-    from nanolab.training.models import find_model, recorded
+    from nanolab.records.models import find_model, recorded
 
     found = None if cfg.resume and not cfg.dry_run and recorded(cfg.run) else find_model(cfg.model, kind="sft")
     name = cfg.run or f"{found.name}-rl"
@@ -33,16 +33,16 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
     from nanolab.inference.sandbox import walls
     from nanolab.inference.tools import TOOLS
     from nanolab.model.gpt import GPT
+    from nanolab.records.checkpoint import load_meta
+    from nanolab.records.models import find_model, load_model
+    from nanolab.records.run import Run, check_name
     from nanolab.runtime import print0
     from nanolab.training import finetune
-    from nanolab.training.checkpoint import load_meta
     from nanolab.training.loop import Every, fit
-    from nanolab.training.models import find_model, load_model
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.policy import objective_of
     from nanolab.training.recipes import param_groups
     from nanolab.training.rollout import PolicyLoss, Rollouts, fingerprint, make_plan, reward_parts
-    from nanolab.training.run import Run, check_name
     from nanolab.training.signals import StopRequest
     from tasks import build
 
@@ -73,7 +73,7 @@ def train(cfg: RLConfig, rt, name: str, found) -> int:
         print0("dry run: nothing was trained")
         return 0
 
-    record = Run.start(name, to_json(cfg), rt, resume=cfg.resume, kind="rl")
+    record = Run.start(name, cfg, rt, resume=cfg.resume, kind="rl")
     if record.finished:
         print0(f"run {name} is finished already: {record.dir / 'result.json'}; nothing to do")
         record.close()
@@ -167,7 +167,7 @@ def passes(cfg: RLConfig, engine, task, tools, stop=lambda: False) -> dict[str, 
 
 def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
-    from nanolab.training.environment import attention_line
+    from nanolab.records.environment import attention_line
     from nanolab.training.policy import ALGORITHMS
     from nanolab.training.recipes import trapezoid_text, warmup_warning
 
@@ -218,7 +218,7 @@ def describe(cfg: RLConfig, name: str, origin, plan, objective, task, rt) -> lis
 
 def changes(run_dir) -> list[str]:
     """The first and the last measurement of rewards and pass@k."""
-    from nanolab.training.models import read_metrics
+    from nanolab.records.models import read_metrics
 
     rows, lines = read_metrics(run_dir), []
     for metric in dict.fromkeys(key for row in rows for key in row if key.startswith("eval/") or key == "rl/reward"):

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 def run(cfg: SFTConfig) -> int:
     from nanolab import runtime
-    from nanolab.training.models import find_model, recorded
+    from nanolab.records.models import find_model, recorded
 
     # such a run needs nothing of the model that it started from
     going_on = cfg.resume and not cfg.dry_run and cfg.run and recorded(cfg.run)
@@ -64,9 +64,9 @@ def dry_run(cfg: SFTConfig, rt, name: str, found) -> int:
     """Print the plan and stop."""
     from nanolab.data.kept import Pinned
     from nanolab.data.tokenizer import Tokenizer
+    from nanolab.records.run import check_name
     from nanolab.runtime import print0
     from nanolab.training import finetune
-    from nanolab.training.run import check_name
 
     check_name(name)
     origin = finetune.Origin.found(found)
@@ -87,17 +87,17 @@ def train(cfg: SFTConfig, rt, name: str, found) -> int:
     from nanolab.data.loader import AHEAD, Prefetch
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.gpt import GPT
+    from nanolab.records.checkpoint import load_meta
+    from nanolab.records.models import find_model, load_model, read_metrics
+    from nanolab.records.run import Run
     from nanolab.runtime import compiled, print0
     from nanolab.training import finetune
-    from nanolab.training.checkpoint import load_meta
     from nanolab.training.loop import Every, fit
-    from nanolab.training.models import find_model, load_model, read_metrics
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
-    from nanolab.training.run import Run
     from nanolab.training.signals import StopRequest
 
-    record = Run.start(name, to_json(cfg), rt, resume=cfg.resume, kind="sft")
+    record = Run.start(name, cfg, rt, resume=cfg.resume, kind="sft")
     if record.finished:
         print0(f"run {record.name} is finished already: {record.dir / 'result.json'}; nothing to do")
         record.close()
@@ -393,8 +393,8 @@ def few_steps(cfg: SFTConfig, parts: list[Part], plan) -> list[str]:
 def describe(cfg: SFTConfig, name: str, origin, parts: list[Part], plan, rt) -> list[str]:
     """What the run is about to do, one aligned line per fact."""
     from nanolab.data.packing import batch_text
-    from nanolab.training.console import clock
-    from nanolab.training.environment import attention_line
+    from nanolab.records.console import clock
+    from nanolab.records.environment import attention_line
     from nanolab.training.recipes import RECIPES, trapezoid_text, warmup_warning
 
     m, rates = plan.model, origin.rates(cfg)

@@ -80,8 +80,8 @@ def load(cfg: ServeConfig, rt) -> list:
 
     from nanolab.inference.engine import Engine
     from nanolab.inference.served import served as ready_to_generate
+    from nanolab.records.models import find_model, load_model
     from nanolab.serving.worker import Served
-    from nanolab.training.run import find_model, load_model
 
     cuda = rt.device.type == "cuda"
     if cuda and cfg.replicas > torch.cuda.device_count():

@@ -13,7 +13,7 @@ from nanolab.interop.config import ExportConfig
 def run(cfg: ExportConfig) -> int:
     from nanolab.evals.model_card import model_card
     from nanolab.interop.export import TOLERANCE, check_place, check_push, export, push
-    from nanolab.training.models import find_model
+    from nanolab.records.models import find_model
 
     if not cfg.out:
         raise UserError("--out is missing; expected the folder to write; try --out exported")

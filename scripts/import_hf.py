@@ -12,7 +12,7 @@ gpt2 presets.
 import sys
 from pathlib import Path
 
-from nanolab.cli import UserError, from_preset, main, parse, to_json
+from nanolab.cli import UserError, from_preset, main, parse
 from nanolab.interop.config import ImportConfig
 from nanolab.training.config import BaseTrainConfig
 
@@ -25,9 +25,9 @@ def run(cfg: ImportConfig) -> int:
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.data.tokenizer_files import read
     from nanolab.interop import gpt2
+    from nanolab.records.models import runs_dir
+    from nanolab.records.run import check_name
     from nanolab.runtime import print0
-    from nanolab.training.models import runs_dir
-    from nanolab.training.run import check_name
 
     folder = Path(cfg.folder).expanduser()
     if not cfg.folder or not folder.is_dir():
@@ -90,7 +90,7 @@ def kind_of(folder: Path, knows_chat: bool) -> tuple[str, str]:
     """
     from nanolab.data.chat import PARTS
     from nanolab.interop.export import KIND
-    from nanolab.training.models import read_json
+    from nanolab.records.models import read_json
 
     said, tokenizer, template = (
         read_json(folder / "config.json").get(KIND),
@@ -122,9 +122,9 @@ def write(name: str, folder: Path, state: dict, c, tokenizer, rt, kind: str = "b
     from dataclasses import asdict, replace
 
     from nanolab.model.accounting import train_flops_per_token
-    from nanolab.training import checkpoint
+    from nanolab.records import checkpoint
+    from nanolab.records.run import Run
     from nanolab.training.loop import LoopState
-    from nanolab.training.run import Run
     from nanolab.training.schedule import make_plan
 
     c = replace(c, bos=tokenizer.bos)
@@ -132,7 +132,7 @@ def write(name: str, folder: Path, state: dict, c, tokenizer, rt, kind: str = "b
     plan = replace(
         make_plan(flags, c.vocab_size, 1, c.bos), model=c, flops_per_token=train_flops_per_token(c), num_iterations=0
     )
-    record = Run.start(name, to_json(flags), rt, kind=kind, env={"imported": str(folder.resolve())})
+    record = Run.start(name, flags, rt, kind=kind, env={"imported": str(folder.resolve())})
     try:
         record.pin_tokenizer(lambda: tokenizer)
         meta = {

@@ -35,8 +35,8 @@ DID = {
 
 def run(cfg: ReportConfig) -> int:
     from nanolab.evals.card import card, chain
-    from nanolab.training.checkpoint import write_text
-    from nanolab.training.models import find_model
+    from nanolab.records.checkpoint import write_text
+    from nanolab.records.models import find_model
 
     if cfg.price_per_hour < 0:
         raise UserError(
@@ -190,7 +190,7 @@ def trained(stages: list) -> list[str]:
     from nanolab.evals.card import sized, table
     from nanolab.model.accounting import n_params
     from nanolab.model.config import GPTConfig
-    from nanolab.training.models import read_metrics
+    from nanolab.records.models import read_metrics
 
     base, later = stages[0], stages[1:]
     meta, metrics = base.meta, [read_metrics(stage.run_dir) for stage in stages]
@@ -282,7 +282,7 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
 def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Bits per byte of every stage beside compressors, and how pretraining came there."""
     from nanolab.evals.card import missing, sized, table
-    from nanolab.training.models import read_metrics
+    from nanolab.records.models import read_metrics
 
     newest = next((stage.text for stage in reversed(stages) if stage.text), None)
     points = [

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ServeConfig
-from nanolab.training.models import load_model
 
 ROOT = Path(__file__).parents[1]
 OLD = Path(__file__).parent / "fixtures" / "made_by_9e9a9b1"

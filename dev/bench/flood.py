@@ -47,8 +47,8 @@ def make_model(base: Path) -> str:
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
+    from nanolab.records import checkpoint
     from nanolab.runtime import Runtime
-    from nanolab.training import checkpoint
 
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     model = GPT(GPTConfig(sequence_len=2048, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64))
@@ -173,7 +173,7 @@ def end(port: int, process: subprocess.Popen) -> dict:
 
 def machine() -> dict:
     from nanolab import runtime
-    from nanolab.training.environment import environment
+    from nanolab.records.environment import environment
 
     return environment(runtime.start("cpu", "float32"))
 

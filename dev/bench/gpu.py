@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanolab.training.checkpoint import write_text  # noqa: E402
-from nanolab.training.environment import git_commit  # noqa: E402
-from nanolab.training.models import read_metrics  # noqa: E402
+from nanolab.records.checkpoint import write_text  # noqa: E402
+from nanolab.records.environment import git_commit  # noqa: E402
+from nanolab.records.models import read_metrics  # noqa: E402
 
 ORDER = ("kernel", "recorded_steps", "feeding", "twice", "other_tests", "speed")
 

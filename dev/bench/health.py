@@ -31,8 +31,8 @@ def make_model(base: Path) -> str:
     from nanolab.data.tokenizer import Tokenizer
     from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
+    from nanolab.records import checkpoint
     from nanolab.runtime import Runtime
-    from nanolab.training import checkpoint
 
     tokenizer = Tokenizer.train(
         [path.read_text() for folder in ("nanolab", "tests") for path in sorted((ROOT / folder).rglob("*.py"))], 8192

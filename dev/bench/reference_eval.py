@@ -32,8 +32,8 @@ from nanolab.evals.bundle import SHUFFLE_SEED, TaskSpec, open_bundle, read_items
 from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference.served import served
 from nanolab.model.gpt import GPT
-from nanolab.training.environment import environment
-from nanolab.training.models import load_model
+from nanolab.records.environment import environment
+from nanolab.records.models import load_model
 
 
 class TheirTokenizer:

@@ -28,7 +28,7 @@ from nanolab.lab.bench import measured
 from nanolab.lab.bench_infer import Prompts
 from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
-from nanolab.training.environment import environment
+from nanolab.records.environment import environment
 from nanolab.training.schedule import gpt_config
 
 THEIR_NAMES = {

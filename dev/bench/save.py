@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
+from nanolab.records import checkpoint  # noqa: E402
 from nanolab.runtime import Runtime, keep_freed_memory  # noqa: E402
-from nanolab.training import checkpoint  # noqa: E402
 
 STEPS = 40
 

@@ -18,8 +18,8 @@ from nanolab.evals import bpb
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
-from nanolab.training import checkpoint
-from nanolab.training.models import ModelRef, read_json, read_metrics, runs_dir
+from nanolab.records import checkpoint
+from nanolab.records.models import ModelRef, read_json, read_metrics, runs_dir
 
 BPB = "bits per byte"
 NATS = "nats per supervised token"

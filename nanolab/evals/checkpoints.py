@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 from safetensors import SafetensorError
 
 from nanolab.cli import UserError, as_json
+from nanolab.records import checkpoint
+from nanolab.records.models import WEIGHTS_ONLY, ModelRef
 from nanolab.runtime import Runtime, print0
-from nanolab.training import checkpoint
-from nanolab.training.models import WEIGHTS_ONLY, ModelRef
 
 RECORD = "eval_checkpoints.jsonl"
 T = TypeVar("T")

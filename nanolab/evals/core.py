@@ -21,8 +21,8 @@ from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
 from nanolab.evals.chatcore import centred, mean_centred
 from nanolab.evals.likelihood import Reader, Score
 from nanolab.evals.score import Interval, wilson
+from nanolab.records.console import clock
 from nanolab.runtime import Runtime, Stop, Stopped
-from nanolab.training.console import clock
 
 Say = Callable[[str], None]
 UNFINISHED = "the evaluation ended before it"

@@ -15,9 +15,9 @@ from nanolab.evals.hellaswag import RULES
 from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
 from nanolab.model.config import GPTConfig, chosen
-from nanolab.training import checkpoint
-from nanolab.training.environment import git_commit
-from nanolab.training.models import ModelRef, runs_dir
+from nanolab.records import checkpoint
+from nanolab.records.environment import git_commit
+from nanolab.records.models import ModelRef, runs_dir
 
 # kind -> (what a run of it did, what it learnt from, by its flags)
 DID = {

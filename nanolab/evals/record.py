@@ -8,7 +8,7 @@ version, number of problems and settings."""
 from pathlib import Path
 from typing import Any
 
-from nanolab.training.models import read_json
+from nanolab.records.models import read_json
 
 Record = dict[str, Any]
 # of a chat evaluation: once in the file, and in each row of "earlier"

@@ -29,9 +29,9 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import gpt2, one_file
 from nanolab.model.blocks import Norm
 from nanolab.model.gpt import GPT
+from nanolab.records.environment import git_commit
+from nanolab.records.models import ModelRef, load_model
 from nanolab.runtime import Runtime
-from nanolab.training.environment import git_commit
-from nanolab.training.models import ModelRef, load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODE = "modeling_nanolab.py"

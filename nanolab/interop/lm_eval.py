@@ -51,9 +51,9 @@ from nanolab.inference.served import served
 from nanolab.inference.text import TextStream
 from nanolab.inference.tools import TOOLS, find_tool
 from nanolab.model.accounting import n_params
+from nanolab.records import checkpoint
+from nanolab.records.models import WEIGHTS_ONLY, ModelRef, find_model, load_model
 from nanolab.runtime import device_kind, devices, progress, start
-from nanolab.training import checkpoint
-from nanolab.training.models import WEIGHTS_ONLY, ModelRef, find_model, load_model
 
 try:
     import lm_eval.models  # noqa: F401  it names its own models only in a registry that is still empty

@@ -42,7 +42,7 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
     from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT
-    from nanolab.training.environment import kernel_text
+    from nanolab.records.environment import kernel_text
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan

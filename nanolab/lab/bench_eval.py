@@ -14,8 +14,8 @@ from nanolab.inference.served import served
 from nanolab.lab.bench import measured, seconds
 from nanolab.lab.bench_infer import the_model
 from nanolab.lab.config import BenchConfig
+from nanolab.records.environment import kernel_text
 from nanolab.runtime import Runtime, print0
-from nanolab.training.environment import kernel_text
 
 Group = list[Text]  # the texts of one example
 

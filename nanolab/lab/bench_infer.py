@@ -21,10 +21,10 @@ from nanolab.inference.served import served
 from nanolab.lab.bench import measured
 from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
+from nanolab.records.environment import kernel_text
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime, device_peaks
 from nanolab.serving.config import ServeConfig
-from nanolab.training.environment import kernel_text
-from nanolab.training.models import load_model
 from nanolab.training.schedule import gpt_config
 
 STEPS_BETWEEN_CLIENTS = 2

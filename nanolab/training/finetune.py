@@ -21,9 +21,9 @@ from nanolab.flags import RATES as READ_BY_RECIPE
 from nanolab.flags import Condition
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.model.config import GPTConfig
-from nanolab.training import checkpoint
+from nanolab.records import checkpoint
+from nanolab.records.models import ModelRef
 from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
-from nanolab.training.models import ModelRef
 from nanolab.training.recipes import RECIPES
 from nanolab.training.schedule import Plan
 

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from nanolab.cli import UserError
+from nanolab.records import checkpoint
+from nanolab.records.console import Eta, clock, step_line
+from nanolab.records.run import Run
 from nanolab.runtime import Stop, Stopped, device_peaks, print0
-from nanolab.training import checkpoint
-from nanolab.training.console import Eta, clock, step_line
 from nanolab.training.gradients import Batches, Micro, accumulate, gather
 from nanolab.training.guards import out_of_memory_named, quiet_gc, undisturbed
-from nanolab.training.run import Run
 from nanolab.training.scaler import LossScaler
 from nanolab.training.signals import StopRequest
 

@@ -34,8 +34,8 @@ from nanolab.inference.engine import Engine
 from nanolab.inference.sampling import COLDEST, check_settings
 from nanolab.model.accounting import decode_flops_per_token, prompt_flops, train_flops_per_token
 from nanolab.model.config import GPTConfig
+from nanolab.records.checkpoint import write_text
 from nanolab.runtime import Runtime, print0
-from nanolab.training.checkpoint import write_text
 from nanolab.training.config import RLConfig
 from nanolab.training.finetune import MOMENTUM_STEPS, PEAK_MOMENTUM, Origin
 from nanolab.training.guards import undisturbed

@@ -22,8 +22,8 @@ from nanolab.model.attention import windows
 from nanolab.model.config import GPTConfig, chosen
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import KERNELS
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups

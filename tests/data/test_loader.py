@@ -12,9 +12,9 @@ from nanolab.data.loader import Prefetch
 from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
+from nanolab.records.models import read_json, runs_dir
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
-from nanolab.training.models import read_json, runs_dir
 from scripts import base_train
 
 TOKENIZER = Tokenizer.train([], 265)

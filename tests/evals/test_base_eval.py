@@ -27,10 +27,10 @@ from nanolab.evals.checkpoints import Mode, follow
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import ModelRef
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig
-from nanolab.training.models import ModelRef
 from scripts.base_eval import run
 
 loader = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
@@ -197,7 +197,7 @@ def test_modes_of_one_step_are_kept_beside_one_another_and_another_step_starts_a
 @pytest.mark.fault("N2")
 def test_no_evaluation_is_lost(world, tmp_path):
     """Other text, another step: what was measured before is kept, and is there again for its step."""
-    from nanolab.training.models import read_json
+    from nanolab.records.models import read_json
 
     run_dir, *_ = world
     path, other = run_dir / "eval_base.json", tmp_path / "other.txt"
@@ -572,7 +572,7 @@ def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle
     pytest.importorskip("transformers")
     from nanolab.cli import from_preset
     from nanolab.interop.export import export
-    from nanolab.training.run import find_model
+    from nanolab.records.models import find_model
     from nanolab.training.schedule import gpt_config
 
     run_dir, tokenizer, text = world

@@ -18,10 +18,10 @@ from nanolab.cli import UserError, to_json
 from nanolab.evals.card import card, chain, cost_table, effects_table, exchanges, missing, one_line, title
 from nanolab.evals.config import ReportConfig
 from nanolab.model.config import GPTConfig
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig
-from nanolab.training.models import find_model
 from scripts.report import run
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

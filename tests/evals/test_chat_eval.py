@@ -13,8 +13,8 @@ from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.score import wilson
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from scripts.chat_eval import powers, run, score
 from tasks import TASKS, build
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanolab.model.gpt import GPT
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
-from nanolab.training.models import load_model
 
 spec = importlib.util.spec_from_file_location(
     "nanolab_tests_pretrained", Path(__file__).parents[1] / "training" / "pretrained.py"

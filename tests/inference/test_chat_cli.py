@@ -26,9 +26,9 @@ from nanolab.inference.engine import Engine, Request
 from nanolab.inference.tools import calculator
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ChatConfig
-from nanolab.training import checkpoint
 from scripts.chat_cli import BLOCK, call_marks, run, show, stream, typed
 
 ROOT = Path(__file__).parents[2]

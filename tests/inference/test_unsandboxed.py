@@ -23,9 +23,9 @@ from nanolab.evals.config import ChatEvalConfig
 from nanolab.inference import sandbox
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ChatConfig, ServeConfig
-from nanolab.training import checkpoint
 from nanolab.training.config import RLConfig, SFTConfig
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, chat_web
 

@@ -23,9 +23,10 @@ from nanolab.interop.config import ExportConfig
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2
-from nanolab.training import checkpoint
-from nanolab.training.models import find_model
-from nanolab.training.run import Run
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model
+from nanolab.records.run import Run
+from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
 from scripts import export_hf
 
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
@@ -63,12 +64,12 @@ def make_run(name, tokenizer, config=DEFAULT, kind="base", origin=None, tokens=5
     from nanolab.runtime import Runtime
 
     flags = {
-        "base": {"data": "", "data_dir": "/home/me/books"},
-        "sft": {"stages": "", "tasks": "jsonl=/home/me/talk.jsonl:2,gsm8k:1"},
-        "rl": {"task": "gsm8k"},
+        "base": BaseTrainConfig(data="", data_dir="/home/me/books", seed=1),
+        "sft": SFTConfig(tasks="jsonl=/home/me/talk.jsonl:2,gsm8k:1", seed=1),
+        "rl": RLConfig(task="gsm8k", seed=1),
     }[kind]
     rt = Runtime(torch.device("cpu"), torch.float32)
-    run = Run.start(name, flags | {"seed": 1}, rt, kind=kind, env=settings)
+    run = Run.start(name, flags, rt, kind=kind, env=settings)
     run.pin_tokenizer(lambda: tokenizer)
     meta = {
         "run": name,

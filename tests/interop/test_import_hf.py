@@ -24,10 +24,10 @@ from nanolab.interop import export, gpt2, hf_model
 from nanolab.interop.config import ImportConfig
 from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
+from nanolab.records.models import find_model, load_model, read_json
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ChatConfig
 from nanolab.training.config import SFTConfig
-from nanolab.training.models import find_model, load_model, read_json
 from nanolab.training.schedule import gpt_config
 from scripts import base_eval, chat_cli, chat_sft, import_hf
 

@@ -23,9 +23,9 @@ from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference.tools import TOOLS
 from nanolab.interop import gpt2
 from nanolab.interop.config import ImportConfig
+from nanolab.records.models import load_model, runs_dir
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ServeConfig
-from nanolab.training.models import load_model, runs_dir
 from scripts import import_hf
 
 lm_eval = pytest.importorskip("lm_eval")

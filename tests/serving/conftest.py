@@ -16,12 +16,12 @@ from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import Server, bind
 from nanolab.serving.worker import Served
-from nanolab.training import checkpoint
 from scripts.chat_web import load
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

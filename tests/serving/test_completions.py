@@ -15,11 +15,11 @@ from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.data.tokenizer_files import BPE, PATTERN
 from nanolab.inference.engine import Sampled
 from nanolab.inference.sampling import Chosen
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
 from nanolab.serving.gate import as_json
 from nanolab.serving.openai import Ask
 from nanolab.serving.reply import Answer
-from nanolab.training.models import load_model
 
 HI = [{"role": "user", "content": "hi"}]
 TEXT = "é 🙂 hello, plain words"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanolab.interop.export import export
-from nanolab.training.models import find_model
+from nanolab.records.models import find_model
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402

@@ -10,8 +10,8 @@ import torch
 
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
-from nanolab.training.models import load_model
 
 HI = [{"role": "user", "content": "hi"}]
 PRODUCT = [{"role": "user", "content": "12*34?"}]

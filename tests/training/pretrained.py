@@ -7,17 +7,16 @@ from pathlib import Path
 
 import torch
 
-from nanolab.cli import to_json
 from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
+from nanolab.records.run import Run
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
-from nanolab.training.run import Run
 from nanolab.training.schedule import make_plan
 
 WORDS = (
@@ -56,7 +55,7 @@ def pretrain(name: str, text: Path, runtime: Runtime, **flags) -> BaseTrainConfi
         }
         | flags
     )
-    run = Run.start(name, to_json(cfg), runtime)
+    run = Run.start(name, cfg, runtime)
     tokenizer = run.pin_tokenizer(lambda: Tokenizer.train((p.read_text() for p in sorted(text.glob("*.txt"))), 300))
     plan, data = make_plan(cfg, tokenizer.vocab_size, runtime.world_size, tokenizer.bos), open_data(cfg, cfg.seed)
     run.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)

@@ -16,10 +16,10 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.model import gpt
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import load_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
-from nanolab.training.run import load_model, read_metrics, runs_dir
 from scripts.chat_rl import run
 from tasks import build
 

@@ -24,11 +24,11 @@ from nanolab.data.chat import parse_reply, render_prompt, text_of
 from nanolab.data.conversations import Reader, held_out_rows
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.model import gpt
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model, load_model, read_json, read_metrics, runs_dir
 from nanolab.runtime import Runtime, base_dir
-from nanolab.training import checkpoint
 from nanolab.training.config import SFTConfig
 from nanolab.training.finetune import FineTunePlan
-from nanolab.training.models import find_model, load_model, read_json, read_metrics, runs_dir
 from scripts import chat_eval, chat_sft
 from tasks import build
 
@@ -454,7 +454,7 @@ def test_killed_in_either_stage_and_resumed_is_uninterrupted_to_the_bit(tmp_path
 
 def test_what_would_change_the_result_is_refused(tmp_path):
     with pytest.MonkeyPatch.context() as patch:  # a run with a checkpoint that is not finished
-        patch.setattr("nanolab.training.run.Run.finish", lambda *_: None)
+        patch.setattr("nanolab.records.run.Run.finish", lambda *_: None)
         tune("half", num_iterations=4)
     with pytest.raises(UserError, match="--init-lr-frac was 0.8, now 0.5"):
         tune("half", num_iterations=4, resume=True, init_lr_frac=0.5)

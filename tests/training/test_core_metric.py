@@ -15,9 +15,9 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import open_bundle
 from nanolab.evals.core import Core
 from nanolab.evals.likelihood import GPTReader
+from nanolab.records.models import load_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
-from nanolab.training.run import load_model, read_metrics, runs_dir
 from scripts.base_train import run
 
 

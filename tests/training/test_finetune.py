@@ -18,11 +18,12 @@ from nanolab.data.conversations import ConversationBatches, Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, finetune, gradients
+from nanolab.training import finetune, gradients
 from nanolab.training.config import SFTConfig
 from nanolab.training.finetune import FineTunePlan, Origin, Stage, StagePlan, make_plan, shape_of, stages_of
-from nanolab.training.models import find_model
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
+from nanolab.records import checkpoint
+from nanolab.records.console import Eta, clock, step_line
+from nanolab.records.models import read_metrics
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
-from nanolab.training.console import Eta, clock, step_line
 from nanolab.training.gradients import NonFinite
 from nanolab.training.loop import Every, fit
-from nanolab.training.run import read_metrics
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -14,10 +14,10 @@ import torch
 from nanolab.cli import UserError
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig, SFTConfig
-from nanolab.training.models import find_model, read_metrics, runs_dir
 from scripts import base_train, chat_sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
@@ -234,7 +234,7 @@ def test_a_file_of_chats_moves(text, tmp_path, stages):
 
 
 def test_flags_without_their_paths():
-    from nanolab.training.run import without_paths
+    from nanolab.records.run import without_paths
 
     for a, b, same in (
         ("jsonl=/a/b.jsonl:2,gsm8k", "jsonl=c:\\d@x.jsonl:2,gsm8k", True),

@@ -12,10 +12,10 @@ import torch
 
 from nanolab import runtime
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.records.models import find_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig, SFTConfig
 from nanolab.training.loop import Every, Loop
-from nanolab.training.models import find_model, read_metrics, runs_dir
 from nanolab.training.schedule import make_plan
 from scripts import base_train, chat_sft
 

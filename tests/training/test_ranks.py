@@ -19,10 +19,11 @@ from nanolab.cli import UserError
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, gradients
+from nanolab.training import gradients
 from nanolab.training.config import BaseTrainConfig
-from nanolab.training.models import read_metrics, runs_dir
 from nanolab.training.schedule import make_plan
 from scripts import base_train
 

@@ -22,9 +22,9 @@ import torch
 from nanolab.data.loader import Prefetch
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.training import checkpoint
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.training.loop import Every, fit
-from nanolab.training.run import read_metrics, runs_dir
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

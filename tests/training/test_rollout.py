@@ -31,8 +31,11 @@ from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
+from nanolab.records.run import Run
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, loop
+from nanolab.training import loop
 from nanolab.training.config import BaseTrainConfig, RLConfig
 from nanolab.training.finetune import Origin
 from nanolab.training.loop import Every, fit
@@ -50,7 +53,6 @@ from nanolab.training.rollout import (
     make_plan,
     reward_parts,
 )
-from nanolab.training.run import Run, read_metrics, runs_dir
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=48, vocab_size=265, n_layer=2, n_head=1, n_embd=32, window_pattern="L")
@@ -176,7 +178,7 @@ def train(
     save: int = 1,
 ) -> dict:
     """A whole run with the real loop and optimizer."""
-    run = Run.start(name, to_json(cfg), runtime, resume=resume, kind="rl")
+    run = Run.start(name, cfg, runtime, resume=resume, kind="rl")
     model, objective = taught_model(), objective_of(cfg)
     plan = make_plan(cfg, ORIGIN, 10, runtime.world_size)
     groups = param_groups(model, ORIGIN.rates(cfg), plan)

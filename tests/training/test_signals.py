@@ -14,10 +14,10 @@ import torch
 from nanolab.inference.engine import Engine
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime, base_dir
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
-from nanolab.training.run import read_metrics, runs_dir
 from nanolab.training.signals import StopRequest
 from scripts import base_train, chat_rl, chat_sft
 

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanolab.cli import to_json
 from nanolab.data.packing import Batch
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records.run import Run
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
-from nanolab.training.run import Run
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=1, n_embd=32, window_pattern="L")
@@ -125,7 +124,7 @@ def parts(
 ) -> tuple[Run, GPT, RecordingOptimizer, ToyBatches]:
     """What `fit` takes first, all fresh. The global generator starts at a fixed seed."""
     torch.manual_seed(0)
-    run = Run.start(name, to_json(BaseTrainConfig(**flags)), runtime, resume=resume)
+    run = Run.start(name, BaseTrainConfig(**flags), runtime, resume=resume)
     model = make_model(config)
     return run, model, RecordingOptimizer(groups(model), runtime), ToyBatches(runtime)
 

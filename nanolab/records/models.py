@@ -9,9 +9,9 @@ from nanolab.cli import UserError, from_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.checkpoint import CheckpointError
 from nanolab.runtime import Runtime, base_dir, print0
-from nanolab.training import checkpoint
-from nanolab.training.checkpoint import CheckpointError
 
 # Fine-tuning logs both losses: there bits per byte are of the text that it moves away from. 1: lower is better, -1:
 # higher is.

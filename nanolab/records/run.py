@@ -28,23 +28,11 @@ from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.flags import RATES
+from nanolab.records import checkpoint
+from nanolab.records.environment import environment
+from nanolab.records.models import best_step, read_json, read_metrics, recorded, runs_dir
+from nanolab.records.sink import WandbSink
 from nanolab.runtime import Runtime, print0
-from nanolab.training import checkpoint
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
-from nanolab.training.environment import environment
-from nanolab.training.models import (
-    ModelRef,
-    best_step,
-    find_model,
-    load_model,
-    read_json,
-    read_metrics,
-    recorded,
-    runs_dir,
-)
-from nanolab.training.sink import WandbSink
-
-__all__ = ["ModelRef", "Run", "best_step", "find_model", "load_model", "read_metrics", "recorded", "runs_dir"]
 
 T = TypeVar("T")
 
@@ -100,8 +88,9 @@ NOTED = ("world_size", "device_batch_size", "attn_kernel", "deterministic", "com
 class Run:
     """One run on every rank; only rank 0 touches files. Make it with `Run.start`."""
 
-    def __init__(self, name: str, config: dict[str, Any], runtime: Runtime, kind: str):
-        self.name, self.config, self.runtime, self.kind = name, config, runtime, kind
+    def __init__(self, name: str, cfg: Any, runtime: Runtime, kind: str):
+        self.name, self.runtime, self.kind = name, runtime, kind
+        self.flags, self.config = type(cfg), to_json(cfg)
         self.dir = runs_dir() / name
         self.checkpoints = self.dir / "checkpoints"
         self.env: dict[str, Any] = {}
@@ -115,7 +104,7 @@ class Run:
     def start(
         cls,
         name: str,
-        config: dict[str, Any],
+        cfg: Any,
         runtime: Runtime,
         resume: bool = False,
         kind: str = "base",
@@ -123,12 +112,12 @@ class Run:
     ) -> "Run":
         """Open the directory for writing. Called by every rank.
 
-        config: every flag. env: facts beyond `environment` (attn_kernel). resume: continue from the newest valid
-        checkpoint; without one the run begins at the beginning and says so. Raises UserError when the directory is in
-        use, holds another run, or was made with flags that would give another result.
+        cfg: the dataclass of all flags. env: facts beyond `environment` (attn_kernel). resume: continue from the newest
+        valid checkpoint; without one the run begins at the beginning and says so. Raises UserError when the directory
+        is in use, holds another run, or was made with flags that would give another result.
         """
         check_name(name.replace(",", "") if resume else name)  # a run of an earlier version may have a comma
-        run = cls(name, config, runtime, kind)
+        run = cls(name, cfg, runtime, kind)
         run.env, run.resume_from = on_main(
             runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})})
         )
@@ -296,13 +285,12 @@ class Run:
 
     def _not_read(self, config: dict[str, Any]) -> set[str]:
         """The flags that nothing reads in such a run."""
-        cls = {"base": BaseTrainConfig, "sft": SFTConfig, "rl": RLConfig}[self.kind]
-        values = to_json(cls()) | config
+        values = to_json(self.flags()) | config
         # whose model was pretrained by a recipe
         saved = checkpoint.newest_valid(self.checkpoints) if self.kind != "base" else None
         recipe = checkpoint.load_meta(saved).get("plan", {}).get("recipe") if saved else None
-        rates = not_read(cls, values | {"recipe": recipe}, RATES) if recipe else {}
-        return {*not_read(cls, values), *rates}
+        rates = not_read(self.flags, values | {"recipe": recipe}, RATES) if recipe else {}
+        return {*not_read(self.flags, values), *rates}
 
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:
         """Refuse, by name and with both values, what would give another result; mention what changes rounding only."""

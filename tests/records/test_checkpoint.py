@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from nanolab.cli import UserError
+from nanolab.records import checkpoint
+from nanolab.records.checkpoint import CheckpointError
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
-from nanolab.training.checkpoint import CheckpointError
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 

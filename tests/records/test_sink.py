@@ -103,7 +103,7 @@ def test_every_step_is_in_wandb_once_and_in_order_after_a_kill_and_a_resume(base
 CORE = """
 import sys, time
 import wandb.sdk.lib.service.service_port_file as port_file, wandb.sdk.lib.service.service_process as process
-from nanolab.training.sink import WandbSink
+from nanolab.records.sink import WandbSink
 from pathlib import Path
 
 folder, process.get_core_path = Path(sys.argv[1]), lambda: sys.argv[2]

@@ -21,10 +21,11 @@ from nanolab.cli import UserError, parse, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import find_model, load_model, read_metrics, recorded
+from nanolab.records.run import MUST_KEEP, Run
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
 from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
-from nanolab.training.run import MUST_KEEP, Run, find_model, load_model, read_metrics, recorded
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 MODEL = GPTConfig(sequence_len=8, vocab_size=280, n_layer=1, n_head=1, n_embd=32)
@@ -35,7 +36,7 @@ def config(**changes) -> dict:
 
 
 def start(name: str = "a", resume: bool = False, runtime: Runtime = ALONE, env: dict | None = None, **changes) -> Run:
-    return Run.start(name, config(**changes), runtime, resume=resume, env=env)
+    return Run.start(name, BaseTrainConfig(**changes), runtime, resume=resume, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_resume_refuses_other_data_and_keeps_its_tokenizer(tokenizer):
 )
 def test_the_folder_of_a_task_may_move_and_its_questions_may_not_change(kind, cfg):
     def begin(cfg, resume: bool) -> Run:
-        run = Run.start("a", to_json(cfg), ALONE, resume=resume, kind=kind)
+        run = Run.start("a", cfg, ALONE, resume=resume, kind=kind)
         run.identify(data_fingerprint="q1")
         return run
 
