@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
 nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/chat_files.py
 nanolab/data/conversations.py
 nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py
 nanolab/model/kernels.py
@@ -23,7 +23,7 @@ nanolab/records/checkpoint.py nanolab/records/run.py
 nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
 nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py
 nanolab/inference/request.py nanolab/inference/prefill.py
-nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py
+nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/prepare.py
 nanolab/inference/recorded.py nanolab/inference/sandbox.py
 nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
 nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py

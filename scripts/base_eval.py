@@ -64,7 +64,7 @@ def run(cfg: BaseEvalConfig) -> int:
 def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
     from nanolab.evals.checkpoints import weights_of
     from nanolab.evals.likelihood import GPTReader
-    from nanolab.inference.served import served
+    from nanolab.inference.prepare import prepare_for_inference
     from nanolab.records.models import load_model
 
     model, tokenizer, _ = load_model(found, rt)
@@ -76,7 +76,7 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
         "dtype": rt.dtype_name,
     }
     folder = Path(cfg.out).expanduser() if cfg.out else found.run_dir
-    reader = functools.cache(lambda: GPTReader(served(model), rt))
+    reader = functools.cache(lambda: GPTReader(prepare_for_inference(model), rt))
     return Subject(about, folder, model, tokenizer, model.config.sequence_len, pretraining(found), reader)
 
 

@@ -36,9 +36,9 @@ def run(cfg: ChatConfig) -> int:
     from nanolab.inference.commands import Talk, tell
     from nanolab.inference.dialogue import Dialogue
     from nanolab.inference.engine import Engine, Request
+    from nanolab.inference.prepare import prepare_for_inference
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.sandbox import walls
-    from nanolab.inference.served import served
     from nanolab.inference.tools import find_tool
     from nanolab.records.models import load_model
 
@@ -60,7 +60,7 @@ def run(cfg: ChatConfig) -> int:
             "--system, but this model continues texts; expected one that answers; leave it out, or add --chat"
         )
     dialogue = Dialogue(
-        Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True),
+        Engine(prepare_for_inference(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True),
         answers=answers,
         system=cfg.system,
     )

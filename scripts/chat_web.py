@@ -79,9 +79,9 @@ def load(cfg: ServeConfig, rt) -> list:
     import torch
 
     from nanolab.inference.engine import Engine
-    from nanolab.inference.served import served as ready_to_generate
+    from nanolab.inference.prepare import prepare_for_inference
     from nanolab.records.models import find_model, load_model
-    from nanolab.serving.worker import Served
+    from nanolab.serving.worker import ModelServer
 
     cuda = rt.device.type == "cuda"
     if cuda and cfg.replicas > torch.cuda.device_count():
@@ -103,7 +103,7 @@ def load(cfg: ServeConfig, rt) -> list:
             place = replace(rt, device=torch.device("cuda", i)) if cuda else rt
             if cuda or not engines:
                 model, tokenizer, meta = load_model(found, place)
-                model = ready_to_generate(model, int8=cfg.int8)
+                model = prepare_for_inference(model, int8=cfg.int8)
             slow = TOOL_THREADS if cfg.tool == "python" else 0
             engines.append(
                 Engine(
@@ -116,7 +116,7 @@ def load(cfg: ServeConfig, rt) -> list:
                     tool_threads=slow,
                 )
             )
-        served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
+        served.append(ModelServer(name, engines, cfg.queue, meta.get("kind", "base")))
     return served
 
 

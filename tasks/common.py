@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nanolab.cli import UserError, nearest
-from nanolab.data.chat import Message, Part, read_jsonl, text_of
+from nanolab.data.chat import Message, Part, text_of
+from nanolab.data.chat_files import read_jsonl
 
 T = TypeVar("T")
 Content = str | list[Part]  # an assistant's message content

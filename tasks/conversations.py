@@ -21,7 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nanolab.cli import UserError
-from nanolab.data.chat import Message, parts_of, read_conversations
+from nanolab.data.chat import Message, parts_of
+from nanolab.data.chat_files import read_conversations
 from tasks.common import Example, Task, share
 
 TWENTY, MOST = 20, 200

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2502.02737
 
 from collections.abc import Sequence
 
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from tasks.common import Example, Reader, Source, Task, hub_rows, local_path
 
 SOURCE = Source(

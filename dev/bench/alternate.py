@@ -25,13 +25,14 @@ WORKER = """
 import importlib, json, sys, time
 from dataclasses import fields
 
-def find(name, *modules):
+def find(names, *modules):
     for module in modules:
-        try:
-            return getattr(importlib.import_module("nanolab." + module), name)
-        except (ModuleNotFoundError, AttributeError):
-            pass
-    raise SystemExit(f"{name} is in none of {modules}")
+        for name in names.split("|"):
+            try:
+                return getattr(importlib.import_module("nanolab." + module), name)
+            except (ModuleNotFoundError, AttributeError):
+                pass
+    raise SystemExit(f"{names} is in none of {modules}")
 
 what, argv = sys.argv[1], sys.argv[2:]
 BenchConfig = find("BenchConfig", "lab.config", "config")
@@ -59,7 +60,7 @@ if what == "step":
 else:
     bench = importlib.import_module("nanolab.lab.bench_infer")
     model, tokenizer = bench.the_model(cfg, runtime)
-    prepared = find("served", "inference.served")(model)
+    prepared = find("prepare_for_inference|served", "inference.prepare", "inference.served")(model)
     prompts = bench.Prompts(model.config.vocab_size, cfg.seed)
     engine = bench.new_engine(prepared, tokenizer, runtime, 1 if what == "decode" else 16)
     if what == "decode":

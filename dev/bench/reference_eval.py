@@ -30,7 +30,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
 from nanolab.evals.bundle import SHUFFLE_SEED, TaskSpec, open_bundle, read_items, read_rows
 from nanolab.evals.likelihood import GPTReader, score
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT
 from nanolab.records.environment import environment
 from nanolab.records.models import load_model
@@ -194,7 +194,7 @@ def main() -> None:
     exact = GPT(model.config, torch.float64)
     exact.load_state_dict(model.state_dict())
     theirs = Theirs(args.reference, model, tokenizer, rt.device)
-    ours = Ours(GPTReader(served(model), rt), tokenizer, rt)
+    ours = Ours(GPTReader(prepare_for_inference(model), rt), tokenizer, rt)
     tasks = {
         label: task
         for label, task in open_bundle(args.eval_bundle).tasks.items()

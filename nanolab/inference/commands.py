@@ -15,7 +15,7 @@ from nanolab.inference.dialogue import Dialogue
 from nanolab.terminal import harmless
 
 if TYPE_CHECKING:
-    from nanolab.inference.request import Request, Sampled
+    from nanolab.inference.request import Request, TokenOutput
 
 
 class Talk:
@@ -24,7 +24,7 @@ class Talk:
     show: shows an answer as it grows, given the steps, and returns how it ended. over: somebody wants to leave.
     """
 
-    def __init__(self, dialogue: Dialogue, request: "Request", show: Callable[[Iterator[list["Sampled"]]], str]):
+    def __init__(self, dialogue: Dialogue, request: "Request", show: Callable[[Iterator[list["TokenOutput"]]], str]):
         self.dialogue, self.request, self.show, self.over = dialogue, request, show, False
 
     def say(self, line: str) -> None:

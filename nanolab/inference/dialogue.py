@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanolab.cli import UserError
-from nanolab.data.chat import (
-    Message,
-    Part,
-    check_messages,
-    parse_reply,
-    read_conversations,
-    render,
-    render_prompt,
-    text_of,
-)
+from nanolab.data.chat import Message, Part, check_messages, parse_reply, render, render_prompt, text_of
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nanolab.inference.engine import Engine
-    from nanolab.inference.request import Request, Sampled
+    from nanolab.inference.request import Request, TokenOutput
 
 
 class Turn(NamedTuple):
@@ -59,7 +51,7 @@ class Dialogue:
     def _head(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def reply(self, text: str, request: "Request", again: bool = False) -> Iterator[list["Sampled"]]:
+    def reply(self, text: str, request: "Request", again: bool = False) -> Iterator[list["TokenOutput"]]:
         """The engine's steps, of no token or one, of the answer to `text`; closing the iterator stops it.
 
         request: how to answer; its prompt is left aside. again: in place of the last turn. Then `text` and answer are a
@@ -84,7 +76,7 @@ class Dialogue:
             first += 1
         return [*head, *(i for turn in turns[first:] for i in turn.ids), *question], first
 
-    def _steps(self, request: "Request", turns: list[Turn], text: str) -> Iterator[list["Sampled"]]:
+    def _steps(self, request: "Request", turns: list[Turn], text: str) -> Iterator[list["TokenOutput"]]:
         row, ids = self.engine.add(request), list[int]()
         try:
             while not self.engine.idle:

@@ -17,14 +17,14 @@ from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.cache import KVCache, most_bytes
 from nanolab.inference.prefill import Prefill
-from nanolab.inference.prefix import Prefixes
+from nanolab.inference.prefix import PrefixCache
 from nanolab.inference.recorded import Recorder
-from nanolab.inference.request import Failed, Request, Row, Sampled
+from nanolab.inference.request import Failed, Request, Row, TokenOutput
 from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, out_of_memory
 
-__all__ = ["Engine", "Failed", "Request", "Sampled"]
+__all__ = ["Engine", "Failed", "Request", "TokenOutput"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Engine:
     max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that
     running rows never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see
     prefix.py). graphs: record decode steps and replay them (see recorded.py). Both are for weights that do not change
-    (served.py); `generate` never replays. tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a
+    (prepare.py); `generate` never replays. tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a
     tool runs inside the step that called it, so that a text does not depend on how long it took. `generate` always does
     so. A row that cannot go on is in `failed` after the step: where memory does not suffice once the snapshots are
     gone, the youngest rows; and a row whose logits are not numbers. The others go on. Not to be used from several
@@ -65,7 +65,7 @@ class Engine:
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens or (256 if runtime.device.type == "cpu" else 2048)
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
-        self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self.recorder = Recorder(model, runtime.device) if graphs and runtime.device.type != "mps" else None
         # one query in bf16 takes a CPU ten times as long
         dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype
@@ -156,7 +156,7 @@ class Engine:
             self.tools.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def step(self) -> list[Sampled]:
+    def step(self) -> list[TokenOutput]:
         """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined
         included.
 
@@ -213,7 +213,7 @@ class Engine:
             self.failed.clear()
             raise UserError(f"{text}; {REMEDIES[code]}", code.replace("_", "-"), row=row)
 
-    def _step(self) -> list[Sampled]:
+    def _step(self) -> list[TokenOutput]:
         logits: list[Tensor] = []
         self._call_tools()
         if self.rows:
@@ -282,13 +282,13 @@ class Engine:
             result.set_result(row.use.failed(error))
             return result
 
-    def _tokens(self, logits: Tensor) -> list[Sampled | None]:
+    def _tokens(self, logits: Tensor) -> list[TokenOutput | None]:
         """The next token of each row; None where the model's choice has no probability: its logits were not finite."""
         free = [i for i, row in enumerate(self.rows) if not row.waiting]
         if len(free) < len(self.rows):
             logits = logits[free]
         chosen = iter(choose(logits, [self.rows[i].draws for i in free]) if free else ())
-        taken: list[Sampled | None] = []
+        taken: list[TokenOutput | None] = []
         for row in self.rows:
             if row.waiting:
                 taken.append(row.force())
@@ -330,8 +330,8 @@ class Engine:
         seed: int | Sequence[int] = 42,
         stop_ids: Collection[int] | None = None,
         tools: Callable[[str], str] | None = None,
-    ) -> Iterator[list[Sampled]]:
-        """Continue every prompt; each step yields one `Sampled` per row that is running, prompt i being row i.
+    ) -> Iterator[list[TokenOutput]]:
+        """Continue every prompt; each step yields one `TokenOutput` per row that is running, prompt i being row i.
 
         A row ends with its first stop id (which is yielded), after `max_tokens`, or when prompt and reply fill the
         model's sequence length. Its tokens are those it would get alone: `seed` is explained in `row_generators`.
@@ -363,7 +363,7 @@ class Engine:
             own._queue(request, generator)
         return own._steps()
 
-    def _steps(self) -> Iterator[list[Sampled]]:
+    def _steps(self) -> Iterator[list[TokenOutput]]:
         while not self.idle:
             step = self.step()
             self.check()

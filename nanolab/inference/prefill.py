@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanolab.inference.cache import KVCache
-from nanolab.inference.prefix import Prefixes
+from nanolab.inference.prefix import PrefixCache
 from nanolab.inference.request import Row
-from nanolab.inference.sampling import Chosen
+from nanolab.inference.sampling import Choice
 from nanolab.model.gpt import GPT
 
 LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
@@ -36,7 +36,7 @@ class Part:
         top: int = -1,
     ):
         self.prompts, self.rows, self.cache, self.logits, self.top = prompts, rows, cache, logits, top
-        self.scores = [[Chosen(prompt[0], 0.0)] if top >= 0 else [] for prompt in prompts]
+        self.scores = [[Choice(prompt[0], 0.0)] if top >= 0 else [] for prompt in prompts]
         self.start = self.read = cache.lengths[0]  # tokens of each prompt that a snapshot held, and that are read
         self.length = len(prompts[0])
 
@@ -45,7 +45,7 @@ class Prefill:
     """Rows whose prompts are being read. new_cache: (rows, capacity) -> KVCache."""
 
     def __init__(
-        self, model: GPT, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: Prefixes | None
+        self, model: GPT, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: PrefixCache | None
     ):
         self.model, self.new_cache, self.device, self.prefixes = model, new_cache, device, prefixes
         self.parts: list[Part] = []  # the oldest first
@@ -121,7 +121,7 @@ class Prefill:
             own = logprobs[range(len(here)), [token for _, token in here]].tolist()
             best = logprobs.topk(min(part.top, logprobs.size(-1)))
             for (i, token), value, tokens, values in zip(here, own, best.indices.tolist(), best.values.tolist()):
-                part.scores[i].append(Chosen(token, value, tuple(zip(tokens, values))))
+                part.scores[i].append(Choice(token, value, tuple(zip(tokens, values))))
         return self.model.logits(x[:, -1])
 
     def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:

@@ -1,4 +1,4 @@
-"""Prefixes: snapshots of what the model has read, so that a conversation's next turn begins where the last one
+"""PrefixCache: snapshots of what the model has read, so that a conversation's next turn begins where the last one
 ended.
 """
 
@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
         return self.cache.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
-class Prefixes:
+class PrefixCache:
     """Token sequences and the cache that a row of them leaves, within `room` bytes.
 
     Where there is no room, one that another begins with goes first, then what was used longest ago.

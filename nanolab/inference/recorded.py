@@ -5,7 +5,7 @@ A step of the model on a small batch is bound by the cost of starting its hundre
 they are fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a
 bucket has come up `after` times. On CPUs this is done while the engine is idle (`prepare`), and for batches of few
 rows: in larger ones the work itself counts, and slots that hold nothing are work. A recording reads the weights where
-they lie; so it belongs to a model whose weights stay there and, being cast, do not change (served.py).
+they lie; so it belongs to a model whose weights stay there and, being cast, do not change (prepare.py).
 `Engine.generate`, which training uses too, records nothing. Dims: N rows of a bucket, n of them in use, S slots."""
 
 import logging

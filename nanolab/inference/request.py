@@ -1,4 +1,4 @@
-"""Request, Sampled, Failed and Row: what is asked of the engine, what it answers step by step, and where a request
+"""Request, TokenOutput, Failed and Row: what is asked of the engine, what it answers step by step, and where a request
 stands in between.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.sampling import Chosen, Draws, check_settings, row_generators
+from nanolab.inference.sampling import Choice, SamplingState, check_settings, row_generators
 from nanolab.inference.text import TextStream
 from nanolab.inference.tools import ToolUse
 
@@ -52,7 +52,7 @@ class Request:
             )
 
 
-class Sampled(NamedTuple):
+class TokenOutput(NamedTuple):
     """One new token of one row. finish: None, "stop" (this token is a stop id or completes a stop string), or "length"
     (no room for another). forced: the token is a tool's, not the model's choice."""
 
@@ -64,7 +64,7 @@ class Sampled(NamedTuple):
     forced: bool = False
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
     cached: int = 0  # tokens of the row's prompt that were not computed, since a snapshot held them
-    scores: Sequence[Chosen] = ()  # of the prompt's tokens where they were asked for, 0 for the first, which is given
+    scores: Sequence[Choice] = ()  # of the prompt's tokens where they were asked for, 0 for the first, which is given
 
 
 class Failed(NamedTuple):
@@ -92,7 +92,7 @@ class Row:
         self.tokens = list(request.prompt)  # prompt and reply
         self.end = min(len(request.prompt) + request.max_tokens, limit)
         self.cached = 0
-        self.scores: Sequence[Chosen] = ()
+        self.scores: Sequence[Choice] = ()
         self.waiting: deque[int] = deque()  # tokens that a tool has put into the row
         self.unheard = False  # whether its last token is the model's own and has not been shown to the tool
         self.use = ToolUse(tokenizer, request.tools) if request.tools else None
@@ -102,17 +102,17 @@ class Row:
         )
         r = request
         generator = generator or row_generators(r.seed, 1)[0]
-        self.draws = Draws(r.temperature, r.top_k, r.top_p, generator, r.repetition_penalty, r.logprobs)
+        self.draws = SamplingState(r.temperature, r.top_k, r.top_p, generator, r.repetition_penalty, r.logprobs)
         if r.repetition_penalty != 1:
             self.draws.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self.special = frozenset(tokenizer.specials.values()) if tokenizer else frozenset[int]()
             self.draws.seen[[token for token in r.prompt if token not in self.special]] = True
 
-    def force(self) -> Sampled:
+    def force(self) -> TokenOutput:
         """Take the next token that a tool has put in; it stops nothing."""
-        return self._taken(Chosen(self.waiting.popleft(), 0.0), True)
+        return self._taken(Choice(self.waiting.popleft(), 0.0), True)
 
-    def take(self, chosen: Chosen) -> Sampled:
+    def take(self, chosen: Choice) -> TokenOutput:
         """Take a token of the model's own choice."""
         new, self.unheard = self._taken(chosen, False), True
         if self.text:
@@ -120,11 +120,11 @@ class Row:
         stops = new.token in self.stop_ids or (self.text is not None and self.text.stopped)
         return new._replace(finish="stop") if stops else new
 
-    def _taken(self, chosen: Chosen, forced: bool) -> Sampled:
+    def _taken(self, chosen: Choice, forced: bool) -> TokenOutput:
         self.tokens.append(chosen.token)
         if self.draws.seen is not None and chosen.token not in self.special:
             self.draws.seen[chosen.token] = True
-        return Sampled(
+        return TokenOutput(
             self.number,
             chosen.token,
             chosen.logprob,

@@ -46,7 +46,7 @@ def check_settings(temperature: float, top_k: int, top_p: float, repetition_pena
 
 
 @dataclass
-class Draws:
+class SamplingState:
     """How one row chooses its tokens: settings, random stream, and the tokens that a repetition penalty is about."""
 
     temperature: float
@@ -77,14 +77,14 @@ class Draws:
         self._uniforms.pop()
 
 
-class Chosen(NamedTuple):
+class Choice(NamedTuple):
     token: int
     logprob: float  # the model's own, in nats, before penalty, temperature and truncation
     top: tuple[tuple[int, float], ...] = ()  # the `logprobs` likeliest (token, logprob), best first
 
 
 @torch.no_grad()
-def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
+def choose(logits: Tensor, rows: Sequence[SamplingState]) -> list[Choice]:
     """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn
     together.
 
@@ -108,22 +108,22 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
     for row in rows:
         if not row.greedy:
             row.spent()
-    return [Chosen(int(token), value, best) for token, value, best in zip(tokens, values, top)]
+    return [Choice(int(token), value, best) for token, value, best in zip(tokens, values, top)]
 
 
-def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[Draws]) -> Tensor:
+def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[SamplingState]) -> Tensor:
     """Tokens (B,) of rows that agree in top-k and in whether they use top-p."""
     settings = torch.tensor([[row.temperature, row.top_p, row.uniform()] for row in rows]).to(scores.device)
     temperature, top_p, uniforms = settings.split(1, dim=-1)
     return invert_cdf(truncate(scores / temperature, top_k, top_p if nucleus else 1.0).softmax(-1), uniforms[:, 0])
 
 
-def likeliest(logprobs: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, float], ...]]:
+def likeliest(logprobs: Tensor, rows: Sequence[SamplingState]) -> list[tuple[tuple[int, float], ...]]:
     values, ids = logprobs.topk(min(max(row.logprobs for row in rows), logprobs.size(-1)))
     return [tuple(zip(i[: max(0, row.logprobs)], v)) for row, i, v in zip(rows, ids.tolist(), values.tolist())]
 
 
-def penalised(logits: Tensor, rows: Sequence[Draws]) -> Tensor:
+def penalised(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
     """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv
     1909.05858.
     """

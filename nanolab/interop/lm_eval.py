@@ -46,8 +46,8 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.checkpoints import weights_of
 from nanolab.evals.likelihood import GPTReader, Text, common, score
 from nanolab.inference.engine import Engine, Request
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.inference.sandbox import walls
-from nanolab.inference.served import served
 from nanolab.inference.text import TextStream
 from nanolab.inference.tools import TOOLS, find_tool
 from nanolab.model.accounting import n_params
@@ -149,7 +149,7 @@ class Nanolab(TemplateLM):
             n_params(model.config)["total"],
         )
         self.model, self.add_bos_token, self.max_gen_toks, self.max_rows = (
-            served(model),
+            prepare_for_inference(model),
             add_bos_token,
             max_gen_toks,
             max_rows,

@@ -10,7 +10,7 @@ from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import bundle, icl
 from nanolab.evals.likelihood import GPTReader, Text, score
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.lab.bench import measured, seconds
 from nanolab.lab.bench_infer import the_model
 from nanolab.lab.config import BenchConfig
@@ -59,7 +59,7 @@ def examples(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         )
     model, tokenizer = the_model(cfg, runtime)
     kernel = kernel_text(model.kernel_names(runtime.device.type))
-    reader, results = GPTReader(served(model), runtime), {}
+    reader, results = GPTReader(prepare_for_inference(model), runtime), {}
     tasks = encoded(cfg, runtime, tokenizer, results) if cfg.eval_bundle else synthetic(cfg, model.config.vocab_size)
     kinds = {kind: [group for of, group in tasks if of == kind] for kind in icl.KINDS}
     times: dict[str, list[float]] = {kind: [] for kind, groups in kinds.items() if groups}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.lab.bench import measured
 from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
@@ -66,7 +66,7 @@ def infer(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             f" tokens; this model reads {model.config.sequence_len}; lower them, or raise --max-seq-len"
         )
     kernel = kernel_text(model.kernel_names(runtime.device.type))
-    model = served(model, int8=cfg.int8)
+    model = prepare_for_inference(model, int8=cfg.int8)
     prompts = Prompts(model.config.vocab_size, cfg.seed)
     results: dict[str, Any] = {}
     batches = [batch(cfg, runtime, new_engine(model, tokenizer, runtime, B), prompts, B, results) for B in sizes]

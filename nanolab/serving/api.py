@@ -33,7 +33,7 @@ from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key,
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ROUTES, ApiError, Ask, read_chat, read_completion
 from nanolab.serving.reply import Answer
-from nanolab.serving.worker import Broken, Draining, Overloaded, Served
+from nanolab.serving.worker import Broken, Draining, ModelServer, Overloaded
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 MAX_BODY = 4 << 20  # bytes of a request
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class Api:
     """What the routes do. models: by the name that requests give."""
 
-    def __init__(self, models: dict[str, Served], cfg: ServeConfig):
+    def __init__(self, models: dict[str, ModelServer], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
         # the system's own would be asked for each request, and the interpreter let go of for that
@@ -113,7 +113,7 @@ class Api:
                 if i == len(self.models):
                     raise
 
-    def find(self, name: str | None) -> Served:
+    def find(self, name: str | None) -> ModelServer:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
@@ -139,7 +139,7 @@ class Api:
             "base_model",
         )
 
-    def rows(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[engine.Request]:
+    def rows(self, ask: Ask, served: ModelServer, prompts: list[list[int]]) -> list[engine.Request]:
         """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others
         seeds made from it.
 
@@ -225,7 +225,7 @@ class Api:
         return 503 if status in ("failed", "draining") else 200, {"status": status, "models": models}
 
 
-def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
+def create_app(models: dict[str, ModelServer], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
     """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page
     cannot be read.
     """
@@ -389,13 +389,13 @@ def loaded(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 
 
-def begin(ask: Ask, served: Served) -> tuple[list[list[int]], Answer]:
+def begin(ask: Ask, served: ModelServer) -> tuple[list[list[int]], Answer]:
     """The prompts in tokens, and the answer that is to grow. Raises what `prompt_ids` raises."""
     prompts = prompt_ids(ask, served)
     return prompts, Answer(ask, served.name, prompts, served.tokenizer)
 
 
-def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
+def prompt_ids(ask: Ask, served: ModelServer) -> list[list[int]]:
     """The tokens that the model is to go on from, for each prompt. Raises ApiError for more than it can read, and for
     ids that it does not have.
     """
@@ -417,7 +417,7 @@ def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
     return found
 
 
-def readable(served: Served, param: str, name: str, least: int, encode: Callable[[], list[int]]) -> list[int]:
+def readable(served: ModelServer, param: str, name: str, least: int, encode: Callable[[], list[int]]) -> list[int]:
     """A prompt in tokens. least: how many these are at the least, for what is not worth tokenizing."""
     ids = encode() if least < served.limit else []
     if not 0 < len(ids) < served.limit:

@@ -16,7 +16,7 @@ from nanolab.serving.gate import as_json, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ApiError
 from nanolab.serving.reply import Answer, Piece
-from nanolab.serving.worker import RowFailed, Served
+from nanolab.serving.worker import ModelServer, RowFailed
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +31,14 @@ class Gone(Exception):
 
 
 class Exchange:
-    """Queues the rows when it is made, raising what `Served.submit` raises; `respond` then gives the HTTP response.
+    """Queues the rows when it is made, raising what `ModelServer.submit` raises; `respond` then gives the response.
 
     Whatever is left of the rows is cancelled when the response has been sent or the client is gone.
     """
 
     def __init__(
         self,
-        served: Served,
+        served: ModelServer,
         requests: Sequence[engine.Request],
         answer: Answer,
         metrics: Metrics,
@@ -49,7 +49,7 @@ class Exchange:
         self.served, self.answer, self.metrics = served, answer, metrics
         self.request, self.arrived, self.log, self.status = request, arrived, log, 200
         # holds the rows' max_tokens at most
-        self.inbox: asyncio.Queue[tuple[int, engine.Sampled | Exception]] = asyncio.Queue()
+        self.inbox: asyncio.Queue[tuple[int, engine.TokenOutput | Exception]] = asyncio.Queue()
         self.jobs = served.submit(requests, lambda i, item: self.inbox.put_nowait((i, item)))
         self.watch = asyncio.create_task(self._watch())
 
@@ -96,7 +96,7 @@ class Exchange:
         self.status = refused.status
         return refused
 
-    def _take(self, i: int, new: engine.Sampled) -> tuple[int, list[Piece], bool]:
+    def _take(self, i: int, new: engine.TokenOutput) -> tuple[int, list[Piece], bool]:
         reply, going = self.answer.replies[i], not self.answer.replies[i].finish
         return i, reply.push(new), going and bool(reply.finish)
 

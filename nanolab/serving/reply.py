@@ -22,8 +22,8 @@ from nanolab.inference.tools import calculator
 from nanolab.serving.openai import Ask
 
 if TYPE_CHECKING:
-    from nanolab.inference.request import Sampled
-    from nanolab.inference.sampling import Chosen
+    from nanolab.inference.request import TokenOutput
+    from nanolab.inference.sampling import Choice
 
 LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON does not have
 
@@ -31,7 +31,7 @@ LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON do
 class Token(NamedTuple):
     """A token of the text with its alternatives, and where in the text it begins, in characters."""
 
-    new: "Sampled | Chosen"
+    new: "TokenOutput | Choice"
     offset: int
 
 
@@ -77,7 +77,7 @@ class Reply:
         if echo:
             self.stream.decoder.setstate(echo.unfinished)
 
-    def push(self, new: "Sampled") -> list[Piece]:
+    def push(self, new: "TokenOutput") -> list[Piece]:
         """Take the row's next token; what it makes certain."""
         if self.finish:
             return []
@@ -110,7 +110,7 @@ class Reply:
     def text(self) -> str:
         return text_of(self.parts)
 
-    def _echoed(self, new: "Sampled") -> list[Piece]:
+    def _echoed(self, new: "TokenOutput") -> list[Piece]:
         self.shown = len(self.echo.text)
         tokens = []
         if self.ask.logprobs >= 0:

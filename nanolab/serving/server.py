@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanolab.cli import UserError
 from nanolab.serving.gate import CLOSE, RETRY_AFTER, failed
 from nanolab.serving.openai import ApiError
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 MAX_CONNECTIONS = 512  # at once, or half of the files that the process may open if that is less; those beyond get 503
 HEAD_SECONDS = 20.0  # for the head of a request to arrive; a connection that takes longer, or sends nothing, is closed
@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
     ready: called when it listens.
     """
 
-    def __init__(self, app: FastAPI, models: Collection[Served], drain_seconds: float, ready: Callable[[], None]):
+    def __init__(self, app: FastAPI, models: Collection[ModelServer], drain_seconds: float, ready: Callable[[], None]):
         settings = {
             "log_level": "warning",
             "access_log": False,

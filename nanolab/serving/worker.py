@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanolab.inference.engine import Engine, Request, Sampled
+from nanolab.inference.engine import Engine, Request, TokenOutput
 from nanolab.runtime import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ FAILURES = 20
 # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
 Post = Callable[..., Any]
 # (row of the submission, its next token, or why there will be none)
-Deliver = Callable[[int, "Sampled | Exception"], None]
+Deliver = Callable[[int, "TokenOutput | Exception"], None]
 
 
 class Overloaded(Exception):
@@ -45,7 +45,7 @@ class RowFailed(Exception):
         self.code = code
 
 
-class Job:
+class Pending:
     """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none
     yet.
 
@@ -58,14 +58,14 @@ class Job:
         self.number = -1
         self.done = False
 
-    def hand_over(self, item: "Sampled | Exception") -> None:
+    def hand_over(self, item: "TokenOutput | Exception") -> None:
         """Called in the submitting thread."""
         if not self.done:
             self.done = isinstance(item, Exception) or item.finish is not None
             self.deliver(self.index, item)
 
 
-class Served:
+class ModelServer:
     """A model under its name: replicas on as many threads, and a queue of at most `queue` rows beside those that run.
 
     kind: base, sft or rl.
@@ -76,7 +76,7 @@ class Served:
         self.tokenizer, self.limit = engines[0].tokenizer, engines[0].limit
         self.longest = int(self.tokenizer.token_bytes().max())  # bytes of a token
         self.changed = threading.Condition()  # guards all that follows
-        self.queue: deque[Job] = deque()
+        self.queue: deque[Pending] = deque()
         self.replicas = [Replica(self, engine) for engine in engines]
         self.draining = self.stopping = False
         self.post: Post
@@ -86,7 +86,7 @@ class Served:
         for replica in self.replicas:
             replica.start()
 
-    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
+    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Pending]:
         """Queue all of these rows or none. `deliver` is called, in the thread that `post` calls in, for every token.
 
         Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is
@@ -95,7 +95,7 @@ class Served:
             request.check(self.limit)
         with self.changed:
             self.admit(len(requests))
-            jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
+            jobs = [Pending(request, i, deliver) for i, request in enumerate(requests)]
             self.queue.extend(jobs)
             self.changed.notify_all()
         return jobs
@@ -109,7 +109,7 @@ class Served:
         if self.running + len(self.queue) + rows > self.places:
             raise Overloaded
 
-    def cancel(self, jobs: Sequence[Job]) -> bool:
+    def cancel(self, jobs: Sequence[Pending]) -> bool:
         """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going
         on.
         """
@@ -162,12 +162,12 @@ class Replica(threading.Thread):
     A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and
     after FAILURES such steps without a reply that came to its end."""
 
-    def __init__(self, served: Served, engine: Engine):
+    def __init__(self, served: ModelServer, engine: Engine):
         super().__init__(daemon=True, name=f"engine of {served.name}")
         self.served, self.engine = served, engine
-        self.jobs: list[Job] = []
-        self.cancelled: list[Job] = []
-        self.rows: dict[int, Job] = {}  # by the engine's number of the row; of this thread alone
+        self.jobs: list[Pending] = []
+        self.cancelled: list[Pending] = []
+        self.rows: dict[int, Pending] = {}  # by the engine's number of the row; of this thread alone
         self.error = ""
         self.failures = 0  # steps that failed since a reply came to its end
 
@@ -212,7 +212,7 @@ class Replica(threading.Thread):
         self._drop(jobs)
         self._post([(job, RowFailed("engine_failed", described(error))) for job in jobs])
 
-    def _drop(self, jobs: Sequence[Job]) -> None:
+    def _drop(self, jobs: Sequence[Pending]) -> None:
         """Give the places of these jobs free."""
         if not jobs:
             return
@@ -236,7 +236,7 @@ class Replica(threading.Thread):
         for job in cancelled:
             self.engine.cancel(job.number)
         self._drop(cancelled)
-        taken: list[Job] = []
+        taken: list[Pending] = []
         with served.changed:
             while served.queue and len(self.jobs) < self.engine.max_rows and self._is_next:
                 job = served.queue.popleft()
@@ -260,7 +260,7 @@ class Replica(threading.Thread):
     def _is_next(self) -> bool:
         return len(self.jobs) == min(len(replica.jobs) for replica in self.served.alive)
 
-    def _post(self, out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+    def _post(self, out: Sequence[tuple[Pending, "TokenOutput | Exception"]]) -> None:
         if out:
             self.served.post(hand_over, out)
 
@@ -281,6 +281,6 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def hand_over(out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+def hand_over(out: Sequence[tuple[Pending, "TokenOutput | Exception"]]) -> None:
     for job, item in out:
         job.hand_over(item)

@@ -19,13 +19,13 @@ import uvicorn
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
-from nanolab.inference.request import Request, Sampled
+from nanolab.inference.request import Request, TokenOutput
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 # The names that runs/test.sh looks for.
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -56,7 +56,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Tokenizer, name: str):
         self.tokenizer, self.name = tokenizer, name
-        self.rows: dict[int, Iterator[Sampled]] = {}
+        self.rows: dict[int, Iterator[TokenOutput]] = {}
         self.added = self.cancelled = 0
         self.failed: list[tuple[int, str, str]] = []  # rows that an engine gave up; a script has none
         self.bursts: dict[int, int] = {}
@@ -75,7 +75,7 @@ class Scripted:
     def close(self) -> None:
         """There is nothing to close."""
 
-    def turn(self, row: int, reply: str, request: Request) -> Iterator[Sampled]:
+    def turn(self, row: int, reply: str, request: Request) -> Iterator[TokenOutput]:
         """The tokens of the whole turn; a call is answered by the tool of the request."""
         special, encode, ids = self.tokenizer.special, self.tokenizer.encode, []
         for i, piece in enumerate(re.split(r"<<(.*?)>>", reply, flags=re.S)):
@@ -86,9 +86,11 @@ class Scripted:
                 ids += encode(piece)
         ids.append(special("<|assistant_end|>"))
         for i, token in enumerate(ids[: request.max_tokens], 1):
-            yield Sampled(row, token, 0.0, "stop" if i == len(ids) else "length" if i == request.max_tokens else None)
+            yield TokenOutput(
+                row, token, 0.0, "stop" if i == len(ids) else "length" if i == request.max_tokens else None
+            )
 
-    def step(self) -> list[Sampled]:
+    def step(self) -> list[TokenOutput]:
         time.sleep(self.pause)
         out = [new for row, tokens in self.rows.items() for new in islice(tokens, self.bursts[row])]
         for new in out:
@@ -145,7 +147,7 @@ class Site(NamedTuple):
 
 def serve(engines: dict[str, Any], kinds: dict[str, str], **settings: Any) -> Iterator[Site]:
     """The application on a free port, in a thread."""
-    models = {name: Served(name, [engine], 2, kinds.get(name, "sft")) for name, engine in engines.items()}
+    models = {name: ModelServer(name, [engine], 2, kinds.get(name, "sft")) for name, engine in engines.items()}
     server = uvicorn.Server(
         uvicorn.Config(create_app(models, ServeConfig(max_tokens=2000, **settings)), port=0, log_level="warning")
     )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 
 
 def messages(visit) -> list[str]:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from nanolab.inference.cache import KVCache
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.inference.recorded import fixed_step
-from nanolab.inference.served import served
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
@@ -87,7 +87,7 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
     model = GPT(config, torch.bfloat16).eval().requires_grad_(False)
     for p in model.parameters():
         p.zero_()
-    model = served(model) if prepared else model
+    model = prepare_for_inference(model) if prepared else model
     cache = KVCache(model.config, rows, capacity=16, dtype=torch.bfloat16)
     model(torch.zeros(rows, 3, dtype=torch.int64), cache=cache)
     names = sorted(cache.left)

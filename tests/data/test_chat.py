@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanolab.cli import UserError
-from nanolab.data.chat import (
-    check_messages,
-    parse_reply,
-    parts_of,
-    read_conversations,
-    read_jsonl,
-    render,
-    render_prompt,
-    template_of,
-    text_of,
-)
+from nanolab.data.chat import check_messages, parse_reply, parts_of, render, render_prompt, template_of, text_of
+from nanolab.data.chat_files import read_conversations, read_jsonl
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOOL = [

@@ -13,7 +13,7 @@ import pytest
 
 from nanolab.cli import UserError
 from nanolab.data import corpus
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.config import DataConfig
 from nanolab.data.corpus import Documents, open_data, parse_mixture
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanolab.cli import UserError
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.config import DataBuildConfig, DataConfig, TokTrainConfig
 from nanolab.data.corpus import Documents, open_data
 from nanolab.data.packing import PackedBatches

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nanolab.cli import UserError, read_toml
-from nanolab.data import chat
-from nanolab.data.chat import read_conversations, read_jsonl
+from nanolab.data import chat_files
+from nanolab.data.chat_files import read_conversations, read_jsonl
 from nanolab.data.formats import index_file
 from nanolab.data.synthesis import Collection, Spec
 from nanolab.data.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def test_other_files_that_python_cannot_read_are_named(tmp_path, what):
 @pytest.mark.fault("outer D21")
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_line_is_bounded_as_it_is_unpacked(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(chat, "MAX_LINE", 1000, raising=False)
+    monkeypatch.setattr(chat_files, "MAX_LINE", 1000, raising=False)
     path: Path = tmp_path / f"a{suffix}"
     pack = gzip.compress if suffix.endswith(".gz") else bytes
 

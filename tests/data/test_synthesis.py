@@ -14,7 +14,7 @@ import pytest
 
 from nanolab.cli import UserError, main
 from nanolab.data import synthesis
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.config import GenChatConfig
 from nanolab.data.synthesis import NEAR, Endpoint, Refused, Seen, messages_of, read_spec, shingles
 from scripts.gen_chat import run

@@ -14,7 +14,7 @@ import torch
 from nanolab.cli import UserError
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference import prefill
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
@@ -142,7 +142,7 @@ def test_results_are_in_the_order_of_the_groups():
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-4), (torch.bfloat16, 1.5)])
 def test_fp32_and_bf16_are_close_and_so_is_a_served_model(dtype, atol):
     check(build(dtype=dtype), GROUPS, build(), atol)
-    check(served(build(dtype=dtype)), GROUPS, build(), atol)
+    check(prepare_for_inference(build(dtype=dtype)), GROUPS, build(), atol)
 
 
 class Counted:

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError, to_json
-from nanolab.data.chat import read_conversations, render, render_prompt
+from nanolab.data.chat import render, render_prompt
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.commands import COMMANDS
 from nanolab.inference.dialogue import Dialogue, as_written

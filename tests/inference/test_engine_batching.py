@@ -16,7 +16,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference import prefill
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -151,7 +151,7 @@ def test_in_bf16_a_row_differs_from_itself_alone_by_a_near_tie_at_most(name):
     """Rounding may differ with the batch: where the texts part, the two best logits are within bf16's steps of each
     other.
     """
-    model = served(build(VARIANTS[name], torch.bfloat16))
+    model = prepare_for_inference(build(VARIANTS[name], torch.bfloat16))
     rng = random.Random(3)
     prompts = [ids(rng, n) for n in (1, 30, 12, 44, 7)]
     alone, together = [], {}

@@ -11,7 +11,7 @@ import torch
 
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.sampling import Draws, choose, row_generators
+from nanolab.inference.sampling import SamplingState, choose, row_generators
 from nanolab.inference.tools import calculator
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
@@ -165,7 +165,7 @@ SETTINGS = dict(max_tokens=50, temperature=0.9, top_p=0.98)
 @torch.no_grad()
 def naive(model, prompt: list[int], seed: int, stop_ids: set[int]) -> tuple[list[int], list[bool]]:
     """One row: sample, and behind each finished call put the result; recomputes all for every sampled token."""
-    draws = Draws(SETTINGS["temperature"], 0, SETTINGS["top_p"], row_generators([seed], 1)[0])
+    draws = SamplingState(SETTINGS["temperature"], 0, SETTINGS["top_p"], row_generators([seed], 1)[0])
     new: list[int] = []
     forced: list[bool] = []
     while len(new) < SETTINGS["max_tokens"]:

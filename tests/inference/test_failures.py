@@ -180,7 +180,7 @@ def test_a_prompt_whose_reply_is_kept_goes_before_another_conversation(model):
 
 def test_the_longest_snapshot_is_found(model):
     """Of random sequences over two tokens, against the definition."""
-    rng, prefixes = random.Random(0), engine_module.Prefixes(1 << 30)
+    rng, prefixes = random.Random(0), engine_module.PrefixCache(1 << 30)
     cache = KVCache(CONFIG, 1, capacity=1)
     kept = {tuple(rng.choices((1, 2), k=rng.randint(1, 9))): rng.random() < 0.5 for _ in range(60)}
     for ids, has_logits in kept.items():

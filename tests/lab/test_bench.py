@@ -12,7 +12,7 @@ import pytest
 
 from nanolab.cli import UserError
 from nanolab.inference.engine import Engine
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.lab import bench, bench_infer
 from nanolab.lab.config import BenchConfig
 from nanolab.model.accounting import kv_bytes_per_token, n_params
@@ -223,7 +223,7 @@ def test_int8_weights_are_counted_as_they_are_stored():
     pytest.importorskip("torchao")
     model, _ = bench_infer.the_model(INFER, start("cpu", "bfloat16"))
     in_16_bits = bench_infer.weight_bytes(model) / 2  # masters are fp32
-    assert 0.5 * in_16_bits < bench_infer.weight_bytes(served(model, int8=True)) < 0.7 * in_16_bits
+    assert 0.5 * in_16_bits < bench_infer.weight_bytes(prepare_for_inference(model, int8=True)) < 0.7 * in_16_bits
 
 
 @pytest.mark.parametrize(

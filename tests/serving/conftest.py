@@ -21,7 +21,7 @@ from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import Server, bind
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 from scripts.chat_web import load
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -94,7 +94,7 @@ class Live:
 
     url: str
     http: httpx.Client
-    models: dict[str, Served]
+    models: dict[str, ModelServer]
     server: Server
 
     def gauge(self, name: str, model: str) -> float:

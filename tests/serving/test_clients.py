@@ -19,7 +19,7 @@ from histories import bot, system, user
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.serving import api
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 NPM = Path(__file__).parent / "npm"
 HELLO, IT_IS, LINES = "é 🙂 hello", "It is 408.", "a\u2028b\u2029c\x85"
@@ -72,7 +72,7 @@ class Wire:
 @pytest.fixture
 def wire(live, runs, monkeypatch) -> Wire:
     found = Wire(live.url, Tokenizer.load(runs / "runs" / "parrot" / "tokenizer"))
-    read_body, submit = api.read_body, Served.submit
+    read_body, submit = api.read_body, ModelServer.submit
 
     async def read(*arguments, **named):
         body = await read_body(*arguments, **named)
@@ -84,7 +84,7 @@ def wire(live, runs, monkeypatch) -> Wire:
         return submit(served, requests, *arguments, **named)
 
     monkeypatch.setattr(api, "read_body", read)
-    monkeypatch.setattr(Served, "submit", take)
+    monkeypatch.setattr(ModelServer, "submit", take)
     return found
 
 

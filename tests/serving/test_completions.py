@@ -13,8 +13,8 @@ import torch
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.data.tokenizer_files import BPE, PATTERN
-from nanolab.inference.engine import Sampled
-from nanolab.inference.sampling import Chosen
+from nanolab.inference.engine import TokenOutput
+from nanolab.inference.sampling import Choice
 from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
 from nanolab.serving.gate import as_json
@@ -178,10 +178,10 @@ def test_stop_strings_are_looked_for_in_the_reply_alone(complete):
 def told(tok: Tokenizer, ask: Ask, prompt: list[int], reply: list[int], finish: str) -> dict:
     """The choice of an answer whose row had these tokens."""
     answer = Answer(ask, "m", [prompt], tok)
-    scores = [Chosen(i, -1.0, ((i, -1.0),)) for i in prompt]
+    scores = [Choice(i, -1.0, ((i, -1.0),)) for i in prompt]
     for at, token in enumerate(reply):
         answer.replies[0].push(
-            Sampled(0, token, -1.0, finish if at == len(reply) - 1 else None, top=((token, -1.0),), scores=scores)
+            TokenOutput(0, token, -1.0, finish if at == len(reply) - 1 else None, top=((token, -1.0),), scores=scores)
         )
     return answer.whole()["choices"][0]
 
@@ -287,7 +287,7 @@ def test_every_token_has_its_own_name_and_its_own_logprob(tok):
         for token in range(V):
             top = tuple(((token + j) % V, -1.0 - j) for j in range(k))
             answer = Answer(Ask(["x"], logprobs=k), "m", [[tokenizer.bos, 1]], tokenizer)
-            answer.replies[0].push(Sampled(0, token, -1.0, "length", top=top))
+            answer.replies[0].push(TokenOutput(0, token, -1.0, "length", top=top))
             found = answer.whole()["choices"][0]["logprobs"]
             assert (
                 len(found["top_logprobs"][0]) == k

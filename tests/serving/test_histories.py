@@ -12,9 +12,10 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from nanolab.data.chat import check_messages, read_conversations, render_prompt
+from nanolab.data.chat import check_messages, render_prompt
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Sampled
+from nanolab.inference.engine import TokenOutput
 from nanolab.serving.openai import ApiError, Ask, messages, read_chat
 from nanolab.serving.reply import Answer
 
@@ -119,7 +120,7 @@ def test_any_reply_is_taken_back(tok, found, tools, finish):
     question, following = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
     answer = Answer(Ask([question], tools={"calculator": "expression"} if tools else {}), "m", [[1]], tok)
     for i, token in enumerate(ids):
-        answer.replies[0].push(Sampled(0, token, -1.0, finish if i == len(ids) - 1 else None))
+        answer.replies[0].push(TokenOutput(0, token, -1.0, finish if i == len(ids) - 1 else None))
     said = json.loads(json.dumps(answer.whole()["choices"][0]["message"]))
     for back in (said, {"role": "assistant", "content": said["content"]}):
         turns = messages([question, back, following])

@@ -15,12 +15,12 @@ import httpx
 import pytest
 import torch
 
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.inference import recorded
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
 from nanolab.serving import api, worker
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 HI = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
 PRODUCT = {"model": "parrot", "messages": [{"role": "user", "content": "12*34?"}]}
@@ -345,7 +345,7 @@ def test_places_are_counted_while_rows_are_taken():
         prepare = lambda self: False  # noqa: E731
         close = cancel = lambda self, *number: None  # noqa: E731
 
-    served = Served("slow", [Slow()], 1, "base")
+    served = ModelServer("slow", [Slow()], 1, "base")
     served.start(lambda function, *args: function(*args))
     served.submit([Request((1,))], lambda i, item: None)
     assert inside.wait(WAIT)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanolab.data.chat import parse_reply, parts_of
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Sampled
+from nanolab.inference.engine import TokenOutput
 from nanolab.serving.openai import Ask
 from nanolab.serving.reply import Answer, Reply
 
@@ -24,7 +24,7 @@ def fed(tok: Tokenizer, ask: Ask, ids: list[int], finish: str | None = None) -> 
     """A reply that was told `ids` one by one, the last with `finish`; and all that it handed out."""
     reply, pieces = Reply(tok, ask), []
     for at, token in enumerate(ids):
-        pieces += reply.push(Sampled(0, token, -1.0, finish if at == len(ids) - 1 else None))
+        pieces += reply.push(TokenOutput(0, token, -1.0, finish if at == len(ids) - 1 else None))
     return reply, pieces
 
 
@@ -81,7 +81,7 @@ def test_a_call_with_text_before_it(tok):
     ask = Ask(HI, tools={"calculator": "expression"})
     answer = Answer(ask, "m", [[5] * 5], tok)
     for at, token in enumerate(ids):
-        answer.replies[0].push(Sampled(0, token, -1.0, "stop" if at == len(ids) - 1 else None))
+        answer.replies[0].push(TokenOutput(0, token, -1.0, "stop" if at == len(ids) - 1 else None))
     (choice,) = answer.whole()["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("so ", "tool_calls")
     (call,) = choice["message"]["tool_calls"]
@@ -89,7 +89,7 @@ def test_a_call_with_text_before_it(tok):
         call["function"] == {"name": "calculator", "arguments": '{"expression": "1+1"}'}
         and "parts" not in choice["message"]
     )
-    assert answer.replies[0].push(Sampled(0, 5, -1.0, None)) == []  # nothing follows
+    assert answer.replies[0].push(TokenOutput(0, 5, -1.0, None)) == []  # nothing follows
 
 
 @pytest.mark.parametrize(

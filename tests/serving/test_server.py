@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig

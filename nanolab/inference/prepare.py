@@ -18,7 +18,7 @@ from nanolab.model.gpt import GPT
 from nanolab.model.positions import Angles, half
 
 
-def served(model: GPT, *, int8: bool = False) -> GPT:
+def prepare_for_inference(model: GPT, *, int8: bool = False) -> GPT:
     """`model` itself, changed for good: it generates what it did before, faster and in less memory, and cannot be
     trained.
 

@@ -10,7 +10,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
@@ -65,14 +65,14 @@ def logits(model: GPT) -> torch.Tensor:
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_logits_are_as_near_to_exact_ones_as_those_of_casting_at_each_use(name, dtype):
     model, exact = build(VARIANTS[name], dtype), logits(build(VARIANTS[name], torch.float64).double())
-    before, fast = logits(model), served(copy.deepcopy(model))
+    before, fast = logits(model), prepare_for_inference(copy.deepcopy(model))
     error, served_error = ((found.double() - exact).square().mean().sqrt() for found in (before, logits(fast)))
     assert served_error < 1.5 * error
     assert not any(p.requires_grad for p in fast.parameters())
 
 
 def test_matrices_are_cast_and_what_is_computed_in_fp32_is_not():
-    fast = served(build(VARIANTS["default"], torch.bfloat16))
+    fast = prepare_for_inference(build(VARIANTS["default"], torch.bfloat16))
     assert (
         {p.dtype for p in fast.h.parameters()} == {fast.wte.weight.dtype, fast.lm_head.weight.dtype} == {torch.bfloat16}
     )
@@ -86,8 +86,8 @@ def test_int8_halves_the_matrices_and_stays_close(name):
     """Against bf16; of the logits of 40 tokens, the best stays the best almost everywhere."""
     pytest.importorskip("torchao")
     exact, small = (
-        served(build(VARIANTS[name], torch.bfloat16, 0.05)),
-        served(build(VARIANTS[name], torch.bfloat16, 0.05), int8=True),
+        prepare_for_inference(build(VARIANTS[name], torch.bfloat16, 0.05)),
+        prepare_for_inference(build(VARIANTS[name], torch.bfloat16, 0.05), int8=True),
     )
     a, b = logits(exact), logits(small)
     assert not torch.equal(a, b)
@@ -101,7 +101,7 @@ def test_int8_halves_the_matrices_and_stays_close(name):
 def test_without_torchao_int8_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match="bash runs/setup.sh int8"):
-        served(build(VARIANTS["default"], torch.float32), int8=True)
+        prepare_for_inference(build(VARIANTS["default"], torch.float32), int8=True)
 
 
 @pytest.mark.slow  # importing torchao takes seconds
@@ -109,8 +109,8 @@ def test_without_torchao_int8_says_what_to_do(monkeypatch):
 def test_int8_is_quiet():
     pytest.importorskip("torchao")
     code = (
-        "from nanolab.model.config import GPTConfig; from nanolab.inference.served import served; from"
-        f" nanolab.model.gpt import GPT; served(GPT(GPTConfig(**{SMALL})).eval(), int8=True)"
+        "from nanolab.model.config import GPTConfig; from nanolab.inference.prepare import prepare_for_inference; from"
+        f" nanolab.model.gpt import GPT; prepare_for_inference(GPT(GPTConfig(**{SMALL})).eval(), int8=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -137,7 +137,7 @@ def test_other_warnings_of_torchao_are_heard(monkeypatch, tmp_path, caplog):
     for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
-    served(build(VARIANTS["default"], torch.float32), int8=True)
+    prepare_for_inference(build(VARIANTS["default"], torch.float32), int8=True)
     assert caplog.messages == others
     logging.getLogger("torchao").warning(known[0])  # once imported, nothing is held back
     assert caplog.messages == [*others, known[0]]
