@@ -1,6 +1,6 @@
-"""Write or check the "Reading order" table of README.md: python dev/reading_order.py [--check]
+"""Write or check the table of dev/READING.md: python dev/reading_order.py [--check]
 
-Line counts are rounded to tens. The check allows a quarter more or less, so that not every change has to touch README.
+Line counts are rounded to tens. The check allows a quarter more or less, so that not every change has to touch it.
 """
 
 import ast
@@ -50,7 +50,7 @@ def summary(path: str) -> str:
 
 
 def table() -> str:
-    rows = [f"| [{path}]({path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
+    rows = [f"| [{path}](../{path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
     total = sum(
         lines(str(p.relative_to(ROOT)))
         for folder in ("nanolab", "scripts", "tasks")
@@ -66,7 +66,7 @@ def check(text: str) -> list[str]:
     wrong = [f"{path} is listed but does not exist" for path, _ in rows if not (ROOT / path).exists()]
     wrong += [f"{path} is not listed" for path in ORDER if path not in dict(rows)]
     wrong += [
-        f"{path} has {lines(path)} lines, README says {said}"
+        f"{path} has {lines(path)} lines, dev/READING.md says {said}"
         for path, said in rows
         if (ROOT / path).exists() and abs(lines(path) - int(said)) > max(20, 0.25 * int(said))
     ]
@@ -74,18 +74,18 @@ def check(text: str) -> list[str]:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "dev" / "READING.md"
+    text = page.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        print(f"README.md lacks the line {START!r} or {END!r}; put both where the table belongs", file=sys.stderr)
+        print(f"dev/READING.md lacks the line {START!r} or {END!r}; put both where the table belongs", file=sys.stderr)
         return 1
     if "--check" in sys.argv[1:]:
         wrong = check(text)
         print("\n".join([*wrong, "type: python dev/reading_order.py"] if wrong else ["the reading order is current"]))
         return bool(wrong)
-    readme.write_text(before + table() + after)
+    page.write_text(before + table() + after)
     return 0
 
 

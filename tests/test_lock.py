@@ -63,7 +63,7 @@ def test_every_requirement_of_every_extra_has_one_version_that_fits(python):
 
 def test_the_page_names_every_extra():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    [named] = re.findall(r"extras\s+of `pyproject.toml` \((.*?)\)", (ROOT / "README.md").read_text())
+    [named] = re.findall(r"extras\s+of\s+`pyproject.toml` \((.*?)\)", (ROOT / "README.md").read_text())
     assert named.split(", ") == list(extras)
 
 

@@ -20,7 +20,12 @@ import pytest
 from helpers import configs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "dev" / "guides").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "dev" / "PROMISES.md",
+    ROOT / "dev" / "READING.md",
+    *sorted((ROOT / "dev" / "guides").glob("*.md")),
+]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 VARIANT = "dev/guides/a-new-variant.md"
 SHELL = [str(path.relative_to(ROOT)) for folder in ("runs", "dev") for path in sorted((ROOT / folder).rglob("*.sh"))]
@@ -133,9 +138,7 @@ def test_the_dial_is_what_the_plan_says():
 
 
 def test_reading_order_is_current():
-    """Every file of the reading order exists and has about the lines that README says; dev/reading_order.py writes
-    it.
-    """
+    """Every file of the reading order exists and has about the lines that dev/READING.md says."""
     done = subprocess.run([sys.executable, "dev/reading_order.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -219,11 +222,17 @@ def check_quickstart(first, in_checkout):
     assert replies(second.stdout) == replies(first.stdout)  # the same seed, the same words
 
 
+def test_the_page_and_the_glossary_are_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(re.findall(r"^\| (?!word |---)", (ROOT / "dev" / "GLOSSARY.md").read_text(), re.M)) <= 40
+
+
 @pytest.mark.fault("core D5")
 def test_equal_to_the_bit_is_said_of_cpus_only():
     """Of what is computed: training, and logits. GPT-2's weights are copied, on any device."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    said = [line for line in lines if re.search(r"to the (last )?bit", line, re.I) and "import and export" not in line]
+    lines = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "dev/PROMISES.md")).splitlines()
+    words = re.compile(r"to the (last )?bit|bit[- ](for bit|identical)", re.I)
+    said = [line for line in lines if words.search(line) and "import and export" not in line]
     assert len(said) >= 4 and not [line for line in said if "CPUs" not in line]
 
 

@@ -648,7 +648,9 @@ def test_the_harness_own_default_device_is_the_machine_s(run, capsys):
 def test_readme_s_command_runs_as_it_stands(tasks, run):
     """On a toy run and toy tasks, without a device, as in README.md."""
     (command,) = re.findall(
-        r"^python -m (scripts\.lm_eval .*)$", (Path(__file__).parents[2] / "README.md").read_text(), re.M
+        r"^python -m (scripts\.lm_eval .*)$",
+        (Path(__file__).parents[2] / "dev" / "guides" / "evaluation-and-export.md").read_text(),
+        re.M,
     )
     assert "--device" not in command and "path=mine " in command and "--tasks arc_easy" in command
     command = command.replace("path=mine ", "path=tiny ").replace(
