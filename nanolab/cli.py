@@ -14,9 +14,8 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from nanolab.flags import BOUNDS, CHOICES, CONDITIONS, Bounds, Condition, OneOf
 from nanolab.terminal import harmless
 
 T = TypeVar("T")
@@ -60,6 +59,74 @@ def as_json(value: Any, where: str, indent: int | None = None) -> str:
     return text
 
 
+class Bounds(NamedTuple):
+    """The values that a number may have. Infinity and "not a number" are never among them."""
+
+    low: float
+    high: float = math.inf
+    low_too: bool = True
+    high_too: bool = True
+    also: tuple[float, ...] = ()  # values with a meaning of their own, which the flag's help says
+
+    def holds(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        above = value >= self.low if self.low_too else value > self.low
+        below = value <= self.high if self.high_too else value < self.high
+        return above and below or value in self.also
+
+    def __str__(self) -> str:
+        text = f"{'at least' if self.low_too else 'above'} {self.low:g}"
+        if self.high < math.inf:
+            text += f" and {'at most' if self.high_too else 'below'} {self.high:.20g}"
+        return text + "".join(f", or {value:g}" for value in self.also)
+
+
+def at_least(low: float, *also: float) -> Bounds:
+    return Bounds(low, also=also)
+
+
+def above(low: float, *also: float) -> Bounds:
+    return Bounds(low, low_too=False, also=also)
+
+
+class OneOf(NamedTuple):
+    """The values that a text may have."""
+
+    values: tuple[str, ...]
+    count: bool = False  # or a whole number from 1 on
+
+    def holds(self, value: str) -> bool:
+        return value in self.values or self.count and value.isdecimal() and int(value) >= 1
+
+    def __str__(self) -> str:
+        return (
+            f"one of {', '.join(self.values)}"
+            if not self.count
+            else f"a whole number from 1 on, or {' or '.join(self.values)}"
+        )
+
+
+# types of flags: a field's bounds are part of its type
+Count, CountOrAuto = Annotated[int, at_least(1)], Annotated[int, at_least(1, -1)]
+NonNegativeInt, NonNegativeFloat = Annotated[int, at_least(0)], Annotated[float, at_least(0)]
+PositiveFloat, PositiveOrAuto = Annotated[float, above(0)], Annotated[float, above(0, -1)]
+NonNegativeOrAuto = Annotated[float, at_least(0, -1)]
+Share, ShareBelow1 = Annotated[float, Bounds(0, 1)], Annotated[float, Bounds(0, 1, high_too=False)]
+Seed = Annotated[int, Bounds(0, 2**63, high_too=False)]
+
+
+class Condition(NamedTuple):
+    """Flags that are read only under some choice."""
+
+    flags: str  # names, with blanks between them; a name in capitals is a config: all its flags
+    by: str  # the flag that decides
+    read: Callable[[Any], bool]  # of the config
+    needs: str  # what to type for them to be read
+
+
+# flags that an error shows with their value
+CHOICES = ("positions", "attention", "normaliser", "window_pattern", "recipe", "modes", "what")
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_seconds")
 
 
@@ -136,11 +203,9 @@ def given(cfg: Any) -> frozenset[str]:
     return getattr(cfg, "_given", frozenset())
 
 
-def bounds_of(cls: type, name: str) -> Bounds | OneOf | None:
-    """The bounds of a flag: those of the class or of its nearest base, else those of the name (flags.py)."""
-    return next(
-        (BOUNDS[k.__name__][name] for k in cls.__mro__ if name in BOUNDS.get(k.__name__, ())), BOUNDS[""].get(name)
-    )
+def bounds_of(field: dataclasses.Field) -> Bounds | OneOf | None:
+    """What its type says of a field's values."""
+    return next((part for part in getattr(field.type, "__metadata__", ()) if isinstance(part, (Bounds, OneOf))), None)
 
 
 def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
@@ -148,7 +213,7 @@ def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
     the message.
     """
     for f in dataclasses.fields(cls):
-        bounds, value = bounds_of(cls, f.name), values.get(f.name)
+        bounds, value = bounds_of(f), values.get(f.name)
         if bounds and value is not None and not bounds.holds(value):
             flag = f.name.replace("_", "-")
             automatic = f.default in getattr(bounds, "also", ())
@@ -168,7 +233,7 @@ def not_read(cls: type, values: Mapping[str, Any], conditions: Collection[Condit
     Default: all conditions of `cls`.
     """
     view, names = SimpleNamespace(**values), {f.name for f in dataclasses.fields(cls)}
-    rows = conditions or [row for k in cls.__mro__ for row in CONDITIONS.get(k.__name__, ())]
+    rows = conditions or [row for k in cls.__mro__ for row in vars(k).get("CONDITIONS", ())]
     found, bases = {}, {k.__name__: k for k in cls.__mro__}
     for row in (row for row in rows if not row.read(view)):
         for word in row.flags.split():
@@ -199,9 +264,7 @@ def check_read(typed: Collection[str], missed: Mapping[str, Condition], values: 
 
 
 def check_given(cfg: Any, conditions: list[Condition], **known: Any) -> None:
-    """`check_read` of the flags that were typed for `cfg`, by conditions on what is `known` only later (flags.RATES,
-    ...).
-    """
+    """`check_read` of the flags that were typed for `cfg`, by conditions on what is `known` only later (RATES, ...)."""
     values = vars(cfg) | known
     check_read(given(cfg), not_read(type(cfg), values, conditions), values)
 

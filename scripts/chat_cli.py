@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from nanolab.cli import UserError, check_given, main, parse
-from nanolab.flags import ANSWERING
-from nanolab.serving.config import ChatConfig
+from nanolab.serving.config import ANSWERING, ChatConfig
 from nanolab.terminal import harmless
 from scripts import GENERATING, spin
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nanolab.cli import UserError, as_json, check_given, main, parse
-from nanolab.evals.config import ChatEvalConfig
-from nanolab.flags import SAMPLING
+from nanolab.evals.config import SAMPLING, ChatEvalConfig
 
 SETTINGS = ("data", "num_samples", "temperature", "top_k", "max_tokens", "tool", "max_problems", "seed")
 SHOWN = 4  # replies of each task that are kept for eyes

@@ -17,7 +17,6 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 # A room may import itself and rooms of a lower level.
 LEVEL = {
     "presets": 0,
-    "flags": 0,
     "terminal": 0,
     "cli": 1,
     "runtime": 2,

@@ -59,7 +59,7 @@ def test_the_vocabulary_of_the_label_study_is_1014_or_1024():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_rows_hold_fields_of_commands_and_everything_that_a_training_needs(name):
-    fields = {f.name: f.type for cls in (BaseTrainConfig, InspectConfig) for f in dataclasses.fields(cls)}
+    fields = {f.name: type(f.default) for cls in (BaseTrainConfig, InspectConfig) for f in dataclasses.fields(cls)}
     row = PRESETS[name]
     assert set(row) <= set(fields) and "preset" not in row
     assert all(type(value) is fields[key] for key, value in row.items())

@@ -2,8 +2,20 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from nanolab.cli import UserError, nearest
+from nanolab.cli import (
+    Bounds,
+    Condition,
+    Count,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    ShareBelow1,
+    UserError,
+    at_least,
+    nearest,
+)
 
 
 @dataclass(frozen=True)
@@ -14,27 +26,27 @@ class Architecture:
 
     # positions
     positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
-    rope_base: float = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
+    rope_base: PositiveFloat = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
     rope_layout: str = "half"  # half | interleaved: which two channels turn together
-    rope_fraction: float = 1.0  # share of a head's channels that turn
+    rope_fraction: Annotated[float, Bounds(0, 1, low_too=False)] = 1.0  # share of a head's channels that turn
     # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
     rope_scaling: str = "none"
     position_pattern: str = "R,N"  # of rnope, tiled over layers: R turns, N does not
     # attention
     attention: str = "mha"  # mha | gqa:G (G key/value heads) | mqa | mla
-    mla_kv_rank: int = 0  # width of MLA's cached latent; 0: 4 x head size
-    mla_q_rank: int = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
-    mla_rope_dim: int = -1  # width of MLA's shared rotary key; -1: half the head size
+    mla_kv_rank: NonNegativeInt = 0  # width of MLA's cached latent; 0: 4 x head size
+    mla_q_rank: NonNegativeInt = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
+    mla_rope_dim: Annotated[int, at_least(0, -1)] = -1  # width of MLA's shared rotary key; -1: half the head size
     # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
     window_pattern: str = "SSSL"
     # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
-    window_size: int = 0
+    window_size: NonNegativeInt = 0
     normaliser: str = "softmax"  # softmax | softmax1 | softmax_n | sink: what divides the exponentials
-    softmax_n: float = 1.0  # the n of softmax_n
+    softmax_n: NonNegativeFloat = 1.0  # the n of softmax_n
     gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
     qk_norm: str = "rms"  # none | rms | layernorm | l2
-    qk_gain: float = 1.2  # multiplies queries and keys after QK norm
-    score_softcap: float = 0.0  # scores become c * tanh(score / c); 0: off
+    qk_gain: NonNegativeFloat = 1.2  # multiplies queries and keys after QK norm
+    score_softcap: NonNegativeFloat = 0.0  # scores become c * tanh(score / c); 0: off
     document_mask: bool = False  # attention stays inside a document
     # stream
     value_embeds: bool = True  # a table of values for every second layer
@@ -47,14 +59,14 @@ class Architecture:
     norm: str = "rms"  # rms | layernorm
     norm_gain: bool = False  # norms have learned gains
     bias: str = ""  # parts with biases, any of qkv,out,mlp,norm,head
-    softcap: float = 15.0  # logits become softcap * tanh(logits / softcap); 0: off
+    softcap: NonNegativeFloat = 15.0  # logits become softcap * tanh(logits / softcap); 0: off
     tied_head: bool = False  # the head's matrix is the embedding table
-    pad_vocab_to: int = 64  # table rows are padded to a multiple of this
+    pad_vocab_to: Count = 64  # table rows are padded to a multiple of this
     # dropout: shares that are dropped in training
-    embed_dropout: float = 0.0  # of embeddings
-    attn_dropout: float = 0.0  # of attention weights
-    resid_dropout: float = 0.0  # of attention's output
-    mlp_dropout: float = 0.0  # of the MLP's output
+    embed_dropout: ShareBelow1 = 0.0  # of embeddings
+    attn_dropout: ShareBelow1 = 0.0  # of attention weights
+    resid_dropout: ShareBelow1 = 0.0  # of attention's output
+    mlp_dropout: ShareBelow1 = 0.0  # of the MLP's output
     init: str = "dial"  # dial | gpt2 | normal02: initial weights
 
 
@@ -62,12 +74,12 @@ class Architecture:
 class GPTConfig(Architecture):
     """A model: everything that is needed to rebuild the module that a checkpoint's weights fit."""
 
-    sequence_len: int = 2048  # longest training row; windows are fractions of it
-    vocab_size: int = 32768  # tokenizer size, special tokens included
-    n_layer: int = 12
-    n_head: int = 6
-    n_embd: int = 768
-    bos: int = -1  # the token that begins a document; document_mask needs it
+    sequence_len: Count = 2048  # longest training row; windows are fractions of it
+    vocab_size: Count = 32768  # tokenizer size, special tokens included
+    n_layer: Count = 12
+    n_head: Count = 6
+    n_embd: Count = 768
+    bos: Annotated[int, at_least(0, -1)] = -1  # the token that begins a document; document_mask needs it
 
     @property
     def head_dim(self) -> int:
@@ -142,15 +154,49 @@ def _check_gpt(c: GPTConfig) -> None:
         )
 
 
+TURNING = "--positions rope, or rnope with an R in --position-pattern"
+
+
+def turns(c: Any) -> bool:
+    """Whether positions turn in some layer."""
+    pattern = c.position_pattern.split(",")
+    return (
+        c.positions == "rope" or c.positions == "rnope" and "R" in [pattern[i % len(pattern)] for i in range(c.depth)]
+    )
+
+
+def has_window(c: Any) -> bool:
+    """Whether some layer is one that sees a window only. The last one is not, unless the pattern is rope."""
+    letters = c.window_pattern or "L"
+    return turns(c) if letters == "rope" else "S" in [letters[i % len(letters)] for i in range(c.depth - 1)]
+
+
 @dataclass(frozen=True)
 class ModelFlags(Architecture):
     """The flags of every command that builds a new model: a preset, the dial, and the architecture."""
 
     preset: str = "nanolab"  # a row of defaults for the other flags (nanolab/presets.py); flags given beside it win
-    depth: int = 20  # layers; the dial
-    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
-    head_dim: int = 128
-    max_seq_len: int = 2048  # T, tokens in a row
+    depth: Count = 20  # layers; the dial
+    aspect_ratio: Count = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
+    head_dim: Count = 128
+    max_seq_len: Count = 2048  # T, tokens in a row
+
+    CONDITIONS = [
+        Condition("rope_base rope_layout rope_scaling rope_fraction", "positions", turns, TURNING),
+        Condition(
+            "rope_fraction",
+            "attention",
+            lambda c: c.attention != "mla",
+            "--attention mha or gqa:G (of mla --mla-rope-dim says it)",
+        ),
+        Condition("position_pattern", "positions", lambda c: c.positions == "rnope", "--positions rnope"),
+        Condition(
+            "mla_kv_rank mla_q_rank mla_rope_dim", "attention", lambda c: c.attention == "mla", "--attention mla"
+        ),
+        Condition("mla_rope_dim", "positions", turns, TURNING),
+        Condition("window_size", "window_pattern", has_window, "--window-pattern with an S before the last layer"),
+        Condition("softmax_n", "normaliser", lambda c: c.normaliser == "softmax_n", "--normaliser softmax_n"),
+    ]
 
 
 @dataclass(frozen=True)
@@ -159,9 +205,9 @@ class InspectConfig(ModelFlags):
     layer.
     """
 
-    depth: int = 12
-    vocab_size: int = 32768
-    context: int = 0  # tokens before a decoded one, for its FLOPs; 0: a full row
+    depth: Count = 12
+    vocab_size: Count = 32768
+    context: NonNegativeInt = 0  # tokens before a decoded one, for its FLOPs; 0: a full row
     attn_kernel: str = ""  # as in base_train
     device_type: str = ""
     json: bool = False  # last line of output is one JSON document

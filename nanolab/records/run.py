@@ -27,7 +27,6 @@ from nanolab.cli import UserError, as_json, not_read, to_json
 from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.flags import RATES
 from nanolab.records import checkpoint
 from nanolab.records.environment import environment
 from nanolab.records.models import best_step, read_json, read_metrics, recorded, runs_dir
@@ -289,7 +288,8 @@ class Run:
         # whose model was pretrained by a recipe
         saved = checkpoint.newest_valid(self.checkpoints) if self.kind != "base" else None
         recipe = checkpoint.load_meta(saved).get("plan", {}).get("recipe") if saved else None
-        rates = not_read(self.flags, values | {"recipe": recipe}, RATES) if recipe else {}
+        conditions = getattr(self.flags, "BY_RECIPE", ())
+        rates = not_read(self.flags, values | {"recipe": recipe}, conditions) if recipe and conditions else {}
         return {*not_read(self.flags, values), *rates}
 
     def _compare(self, old: dict[str, Any], old_env: dict[str, Any], env: dict[str, Any]) -> None:

@@ -14,16 +14,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nanolab.cli import UserError, check_bounds, check_given, check_read, from_json, given, nearest, read_toml
+from nanolab.cli import (
+    Condition,
+    UserError,
+    check_bounds,
+    check_given,
+    check_read,
+    from_json,
+    given,
+    nearest,
+    read_toml,
+)
 from nanolab.data.packing import share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanolab.flags import RATES as READ_BY_RECIPE
-from nanolab.flags import Condition
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.model.config import GPTConfig
 from nanolab.records import checkpoint
 from nanolab.records.models import ModelRef
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.training.config import READ_BY_RECIPE, BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.recipes import RECIPES
 from nanolab.training.schedule import Plan
 
