@@ -491,7 +491,7 @@ def test_a_script_names_the_code(flags, code, tmp_path):
 
 def test_a_run_that_was_given_unread_flags_resumes_without_them():
     """The older version took them, and kept them in its record."""
-    runs = neighbour("training/test_run.py")
+    runs = neighbour("records/test_run.py")
     save, start = runs.save, runs.start
     run = start(learning_rate=3e-4, softmax_n=7.0, data="x", data_dir="texts")
     save(run, 2)
