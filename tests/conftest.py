@@ -13,6 +13,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 
 
+# The files that take longest, begun first: a process that gets one of them last would finish long after the others.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/contracts",
+    "tests/browser",
+    "tests/training",
+    "tests/interop",
+    "tests/test_flags.py",
+    "tests/inference",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--fault", default="", help="only tests of these entries of dev/results/faults.md, joined by commas"
@@ -30,6 +42,9 @@ def pytest_collection_modifyitems(config, items):
         ]
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if item not in other]
+    items.sort(
+        key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
 
 
 @pytest.fixture(autouse=True)
