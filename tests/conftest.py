@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
-
 # The files that take longest, begun first: a process that gets one of them last would finish long after the others.
 LONGEST = (
     "tests/test_readme.py",
