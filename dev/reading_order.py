@@ -14,10 +14,11 @@ ORDER = """
 nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
 nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/chat_files.py
 nanolab/data/conversations.py
-nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py
-nanolab/model/kernels.py
-nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py
-nanolab/model/gpt.py
+nanolab/model/blocks.py nanolab/model/attention.py nanolab/model/gpt.py
+nanolab/model/kernels/spec.py nanolab/model/kernels/reference.py nanolab/model/kernels/banded.py
+nanolab/model/kernels/choice.py
+nanolab/model/variants/tables.py nanolab/model/variants/positions.py nanolab/model/variants/mlp.py
+nanolab/model/variants/parts.py nanolab/model/variants/latent.py nanolab/model/accounting.py
 nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py
 nanolab/records/checkpoint.py nanolab/records/run.py
 nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py

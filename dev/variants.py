@@ -26,21 +26,10 @@ from covering import every_pair  # noqa: E402
 from nanolab import presets  # noqa: E402
 from nanolab.cli import UserError, from_preset  # noqa: E402
 from nanolab.cli import main as run  # noqa: E402
-from nanolab.model import (  # noqa: E402
-    accounting,
-    attention,
-    blocks,
-    cross_entropy,
-    flash3,
-    fp8,
-    gpt,
-    kernels,
-    latent,
-    positions,
-    rules,
-    variants,
-)
+from nanolab.model import accounting, attention, blocks, cross_entropy, fp8, gpt  # noqa: E402
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
+from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
+from nanolab.model.variants import latent, parts, positions, softmax, tables  # noqa: E402
 from nanolab.training import recipes  # noqa: E402
 from nanolab.training.config import BaseTrainConfig  # noqa: E402
 from nanolab.training.schedule import gpt_config  # noqa: E402
@@ -59,14 +48,14 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "mla_rope_dim": latent.rotary_width,
     "window_pattern": attention.windows,
     "window_size": attention.windows,
-    "softmax_n": attention.SoftmaxN,
+    "softmax_n": softmax.SoftmaxN,
     "qk_gain": attention.CausalSelfAttention.forward,
-    "score_softcap": rules.Rules,
+    "score_softcap": spec.Rules,
     "document_mask": gpt.Documents,
-    "value_embeds": attention.ValueMix,
-    "residual_scalars": blocks.ResidualScalars,
-    "smear": blocks.Smear,
-    "backout": blocks.Backout,
+    "value_embeds": parts.ValueMix,
+    "residual_scalars": parts.ResidualScalars,
+    "smear": parts.Smear,
+    "backout": parts.Backout,
     "embed_norm": gpt.GPT,
     "norm_gain": blocks.Norm,
     "bias": blocks.Linear,
@@ -74,14 +63,14 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "tied_head": blocks.TiedHead,
     "pad_vocab_to": accounting.padded_vocab,
     "embed_dropout": blocks.dropout,
-    "attn_dropout": kernels.definition,
+    "attn_dropout": reference.definition,
     "resid_dropout": blocks.dropout,
     "mlp_dropout": blocks.dropout,
 }
 
 
 def text() -> str:
-    parts = [INTRODUCTION, *(section(flag, table) for flag, table in variants.AXES.items()), other_flags()]
+    parts = [INTRODUCTION, *(section(flag, table) for flag, table in tables.AXES.items()), other_flags()]
     return (
         "\n\n".join([*parts, kernel_section(), recipe_section(), fp8_section(), preset_section(), contract_section()])
         + "\n"
@@ -124,7 +113,7 @@ def complete(entry: str, **cells: str) -> list[str]:
 def other_flags() -> str:
     rows = []
     for field in dataclasses.fields(Architecture):
-        if field.name not in variants.AXES:
+        if field.name not in tables.AXES:
             entry = CARRIED_OUT_BY[field.name]
             says = [f"`{dashed(field.name)}`", f"`{value_text(field.default)}`", linked(helps().get(field.name, ""))]
             rows.append([*says, *formula_and_source(entry), place(entry), *status(field.name)])
@@ -134,13 +123,13 @@ def other_flags() -> str:
 
 def kernel_section() -> str:
     """What a kernel offers is asked of its `missing`; fa3, which would ask the machine, is taken to be loadable."""
-    with patch.object(flash3, "probed", lambda device_type: (None, "")):
+    with patch.object(fa3, "probed", lambda device_type: (None, "")):
         rows = []
-        for name, kernel in kernels.KERNELS.items():
+        for name, kernel in choice.KERNELS.items():
             offers = [offered(kernel, *machine) for machine in (("cpu", torch.float32), ("cuda", torch.bfloat16))]
             module = kernel.run.__module__.rpartition(".")[2]
             tested = "every contract" if offers[0] != "does not run" else tests_of(rf"\b{module}\.")
-            what = doc(kernel.run if kernel.run.__module__ == kernels.__name__ else sys.modules[kernel.run.__module__])
+            what = doc(sys.modules[kernel.run.__module__])
             rows.append(
                 [
                     f"`{name}`",
@@ -149,12 +138,12 @@ def kernel_section() -> str:
                     tested,
                 ]
             )
-    orders = "; ".join(f"{device}: {', '.join(names)}" for device, names in kernels.PREFERENCE.items())
+    orders = "; ".join(f"{device}: {', '.join(names)}" for device, names in choice.PREFERENCE.items())
     head = ["kernel", "what it is", "place", "in fp32 on CPUs", "in bf16 on CUDA", "tests"]
     return (
         "## --attn-kernel\n\nEach layer gets the first kernel of its machine's list that can do what the flags ask"
         f" ({orders}), or the one that is asked for. Beyond causal attention the flags may ask for:"
-        f" {', '.join(sorted(kernels.NEEDS))}. Tests beside the contracts: {tests_of('import .*KERNELS')}.\n\n"
+        f" {', '.join(sorted(spec.NEEDS))}. Tests beside the contracts: {tests_of('import .*KERNELS')}.\n\n"
         + markdown(head, rows)
     )
 
@@ -165,8 +154,8 @@ def offered(kernel: Any, device_type: str, dtype: torch.dtype) -> str:
 
     if lacks():
         return "does not run"
-    alone = sorted(need for need in kernels.NEEDS if lacks(need))
-    pairs = [f"{a} with {b}" for a, b in combinations(sorted(kernels.NEEDS - set(alone)), 2) if lacks(a, b)]
+    alone = sorted(need for need in spec.NEEDS if lacks(need))
+    pairs = [f"{a} with {b}" for a, b in combinations(sorted(spec.NEEDS - set(alone)), 2) if lacks(a, b)]
     return f"all but {', '.join(alone + pairs)}" if alone or pairs else "all"
 
 
@@ -232,7 +221,7 @@ def contract_section() -> str:
         f" Let off needing a gradient (`idle` in {link(CONTRACTS / 'contracts.py')}): {function_docs()['idle']}\n\n"
         + markdown(["contract", "what must hold"], rows)
         + "\n\nRefused, by name and with what to type instead:\n\n"
-        + markdown(["pair", "why"], [[f"`{pair}`", why] for pair, _, why in variants.REFUSED])
+        + markdown(["pair", "why"], [[f"`{pair}`", why] for pair, _, why in tables.REFUSED])
     )
 
 

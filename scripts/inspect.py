@@ -72,7 +72,7 @@ def layers(c: GPTConfig, kernels: list[str]) -> list[dict[str, Any]]:
     token, kernel.
     """
     from nanolab.model.accounting import cached_shapes, windows
-    from nanolab.model.positions import POSITIONS, rope_dim
+    from nanolab.model.variants.positions import POSITIONS, rope_dim
 
     turns = [POSITIONS[c.positions].turns(c, i) for i in range(c.n_layer)]
     groups: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from nanolab.data.config import DataBuildConfig, GenChatConfig
 from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
 from nanolab.lab.config import BenchConfig
 from nanolab.model.config import GPTConfig, InspectConfig
-from nanolab.model.variants import AXES
+from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
 from nanolab.serving.config import ChatConfig, ServeConfig
 from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig

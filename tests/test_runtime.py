@@ -11,7 +11,7 @@ import torch
 
 from nanolab import runtime
 from nanolab.cli import UserError
-from nanolab.model import flash3
+from nanolab.model.kernels import fa3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.guards import undisturbed
@@ -117,7 +117,7 @@ def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chose
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     for name, value in (("get_device_name", "NVIDIA H200"), ("get_device_capability", (9, 0)), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(flash3, "probed", lambda *_: (None, "not here"))
+    monkeypatch.setattr(fa3, "probed", lambda *_: (None, "not here"))
     monkeypatch.setattr(runtime, "meeting_place", lambda *_: None, raising=False)
     monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(base_train, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])

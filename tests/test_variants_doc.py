@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from nanolab.cli import UserError, parse
-from nanolab.model import blocks, variants
 from nanolab.model.config import Architecture, GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels import KERNELS
+from nanolab.model.kernels.choice import KERNELS
+from nanolab.model.variants import mlp, tables
 from nanolab.presets import PRESETS
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.recipes import RECIPES, param_groups
@@ -53,9 +53,9 @@ def test_the_rows_of_pairs_are_all_written_down(tool):
     assert written == [list(row.values()) for row in tool.axes.rows()[0]], "type: python dev/variants.py"
 
 
-@pytest.mark.parametrize("flag", variants.AXES)
+@pytest.mark.parametrize("flag", tables.AXES)
 def test_every_entry_has_a_row_that_points_at_it(flag):
-    table, found = variants.AXES[flag], rows(DOCUMENT, "--" + flag.replace("_", "-"))
+    table, found = tables.AXES[flag], rows(DOCUMENT, "--" + flag.replace("_", "-"))
     assert list(found) == [getattr(entry, "example", name) for name, entry in table.items()]
     for entry, (value, formula, source, place, contracts, _) in zip(table.values(), found.values()):
         assert len(formula) > 5, value
@@ -73,7 +73,7 @@ def line_at(link: str) -> str:
 
 
 def test_every_other_flag_kernel_recipe_and_preset_has_a_row():
-    flags = [f.name for f in dataclasses.fields(Architecture) if f.name not in variants.AXES]
+    flags = [f.name for f in dataclasses.fields(Architecture) if f.name not in tables.AXES]
     found = rows(DOCUMENT, "Numbers, patterns and switches")
     assert list(found) == ["--" + name.replace("_", "-") for name in flags]
     for row in found.values():
@@ -113,7 +113,7 @@ def test_what_it_says_of_some_entries():
     ],
 )
 def test_an_entry_without_formula_or_paper_is_refused_by_name(tool, monkeypatch, flag, doc, missing):
-    table = variants.AXES[flag]
+    table = tables.AXES[flag]
     relative = list(table.values())[1]
     entry = (lambda model, g: None) if flag == "init" else type("Undocumented", (relative,), {})
     entry.__doc__ = doc
@@ -131,7 +131,7 @@ def test_an_entry_without_formula_or_paper_is_refused_by_name(tool, monkeypatch,
 def test_an_entry_that_is_in_no_file_is_refused_by_name(tool, monkeypatch):
     made: dict = {}
     exec('class Nowhere:\n    "x^2. Vaswani et al., arXiv 1706.03762."', made)
-    monkeypatch.setitem(variants.AXES["norm"], "nowhere", made["Nowhere"])
+    monkeypatch.setitem(tables.AXES["norm"], "nowhere", made["Nowhere"])
     with pytest.raises(UserError) as error:
         tool.text()
     assert error.value.values == {"entry": "--norm nowhere", "missing": ["place"]}
@@ -147,7 +147,7 @@ def test_help_readme_and_index_name_every_entry(capsys):
         parse(BaseTrainConfig, ["--help"])
     helped, readme = re.sub(r"[│\s]+", " ", capsys.readouterr().out), (ROOT / "README.md").read_text()
     missing = []
-    for flag, table in (variants.AXES | TABLES).items():
+    for flag, table in (tables.AXES | TABLES).items():
         dashed = "--" + flag.replace("_", "-")
         places = {
             "--help": re.findall(rf"{dashed} STR .*?(?= --[a-z]|$)", helped),
@@ -167,13 +167,13 @@ def guide(monkeypatch):
     """(text of the guide to a new variant, the class that it writes), with its entry in the table."""
     said = (ROOT / "dev" / "guides" / "a-new-variant.md").read_text()
     (code,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", said, re.M | re.S)
-    monkeypatch.setitem(blocks.MLPS, "centred", None)
-    exec(code, dict(vars(blocks)))
-    return said, blocks.MLPS["centred"]
+    monkeypatch.setitem(mlp.MLPS, "centred", None)
+    exec(code, dict(vars(mlp)))
+    return said, mlp.MLPS["centred"]
 
 
 def test_the_guide_names_every_table(guide):
-    for table in (variants.AXES | TABLES | {"preset": PRESETS}).values():
+    for table in (tables.AXES | TABLES | {"preset": PRESETS}).values():
         (name, path), *_ = [
             (name, path)
             for path in (ROOT / "nanolab").rglob("*.py")
@@ -221,7 +221,7 @@ class Cubed(nn.Module):
 
 
 def test_a_new_entry_is_picked_up(tool, monkeypatch):
-    monkeypatch.setitem(variants.AXES["mlp"], "cubed", Cubed)
+    monkeypatch.setitem(tables.AXES["mlp"], "cubed", Cubed)
     value, formula, source, place, contracts, refused = rows(tool.text(), "--mlp")["cubed"]
     assert (formula, source) == (
         "W2 max(0, W1 x)^3",

@@ -145,8 +145,8 @@ class Pieces:
     def kernel(self) -> dict[str, Any]:
         """FlashAttention 3: is it there, is it right, and if not, why."""
         code = (
-            "import json; from nanolab.model import flash3; attend, why = flash3.probed('%s'); print(json.dumps({'fa3':"
-            " attend is not None, 'why_not': why}))"
+            "import json; from nanolab.model.kernels import fa3; attend, why = fa3.probed('%s'); print(json"
+            ".dumps({'fa3': attend is not None, 'why_not': why}))"
         )
         return json.loads(self.call("-c", code % self.device).splitlines()[-1])
 

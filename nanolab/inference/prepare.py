@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolab.cli import UserError
-from nanolab.model.attention import CausalSelfAttention, NoQKNorm, Reading, RMSQKNorm, unturned
-from nanolab.model.blocks import LayerNorm, Linear, Pass, ResidualScalars, RMSNorm, SwiGLU, norm
+from nanolab.model.attention import CausalSelfAttention, Reading, unturned
+from nanolab.model.blocks import LayerNorm, Linear, Pass, RMSNorm, norm
 from nanolab.model.gpt import GPT
-from nanolab.model.positions import Angles, half
+from nanolab.model.variants.mlp import SwiGLU
+from nanolab.model.variants.parts import ResidualScalars
+from nanolab.model.variants.positions import Angles, half
+from nanolab.model.variants.qk_norm import NoQKNorm, RMSQKNorm
 
 
 def prepare_for_inference(model: GPT, *, int8: bool = False) -> GPT:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 PACKAGE = "nanolab"
 # Kernels that need another package or a compiler. Lines of tables that name them are left out, and so are their names
 # in lists.
-OMITTED = ("nanolab.model.flash3", "nanolab.model.flex")
+OMITTED = ("nanolab.model.kernels.fa3", "nanolab.model.kernels.flex")
 
 
 class Part(NamedTuple):

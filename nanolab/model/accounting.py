@@ -6,12 +6,17 @@ shapes.
 
 from typing import Any
 
-from nanolab.model.attention import GATES, NORMALISERS, QK_NORMS, has_value_embedding, windows
-from nanolab.model.blocks import MLPS, NORMS, SMEAR_CHANNELS
+from nanolab.model.attention import windows
+from nanolab.model.blocks import NORMS
 from nanolab.model.config import GPTConfig
-from nanolab.model.latent import ATTENTIONS
-from nanolab.model.positions import POSITIONS
-from nanolab.model.variants import check
+from nanolab.model.variants.gates import GATES
+from nanolab.model.variants.latent import ATTENTIONS
+from nanolab.model.variants.mlp import MLPS
+from nanolab.model.variants.parts import SMEAR_CHANNELS, has_value_embedding
+from nanolab.model.variants.positions import POSITIONS
+from nanolab.model.variants.qk_norm import QK_NORMS
+from nanolab.model.variants.softmax import NORMALISERS
+from nanolab.model.variants.tables import check
 
 
 def padded_vocab(c: GPTConfig) -> int:

@@ -1,7 +1,7 @@
 """The attention layer: what makes queries, keys and values, what is done to them, and the rules that a kernel follows.
 
 Dims: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C width. The product itself is a
-kernel's (kernels.py); latent attention is in latent.py, which also holds the table of attention kinds."""
+kernel's (kernels/); latent attention is in variants/latent.py, which also holds the table of attention kinds."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.blocks import LayerNorm, Linear, Pass, norm
+from nanolab.model.blocks import Linear, Pass
 from nanolab.model.config import GPTConfig
-from nanolab.model.kernels import cached
-from nanolab.model.positions import POSITIONS, ROTATIONS, Angles
-from nanolab.model.rules import Keys, Rules, seen
+from nanolab.model.kernels.reference import cached
+from nanolab.model.kernels.spec import Keys, Rules, seen
+from nanolab.model.variants.gates import GATES
+from nanolab.model.variants.parts import VE_GATE_CHANNELS, ValueMix, has_value_embedding
+from nanolab.model.variants.positions import POSITIONS, ROTATIONS, Angles
+from nanolab.model.variants.qk_norm import QK_NORMS
+from nanolab.model.variants.softmax import NORMALISERS
 
 WHOLE_ROW = 1 << 40  # the window of a layer without one, also on rows longer than those trained on
-VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
 
 
 def windows(c: GPTConfig) -> list[int]:
@@ -26,11 +29,6 @@ def windows(c: GPTConfig) -> list[int]:
         return [short if POSITIONS[c.positions].turns(c, i) else c.sequence_len for i in range(c.n_layer)]
     letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
     return [short if letter == "S" else c.sequence_len for letter in letters[:-1]] + [c.sequence_len]
-
-
-def has_value_embedding(c: GPTConfig, layer: int) -> bool:
-    """Every second layer, counted from the last."""
-    return c.value_embeds and layer % 2 == (c.n_layer - 1) % 2
 
 
 @dataclass
@@ -67,177 +65,6 @@ class Reading:
         """Leave (B, 1, ...) for the next pass over these rows."""
         if self.cache is not None:
             self.cache.left[name] = value.clone()  # not a view of all tokens of the pass
-
-
-class NoQKNorm(nn.Module):
-    """q.k / sqrt(D) of the raw queries and keys. Vaswani et al., arXiv 1706.03762."""
-
-    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
-        super().__init__()
-
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return 0
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q, k
-
-
-class RMSQKNorm(NoQKNorm):
-    """q / rms(q), k / rms(k) per head, without gains. Henry et al., arXiv 2010.04245; Dehghani et al., arXiv
-    2302.05442.
-    """
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return norm(q), norm(k)
-
-
-class LayerNormQKNorm(NoQKNorm):
-    """LayerNorm of q and of k per head, with learned gains. Dehghani et al., arXiv 2302.05442."""
-
-    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
-        super().__init__(c, q_width, k_width)
-        self.q, self.k = LayerNorm(q_width, True, False), LayerNorm(k_width, True, False)
-
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return q_width + k_width
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q(q), self.k(k)
-
-
-class L2QKNorm(NoQKNorm):
-    """g q/|q| . k/|k| with g learned per head from log2(T^2 - T) on. Henry et al., arXiv 2010.04245."""
-
-    def __init__(self, c: GPTConfig, q_width: int, k_width: int):
-        super().__init__(c, q_width, k_width)
-        self.start = math.log2(max(2, c.sequence_len**2 - c.sequence_len))
-        self.g = nn.Parameter(torch.empty(c.n_head))
-
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return c.n_head
-
-    def init_constants(self) -> None:
-        self.g.fill_(self.start)
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x) is sqrt(D) x/|x|, and the kernel divides by sqrt(D): together they leave a factor of sqrt(D)."""
-        g = (self.g / math.sqrt(q.size(-1))).to(q.dtype)
-        return norm(q) * g[:, None], norm(k)
-
-
-QK_NORMS = {"none": NoQKNorm, "rms": RMSQKNorm, "layernorm": LayerNormQKNorm, "l2": L2QKNorm}
-
-
-class Softmax(nn.Module):
-    """p_i = exp(s_i) / sum_j exp(s_j). Vaswani et al., arXiv 1706.03762."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return 0
-
-    def forward(self) -> Tensor | float | None:
-        """ln n of the term n in the denominator: None for n = 0, a number, or (H,)."""
-        return None
-
-
-class Softmax1(Softmax):
-    """p_i = exp(s_i) / (1 + sum_j exp(s_j)): a head may attend to nothing. Miller 2023; arXiv 2309.17453."""
-
-    def forward(self) -> float:
-        return 0.0
-
-
-class SoftmaxN(Softmax):
-    """p_i = exp(s_i) / (n + sum_j exp(s_j)) for any real n >= 0, --softmax-n. Miller 2023; arXiv 2410.10781."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__(c)
-        self.log_n = math.log(c.softmax_n) if c.softmax_n else None
-
-    def forward(self) -> float | None:
-        return self.log_n
-
-
-class Sink(Softmax):
-    """p_i = exp(s_i) / (exp(b_h) + sum_j exp(s_j)), b_h learned per head. gpt-oss, arXiv 2508.10925."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__(c)
-        self.logit = nn.Parameter(torch.empty(c.n_head))
-
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return c.n_head
-
-    def init_constants(self) -> None:
-        self.logit.zero_()
-
-    def forward(self) -> Tensor:
-        return self.logit
-
-
-NORMALISERS = {"softmax": Softmax, "softmax1": Softmax1, "softmax_n": SoftmaxN, "sink": Sink}
-
-
-class NoGate(Pass):
-    """Attention's output as it is. Vaswani et al., arXiv 1706.03762."""
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return []
-
-
-class HeadGate(nn.Module):
-    """o_h sigmoid(w_h . x): one gate per head. Qiu et al., arXiv 2505.06708; Bondarenko et al., arXiv 2306.12929."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        self.gate = Linear(c.n_embd, c.n_head)
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return [(c.n_head, c.n_embd)]
-
-    def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
-        return y_BTHD * torch.sigmoid(self.gate(x_BTC))[..., None]
-
-
-class ElementwiseGate(nn.Module):
-    """o sigmoid(W x): one gate per channel. Qiu et al., arXiv 2505.06708."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        self.gate = Linear(c.n_embd, c.n_embd)
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return [(c.n_embd, c.n_embd)]
-
-    def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
-        return y_BTHD * torch.sigmoid(self.gate(x_BTC)).view(y_BTHD.shape)
-
-
-GATES = {"none": NoGate, "head": HeadGate, "elementwise": ElementwiseGate}
-
-
-class ValueMix(nn.Module):
-    """v + 3 sigmoid(W x[:12]) e with e a row of a table, by token. Value residual learning, arXiv 2410.17897, from a
-    table.
-    """
-
-    def __init__(self, n_kv_head: int):
-        super().__init__()
-        self.gate = Linear(VE_GATE_CHANNELS, n_kv_head)
-
-    def forward(self, v_BTGD: Tensor, x_BTC: Tensor, ve: Tensor) -> Tensor:
-        gate = 3 * torch.sigmoid(self.gate(x_BTC[..., :VE_GATE_CHANNELS]))
-        return v_BTGD + gate[..., None] * ve.view(v_BTGD.shape)
 
 
 def unturned(x: Tensor, angles: Angles | None) -> Tensor:

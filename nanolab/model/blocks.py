@@ -1,18 +1,13 @@
-"""The parts of a layer that are not attention: the casting linear, norms, MLPs, and what mixes the residual stream.
+"""The casting linear, tables, norms.
 
 Dims: B batch, T tokens, C width. Weights are uninitialised until `GPT.init_weights` or a checkpoint fills them; what
 starts at a constant is set by a module's `init_constants`, everything else by an entry of `init.INITS`."""
-
-import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolab.model.config import GPTConfig
-
-SMEAR_CHANNELS = 24  # leading embedding channels that steer the smear gate
 
 
 class Linear(nn.Linear):
@@ -159,153 +154,3 @@ NORMS = {"rms": RMSNorm, "layernorm": LayerNorm}
 def make_norm(c: GPTConfig) -> Norm:
     """The norm of the stream, as the flags --norm, --norm-gain and --bias norm say."""
     return NORMS[c.norm](c.n_embd, c.norm_gain, c.has_bias("norm"))
-
-
-class _ReluSquared(torch.autograd.Function):
-    """max(x, 0)^2 in two passes and its gradient 2 max(x, 0) dy in two; composed of torch's own operators it takes
-    seven.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        positive = x.clamp_min(0)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (dy * positive).mul_(2)
-
-
-class MLP(nn.Module):
-    """C -> 4C -> C with an activation between. An entry of `MLPS` is this with its `activation`, or a class like it."""
-
-    activation: Callable[[Tensor], Tensor]
-
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        bias = c.has_bias("mlp")
-        self.c_fc = Linear(c.n_embd, 4 * c.n_embd, bias)
-        self.c_proj = Linear(4 * c.n_embd, c.n_embd, bias)
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        """(outputs, inputs) of every matrix."""
-        return [(4 * c.n_embd, c.n_embd), (c.n_embd, 4 * c.n_embd)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
-
-
-class Relu(MLP):
-    """W2 max(0, W1 x). Vaswani et al., arXiv 1706.03762."""
-
-    activation = staticmethod(F.relu)
-
-
-class Relu2(MLP):
-    """W2 max(0, W1 x)^2. Primer, So et al., arXiv 2109.08668."""
-
-    @staticmethod
-    def activation(x: Tensor) -> Tensor:
-        return _ReluSquared.apply(x) if torch.is_grad_enabled() else x.clamp_min(0).square_()
-
-
-class Gelu(MLP):
-    """W2 gelu(W1 x), gelu(x) = x Phi(x) with the exact error function. Hendrycks and Gimpel, arXiv 1606.08415."""
-
-    activation = staticmethod(F.gelu)
-
-
-class GeluTanh(MLP):
-    """W2 gelu(W1 x) with gelu's tanh approximation, as in GPT-2. Hendrycks and Gimpel, arXiv 1606.08415."""
-
-    @staticmethod
-    def activation(x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
-
-
-class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x), hidden width 8/3 C rounded up to a multiple of 64. Shazeer, arXiv 2002.05202."""
-
-    def __init__(self, c: GPTConfig):
-        super().__init__()
-        bias, hidden = c.has_bias("mlp"), self.hidden(c)
-        self.c_gate = Linear(c.n_embd, hidden, bias)
-        self.c_fc = Linear(c.n_embd, hidden, bias)
-        self.c_proj = Linear(hidden, c.n_embd, bias)
-
-    @staticmethod
-    def hidden(c: GPTConfig) -> int:
-        return math.ceil(8 * c.n_embd / 3 / 64) * 64
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        C, hidden = c.n_embd, SwiGLU.hidden(c)
-        return [(hidden, C), (hidden, C), (C, hidden)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
-
-
-MLPS = {"relu": Relu, "relu2": Relu2, "gelu": Gelu, "gelu_tanh": GeluTanh, "swiglu": SwiGLU}
-
-
-class Smear(nn.Module):
-    """e_t + scale sigmoid(w . e_t) e_{t-1}: each embedding takes a gated share of the one before it (modded-nanogpt).
-
-    The first token of a row has none before it, and with a document mask neither has the first of a document.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.gate = Linear(SMEAR_CHANNELS, 1)
-        self.scale = nn.Parameter(torch.empty(1))
-
-    def init_constants(self) -> None:
-        self.scale.zero_()
-
-    def forward(self, e_BTC: Tensor, reading) -> Tensor:
-        previous = torch.cat((reading.left("embedding", torch.zeros_like(e_BTC[:, :1])), e_BTC[:, :-1]), dim=1)
-        reading.leave("embedding", e_BTC[:, -1:])
-        if reading.starts_BT is not None:
-            previous = previous.masked_fill(reading.starts_BT[..., None], 0)
-        gate = self.scale[0] * torch.sigmoid(self.gate(e_BTC[..., :SMEAR_CHANNELS]))
-        return e_BTC + gate * previous
-
-
-class ResidualScalars(nn.Module):
-    """x <- r_i x + z_i x0 before layer i, with x0 the embedding (modded-nanogpt; the idea is Highway's, arXiv
-    1505.00387).
-    """
-
-    def __init__(self, n_layer: int):
-        super().__init__()
-        self.resid = nn.Parameter(torch.empty(n_layer))
-        self.x0 = nn.Parameter(torch.empty(n_layer))
-
-    def init_constants(self) -> None:
-        n = len(self.resid)
-        depth = torch.linspace(0, 1, n) if n > 1 else torch.zeros(1)
-        self.resid.copy_(1.15 - 0.10 * depth)
-        self.x0.copy_(0.20 - 0.15 * depth)
-
-    def forward(self, x: Tensor, x0: Tensor, layer: int) -> Tensor:
-        return self.resid[layer] * x + self.x0[layer] * x0  # fp32 scalars: their steps are finer than bf16
-
-
-class Backout(nn.Module):
-    """x - scale b with b the stream after the middle layer: what served only the middle leaves before the head
-    (modded-nanogpt).
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.empty(1))
-
-    def init_constants(self) -> None:
-        self.scale.fill_(0.2)
-
-    def forward(self, x: Tensor, middle: Tensor) -> Tensor:
-        return x - self.scale[0] * middle

@@ -11,26 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from nanolab.model.accounting import attention_class, has_value_embedding, padded_vocab
 from nanolab.model.attention import Reading
-from nanolab.model.blocks import (
-    MLPS,
-    Backout,
-    Embedding,
-    Linear,
-    Pass,
-    ResidualScalars,
-    Smear,
-    TiedHead,
-    dropout,
-    make_norm,
-    wide,
-)
+from nanolab.model.blocks import Embedding, Linear, Pass, TiedHead, dropout, make_norm, wide
 from nanolab.model.config import GPTConfig
 from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy, quickly_softcapped
-from nanolab.model.init import INITS
-from nanolab.model.kernels import KERNELS, choose_kernel, kernel_line
-from nanolab.model.positions import POSITIONS
-from nanolab.model.rules import on_cuda
-from nanolab.model.variants import check
+from nanolab.model.kernels.choice import KERNELS, choose_kernel, kernel_line
+from nanolab.model.kernels.spec import on_cuda
+from nanolab.model.variants.init import INITS
+from nanolab.model.variants.mlp import MLPS
+from nanolab.model.variants.parts import Backout, ResidualScalars, Smear
+from nanolab.model.variants.positions import POSITIONS
+from nanolab.model.variants.tables import check
 
 
 class Block(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 from covering import Pair, covering_rows
 
 from nanolab.cli import UserError
-from nanolab.model import variants
 from nanolab.model.config import Architecture, GPTConfig
+from nanolab.model.variants import tables
 
 Settings = dict[str, Any]  # fields of GPTConfig
 
@@ -79,7 +79,7 @@ def axes() -> dict[str, dict[str, Settings]]:
     have.
     """
     found: dict[str, dict[str, Settings]] = {}
-    for flag, table in variants.AXES.items():
+    for flag, table in tables.AXES.items():
         if flag in INNER:
             continue
         values = [
@@ -88,13 +88,11 @@ def axes() -> dict[str, dict[str, Settings]]:
             for more in [{}, *MORE.get(flag, {}).get(name, [])]
         ]
         for inner in (
-            INNER.keys() & variants.AXES.keys()
+            INNER.keys() & tables.AXES.keys()
         ):  # a table that is on this axis: its entries that MORE does not name
             known = {getattr(BASE, inner), *(value.get(inner) for value in values)}
             if INNER[inner][0][0] == flag:
-                values += [
-                    {flag: INNER[inner][0][1], inner: name} for name in variants.AXES[inner] if name not in known
-                ]
+                values += [{flag: INNER[inner][0][1], inner: name} for name in tables.AXES[inner] if name not in known]
         found[flag] = {label(value): value for value in values}
     for field in dataclasses.fields(Architecture):
         if field.type in (bool, "bool"):
@@ -119,7 +117,7 @@ def settings(row: Mapping[str, str], table: Mapping[str, dict[str, Settings]] | 
 def config(changes: Settings) -> GPTConfig:
     """The base model with these settings. Raises UserError where they cannot go together."""
     c = dataclasses.replace(BASE, **changes)
-    variants.check(c)
+    tables.check(c)
     return c
 
 
@@ -154,9 +152,7 @@ def uncovered(architecture: type = Architecture) -> list[str]:
                 given[name].add(setting)
     fields = [name for name, settings in given.items() if len(settings) < 2]
     entries = [
-        (flag, getattr(entry, "example", name))
-        for flag, table in variants.AXES.items()
-        for name, entry in table.items()
+        (flag, getattr(entry, "example", name)) for flag, table in tables.AXES.items() for name, entry in table.items()
     ]
     return fields + [f"{flag}={value}" for flag, value in entries if value not in given[flag]]
 
@@ -192,14 +188,14 @@ def row_id(row: Mapping[str, str]) -> str:
     exact `-k /mlp:relu/`.
     """
     c = dataclasses.replace(BASE, **settings(row))
-    tables = [
+    chosen = [
         flag
-        for flag in variants.AXES
+        for flag in tables.AXES
         if flag not in INNER or any(getattr(c, outer) == entry for outer, entry in INNER[flag])
     ]
     rest = [
         f.name
         for f in dataclasses.fields(c)
-        if f.name not in variants.AXES and getattr(c, f.name) != getattr(BASE, f.name)
+        if f.name not in tables.AXES and getattr(c, f.name) != getattr(BASE, f.name)
     ]
-    return f"/{label({name: getattr(c, name) for name in tables + rest})}/"
+    return f"/{label({name: getattr(c, name) for name in chosen + rest})}/"

@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanolab.cli import UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
-from nanolab.model import accounting, variants
+from nanolab.model import accounting
 from nanolab.model.attention import windows
 from nanolab.model.config import GPTConfig, chosen
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels import KERNELS
+from nanolab.model.kernels.choice import KERNELS
+from nanolab.model.variants import tables
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
@@ -86,7 +87,7 @@ def idle(config: GPTConfig) -> Iterator[str]:
     shift_invariant = config.normaliser == "softmax" or (config.normaliser == "softmax_n" and config.softmax_n == 0)
     if shift_invariant and config.qk_norm == "none" and config.score_softcap == 0:
         for layer in range(config.n_layer):
-            if config.rope_fraction < 1 or not variants.AXES["positions"][config.positions].turns(config, layer):
+            if config.rope_fraction < 1 or not tables.AXES["positions"][config.positions].turns(config, layer):
                 yield f"h.{layer}.attn.c_k.bias"
 
 

@@ -14,9 +14,11 @@ import torch
 from covering import covering_rows, every_pair
 
 from nanolab.cli import UserError
-from nanolab.model import accounting, banded, variants
+from nanolab.model import accounting
 from nanolab.model.config import Architecture
 from nanolab.model.gpt import GPT
+from nanolab.model.kernels.banded import banded
+from nanolab.model.variants import tables
 
 TOY = {"a": ["1", "2", "3"], "b": ["1", "2", "3", "4"], "c": ["1", "2"], "d": ["1", "2", "3"], "e": ["1", "2"]}
 
@@ -91,10 +93,10 @@ def before(tmp_path_factory):
 
 @pytest.mark.fault("V1")
 @pytest.mark.parametrize("name", ["zzz", "aaa"])
-@pytest.mark.parametrize("flag", variants.AXES)
+@pytest.mark.parametrize("flag", tables.AXES)
 def test_a_new_entry_only_adds_rows(flag, name, before, monkeypatch):
     """First or last by name and in its table: the old rows stay as they are, under the ids that they had."""
-    table = variants.AXES[flag]
+    table = tables.AXES[flag]
     entry = next(iter(table.values()))
     for key, value in [(name, entry), *table.items()] if name == "aaa" else [*table.items(), (name, entry)]:
         monkeypatch.delitem(table, key, raising=False)
@@ -119,7 +121,7 @@ def test_a_new_number_a_new_axis_and_a_refusal_only_add_rows(before, monkeypatch
     ) - set(axes.rows()[1])
     both = dict(norm="layernorm", qk_norm="none")
     refusal = ("--norm with --qk-norm", lambda c: both.items() <= vars(c).items(), "for this test")
-    monkeypatch.setattr(variants, "REFUSED", [*variants.REFUSED, refusal])
+    monkeypatch.setattr(tables, "REFUSED", [*tables.REFUSED, refusal])
     left = collected()
     assert {i for i, changes in before.items() if not both.items() <= changes.items()} <= set(left)
     assert not [i for i, changes in left.items() if both.items() <= changes.items()]
@@ -130,7 +132,7 @@ def test_dash_k_finds_the_rows_of_an_entry(before):
     """`pytest -k X` takes the tests whose id has X in it; in X may be letters, digits and : + - . [ ] / only. With
     /FLAG:ENTRY/ no other entry.
     """
-    for flag, table in variants.AXES.items():
+    for flag, table in tables.AXES.items():
         for name, entry in table.items():
             shown = getattr(entry, "example", name)
             having = [i for i, changes in before.items() if getattr(axes.config(changes), flag) == shown]
@@ -170,7 +172,7 @@ def test_a_new_number_is_missed_and_a_new_entry_is_found(monkeypatch):
         new_number: float = 1.0
 
     assert axes.uncovered(Later) == ["new_number"]
-    table = variants.AXES["mlp"]
+    table = tables.AXES["mlp"]
 
     class Throwaway(table["relu"]):
         """W2 (-max(0, W1 x)). Of no paper."""
@@ -187,7 +189,7 @@ def test_a_new_number_is_missed_and_a_new_entry_is_found(monkeypatch):
 
 def test_an_entry_that_breaks_a_contract_fails(monkeypatch):
     """The contracts are seen failing, each by a variant that breaks just that."""
-    table = variants.AXES["mlp"]
+    table = tables.AXES["mlp"]
 
     class Peeks(table["relu"]):
         def forward(self, x):
@@ -319,7 +321,7 @@ def test_sound_models_pass(changes, monkeypatch):
 @pytest.mark.fault("V2")
 def test_a_single_number_without_effect_is_seen(monkeypatch):
     """One column of a matrix, and one number of a vector, of one layer alone."""
-    table, layers = variants.AXES["mlp"], itertools.count()
+    table, layers = tables.AXES["mlp"], itertools.count()
 
     class ColumnCut(table["relu2"]):
         def __init__(self, c):
@@ -350,7 +352,7 @@ def test_a_single_number_without_effect_is_seen(monkeypatch):
             contracts.fast(axes.config({"mlp": "broken"}))
 
 
-class GatedByShare(variants.AXES["gate"]["head"]):
+class GatedByShare(tables.AXES["gate"]["head"]):
     """A gate with a vector beside its matrix."""
 
     def __init__(self, c):
@@ -370,7 +372,7 @@ class SharedGate(GatedByShare):
         return c.n_head
 
 
-class Scaled(variants.AXES["mlp"]["gelu"]):
+class Scaled(tables.AXES["mlp"]["gelu"]):
     """An MLP with a vector beside its matrices."""
 
     def __init__(self, c):
@@ -390,7 +392,7 @@ class ScaledMLP(Scaled):
         return 4 * c.n_embd
 
 
-class Powered(variants.AXES["norm"]["rms"]):
+class Powered(tables.AXES["norm"]["rms"]):
     """A norm with a number of its own, whatever --norm-gain says."""
 
     def __init__(self, width, gain, bias):
@@ -424,8 +426,8 @@ ADDED = {
 @pytest.mark.parametrize("flag", ADDED)
 def test_every_table_is_asked_for_its_counts(flag, monkeypatch):
     silent, stating, added = ADDED[flag]
-    monkeypatch.setitem(variants.AXES[flag], "silent", silent)
-    monkeypatch.setitem(variants.AXES[flag], "stating", stating)
+    monkeypatch.setitem(tables.AXES[flag], "silent", silent)
+    monkeypatch.setitem(tables.AXES[flag], "stating", stating)
     plain = axes.config({flag: {"gate": "head", "mlp": "gelu", "norm": "rms"}[flag]})
     c = axes.config({flag: "stating"})
     with torch.device("meta"):
@@ -438,7 +440,7 @@ def test_every_table_is_asked_for_its_counts(flag, monkeypatch):
 
 def test_a_wrong_count_is_named(monkeypatch):
     """Of matrices too, where another entry's mistake makes up for it."""
-    gates, mlps = variants.AXES["gate"], variants.AXES["mlp"]
+    gates, mlps = tables.AXES["gate"], tables.AXES["mlp"]
 
     class Short(gates["head"]):
         @staticmethod

@@ -11,7 +11,9 @@ pytest.register_assert_rewrite("demands")
 
 from demands import flash_attn_func, flex_attention, fused  # noqa: E402
 
-from nanolab.model import flash3, flex, gpt, kernels  # noqa: E402
+from nanolab.model import gpt  # noqa: E402
+from nanolab.model.kernels import choice, fa3, flex  # noqa: E402
+from nanolab.model.kernels.sdpa import sdpa  # noqa: E402
 
 
 @pytest.fixture
@@ -21,15 +23,15 @@ def gpu(monkeypatch):
     """
 
     def put(capability):
-        for module in (kernels, flex, flash3, gpt):
+        for module in (sdpa, flex, fa3, gpt):
             monkeypatch.setattr(module, "on_cuda", lambda x: x.device.type == "meta")
-        for module in (kernels, flash3):
+        for module in (choice, fa3):
             monkeypatch.setattr(module, "capability_of", lambda device_type: capability)
-        monkeypatch.setattr(flash3, "probed", lambda device_type: (flash_attn_func, ""))
+        monkeypatch.setattr(fa3, "probed", lambda device_type: (flash_attn_func, ""))
         monkeypatch.setattr(flex, "flex_attention", flex_attention)
         monkeypatch.setattr(flex, "create_block_mask", lambda *args, **named: object())
         monkeypatch.setattr(flex, "_compiled", lambda function: function)
-        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", fused(capability))
+        monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", fused(capability))
         flex._blocks.cache_clear()
 
     yield put

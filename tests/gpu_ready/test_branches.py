@@ -11,11 +11,12 @@ from axes import BASE, axes, label
 from demands import Demands, aten
 
 from nanolab.cli import UserError
-from nanolab.model import flex, kernels, rules
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels import KERNELS, choose_kernel
-from nanolab.model.rules import Rules
+from nanolab.model.kernels import flex, reference, spec
+from nanolab.model.kernels.banded import banded
+from nanolab.model.kernels.choice import KERNELS, choose_kernel
+from nanolab.model.kernels.spec import Rules
 
 T = 160  # two blocks of banded's, and no other dimension here
 SHAPES = {
@@ -138,16 +139,16 @@ def test_a_training_step_of_every_variant(gpu, changes):
 def test_what_flash_kernels_would_refuse_is_refused_by_name(q, k, v, error, words):
     tensors = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in (q, k, v)]
     with pytest.raises(error, match=words):
-        rules.check_flash(*tensors, "sdpa")
+        spec.check_flash(*tensors, "sdpa")
 
 
 def test_strides_and_dtypes_that_flash_kernels_would_refuse_are_refused_by_name():
     good = torch.empty(1, 4, 2, 64, device="meta", dtype=torch.bfloat16)
-    rules.check_flash(good, good, good, "fa3")
+    spec.check_flash(good, good, good, "fa3")
     with pytest.raises(ValueError, match="expected neighbouring channels side by side"):
-        rules.check_flash(good, good.mT.contiguous().mT, good, "fa3")
+        spec.check_flash(good, good.mT.contiguous().mT, good, "fa3")
     with pytest.raises(ValueError, match="expected bfloat16 or float16"):
-        rules.check_flash(good.float(), good, good, "fa3")
+        spec.check_flash(good.float(), good, good, "fa3")
 
 
 @pytest.mark.fault("core likely: flex for reading prompts")
@@ -188,7 +189,7 @@ def test_flex_without_gradient_equals_the_definition(monkeypatch, case):
     )
     asked = Rules(**{"window": 1 << 40, "scale": 1 / math.sqrt(32)} | options)
     with torch.no_grad():
-        y, want = flex.run(q, k, v, asked), kernels.eager(q.double(), k.double(), v.double(), asked)
+        y, want = flex.run(q, k, v, asked), reference.eager(q.double(), k.double(), v.double(), asked)
     assert y.dtype == torch.bfloat16
     assert (y.double() - want).norm() < 2.0**-8 * want.norm()
 
@@ -205,7 +206,7 @@ def test_a_t4s_kernel_in_fp16_equals_the_definition(case):
         | ({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])} if case == "alibi" else CASES[case])
     )
     upstream, results = torch.randn(2, 700, 4, 32, generator=g), []
-    for run, dtype in ((KERNELS["banded"].run, torch.float16), (kernels.eager, torch.float64)):
+    for run, dtype in ((KERNELS["banded"].run, torch.float16), (reference.eager, torch.float64)):
         y = run(*(x.to(dtype) for x in inputs), asked)
         results.append([y.double(), *torch.autograd.grad(y, inputs, upstream.to(dtype))])
     for got, want in zip(*results):
@@ -224,10 +225,10 @@ def test_a_mask_first_made_for_a_prompt_serves_a_step_with_gradient():
     for tensor in filter(torch.is_tensor, vars(blocks).values()):
         x = torch.ones(tensor.shape, requires_grad=True)
         (x * tensor).sum().backward()  # a product saves the other factor
-    kernels.banded.__globals__["_band_mask"].cache_clear()
+    banded._band_mask.cache_clear()
     with torch.inference_mode():
-        kernels.banded.__globals__["_band_mask"](4, 0, 3, torch.float32, torch.device("cpu"))
-    assert not kernels.banded.__globals__["_band_mask"](4, 0, 3, torch.float32, torch.device("cpu")).is_inference()
+        banded._band_mask(4, 0, 3, torch.float32, torch.device("cpu"))
+    assert not banded._band_mask(4, 0, 3, torch.float32, torch.device("cpu")).is_inference()
 
 
 def test_no_branch_is_left_out(gpu):

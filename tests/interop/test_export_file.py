@@ -516,8 +516,8 @@ def test_only_what_is_read_is_stitched():
     modules.
     """
     b = (
-        '"""Doubling."""\nimport math\nimport os\nfrom typing import Callable\nfrom nanolab.model import flex\n#'
-        " why two\nTWO = 2  # a pair\nUNREAD = os.name\nTABLE = {\n    'a': TWO,\n    'b': flex.run,\n    'c':"
+        '"""Doubling."""\nimport math\nimport os\nfrom typing import Callable\nfrom nanolab.model.kernels import flex\n'
+        "# why two\nTWO = 2  # a pair\nUNREAD = os.name\nTABLE = {\n    'a': TWO,\n    'b': flex.run,\n    'c':"
         " math.pi,\n    'd': flex.run,\n}\nORDER = {'x': ('b', 'a', 'd', 'c', 'd'), 'y': ['b']}\ndef f(x: Callable) ->"
         " int:\n    math = 3  # its own\n    return TABLE['a'] * x + len(ORDER['x']) * 0\n"
     )
@@ -551,8 +551,8 @@ def test_only_what_is_read_is_stitched():
         ("import nanolab.c\ndef f(x):\n    return nanolab.c.g(x)\n", "imports nanolab.c as a whole"),
         ("def f(x):\n    from nanolab.c import g\n    return g(x)\n", "an import of nanolab within f"),
         (
-            "from nanolab.model import flash3\ndef f(x):\n    return flash3.run(x)\n",
-            "reads flash3, which one file does not have",
+            "from nanolab.model.kernels import fa3\ndef f(x):\n    return fa3.run(x)\n",
+            "reads fa3, which one file does not have",
         ),
         (
             "from nanolab.c import g\nfrom math import pi\ndef f(x):\n    return g(pi)\n",

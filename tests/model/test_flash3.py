@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.model import flash3
-from nanolab.model.kernels import choose_kernel, eager
-from nanolab.model.rules import Rules
+from nanolab.model.kernels import fa3
+from nanolab.model.kernels.choice import choose_kernel
+from nanolab.model.kernels.reference import eager
+from nanolab.model.kernels.spec import Rules
 
 HOPPER = (9, 0)
 # some of version 1's
@@ -67,7 +68,7 @@ def install(monkeypatch):
         monkeypatch.setattr(package, "get_kernel", brings)
         if kernel is None:
             monkeypatch.setitem(sys.modules, "kernels", None)
-        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cpu", HOPPER, flash3.load))
+        monkeypatch.setattr(fa3, "probed", lambda device_type: fa3.probe("cpu", HOPPER, fa3.load))
 
     return put
 
@@ -135,7 +136,7 @@ def test_the_installed_package_trusts_finds_and_loads_it(build, monkeypatch):
     answer("list_repo_tree", lambda *args, **named: [RepoFolder(path=f"build/{v}", oid="0") for v in VARIANTS])
     answer("hf_hub_download", in_build)
     answer("snapshot_download", lambda *args, **named: str(build))
-    attend = flash3.load()
+    attend = fa3.load()
     assert attend(None, None, None, causal=True, window_size=(8, 0)) == VARIANTS[-1]
     assert "get_organization_overview" in asked and kernels.get_loaded_kernels()
 
@@ -148,13 +149,13 @@ def test_LOCAL_KERNELS_names_a_folder_to_load_from(build, monkeypatch):
 
     monkeypatch.setattr(HfApi, "get_organization_overview", lambda *_: pytest.fail("the hub was asked"))
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={build}")
-    assert flash3.load()(None, None, None) == VARIANTS[-1]
+    assert fa3.load()(None, None, None) == VARIANTS[-1]
 
 
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
 def test_a_working_kernel_is_loaded_and_trusted(install, kernel):
     install(kernel)
-    assert flash3.probed("cuda") == (kernel, "")
+    assert fa3.probed("cuda") == (kernel, "")
     for needs in ((), ("window",), ("sink",)):
         assert choose_kernel(frozenset(needs), "cuda", torch.bfloat16, capability=HOPPER) == "fa3"
 
@@ -171,7 +172,7 @@ def test_a_working_kernel_is_loaded_and_trusted(install, kernel):
 )
 def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel, words):
     install(kernel)
-    attend, reason = flash3.probed("cuda")
+    attend, reason = fa3.probed("cuda")
     assert attend is None and re.search(words, reason), reason
     assert choose_kernel(frozenset(), "cuda", torch.bfloat16, capability=HOPPER) == "sdpa"
     with pytest.raises(UserError, match="--attn-kernel fa3 cannot run this model: .*try --attn-kernel sdpa") as refusal:
@@ -181,7 +182,7 @@ def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel,
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (10, 0)])
 def test_nothing_is_fetched_for_other_devices(capability):
-    attend, reason = flash3.probe("cuda", capability, load=lambda: pytest.fail("loaded"))
+    attend, reason = fa3.probe("cuda", capability, load=lambda: pytest.fail("loaded"))
     assert (
         attend is None and "it needs a Hopper GPU" in reason and (capability is None or f"{capability[0]}.0" in reason)
     )
@@ -189,17 +190,17 @@ def test_nothing_is_fetched_for_other_devices(capability):
 
 def test_the_device_is_asked_once(monkeypatch):
     answers = iter([(working, "")])
-    monkeypatch.setattr(flash3, "_FOUND", {})
-    monkeypatch.setattr(flash3, "probe", lambda *_: next(answers))
-    assert [flash3.missing(frozenset(needs), "cuda", torch.bfloat16, HOPPER) for needs in ((), ("window",))] == ["", ""]
+    monkeypatch.setattr(fa3, "_FOUND", {})
+    monkeypatch.setattr(fa3, "probe", lambda *_: next(answers))
+    assert [fa3.missing(frozenset(needs), "cuda", torch.bfloat16, HOPPER) for needs in ((), ("window",))] == ["", ""]
 
 
 @pytest.mark.parametrize(
     "needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)]
 )
 def test_nothing_is_fetched_for_a_layer_that_it_cannot_do(monkeypatch, needs, dtype):
-    monkeypatch.setattr(flash3, "probed", lambda device_type: pytest.fail("probed"))
-    assert flash3.missing(frozenset(needs), "cuda", dtype, HOPPER)
+    monkeypatch.setattr(fa3, "probed", lambda device_type: pytest.fail("probed"))
+    assert fa3.missing(frozenset(needs), "cuda", dtype, HOPPER)
 
 
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
@@ -223,7 +224,7 @@ def test_equals_eager_forward_and_backward(install, kernel, sink, heads):
         for window in (7,) if sink is not None else (7, 3, 0):
             for scale in (1 / math.sqrt(size), 0.9):
                 rules = Rules(window, scale, log_sink)
-                y, want = flash3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
+                y, want = fa3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
                 torch.testing.assert_close(y, want)
                 upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
                 for a, b in zip(torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(want, inputs, upstream)):
@@ -237,7 +238,7 @@ def test_bf16_does_not_round_the_sink(install, n):
     """
     install(lambda q, k, v, **options: working(q.double(), k.double(), v.double(), **options))
     q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
-    y = flash3.run(q, q, torch.ones_like(q), Rules(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
+    y = fa3.run(q, q, torch.ones_like(q), Rules(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
     assert abs(4 / y - 4 - n) < 2e-4 * n
 
 
@@ -247,7 +248,7 @@ def test_a_sink_on_a_row_longer_than_the_full_window_is_refused_not_ignored(inst
     with pytest.raises(
         UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"
     ):
-        flash3.run(q, q, q, Rules(4, 1.0, 0.0))
+        fa3.run(q, q, q, Rules(4, 1.0, 0.0))
 
 
 @pytest.mark.fault("core D5")
@@ -260,7 +261,7 @@ def test_deterministic_algorithms_are_asked_of_it(install):
         asked.clear()
         torch.use_deterministic_algorithms(on)
         try:
-            flash3.run(q, q, q, Rules(4, 1.0))
+            fa3.run(q, q, q, Rules(4, 1.0))
         finally:
             torch.use_deterministic_algorithms(False)
         assert set(asked) == {on}
@@ -271,4 +272,4 @@ def test_a_hopper_gpu_loads_it():
     """With a network or a filled cache: fetched, launched forward and backward, and right."""
     if torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
-    assert flash3.probed("cuda")[1] == ""
+    assert fa3.probed("cuda")[1] == ""

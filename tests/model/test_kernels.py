@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.model import banded as banded_module
-from nanolab.model import rules as rules_module
-from nanolab.model.kernels import KERNELS, cached, choose_kernel, definition, eager, sdpa
-from nanolab.model.rules import FLAGS, NEEDS, Keys, Rules, seen
+from nanolab.model.kernels import spec as rules_module
+from nanolab.model.kernels.banded import banded as banded_module
+from nanolab.model.kernels.choice import KERNELS, choose_kernel
+from nanolab.model.kernels.reference import cached, definition, eager
+from nanolab.model.kernels.sdpa import sdpa
+from nanolab.model.kernels.spec import FLAGS, NEEDS, Keys, Rules, seen
 
 # B, H, G, D, E
 SHAPES = {

@@ -12,7 +12,7 @@ from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.latent import rotary_width
+from nanolab.model.variants.latent import rotary_width
 
 CONFIG = GPTConfig(
     sequence_len=32,

@@ -12,7 +12,7 @@ from torch import nn
 
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.variants import AXES
+from nanolab.model.variants.tables import AXES
 from nanolab.runtime import Runtime
 from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from nanolab.model.banded import banded
-from nanolab.model.rules import Capability, Rules, before_ampere, lacking, on_cuda, sink_per_head
+from nanolab.model.kernels.banded import banded
+from nanolab.model.kernels.spec import Capability, Rules, before_ampere, lacking, on_cuda, sink_per_head
 
 LEAST = 16  # channels that its kernel takes at least
 

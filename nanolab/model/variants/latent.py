@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nanolab.model.attention import (
-    GATES,
-    QK_NORMS,
     CausalSelfAttention,
     Core,
     GroupedQueryAttention,
@@ -21,7 +19,9 @@ from nanolab.model.attention import (
 )
 from nanolab.model.blocks import Linear
 from nanolab.model.config import GPTConfig
-from nanolab.model.positions import POSITIONS, rope_dim
+from nanolab.model.variants.gates import GATES
+from nanolab.model.variants.positions import POSITIONS, rope_dim
+from nanolab.model.variants.qk_norm import QK_NORMS
 
 
 def ranks(c: GPTConfig) -> tuple[int, int]:

@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from nanolab.cli import UserError
-from nanolab.model.rules import Capability, Rules, capability_of, check_flash, lacking, on_cuda, seen, sink_per_head
+from nanolab.model.kernels.spec import (
+    Capability,
+    Rules,
+    capability_of,
+    check_flash,
+    lacking,
+    on_cuda,
+    seen,
+    sink_per_head,
+)
 
 REPOSITORY = "kernels-community/flash-attn3"  # its publisher is one that kernels trusts without being told to
 VERSION = 1  # of the interface: a branch, whose builds may be renewed

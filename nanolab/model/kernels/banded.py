@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from nanolab.model.rules import Rules, heads_first, sink_per_head, visible
+from nanolab.model.kernels.spec import Rules, heads_first, sink_per_head, visible
 
 BLOCK = 128  # query rows per block: a block's scores (128 x up to T per head) stay in the processor's cache
 
