@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
 nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/chat_files.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
+nanolab/data/turn.py nanolab/data/chat.py nanolab/data/chat_files.py
 nanolab/data/conversations.py
 nanolab/model/blocks.py nanolab/model/attention.py nanolab/model/gpt.py
 nanolab/model/kernels/spec.py nanolab/model/kernels/reference.py nanolab/model/kernels/banded.py

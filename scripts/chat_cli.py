@@ -66,8 +66,8 @@ def run(cfg: ChatConfig) -> int:
     request = Request(
         (), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None
     )
-    marks = call_marks(tokenizer, tool) if answers else {}
-    talk = Talk(dialogue, request, lambda steps: stream(steps, tokenizer, marks))
+    marks = call_marks(tool) if answers else {}
+    talk = Talk(dialogue, request, lambda steps: stream(steps, marks))
     if cfg.prompt:
         talk.answer(cfg.prompt)
     else:
@@ -119,25 +119,21 @@ def bare(line: str) -> str:
     return BLOCK if line.strip() == BLOCK else line
 
 
-def stream(steps: Iterator, tokenizer, marks: dict[int, str]) -> str:
+def stream(steps: Iterator, marks: dict[str, tuple[str, str]]) -> str:
     """Show a reply as it grows, with a line end after it; returns how it ended. Ctrl-C stops it, and is raised then."""
-    from nanolab.inference.text import TextStream
-
-    text = TextStream(tokenizer)
     try:
         with contextlib.closing(steps), interrupts() as stopped:
             for step in steps:
                 for new in step:
-                    if new.token in marks:
-                        show(text.flush())
-                        write(marks[new.token])
-                    show(text.push(new.token))
+                    for kind, text, part, cut in new.events:
+                        before, after = marks.get(kind, ("", ""))
+                        write(before if not text and part is None else "")
+                        show(text)
+                        write(after if part is not None and not cut else "")
                 if stopped:
                     raise KeyboardInterrupt
-        if new.finish == "stop":  # a text that was cut short may end inside a character, which is cut with it
-            show(text.flush())
     finally:
-        if DIM in "".join(marks.values()):  # it may have ended inside a call
+        if DIM in "".join(before for before, _ in marks.values()):  # it may have ended inside a call
             write(PLAIN)
     write("\n")
     return new.finish
@@ -156,16 +152,10 @@ def interrupts() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-def call_marks(tokenizer, tool) -> dict[int, str]:
-    """What is shown for the special tokens around a call and its output: [call = output], dimmed on a terminal."""
+def call_marks(tool) -> dict[str, tuple[str, str]]:
+    """What is shown before and after a call and its output: [call = output], dimmed on a terminal."""
     dim, plain = (DIM, PLAIN) if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else ("", "")
-    shown = {
-        "python_start": dim + "[",
-        "python_end": "" if tool else "]" + plain,
-        "output_start": " = ",
-        "output_end": "]" + plain,
-    }
-    return {tokenizer.special(f"<|{name}|>"): text for name, text in shown.items()}
+    return {"python": (dim + "[", "" if tool else "]" + plain), "python_output": (" = ", "]" + plain)}
 
 
 def show(piece: str) -> None:
@@ -174,8 +164,9 @@ def show(piece: str) -> None:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def kind_of(folder: Path, knows_chat: bool) -> tuple[str, str]:
     """(base, sft or rl; how that is known). A chat model is one that reads nanolab's template. knows_chat: whether the
     tokenizer has all chat tokens.
     """
-    from nanolab.data.chat import PARTS
+    from nanolab.data.turn import PARTS
     from nanolab.interop.export import KIND
     from nanolab.records.models import read_json
 

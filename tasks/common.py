@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nanolab.cli import UserError, nearest
-from nanolab.data.chat import Message, Part, text_of
+from nanolab.data.chat import Message, text_of
 from nanolab.data.chat_files import read_jsonl
+from nanolab.data.turn import Part
 
 T = TypeVar("T")
 Content = str | list[Part]  # an assistant's message content

@@ -6,7 +6,8 @@ The dataset marks each calculation as <<48/2=24>>; here that is a call of the to
 import re
 from collections.abc import Sequence
 
-from nanolab.data.chat import Part, parts_of, text_of
+from nanolab.data.chat import parts_of, text_of
+from nanolab.data.turn import Part
 from tasks.common import Content, Example, Reader, Source, Task, rows_of
 from tasks.numbers import NUMBER, marked_number, same_number, to_number
 

@@ -14,28 +14,16 @@ assistant_start, or inside the assistant's turn: with the output that somebody e
 Imports no torch."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanolab.cli import UserError, nearest
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import PARTS, Part, TurnParser
 
 # {"role": str, "content": str or list of Part}; with "weight": 0 where an assistant's is not trained on
 Message = dict[str, Any]
-Part = dict[str, str]  # {"type": str, "text": str}
-
-
-class Mark(NamedTuple):
-    start: str  # special token before the part's text; empty: none
-    end: str
-    trained: int
-
-
-PARTS = {
-    "text": Mark("", "", 1),
-    "python": Mark("<|python_start|>", "<|python_end|>", 1),
-    "python_output": Mark("<|output_start|>", "<|output_end|>", 0),
-}
 ROLES = ("system", "user", "assistant")
 
 
@@ -129,25 +117,10 @@ def _pieces(tokenizer: Tokenizer, message: Message) -> Iterator[tuple[list[int],
 def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Part]:
     """The parts of one assistant turn from what follows its assistant_start: the inverse of `render`.
 
-    Reads up to assistant_end, bos, or the end of `ids`. A part that was cut off counts as far as it goes; special
-    tokens that have no business there are left out."""
-    special, ending = tokenizer.special, {tokenizer.bos, tokenizer.special("<|assistant_end|>")}
-    opens = {special(mark.start): kind for kind, mark in PARTS.items() if mark.start}
-    closes = {special(mark.end): kind for kind, mark in PARTS.items() if mark.end}
-    others = set(tokenizer.specials.values()) - set(opens) - set(closes)
-    kind, found = "text", [("text", [])]
-    for i in ids:
-        if i in ending:
-            break
-        if i in opens:
-            kind = opens[i]
-            found.append((kind, []))
-        elif closes.get(i) == kind:
-            kind = "text"
-            found.append((kind, []))
-        elif i not in others and i not in closes:
-            found[-1][1].append(i)
-    return parts_of([{"type": kind, "text": tokenizer.decode(run)} for kind, run in found])
+    Reads up to assistant_end, bos, or the end of `ids`. A part that was cut off counts as far as it goes."""
+    parser, ends = TurnParser(tokenizer), (tokenizer.bos, tokenizer.special("<|assistant_end|>"))
+    events = [event for i in takewhile(lambda i: i not in ends, ids) for event in parser.push(i)]
+    return parts_of([{"type": e.kind, "text": e.part} for e in (*events, *parser.end()) if e.part is not None])
 
 
 def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None:

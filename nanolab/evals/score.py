@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from nanolab.cli import UserError
-from nanolab.data.chat import Part, parts_of, render_prompt
+from nanolab.data.chat import parts_of, render_prompt
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import Part
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanolab.cli import UserError
-from nanolab.data.chat import Message, Part, check_messages, parse_reply, render, render_prompt, text_of
+from nanolab.data.chat import Message, check_messages, parse_reply, render, render_prompt, text_of
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import Part
 
 if TYPE_CHECKING:
     from nanolab.inference.engine import Engine
@@ -59,7 +60,7 @@ class Dialogue:
         text that does not fit."""
         turns = self.turns[:-1] if again else self.turns
         prompt, forgotten = self._prompt(turns, text, request.max_tokens)
-        request = replace(request, prompt=tuple(prompt))
+        request = replace(request, prompt=tuple(prompt), parse="turn" if self.answers else "text")
         request.check(self.engine.limit)
         self.forgotten = forgotten
         return self._steps(request, turns, text)

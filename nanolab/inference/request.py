@@ -11,8 +11,8 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import Event, TurnParser
 from nanolab.inference.sampling import Choice, SamplingState, check_settings, row_generators
-from nanolab.inference.text import TextStream
 from nanolab.inference.tools import ToolUse
 
 
@@ -32,11 +32,15 @@ class Request:
     seed: int = 42
     # None: the tokens that begin a document (bos) and end a turn (<|assistant_end|>)
     stop_ids: tuple[int, ...] | None = None
-    stop: tuple[str, ...] = ()  # the row ends in the step in which the text of its own tokens completes one of these
+    stop: tuple[str, ...] = ()  # the row ends in the step in which its text, calls aside, completes one of these
     logprobs: int = -1  # likeliest tokens to report beside the one that was taken
     # as many beside each token of the prompt, with the row's first token; -1: the prompt is not scored
     prompt_logprobs: int = -1
     tools: Callable[[str], str] | None = None  # given a call's text, returns the result, which is forced into the row
+    # what the reply's tokens are parsed as, so that each comes with its events: "turn" | "text", whose marks mean
+    # nothing | "" for a caller that reads ids alone
+    parse: str = ""
+    begun: bytes = b""  # of a character that the prompt begins and the reply completes
 
     def check(self, limit: int, row: int = 0) -> None:
         """Raise UserError for an empty prompt, one that leaves no room in `limit` tokens, and settings without
@@ -54,7 +58,7 @@ class Request:
 
 class TokenOutput(NamedTuple):
     """One new token of one row. finish: None, "stop" (this token is a stop id or completes a stop string), or "length"
-    (no room for another). forced: the token is a tool's, not the model's choice."""
+    (no room for another). forced: the token is a tool's, not the model's choice. events: see data/turn.py."""
 
     row: int
     token: int
@@ -65,6 +69,8 @@ class TokenOutput(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob) of the likeliest, as many as the request asked for
     cached: int = 0  # tokens of the row's prompt that were not computed, since a snapshot held them
     scores: Sequence[Choice] = ()  # of the prompt's tokens where they were asked for, 0 for the first, which is given
+    events: Sequence[Event] = ()  # what the token made certain, where the request says what to parse it as
+    offset: int = -1  # where it begins in the reply's text, in characters; -1: it is no part of it
 
 
 class Failed(NamedTuple):
@@ -94,9 +100,10 @@ class Row:
         self.cached = 0
         self.scores: Sequence[Choice] = ()
         self.waiting: deque[int] = deque()  # tokens that a tool has put into the row
-        self.unheard = False  # whether its last token is the model's own and has not been shown to the tool
+        self.call: str | None = None  # the text of the call that the model's last token ended
         self.use = ToolUse(tokenizer, request.tools) if request.tools else None
-        self.text = TextStream(tokenizer, request.stop) if request.stop else None
+        kind = request.parse or ("turn" if request.tools else "text" if request.stop else "")
+        self.parser = TurnParser(tokenizer, request.stop, kind == "turn", request.begun) if kind else None
         self.stop_ids = frozenset(
             (tokenizer.bos, tokenizer.special("<|assistant_end|>")) if request.stop_ids is None else request.stop_ids
         )
@@ -110,32 +117,30 @@ class Row:
 
     def force(self) -> TokenOutput:
         """Take the next token that a tool has put in; it stops nothing."""
-        return self._taken(Choice(self.waiting.popleft(), 0.0), True)
+        return self.take(Choice(self.waiting.popleft(), 0.0), True)
 
-    def take(self, chosen: Choice) -> TokenOutput:
-        """Take a token of the model's own choice."""
-        new, self.unheard = self._taken(chosen, False), True
-        if self.text:
-            self.text.push(new.token)
-        stops = new.token in self.stop_ids or (self.text is not None and self.text.stopped)
-        return new._replace(finish="stop") if stops else new
-
-    def _taken(self, chosen: Choice, forced: bool) -> TokenOutput:
-        self.tokens.append(chosen.token)
-        if self.draws.seen is not None and chosen.token not in self.special:
-            self.draws.seen[chosen.token] = True
+    def take(self, chosen: Choice, forced: bool = False) -> TokenOutput:
+        """Take the next token."""
+        token, events, offset = chosen.token, (), -1
+        self.tokens.append(token)
+        if self.draws.seen is not None and token not in self.special:
+            self.draws.seen[token] = True
+        finish = "length" if len(self.tokens) >= self.end else None
+        if token in self.stop_ids and not forced:
+            finish = "stop"
+        if self.parser:
+            events, offset = self.parser.push(token), self.parser.offset
+            if self.parser.stopped:
+                finish = "stop"
+            elif self.use and not forced and self.use.ends(token, events):
+                self.call = events[0].part
+            if finish:
+                events = (*events, *self.parser.end(finish == "stop"))
         return TokenOutput(
-            self.number,
-            chosen.token,
-            chosen.logprob,
-            "length" if len(self.tokens) >= self.end else None,
-            forced,
-            chosen.top,
-            self.cached,
-            self.scores,
+            self.number, token, chosen.logprob, finish, forced, chosen.top, self.cached, self.scores, events, offset
         )
 
     def called(self) -> str | None:
-        """The text of the call that the model's last token ended, if it did."""
-        heard, self.unheard = self.unheard, False
-        return self.use.called(self.tokens[-1]) if self.use and heard else None
+        """The text of the call that the model's last token ended, if it did; once."""
+        call, self.call = self.call, None
+        return call

@@ -8,13 +8,14 @@ Imports no torch.
 import logging
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
 from nanolab.cli import UserError, nearest
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import PARTS, Event
 from nanolab.inference.sandbox import run_python
 
 log = logging.getLogger(__name__)
@@ -218,25 +219,17 @@ def find_tool(name: str) -> Callable[[str], str] | None:
 
 
 class ToolUse:
-    """One row's conversation with its tool: is told each token that the model sampled, answers a call with those to put
-    in next.
-    """
+    """One row's tool: knows the end of a call, and answers it with the tokens to put in next."""
 
     def __init__(self, tokenizer: Tokenizer, tool: Callable[[str], str]):
         self.tokenizer, self.tool = tokenizer, tool
-        self.start, self.end = tokenizer.special("<|python_start|>"), tokenizer.special("<|python_end|>")
-        self.code: list[int] | None = None  # the call's tokens so far, inside one
+        self.end = tokenizer.special(PARTS["python"].end)
 
-    def called(self, token: int) -> str | None:
-        """The call's text if this token ends one. A second start begins the call anew."""
-        if token == self.start:
-            self.code = []
-        elif token == self.end and self.code is not None:
-            code, self.code = self.tokenizer.decode(self.code), None
-            return code
-        elif self.code is not None:
-            self.code.append(token)
-        return None
+    def ends(self, token: int, events: Sequence[Event]) -> bool:
+        """Whether this token, which the parser made these events of, ends a call: the first event is the call's. A call
+        that another mark breaks off is none.
+        """
+        return token == self.end and bool(events)
 
     def answer(self, code: str) -> list[int]:
         """Run the tool. Whatever it raises is logged and its result, not the end of the engine."""
@@ -251,4 +244,5 @@ class ToolUse:
         return self._written(self.tokenizer.encode(f"error: {type(error).__name__}"))
 
     def _written(self, ids: list[int]) -> list[int]:
-        return [self.tokenizer.special("<|output_start|>"), *ids, self.tokenizer.special("<|output_end|>")]
+        start, end, _ = PARTS["python_output"]
+        return [self.tokenizer.special(start), *ids, self.tokenizer.special(end)]

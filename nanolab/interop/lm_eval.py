@@ -41,14 +41,13 @@ from typing import Any
 import torch
 
 from nanolab.cli import UserError, nearest
-from nanolab.data.chat import PARTS, render, template_of
-from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.chat import render, template_of
+from nanolab.data.turn import TurnParser
 from nanolab.evals.checkpoints import weights_of
 from nanolab.evals.likelihood import GPTReader, Text, common, score
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.inference.sandbox import walls
-from nanolab.inference.text import TextStream
 from nanolab.inference.tools import TOOLS, find_tool
 from nanolab.model.accounting import n_params
 from nanolab.records import checkpoint
@@ -379,22 +378,29 @@ class Nanolab(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, replies[i])
         return [replies[i] for i in range(len(requests))]
 
-    def replies(self, asked: list[tuple[Request, bool]]) -> Iterator[tuple[int, str]]:
+    def replies(self, asked: list[Request]) -> Iterator[tuple[int, str]]:
         """(number, text) of every request, whichever is finished first. In a conversation the text of calls and their
         outputs is left out, as by the server.
         """
         engine = Engine(self.model, self.tokenizer, self.runtime, max_rows=self.max_rows)
-        said = {engine.add(replace(request, stop=())): Said(self.tokenizer, request, chat) for request, chat in asked}
+        rows = {engine.add(replace(request, stop=(), parse="")): request for request in asked}
+        parsers = {row: TurnParser(self.tokenizer, marks=request.parse == "turn") for row, request in rows.items()}
+        texts = dict.fromkeys(rows, "")
         while not engine.idle:
-            for new in engine.step():
-                reply = said[new.row]
-                if not reply.done and reply.push(new.token, new.finish is not None):
-                    engine.cancel(new.row)  # a stop string, which ends a text and not a call
-                    yield new.row, reply.text
+            for row, token, _, finish, *_ in (new for new in engine.step() if new.row in parsers):
+                # the harness shows a character that was cut, and finds stop strings in all the text: before a call and
+                # after it
+                events = (*parsers[row].push(token), *(parsers[row].end() if finish else ()))
+                texts[row] += "".join(event.text for event in events if event.kind == "text")
+                ends = [(at + len(stop), at) for stop in rows[row].stop if (at := texts[row].find(stop)) >= 0]
+                if finish or ends:
+                    engine.cancel(row)
+                    del parsers[row]
+                    yield row, texts[row][: min(ends)[1]] if ends else texts[row]
             engine.check()
 
-    def request(self, context: str, wanted: dict[str, Any], seed: int) -> tuple[Request, bool]:
-        """One of generate_until, for the engine, and whether it is a conversation. seed: added to the task's. Raises
+    def request(self, context: str, wanted: dict[str, Any], seed: int) -> Request:
+        """One of generate_until, for the engine. seed: added to the task's. Raises
         UserError for settings that nobody here knows.
         """
         if (
@@ -425,7 +431,7 @@ class Nanolab(TemplateLM):
             )
         prompt = ids or self.tok_encode(context) or [self.prefix_token_id]
         self.cut_texts += len(prompt) > self.max_length - n
-        asked = Request(
+        return Request(
             tuple(prompt[n - self.max_length :]),
             n,
             settings.get("temperature", float(settings["do_sample"])),
@@ -435,29 +441,8 @@ class Nanolab(TemplateLM):
             settings.get("seed", 42) + seed,
             stop=tuple(settings["until"]),
             tools=self.tool if ids else None,
+            parse="turn" if ids else "text",
         )
-        return asked, bool(ids)
-
-
-class Said:
-    """A reply as it grows, as the server gives it: in a conversation what is inside a call or its output is no text."""
-
-    def __init__(self, tokenizer: Tokenizer, request: Request, chat: bool):
-        marks = [mark for mark in PARTS.values() if mark.start and chat]
-        self.ends = {tokenizer.special(mark.start): tokenizer.special(mark.end) for mark in marks}
-        self.stream, self.end, self.text, self.done = TextStream(tokenizer, request.stop), -1, "", False
-
-    def push(self, token: int, last: bool) -> bool:
-        """Take a token; whether the reply is over: it was the last one, or completed a stop string."""
-        if token in self.ends:
-            self.end = self.ends[token]
-        elif token == self.end:
-            self.end = -1
-        elif self.end < 0:
-            self.text += self.stream.push(token)
-        self.done = last or self.stream.stopped
-        self.text += self.stream.flush() if self.done else ""
-        return self.done
 
 
 def kind_of(device: str, flag: str) -> str:

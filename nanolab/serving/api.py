@@ -32,7 +32,7 @@ from nanolab.serving.exchange import LEFT, Exchange
 from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key, has_key, page_headers, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ROUTES, ApiError, Ask, read_chat, read_completion
-from nanolab.serving.reply import Answer
+from nanolab.serving.reply import ResponseBuilder
 from nanolab.serving.worker import Broken, Draining, ModelServer, Overloaded
 
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -94,7 +94,7 @@ class Api:
             served.admit(rows)
             prompts, answer = begin(ask, served) if len(body) < SHORT else await asyncio.to_thread(begin, ask, served)
             exchange = Exchange(
-                served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log
+                served, self.rows(ask, served, prompts, answer), answer, self.metrics, request, arrived, self.log
             )
         except (ApiError, Overloaded, Draining, Broken) as error:
             refused = refusal(error)
@@ -139,7 +139,9 @@ class Api:
             "base_model",
         )
 
-    def rows(self, ask: Ask, served: ModelServer, prompts: list[list[int]]) -> list[engine.Request]:
+    def rows(
+        self, ask: Ask, served: ModelServer, prompts: list[list[int]], answer: ResponseBuilder
+    ) -> list[engine.Request]:
         """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others
         seeds made from it.
 
@@ -162,12 +164,14 @@ class Api:
                 logprobs=ask.logprobs,
                 prompt_logprobs=ask.logprobs if ask.echo else -1,
                 tools=self.tool if ask.chat and not ask.tools else None,
+                parse="turn" if ask.chat else "text",
+                begun=echo.unfinished if echo else b"",
             )
-            for prompt in prompts
+            for prompt, echo in zip(prompts, answer.echoes)
             for i in range(ask.n)
         ]
 
-    async def log(self, answer: Answer) -> None:
+    async def log(self, answer: ResponseBuilder) -> None:
         """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it.
 
         A reply waits for its lines, but no longer than LOG_SECONDS. One that cannot be written is counted, and the
@@ -178,7 +182,7 @@ class Api:
         written.add_done_callback(lambda done: self._written(answer, done.exception()))
         await asyncio.wait([written], timeout=LOG_SECONDS)
 
-    def _written(self, answer: Answer, error: BaseException | None) -> None:
+    def _written(self, answer: ResponseBuilder, error: BaseException | None) -> None:
         if error:
             self.metrics.lost.add(1, answer.model)
         if self.writes and error:
@@ -316,7 +320,7 @@ def no_route(status: int, method: str, path: str, detail: str) -> ApiError:
     return ApiError(status, f"{method} {path}: {detail}{hint}", code="no_such_route" if status == 404 else None)
 
 
-def append(path: str, answer: Answer) -> None:
+def append(path: str, answer: ResponseBuilder) -> None:
     """The conversation's lines at the end of a file: all of them, or none and an OSError."""
     lines = []
     for said in (one for one in answer.replies if one.text.strip() or one.calls):
@@ -389,10 +393,10 @@ def loaded(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 
 
-def begin(ask: Ask, served: ModelServer) -> tuple[list[list[int]], Answer]:
+def begin(ask: Ask, served: ModelServer) -> tuple[list[list[int]], ResponseBuilder]:
     """The prompts in tokens, and the answer that is to grow. Raises what `prompt_ids` raises."""
     prompts = prompt_ids(ask, served)
-    return prompts, Answer(ask, served.name, prompts, served.tokenizer)
+    return prompts, ResponseBuilder(ask, served.name, prompts, served.tokenizer)
 
 
 def prompt_ids(ask: Ask, served: ModelServer) -> list[list[int]]:

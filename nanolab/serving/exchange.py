@@ -15,7 +15,7 @@ from nanolab.inference import engine
 from nanolab.serving.gate import as_json, refusal, reply
 from nanolab.serving.metrics import Metrics
 from nanolab.serving.openai import ApiError
-from nanolab.serving.reply import Answer, Piece
+from nanolab.serving.reply import Delta, ResponseBuilder
 from nanolab.serving.worker import ModelServer, RowFailed
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 LEFT = 499  # nginx's status for a client that has closed the connection, which never gets it
 
-Step = list[tuple[int, list[Piece], bool]]  # (choice, what became certain of it, whether that is its end)
+Step = list[tuple[int, list[Delta], bool]]  # (choice, what became certain of it, whether that is its end)
 
 
 class Gone(Exception):
@@ -40,11 +40,11 @@ class Exchange:
         self,
         served: ModelServer,
         requests: Sequence[engine.Request],
-        answer: Answer,
+        answer: ResponseBuilder,
         metrics: Metrics,
         request: Request,
         arrived: float,
-        log: Callable[[Answer], Awaitable[None]],
+        log: Callable[[ResponseBuilder], Awaitable[None]],
     ):
         self.served, self.answer, self.metrics = served, answer, metrics
         self.request, self.arrived, self.log, self.status = request, arrived, log, 200
@@ -96,7 +96,7 @@ class Exchange:
         self.status = refused.status
         return refused
 
-    def _take(self, i: int, new: engine.TokenOutput) -> tuple[int, list[Piece], bool]:
+    def _take(self, i: int, new: engine.TokenOutput) -> tuple[int, list[Delta], bool]:
         reply, going = self.answer.replies[i], not self.answer.replies[i].finish
         return i, reply.push(new), going and bool(reply.finish)
 
@@ -122,8 +122,8 @@ class Exchange:
 
     def _chunks(self, step: Step) -> bytes:
         out = []
-        for i, pieces, ends in step:
-            out += [self.answer.chunk(i, piece) for piece in pieces] + [self.answer.last(i)] * ends
+        for i, deltas, ends in step:
+            out += [self.answer.chunk(i, *delta) for delta in deltas] + [self.answer.last(i)] * ends
         return b"".join(map(event, out))
 
     async def _watch(self) -> None:

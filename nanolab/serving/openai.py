@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanolab.cli import nearest
-from nanolab.data.chat import PARTS, Message, Part, awaits_more, parts_of, text_of
+from nanolab.data.chat import Message, awaits_more, parts_of, text_of
+from nanolab.data.turn import PARTS, Part
 from nanolab.inference.tools import TOOLS
 
 ROUTES = ("/v1/chat/completions", "/v1/completions")

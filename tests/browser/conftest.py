@@ -19,7 +19,8 @@ import uvicorn
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
-from nanolab.inference.request import Request, TokenOutput
+from nanolab.inference.request import Request, Row, TokenOutput
+from nanolab.inference.sampling import Choice
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
@@ -85,10 +86,8 @@ class Scripted:
             else:
                 ids += encode(piece)
         ids.append(special("<|assistant_end|>"))
-        for i, token in enumerate(ids[: request.max_tokens], 1):
-            yield TokenOutput(
-                row, token, 0.0, "stop" if i == len(ids) else "length" if i == request.max_tokens else None
-            )
+        told = Row(row, request, self.tokenizer, self.tokenizer.vocab_size, 10**9, self.runtime.device)
+        yield from (told.take(Choice(token, 0.0)) for token in ids[: request.max_tokens])
 
     def step(self) -> list[TokenOutput]:
         time.sleep(self.pause)

@@ -190,7 +190,7 @@ def test_an_answer_that_was_stopped_stays_as_far_as_it_went(chat, capsys):
         )
         try:
             with pytest.raises(KeyboardInterrupt):
-                stream(talk.reply("hi", request), tokenizer, call_marks(tokenizer, calculator))
+                stream(talk.reply("hi", request), call_marks(calculator))
         finally:
             ctrl_c.remove()
 
@@ -422,7 +422,7 @@ def test_calls_are_dim_on_a_terminal_that_can(chat, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for kind, first in ("xterm", "\x1b[2m["), ("dumb", "["):
         monkeypatch.setenv("TERM", kind)
-        assert call_marks(chat[2], calculator)[chat[2].special("<|python_start|>")] == first
+        assert call_marks(calculator)["python"][0] == first
 
 
 @torch.no_grad()

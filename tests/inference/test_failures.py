@@ -225,14 +225,13 @@ def test_rows_go_on_where_no_thread_starts_for_a_tool(model, alone, monkeypatch,
     got, forced = {calling: [], beside: []}, []
     engine.live[calling].waiting.extend([start, *TOKENIZER.encode("1")])
     heard = engine.live[calling]
-    heard.use.code = TOKENIZER.encode("1")
     while not engine.idle:
         for new in engine.step():
             got[new.row].append(new.token)
             if new.row == calling and new.forced:
                 forced.append(new.token)
                 if len(forced) == 2:
-                    heard.tokens[-1], heard.unheard = end, True  # as if the model had ended its call
+                    heard.tokens[-1], heard.call = end, "1"  # as if the model had ended its call
     assert "error: RuntimeError" in TOKENIZER.decode(forced)
     assert got[beside] == alone[1] and len(got[calling]) == 40
 
@@ -328,11 +327,7 @@ def test_rows_that_wait_for_a_tool_survive_too(model, monkeypatch):
                 for new in engine.step():
                     out.append(new.token)
                     if len(out) == 4:
-                        row.use.code, row.tokens[-1], row.unheard = (
-                            TOKENIZER.encode("7"),
-                            TOKENIZER.special("<|python_end|>"),
-                            True,
-                        )
+                        row.tokens[-1], row.call = TOKENIZER.special("<|python_end|>"), "7"
         engine.close()
         assert not engine.failed
         return out, made

@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import TurnParser
 from nanolab.inference.tools import MAX_DIGITS, TOOLS, ToolUse, calculator
 
 GSM8K = Path(__file__).parents[3] / "shared/data/eval/gsm8k/test.jsonl"
@@ -255,13 +256,12 @@ def tokenizer() -> Tokenizer:
 
 def feed(tokenizer: Tokenizer, tool, parts: list[str]) -> list[list[int]]:
     """What is answered to each part: a special token's name, or text."""
-    use = ToolUse(tokenizer, tool)
+    use, parser = ToolUse(tokenizer, tool), TurnParser(tokenizer)
 
     def heard(part: str) -> list[int]:
-        calls = [
-            use.called(i) for i in ([tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part))
-        ]
-        return [i for code in calls if code is not None for i in use.answer(code)]
+        ids = [tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part)
+        events = [(i, parser.push(i)) for i in ids]
+        return [new for i, found in events if use.ends(i, found) for new in use.answer(found[0].part)]
 
     return [heard(part) for part in parts]
 
@@ -298,5 +298,7 @@ def test_a_result_cannot_forge_special_tokens(tokenizer):
 
 
 def test_a_call_cut_inside_a_character_is_still_text(tokenizer):
-    use = ToolUse(tokenizer, calculator)
-    assert [use.called(i) for i in [use.start, *tokenizer.encode("é")[:1], use.end]] == [None, None, "\ufffd"]
+    use, parser = ToolUse(tokenizer, calculator), TurnParser(tokenizer)
+    for i in [tokenizer.special("<|python_start|>"), *tokenizer.encode("é")[:1], use.end]:
+        events = parser.push(i)
+    assert use.ends(i, events) and events[0].part == "\ufffd"

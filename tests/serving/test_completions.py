@@ -9,6 +9,7 @@ import huggingface_hub
 import openai
 import pytest
 import torch
+from turns import outputs
 
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -19,7 +20,7 @@ from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
 from nanolab.serving.gate import as_json
 from nanolab.serving.openai import Ask
-from nanolab.serving.reply import Answer
+from nanolab.serving.reply import ResponseBuilder
 
 HI = [{"role": "user", "content": "hi"}]
 TEXT = "é 🙂 hello, plain words"
@@ -177,12 +178,10 @@ def test_stop_strings_are_looked_for_in_the_reply_alone(complete):
 
 def told(tok: Tokenizer, ask: Ask, prompt: list[int], reply: list[int], finish: str) -> dict:
     """The choice of an answer whose row had these tokens."""
-    answer = Answer(ask, "m", [prompt], tok)
+    answer = ResponseBuilder(ask, "m", [prompt], tok)
     scores = [Choice(i, -1.0, ((i, -1.0),)) for i in prompt]
-    for at, token in enumerate(reply):
-        answer.replies[0].push(
-            TokenOutput(0, token, -1.0, finish if at == len(reply) - 1 else None, top=((token, -1.0),), scores=scores)
-        )
+    for new in outputs(tok, answer, reply, finish):
+        answer.replies[0].push(new._replace(scores=scores))
     return answer.whole()["choices"][0]
 
 
@@ -286,8 +285,8 @@ def test_every_token_has_its_own_name_and_its_own_logprob(tok):
         k = 20
         for token in range(V):
             top = tuple(((token + j) % V, -1.0 - j) for j in range(k))
-            answer = Answer(Ask(["x"], logprobs=k), "m", [[tokenizer.bos, 1]], tokenizer)
-            answer.replies[0].push(TokenOutput(0, token, -1.0, "length", top=top))
+            answer = ResponseBuilder(Ask(["x"], logprobs=k), "m", [[tokenizer.bos, 1]], tokenizer)
+            answer.replies[0].push(TokenOutput(0, token, -1.0, "length", top=top, offset=0))
             found = answer.whole()["choices"][0]["logprobs"]
             assert (
                 len(found["top_logprobs"][0]) == k

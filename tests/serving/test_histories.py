@@ -11,13 +11,13 @@ from histories import CASES, HISTORIES, REFUSED, STRICT
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
+from turns import outputs
 
 from nanolab.data.chat import check_messages, render_prompt
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import TokenOutput
 from nanolab.serving.openai import ApiError, Ask, messages, read_chat
-from nanolab.serving.reply import Answer
+from nanolab.serving.reply import ResponseBuilder
 
 CHAT = "/v1/chat/completions"
 
@@ -118,9 +118,10 @@ texts = st.sampled_from(["plain", " ", "\n", "é", "12+30", "a"]).map(lambda tex
 def test_any_reply_is_taken_back(tok, found, tools, finish):
     ids = [i for piece in found for i in ([tok.special(f"<|{piece}|>")] if isinstance(piece, str) else list(piece))]
     question, following = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
-    answer = Answer(Ask([question], tools={"calculator": "expression"} if tools else {}), "m", [[1]], tok)
-    for i, token in enumerate(ids):
-        answer.replies[0].push(TokenOutput(0, token, -1.0, finish if i == len(ids) - 1 else None))
+    ask = Ask([question], tools={"calculator": "expression"} if tools else {})
+    answer = ResponseBuilder(ask, "m", [[1]], tok)
+    for new in outputs(tok, answer, ids, finish):
+        answer.replies[0].push(new)
     said = json.loads(json.dumps(answer.whole()["choices"][0]["message"]))
     for back in (said, {"role": "assistant", "content": said["content"]}):
         turns = messages([question, back, following])
