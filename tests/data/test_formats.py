@@ -215,7 +215,10 @@ def test_files_whose_division_changed_are_other_data(tmp_path):
     """A run that was trained on the whole line is not resumed on its parts: the fingerprint is no longer that of the
     bytes alone.
     """
-    of_bytes = lambda path: hashlib.sha256(hashlib.sha256(path.read_bytes()).hexdigest().encode()).hexdigest()  # noqa: E731
+
+    def of_bytes(path):
+        return hashlib.sha256(hashlib.sha256(path.read_bytes()).hexdigest().encode()).hexdigest()
+
     long, short = tmp_path / "a.txt", tmp_path / "b.txt"
     long.write_text("word " * 100_000)
     short.write_text("word " * 50_000)

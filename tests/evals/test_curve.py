@@ -62,7 +62,10 @@ def test_points_stand_where_their_numbers_say_in_any_order(tmp_path):
 def test_intervals_have_their_ends_and_gaps_and_are_inside_the_picture(tmp_path):
     svg = draw({"long": RUN}, tmp_path / "a.svg", **LABELS).read_text()
     (line,) = lines(svg, COLOURS[0], "1.7")
-    height = lambda score: line[0][1] + (score - RUN[0][1]) * (line[1][1] - line[0][1]) / (RUN[1][1] - RUN[0][1])  # noqa: E731
+
+    def height(score):
+        return line[0][1] + (score - RUN[0][1]) * (line[1][1] - line[0][1]) / (RUN[1][1] - RUN[0][1])
+
     for end, edge in zip((2, 3), lines(svg, COLOURS[0], "0.6")):
         assert [y for _, y in edge] == pytest.approx([height(p[end]) for p in RUN if p[end] is not None], abs=1e-3)
     frame = coordinates(re.search(r'id="patch_2".*?d="(.*?)"', svg, re.S)[1])
