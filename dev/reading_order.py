@@ -22,7 +22,7 @@ nanolab/model/variants/tables.py nanolab/model/variants/positions.py nanolab/mod
 nanolab/model/variants/parts.py nanolab/model/variants/latent.py nanolab/model/accounting.py
 nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py
 nanolab/records/checkpoint.py nanolab/records/run.py
-nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
+nanolab/training/policy.py
 nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py
 nanolab/inference/request.py nanolab/inference/prefill.py
 nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/prepare.py
@@ -33,7 +33,9 @@ nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
 nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py
 nanolab/serving/api.py
-scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py scripts/chat_web.py
+nanolab/stages/session.py nanolab/stages/pretrain.py nanolab/stages/base_run.py nanolab/stages/sft_plan.py
+nanolab/stages/sft.py nanolab/stages/rollout.py nanolab/stages/rl.py
+scripts/base_train.py scripts/chat_cli.py scripts/chat_web.py
 """.split()
 
 

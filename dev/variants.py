@@ -30,8 +30,8 @@ from nanolab.model import accounting, attention, blocks, cross_entropy, fp8, gpt
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
 from nanolab.model.variants import latent, parts, positions, softmax, tables  # noqa: E402
+from nanolab.stages.config import BaseTrainConfig  # noqa: E402
 from nanolab.training import recipes  # noqa: E402
-from nanolab.training.config import BaseTrainConfig  # noqa: E402
 from nanolab.training.schedule import gpt_config  # noqa: E402
 
 FILE = ROOT / "dev" / "VARIANTS.md"

@@ -99,7 +99,7 @@ def split_versions(meta: dict) -> dict[str, int]:
     """
     from nanolab.records.checkpoint import load_meta, steps
     from nanolab.records.models import runs_dir
-    from nanolab.training.finetune import task_versions
+    from nanolab.stages.base_run import task_versions
 
     while meta.get("kind") == "rl":
         name, _, step = meta["origin"]["name"].partition("@")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanolab.cli import UserError, from_preset, main, parse
 from nanolab.interop.config import ImportConfig
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 
 PADDED_TO = (1, 8, 16, 32, 64, 128)  # rows may be the tokens' number rounded up to a multiple of one of these
 BATCH = 512  # rows of an optimizer step, as GPT-2 was trained; fine-tuning has its own flags for less

@@ -15,8 +15,8 @@ from typing import Any
 from nanolab.cli import UserError, as_json, from_preset, main, not_read, parse
 from nanolab.evals.config import ReportConfig
 from nanolab.model.config import ModelFlags, chosen
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.terminal import harmless
-from nanolab.training.config import BaseTrainConfig
 
 MODEL = [f.name for f in dataclasses.fields(ModelFlags) if f.name != "preset"]
 RECIPE = ["recipe", "device_batch_size", "total_batch_size", "learning_rate", "beta1", "beta2", "eps", "grad_clip"]

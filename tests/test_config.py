@@ -10,7 +10,7 @@ from helpers import configs
 from nanolab.cli import UserError, from_json, from_preset, main, parse, to_json
 from nanolab.model.config import GPTConfig, chosen
 from nanolab.serving.config import ChatConfig
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 
 ALL = list(configs().values())
 

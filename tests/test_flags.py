@@ -23,7 +23,7 @@ from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
 from nanolab.serving.config import ChatConfig, ServeConfig
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -512,12 +512,12 @@ def test_a_run_that_was_given_unread_flags_resumes_without_them():
     ],
 )
 def test_flags_and_fields_that_no_stage_reads_are_refused(line, stages, flag, by, tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text("".join(f'[[stage]]\ntasks = "identity"\n{text}\n' for text in stages))
     with pytest.raises(UserError) as error:
-        stages_of(parse(SFTConfig, ["--stages", str(path), *line.split()]))
+        read_stages(parse(SFTConfig, ["--stages", str(path), *line.split()]))
     assert (error.value.code, error.value.values) == ("flag-not-read", {"flag": flag, "by": by})
 
 
@@ -526,21 +526,21 @@ def test_flags_and_fields_that_no_stage_reads_are_refused(line, stages, flag, by
     "field,value", [("init_lr_frac", "nan"), ("num_iterations", "0"), ("replay", "-0.5"), ("init_lr_frac", "inf")]
 )
 def test_numbers_of_a_stage_have_the_same_bounds(field, value, tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text(f'[[stage]]\ntasks = "identity"\n{field} = {value}\n')
     with pytest.raises(UserError) as error:
-        stages_of(SFTConfig(stages=str(path)))
+        read_stages(SFTConfig(stages=str(path)))
     assert (error.value.code, error.value.values["flag"]) == ("flag-out-of-bounds", field)
 
 
 def test_a_flag_that_serves_one_stage_is_read(tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text('[[stage]]\ntasks = "identity"\nreplay = 0.2\n[[stage]]\ntasks = "identity"\nnum_iterations = 3\n')
-    first, second = stages_of(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
+    first, second = read_stages(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
     assert (first.epochs, second.replay, second.num_iterations) == (4, 0.1, 3)
 
 

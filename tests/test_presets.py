@@ -13,7 +13,7 @@ from nanolab.model.config import Architecture, GPTConfig, InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import PRESETS
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 from nanolab.training.schedule import gpt_config, make_plan

@@ -124,7 +124,7 @@ def test_links_and_named_tests_exist(name):
 
 def test_the_dial_is_what_the_plan_says():
     from nanolab.model.accounting import n_params
-    from nanolab.training.config import BaseTrainConfig
+    from nanolab.stages.config import BaseTrainConfig
     from nanolab.training.schedule import make_plan
 
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)

@@ -9,7 +9,7 @@ from nanolab.cli import from_preset, parse
 from nanolab.evals.card import sized, table
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.serving.config import ChatConfig
-from nanolab.training.config import BaseTrainConfig, SFTConfig
+from nanolab.stages.config import BaseTrainConfig, SFTConfig
 from scripts.report import curve, next_commands, readers
 from tasks import parse_mixture
 

@@ -13,9 +13,9 @@ from nanolab import runtime
 from nanolab.cli import UserError
 from nanolab.model.kernels import fa3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages import pretrain_plan
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.guards import undisturbed
-from scripts import base_train
 
 CPU = torch.device("cpu")
 NAMES = {  # as drivers spell them: bf16 TFLOP/s, TB/s
@@ -120,10 +120,10 @@ def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chose
     monkeypatch.setattr(fa3, "probed", lambda *_: (None, "not here"))
     monkeypatch.setattr(runtime, "meeting_place", lambda *_: None, raising=False)
     monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(base_train, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
+    monkeypatch.setattr(pretrain_plan, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     for what, start in (
-        ("dry run", lambda: base_train.dry_run(BaseTrainConfig(depth=2, device_type=asked))),
+        ("dry run", lambda: pretrain_plan.dry_run(BaseTrainConfig(depth=2, device_type=asked))),
         ("run", lambda: runtime.start(asked)),
     ):
         monkeypatch.setattr(

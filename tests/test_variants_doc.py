@@ -17,7 +17,7 @@ from nanolab.model.gpt import GPT
 from nanolab.model.kernels.choice import KERNELS
 from nanolab.model.variants import mlp, tables
 from nanolab.presets import PRESETS
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.recipes import RECIPES, param_groups
 
 ROOT = Path(__file__).parents[1]

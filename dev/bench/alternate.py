@@ -40,7 +40,7 @@ cfg = find("parse", "cli", "config")(BenchConfig, argv)
 import torch
 runtime = find("start", "runtime")("cpu", "", cfg.seed, cfg.threads)
 if what == "step":
-    BaseTrainConfig = find("BaseTrainConfig", "stages.pretrain", "training.config", "config")
+    BaseTrainConfig = find("BaseTrainConfig", "stages.config", "training.config", "config")
     names = {f.name for f in fields(BaseTrainConfig)}
     B, T = cfg.device_batch_size, cfg.max_seq_len
     shared = {f.name: getattr(cfg, f.name) for f in fields(BenchConfig) if f.name in names}

@@ -17,7 +17,7 @@ import torch
 from nanolab.cli import UserError
 from nanolab.lab.config import BenchConfig
 from nanolab.runtime import Runtime, device_peaks, print0
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 
 
 def measured(samples: list[float], unit: str, digits: int = 4) -> dict[str, Any]:

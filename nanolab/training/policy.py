@@ -13,16 +13,14 @@ plain tensors. Dims: P prompts, G replies to each, B replies, T tokens of a padd
 trained tokens: what the policy drew, its end of turn included; not the prompt, a tool's output or padding.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanolab.cli import UserError, nearest
-from nanolab.training.config import RLConfig
+from nanolab.runtime import Runtime
 
 STD_EPS = 1e-4  # beside the standard deviation, so that rewards which differ by rounding do not become advantages of 1
 
@@ -164,37 +162,39 @@ def policy_loss(
     return (nats * NORMALISERS[objective.normaliser].weights(mask.to(nats.dtype), max_tokens)).sum()
 
 
-def objective_of(cfg: RLConfig) -> Objective:
-    """The algorithm that `cfg` names, with the choices it makes on single axes. Raises UserError, naming what is
-    close.
+def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training
+    either.
     """
-    _known("algorithm", cfg.algorithm, ALGORITHMS)
-    row = ALGORITHMS[cfg.algorithm]
-    names = {"advantage": cfg.advantage, "normaliser": cfg.normaliser}
-    numbers = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "kl": cfg.kl}
-    chosen = dataclasses.replace(
-        row, **{k: v for k, v in names.items() if v}, **{k: v for k, v in numbers.items() if v != -1}
-    )
-    _known("advantage", chosen.advantage, ADVANTAGES)
-    _known("normaliser", chosen.normaliser, NORMALISERS)
-    if not 0 <= chosen.clip_low < 1:
-        raise UserError(
-            f"--clip-low is {chosen.clip_low:g}; expected at least 0 (off) and below 1: ratios end at 1 - clip-low; try"
-            " --clip-low 0.2"
-        )
-    for name in ("clip_high", "kl"):
-        if not 0 <= getattr(chosen, name) < torch.inf:
-            flag = name.replace("_", "-")
-            raise UserError(
-                f"--{flag} is {getattr(chosen, name):g}; expected 0 (off) or more; try --{flag}"
-                f" {getattr(ALGORITHMS['grpo'], name):g}"
-            )
-    return chosen
+    model.eval()
+    return -model(inputs, targets, reduction="none")
 
 
-def _known(flag: str, name: str, table: dict) -> None:
-    if name not in table:
-        raise UserError(
-            f"{flag} {name!r} is unknown; expected one of"
-            f" {', '.join(table)}{nearest(name, list(table), prefix=f'--{flag} ')}"
-        )
+class PolicyLoss:
+    """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
+
+    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to
+    the bit, and it leaves them in the micro-batch for the updates to come."""
+
+    def __init__(self, objective: Objective, max_tokens: int, runtime: Runtime):
+        self.objective, self.max_tokens, self.runtime = objective, max_tokens, runtime
+        self._sums = torch.zeros(3, device=runtime.device)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        o, mask = self.objective, batch.targets >= 0
+        lp = logprobs(model, batch.inputs, batch.targets)
+        if batch.old is None:
+            batch.old = lp.detach()
+        with torch.no_grad():
+            cut = (clipped(lp, batch.old, batch.advantages, o.clip_low, o.clip_high) & mask).sum()
+            away = k3(lp, batch.reference).sum() if batch.reference is not None else torch.zeros_like(cut)
+            self._sums += torch.stack([mask.sum(), cut, away])
+        return policy_loss(o, lp, batch.old, batch.reference, mask, batch.advantages, self.max_tokens)
+
+    def measure(self) -> dict[str, float]:
+        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token
+        from the start model.
+        """
+        tokens, cut, away = self.runtime.all_reduce_(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        return {"rl/clipped": cut / tokens} | ({"rl/kl": away / tokens} if self.objective.kl else {})

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nanolab.training.config import BaseTrainConfig
+from nanolab.training.config import TrainingFlags
 
 Named = dict[str, nn.Parameter]  # those of one model, by name
 
@@ -21,7 +21,7 @@ class Recipe:
     """An optimizer's groups, and the shape of its rates. What is read of a plan is named in `param_groups`."""
 
     # (parameters, flags, plan) -> groups, some perhaps empty
-    groups: Callable[[Named, BaseTrainConfig, Any], list[dict[str, Any]]]
+    groups: Callable[[Named, TrainingFlags, Any], list[dict[str, Any]]]
     lr_shape: Callable[[Any, int, float], float]  # (plan, step, progress) -> factor of every learning rate
     moves: Callable[[Any], str]  # plan -> that shape in words
     laws: (
@@ -30,7 +30,7 @@ class Recipe:
     decays: bool = True
 
 
-def param_groups(model: nn.Module, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, cfg: TrainingFlags, plan: Any) -> list[dict[str, Any]]:
     """Groups for MuonAdamW by the recipe of `plan`, learning rates final but for their shape over the run.
 
     Rates are read from the flags; recipe, batch_scale, weight_decay and model.n_embd from the plan. Raises ValueError
@@ -47,7 +47,7 @@ def param_groups(model: nn.Module, cfg: BaseTrainConfig, plan: Any) -> list[dict
     return groups
 
 
-def dial_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+def dial_groups(named: Named, cfg: TrainingFlags, plan: Any) -> list[dict[str, Any]]:
     """Muon for the matrices of blocks, by shape; AdamW for everything else: the first rule that matches a name takes
     it.
 
@@ -95,7 +95,7 @@ def dial_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str,
     return groups
 
 
-def adam_groups(named: Named, cfg: BaseTrainConfig, plan: Any) -> list[dict[str, Any]]:
+def adam_groups(named: Named, cfg: TrainingFlags, plan: Any) -> list[dict[str, Any]]:
     """AdamW for all, with decay for what has two dimensions or more: matrices and tables, not gains and biases."""
     rates = dict(kind="adamw", lr=cfg.learning_rate * plan.batch_scale, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
     return [

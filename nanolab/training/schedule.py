@@ -10,7 +10,7 @@ from nanolab.cli import UserError, nearest
 from nanolab.data.packing import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
 from nanolab.model.config import Architecture, GPTConfig, ModelFlags
-from nanolab.training.config import BaseTrainConfig
+from nanolab.training.config import TrainingFlags
 from nanolab.training.recipes import RECIPES
 
 REFERENCE_DEPTH = 12
@@ -96,7 +96,7 @@ def reference(cfg: ModelFlags, vocab_size: int) -> GPTConfig:
     )
 
 
-def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int, bos: int = -1) -> Plan:
+def make_plan(cfg: TrainingFlags, vocab_size: int, world_size: int, bos: int = -1) -> Plan:
     """Resolve everything that the flags leave open. Raises UserError for numbers that do not fit together."""
     if cfg.device_batch_size < 1:
         raise UserError(f"--device-batch-size is {cfg.device_batch_size}; expected at least 1")

@@ -25,7 +25,7 @@ from nanolab.model.kernels.choice import KERNELS
 from nanolab.model.variants import tables
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 

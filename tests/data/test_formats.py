@@ -22,7 +22,7 @@ from nanolab.data.config import DataBuildConfig, DataConfig, TokTrainConfig
 from nanolab.data.corpus import Documents, open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 
 MARK = "<|endoftext|>"
 

@@ -14,7 +14,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.records.models import read_json, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from scripts import base_train
 
 TOKENIZER = Tokenizer.train([], 265)

@@ -30,7 +30,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.records.models import ModelRef
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from scripts.base_eval import run
 
 loader = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))

@@ -21,7 +21,7 @@ from nanolab.model.config import GPTConfig
 from nanolab.records import checkpoint
 from nanolab.records.models import find_model
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from scripts.report import run
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)

@@ -104,9 +104,9 @@ def test_the_line_of_a_plan_says_why_a_faster_kernel_is_missing(monkeypatch):
 @pytest.mark.fault("P1", "core D1")
 def test_every_plan_has_the_line(monkeypatch):
     """base_train's in full; chat_sft and chat_rl call the same function."""
-    from nanolab.training.config import BaseTrainConfig
+    from nanolab.stages.config import BaseTrainConfig
+    from nanolab.stages.pretrain_plan import describe
     from nanolab.training.schedule import make_plan
-    from scripts.base_train import describe
 
     monkeypatch.setattr(choice, "capability_of", lambda device_type: A100)
     cfg = BaseTrainConfig(depth=4, dry_run=True, num_iterations=10)

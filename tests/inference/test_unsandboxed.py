@@ -26,7 +26,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ChatConfig, ServeConfig
-from nanolab.training.config import RLConfig, SFTConfig
+from nanolab.stages.config import RLConfig, SFTConfig
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, chat_web
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these protections are Linux's")

@@ -26,7 +26,7 @@ from nanolab.presets import GPT2
 from nanolab.records import checkpoint
 from nanolab.records.models import find_model
 from nanolab.records.run import Run
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 from scripts import export_hf
 
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3

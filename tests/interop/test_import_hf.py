@@ -27,7 +27,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records.models import find_model, load_model, read_json
 from nanolab.runtime import Runtime
 from nanolab.serving.config import ChatConfig
-from nanolab.training.config import SFTConfig
+from nanolab.stages.config import SFTConfig
 from nanolab.training.schedule import gpt_config
 from scripts import base_eval, chat_cli, chat_sft, import_hf
 

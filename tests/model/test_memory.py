@@ -15,15 +15,15 @@ from nanolab.model import accounting
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import DTYPES, Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training import optim
-from nanolab.training.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.schedule import make_plan
 
 TRAIN = """
 import sys, torch
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, keep_freed_memory
 from nanolab.training.optim import MuonAdamW

@@ -25,7 +25,7 @@ from nanolab.records import checkpoint
 from nanolab.records.models import find_model, load_model, read_metrics, recorded
 from nanolab.records.run import MUST_KEEP, Run
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 MODEL = GPTConfig(sequence_len=8, vocab_size=280, n_layer=1, n_head=1, n_embd=32)

@@ -13,7 +13,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.records.run import Run
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups

@@ -19,7 +19,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.records.models import load_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 from scripts.chat_rl import run
 from tasks import build
 

@@ -27,8 +27,9 @@ from nanolab.model import gpt
 from nanolab.records import checkpoint
 from nanolab.records.models import find_model, load_model, read_json, read_metrics, runs_dir
 from nanolab.runtime import Runtime, base_dir
-from nanolab.training.config import SFTConfig
-from nanolab.training.finetune import FineTunePlan
+from nanolab.stages.config import SFTConfig
+from nanolab.stages.sft import sft
+from nanolab.stages.sft_plan import SFTPlan
 from scripts import chat_eval, chat_sft
 from tasks import build
 
@@ -302,9 +303,15 @@ def test_accuracy_on_tasks_is_measured_on_the_way():
 def tune_on(runtime, folder: str, run: str) -> None:
     os.environ["NANOLAB_BASE_DIR"] = folder
     cfg = SFTConfig(
-        model="plain", tasks=f"jsonl={folder}/many.jsonl", num_iterations=5, replay=0.2, eval_every=5, eval_tokens=500
+        model="plain",
+        run=run,
+        tasks=f"jsonl={folder}/many.jsonl",
+        num_iterations=5,
+        replay=0.2,
+        eval_every=5,
+        eval_tokens=500,
     )
-    chat_sft.train(cfg, runtime, run, find_model("plain"))
+    sft(cfg, runtime)
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.fault("F7")])])
@@ -426,13 +433,13 @@ def test_resumed_in_the_second_stage_it_is_uninterrupted_to_the_bit(tmp_path, mo
         device_batch_size=1,
     )
     tune("unbroken", **flags)
-    momentum = FineTunePlan.muon_momentum
+    momentum = SFTPlan.muon_momentum
 
     def crash(plan, step, progress):
         return momentum(plan, step, progress) if step < 8 else 1 / 0
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(FineTunePlan, "muon_momentum", crash)
+        patch.setattr(SFTPlan, "muon_momentum", crash)
         tune("broken", **flags)
     assert [step for step, _ in checkpoint.steps(runs_dir() / "broken" / "checkpoints")] == [3, 6]
     tune("broken", resume=True, **flags)

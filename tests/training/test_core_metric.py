@@ -17,7 +17,7 @@ from nanolab.evals.core import Core
 from nanolab.evals.likelihood import GPTReader
 from nanolab.records.models import load_model, read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from scripts.base_train import run
 
 

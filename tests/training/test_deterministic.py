@@ -13,7 +13,7 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.records.models import read_json, read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.schedule import make_plan

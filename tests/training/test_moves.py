@@ -15,10 +15,11 @@ from nanolab.cli import UserError
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.records import checkpoint
-from nanolab.records.models import find_model, read_metrics, runs_dir
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig, SFTConfig
-from scripts import base_train, chat_sft
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig, SFTConfig
+from nanolab.stages.sft import sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -61,7 +62,7 @@ def text(tmp_path) -> Path:
 
 def pretrain(text: Path | str, run: str = "x", **flags) -> None:
     where = {"data_dir": str(text), "tokenizer": str(Path(pretrain.home) / "tokenizer")}
-    assert base_train.train(BaseTrainConfig(**FLAGS | where | {"run": run} | flags), ALONE) == 0
+    stage.pretrain(BaseTrainConfig(**FLAGS | where | {"run": run} | flags), ALONE)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def tune(tasks: str, **flags) -> None:
         "device_type": "cpu",
     }
     cfg = SFTConfig(**common | flags)
-    assert chat_sft.train(cfg, ALONE, "s", find_model("b")) == 0
+    sft(cfg, ALONE)
 
 
 @pytest.mark.fault("F9")

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab import runtime
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.records.models import find_model, read_metrics, runs_dir
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig, SFTConfig
+from nanolab.stages import pretrain as stage
+from nanolab.stages import sft as tuning
+from nanolab.stages.config import BaseTrainConfig, SFTConfig
+from nanolab.stages.pretrain_plan import planned_memory
 from nanolab.training.loop import Every, Loop
 from nanolab.training.schedule import make_plan
-from scripts import base_train, chat_sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -71,18 +72,14 @@ def test_evaluations_run_on_the_compiled_model_in_batches_of_one_shape(tmp_path,
             for i in range(60)
         )
     )
-    tuning = dict(tasks=f"jsonl={chats}", num_iterations=2, eval_every=2, eval_tokens=300, device_type="cpu")
+    chat = dict(tasks=f"jsonl={chats}", num_iterations=2, eval_every=2, eval_tokens=300, device_type="cpu")
     measured = {}
     for name in ("plain", "compiled"):
         if name == "compiled":
-            monkeypatch.setattr(runtime, "compiled", lambda model, device: made.append(Compiled(model)) or made[-1])
-        assert base_train.train(BaseTrainConfig(run=name, **flags), ALONE) == 0
-        assert (
-            chat_sft.train(
-                SFTConfig(model="plain", run=f"{name}-sft", **tuning), ALONE, f"{name}-sft", find_model("plain")
-            )
-            == 0
-        )
+            for module in (stage, tuning):
+                monkeypatch.setattr(module, "compiled", lambda model, device: made.append(Compiled(model)) or made[-1])
+        stage.pretrain(BaseTrainConfig(run=name, **flags), ALONE)
+        tuning.sft(SFTConfig(model="plain", run=f"{name}-sft", **chat), ALONE)
         measured[name] = [
             row[key]
             for run in (name, f"{name}-sft")
@@ -119,14 +116,14 @@ def test_the_plan_for_other_hardware_counts_what_ranks_exchange():
     """Depth 24 on 8 GPUs: Muon's stack of all matrix gradients, and a rank's share twice, in fp32."""
     cfg = BaseTrainConfig(depth=24, device_batch_size=16)
     plan = make_plan(cfg, 32768, 8)
-    memory = base_train.planned_memory(cfg, plan, "cuda", "bfloat16")
+    memory = planned_memory(cfg, plan, "cuda", "bfloat16")
     matrices = 4 * 679_477_248  # in blocks of 1536 columns, without the gates
     assert memory["weights"] == memory["gradients"] == 4 * 1_384_122_122
     assert memory["step"] > matrices * (1 + 2 / 8)
-    assert base_train.planned_memory(cfg, make_plan(cfg, 32768, 1), "cuda", "bfloat16")["step"] < matrices, (
+    assert planned_memory(cfg, make_plan(cfg, 32768, 1), "cuda", "bfloat16")["step"] < matrices, (
         "one rank exchanges nothing"
     )
-    again = base_train.planned_memory(
+    again = planned_memory(
         BaseTrainConfig(depth=24, device_batch_size=16, activation_checkpointing=True), plan, "cuda", "bfloat16"
     )
     assert again["activations"] < memory["activations"] / 3 and again | {"activations": 0} == memory | {

@@ -13,7 +13,7 @@ from torch import nn
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 

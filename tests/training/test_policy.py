@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.training.config import RLConfig
-from nanolab.training.policy import (
-    ADVANTAGES,
-    ALGORITHMS,
-    NORMALISERS,
-    Objective,
-    clipped,
-    k3,
-    objective_of,
-    policy_loss,
-)
+from nanolab.stages.config import RLConfig
+from nanolab.stages.rl_plan import objective_of
+from nanolab.training.policy import ADVANTAGES, ALGORITHMS, NORMALISERS, Objective, clipped, k3, policy_loss
 
 MAX = 7  # --max-new-tokens
 SHAPE = (4, 6)  # replies, tokens

@@ -22,10 +22,10 @@ from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training import gradients
-from nanolab.training.config import BaseTrainConfig
 from nanolab.training.schedule import make_plan
-from scripts import base_train
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -65,7 +65,7 @@ def trains(cfg: BaseTrainConfig, ranks: int) -> bool:
 def planned(cfg: BaseTrainConfig, ranks: int) -> UserError | None:
     """What a dry run says against it."""
     try:
-        assert base_train.run(replace(cfg, dry_run=True, plan_for=f"{ranks}xH100")) == 0
+        stage.pretrain(replace(cfg, dry_run=True, plan_for=f"{ranks}xH100"))
     except UserError as error:
         return error
     return None
@@ -189,7 +189,7 @@ def pretrain(runtime: Runtime, base: str, name: str, resume: bool = False) -> No
         keep="all",
         device_type="cpu",
     )
-    assert base_train.train(cfg, runtime) == 0
+    stage.pretrain(cfg, runtime)
 
 
 def cut(run: Path, step: int) -> None:

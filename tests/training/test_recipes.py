@@ -14,7 +14,7 @@ from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.variants.tables import AXES
 from nanolab.runtime import Runtime
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 from nanolab.training.schedule import Plan, make_plan

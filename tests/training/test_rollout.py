@@ -35,24 +35,18 @@ from nanolab.records import checkpoint
 from nanolab.records.models import read_metrics, runs_dir
 from nanolab.records.run import Run
 from nanolab.runtime import Runtime
+from nanolab.stages.base_run import BaseRun
+from nanolab.stages.config import BaseTrainConfig, RLConfig
+from nanolab.stages.reward import RewardPart, reward_parts
+from nanolab.stages.rl import task_fingerprint
+from nanolab.stages.rl_plan import make_rl_plan, objective_of
+from nanolab.stages.rollout import MicroBatch, Rollouts
+from nanolab.stages.rollout_log import FILE
 from nanolab.training import loop
-from nanolab.training.config import BaseTrainConfig, RLConfig
-from nanolab.training.finetune import Origin
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
-from nanolab.training.policy import objective_of, policy_loss
+from nanolab.training.policy import PolicyLoss, logprobs, policy_loss
 from nanolab.training.recipes import param_groups
-from nanolab.training.rollout import (
-    FILE,
-    MicroBatch,
-    Part,
-    PolicyLoss,
-    Rollouts,
-    fingerprint,
-    logprobs,
-    make_plan,
-    reward_parts,
-)
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=48, vocab_size=265, n_layer=2, n_head=1, n_embd=32, window_pattern="L")
@@ -64,7 +58,7 @@ META = {
     "plan": {"recipe": "dial", "batch_scale": 1.0},
     "loop": {"total_training_time": 0.0},
 }
-ORIGIN = Origin.of(META, "toy@0")
+ORIGIN = BaseRun.of(META, "toy@0")
 CFG = RLConfig(
     seed=3,
     init_lr_frac=1.0,
@@ -180,7 +174,7 @@ def train(
     """A whole run with the real loop and optimizer."""
     run = Run.start(name, cfg, runtime, resume=resume, kind="rl")
     model, objective = taught_model(), objective_of(cfg)
-    plan = make_plan(cfg, ORIGIN, 10, runtime.world_size)
+    plan = make_rl_plan(cfg, ORIGIN, 10, runtime.world_size)
     groups = param_groups(model, ORIGIN.rates(cfg), plan)
     batches = rollouts(cfg, run.dir, task, runtime, model, reference=taught_model() if objective.kl else None)
     loss = PolicyLoss(objective, cfg.max_new_tokens, runtime)
@@ -653,8 +647,8 @@ def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, ste
 
 def test_reward_parts():
     assert reward_parts("correct=1, length=-0.1:0.5", ["correct", "length"]) == [
-        Part("correct", 1.0),
-        Part("length", -0.1, 0.5),
+        RewardPart("correct", 1.0),
+        RewardPart("length", -0.1, 0.5),
     ]
     values = {"correct": 1.0, "length": 9.0}
     assert [p.of(values) for p in reward_parts("correct=2:1.5,length=-0.1:0.5", ["correct", "length"])] == [1.5, -0.5]
@@ -715,14 +709,14 @@ def test_bad_rewards(text, said):
 )
 def test_numbers_that_do_not_fit(changes, world, said):
     with pytest.raises(UserError) as error:
-        make_plan(replace(CFG, **changes), ORIGIN, 10, world)
+        make_rl_plan(replace(CFG, **changes), ORIGIN, 10, world)
     assert said in str(error.value)
 
 
 def test_the_length_of_a_run_is_known():
     by_epochs = [(dict(), 2), (dict(num_epochs=3, updates_per_batch=2), 14), (dict(examples_per_step=16), 1)]
     for changes, steps in [(dict(num_iterations=5), 5), *((c | {"num_iterations": -1}, n) for c, n in by_epochs)]:
-        plan = make_plan(replace(CFG, **changes), ORIGIN, 10, 1)
+        plan = make_rl_plan(replace(CFG, **changes), ORIGIN, 10, 1)
         assert plan.num_iterations == steps and plan.grad_accum * 4 == plan.total_batch_size // 4
 
 
@@ -752,8 +746,8 @@ def test_a_fingerprint_is_of_the_questions_and_answers():
         def __len__(self):
             return 11
 
-    assert fingerprint(Letters()) == fingerprint(Letters()) != fingerprint(Letters("d"))
-    assert fingerprint(Longer()) != fingerprint(Letters())
+    assert task_fingerprint(Letters()) == task_fingerprint(Letters()) != task_fingerprint(Letters("d"))
+    assert task_fingerprint(Longer()) != task_fingerprint(Letters())
 
     class Many(Letters):
         def __len__(self):
@@ -762,9 +756,9 @@ def test_a_fingerprint_is_of_the_questions_and_answers():
         def example(self, i: int) -> Example:
             return Letters(self.answers if i == 997 else "c").example(i)
 
-    assert fingerprint(Many("c")) == fingerprint(Many("d")) and fingerprint(Many("c"), 1000) != fingerprint(
-        Many("d"), 1000
-    ), "of so many questions it takes one in three"
+    c, d = Many("c"), Many("d")
+    assert task_fingerprint(c) == task_fingerprint(d), "of so many questions it takes one in three"
+    assert task_fingerprint(c, 1000) != task_fingerprint(d, 1000)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from nanolab.cli import UserError
 from nanolab.model.accounting import n_params
 from nanolab.model.config import Architecture, GPTConfig
-from nanolab.training.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.schedule import Plan, gpt_config, make_plan
 
 # ratio 12, vocabulary 32768, rows of 2048, SSSL. M = 10^6 parameters, B = 10^9 tokens; as published, hence the

@@ -17,9 +17,10 @@ from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime, base_dir
-from nanolab.training.config import BaseTrainConfig, RLConfig, SFTConfig
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.signals import StopRequest
-from scripts import base_train, chat_rl, chat_sft
+from scripts import chat_rl, chat_sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -61,7 +62,7 @@ def base(name: str, rt: Runtime | None = None, resume: bool = False, **flags) ->
             "tokenizer": str(base_dir() / "runs" / "plain" / "tokenizer"),
         }
     )
-    base_train.train(cfg, rt) if rt else base_train.run(cfg)
+    stage.pretrain(cfg, rt)
 
 
 def at_call(patch, owner, name: str, nth: int, counts=lambda *args, **kwargs: True) -> list[int]:

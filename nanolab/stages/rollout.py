@@ -12,42 +12,32 @@ another --temperature, or with --top-k, the replies come from a sharper distribu
 
 import dataclasses
 import hashlib
-import json
-import math
-import os
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanolab.cli import UserError, as_json, nearest
+from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
-from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
-from nanolab.inference.sampling import COLDEST, check_settings
 from nanolab.model.accounting import decode_flops_per_token, prompt_flops, train_flops_per_token
 from nanolab.model.config import GPTConfig
-from nanolab.records.checkpoint import write_text
 from nanolab.runtime import Runtime, print0
-from nanolab.training.config import RLConfig
-from nanolab.training.finetune import MOMENTUM_STEPS, PEAK_MOMENTUM, Origin
+from nanolab.stages.config import RLConfig
+from nanolab.stages.reward import reward_parts
+from nanolab.stages.rl_plan import micro_batches
+from nanolab.stages.rollout_log import FILE, UNWRITTEN, RolloutLog, rollout_metrics
 from nanolab.training.guards import undisturbed
-from nanolab.training.policy import ADVANTAGES, NORMALISERS, Objective, clipped, k3, policy_loss
-from nanolab.training.recipes import warmup
-from nanolab.training.schedule import Plan
-
-FILE = "rollouts.jsonl"
-UNWRITTEN = ("place", "length", "drawn")  # of a reply's record
+from nanolab.training.policy import ADVANTAGES, NORMALISERS, Objective, logprobs
 
 
-class Task(Protocol):
+class ScoredTask(Protocol):
     """What is asked of a task; see tasks/common.py."""
 
     name: str
@@ -57,46 +47,6 @@ class Task(Protocol):
     def rewards(
         self, example: Any, content: Any
     ) -> dict[str, float]: ...  # content: an assistant's, as chat.parse_reply gives it
-
-
-class Part(NamedTuple):
-    """One summand of the reward: weight times the task's value of that name, at most `cap` in size."""
-
-    name: str
-    weight: float
-    cap: float = math.inf
-
-    def of(self, values: dict[str, float]) -> float:
-        return max(-self.cap, min(self.cap, self.weight * values[self.name]))
-
-
-def reward_parts(text: str, known: Sequence[str]) -> list[Part]:
-    """ "correct=1,format=0.1:0.3" -> parts: name=weight or name=weight:cap. known: the names that the task gives values
-    for.
-    """
-    parts = []
-    for item in text.split(","):
-        name, _, numbers = item.strip().partition("=")
-        weight, colon, cap = numbers.partition(":")
-        try:
-            part = Part(name.strip(), float(weight), float(cap) if colon else math.inf)
-        except ValueError:
-            raise UserError(
-                f"--reward has {item.strip()!r}; expected NAME=WEIGHT or NAME=WEIGHT:CAP; try --reward {known[0]}=1"
-            ) from None
-        if part.name not in known:
-            raise UserError(
-                f"--reward names {part.name!r}; this task gives {', '.join(known)}{nearest(part.name, list(known))}"
-            )
-        if part.name in [p.name for p in parts]:
-            raise UserError(f"--reward names {part.name!r} twice; expected each part once; add the weights")
-        if not math.isfinite(part.weight) or not part.weight or not part.cap > 0:
-            raise UserError(
-                f"--reward has {item.strip()!r}; expected a weight other than 0 and a cap above 0; try --reward"
-                f" {part.name}=1"
-            )
-        parts.append(part)
-    return parts
 
 
 @dataclass
@@ -128,106 +78,6 @@ class MicroBatch:
     reference: Tensor | None = None
 
 
-def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training
-    either.
-    """
-    model.eval()
-    return -model(inputs, targets, reduction="none")
-
-
-@dataclass(frozen=True)
-class RLPlan(Plan):
-    """A run, resolved. total_batch_size is what a step's replies may have at most; what they have is counted in
-    `Work`.
-    """
-
-    lr_frac: float
-
-    def lr_multiplier(self, step: int, progress: float) -> float:
-        """--init-lr-frac of the inherited rates: warm-up, constant, linear fall over the last `warmdown_ratio`."""
-        return (
-            self.lr_frac
-            * warmup(self, step)
-            * (self.final_lr_frac + (1.0 - self.final_lr_frac) * self.warmdown_left(progress))
-        )
-
-    def muon_momentum(self, step: int, progress: float) -> float:
-        return 0.85 + (PEAK_MOMENTUM - 0.85) * min(1.0, step / MOMENTUM_STEPS)
-
-
-LEAST = {
-    "examples_per_step": 1,
-    "num_samples": 2,
-    "device_batch_size": 1,
-    "max_new_tokens": 1,
-    "updates_per_batch": 1,
-    "num_epochs": 1,
-    "rollout_batch_size": 0,
-}
-
-
-def make_plan(cfg: RLConfig, origin: Origin, prompts: int, world_size: int) -> RLPlan:
-    """prompts: in one epoch. Raises UserError for numbers that do not fit together."""
-    P, G, B = cfg.examples_per_step, cfg.num_samples, cfg.device_batch_size
-    for name, least in LEAST.items():
-        if getattr(cfg, name) < least:
-            why = ": an advantage is how a reply compares with the others" if name == "num_samples" else ""
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least {least}{why}")
-    check_settings(cfg.temperature, cfg.top_k, 1.0)
-    if cfg.temperature < COLDEST:
-        raise UserError(
-            f"--temperature is {cfg.temperature:g}: all replies to a prompt would be the same; expected above 0; try"
-            " --temperature 1"
-        )
-    if P < world_size:
-        fitting = next(n for n in range(world_size, world_size + B) if n * G % B == 0)
-        raise UserError(
-            f"{world_size} ranks cannot share {P} prompts of a rollout; expected at least a prompt for each; try"
-            f" --examples-per-step {fitting}",
-            "fewer-prompts-than-ranks",
-            prompts=P,
-            ranks=world_size,
-        )
-    if P * G % B:  # a batch that one rank takes, any number takes
-        mine = P * G if P % world_size else P * G // world_size
-        fitting = max(n for n in range(1, B) if mine % n == 0)
-        shape = f"{P} prompts x {G} samples" + (f" / {world_size} ranks" if mine != P * G else "")
-        raise UserError(
-            f"{mine} replies ({shape}) are not a multiple of the {B} that --device-batch-size takes at once; try"
-            f" --device-batch-size {fitting}",
-            "batch-not-a-multiple",
-            replies=P * G,
-            unit=B,
-        )
-    steps = max(1, prompts * cfg.num_epochs // P) * cfg.updates_per_batch
-    return RLPlan(
-        model=origin.model,
-        num_iterations=cfg.num_iterations if cfg.num_iterations > 0 else steps,
-        max_seconds=None,
-        total_batch_size=P * G * cfg.max_new_tokens,
-        device_batch_size=B,
-        grad_accum=micro_batches(cfg, world_size),
-        world_size=world_size,
-        flops_per_token=train_flops_per_token(origin.model),
-        recipe=origin.plan["recipe"],
-        batch_scale=origin.plan["batch_scale"],
-        weight_decay=cfg.weight_decay,
-        warmup_steps=cfg.warmup_steps,
-        warmdown_ratio=cfg.warmdown_ratio,
-        final_lr_frac=cfg.final_lr_frac,
-        grad_clip=cfg.grad_clip,
-        lr_frac=cfg.init_lr_frac,
-    )
-
-
-def micro_batches(cfg: RLConfig, world_size: int) -> int:
-    """Of each rank in a step: as many as the one with most prompts needs; the last ones of the others may be smaller,
-    or empty.
-    """
-    return -(-(-(-cfg.examples_per_step // world_size) * cfg.num_samples) // cfg.device_batch_size)
-
-
 @dataclass
 class Work:
     """What a run has computed so far, over all ranks. Padding is not counted; FLOPs are by the formulas of
@@ -253,36 +103,6 @@ def generating_flops(c: GPTConfig, replies: Sequence[Reply]) -> int:
     return reading + sum(count * decode_flops_per_token(c, context) for context, count in contexts.items())
 
 
-class PolicyLoss:
-    """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
-
-    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to
-    the bit, and it leaves them in the micro-batch for the updates to come."""
-
-    def __init__(self, objective: Objective, max_tokens: int, runtime: Runtime):
-        self.objective, self.max_tokens, self.runtime = objective, max_tokens, runtime
-        self._sums = torch.zeros(3, device=runtime.device)
-
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        o, mask = self.objective, batch.targets >= 0
-        lp = logprobs(model, batch.inputs, batch.targets)
-        if batch.old is None:
-            batch.old = lp.detach()
-        with torch.no_grad():
-            cut = (clipped(lp, batch.old, batch.advantages, o.clip_low, o.clip_high) & mask).sum()
-            away = k3(lp, batch.reference).sum() if batch.reference is not None else torch.zeros_like(cut)
-            self._sums += torch.stack([mask.sum(), cut, away])
-        return policy_loss(o, lp, batch.old, batch.reference, mask, batch.advantages, self.max_tokens)
-
-    def measure(self) -> dict[str, float]:
-        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token
-        from the start model.
-        """
-        tokens, cut, away = self.runtime.all_reduce_(self._sums).tolist()
-        self._sums = torch.zeros_like(self._sums)
-        return {"rl/clipped": cut / tokens} | ({"rl/kl": away / tokens} if self.objective.kl else {})
-
-
 class Rollouts:
     """`fit`'s batches. Rank r of W answers the prompts r, r + W, ... of each rollout; all samples of a prompt are on
     one rank.
@@ -294,7 +114,7 @@ class Rollouts:
         objective: Objective,
         model: nn.Module,
         engine: Engine,
-        task: Task,
+        task: ScoredTask,
         runtime: Runtime,
         folder: Path,
         tools: Callable[[str], str] | None = None,
@@ -310,7 +130,7 @@ class Rollouts:
             runtime,
         )
         self.tools, self.reference = tools, reference
-        self.tokenizer: Tokenizer = engine.tokenizer
+        self.tokenizer = engine.tokenizer
         self._passed_over = False  # whether it was said that prompts are
         self.room = engine.limit - cfg.max_new_tokens  # tokens of a prompt at most
         self._nth(0)  # where no prompt fits, it is said now
@@ -418,7 +238,7 @@ class Rollouts:
         if self._log:
             self._log.write([{k: v for k, v in row.items() if k not in UNWRITTEN} for row in everywhere])
         self.made += 1
-        self._metrics = summary(everywhere, G) | {"rl/rollout_seconds": time.perf_counter() - began}
+        self._metrics = rollout_metrics(everywhere, G) | {"rl/rollout_seconds": time.perf_counter() - began}
         self._tell(self._metrics)
 
     def _draw(self) -> tuple[list[Reply], int]:
@@ -429,7 +249,7 @@ class Rollouts:
             example, prompt = self._nth(self.made * P + p)
             for g in range(G):
                 replies.append(Reply(p * G + g, example, prompt, [], []))
-                seeds.append(number("reply", cfg.seed, self.made, p, g))
+                seeds.append(key_seed("reply", cfg.seed, self.made, p, g))
         size = cfg.rollout_batch_size or len(replies)
         for lo in range(0, len(replies), size):
             part = replies[lo : lo + size]
@@ -455,7 +275,7 @@ class Rollouts:
         """
         N = len(self.task)
         epoch, at = divmod(n, N)
-        key = number("order", self.cfg.seed, epoch)
+        key = key_seed("order", self.cfg.seed, epoch)
         order = np.random.RandomState([key >> 32, key % 2**32]).permutation(N)  # its stream is frozen (NEP 19)
         for k in range(N):
             i = int(order[(at + k) % N])
@@ -568,70 +388,6 @@ def remembered(batch: MicroBatch) -> list[Reply]:
     return found
 
 
-def number(*key: Any) -> int:
+def key_seed(*key: Any) -> int:
     """A number below 2^62 that depends on the key alone and looks random."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 2
-
-
-def fingerprint(task: Task, examples: int = 256) -> str:
-    """Tells apart tasks that would ask other questions, from their length and about so many examples."""
-    n = len(task)
-    return hashlib.sha256(
-        repr([n, *(task.example(i) for i in range(0, n, max(1, n // examples)))]).encode()
-    ).hexdigest()
-
-
-def summary(rows: Sequence[dict[str, Any]], samples: int) -> dict[str, float]:
-    """Means over the records of a rollout, in order of their places."""
-    rewards = [row["reward"] for row in rows]
-    groups = [rewards[i : i + samples] for i in range(0, len(rewards), samples)]
-    means = {f"rl/part/{name}": statistics.fmean(row["parts"][name] for row in rows) for name in rows[0]["parts"]}
-    return {
-        "rl/reward": statistics.fmean(rewards),
-        **means,
-        "rl/tokens": statistics.fmean(row["tokens"] for row in rows),
-        "rl/ended": statistics.fmean(row["ended"] for row in rows),
-        "rl/mixed": statistics.fmean(min(g) < max(g) for g in groups),
-    }
-
-
-class RolloutLog:
-    """rollouts.jsonl, one object per reply. The first write drops what a run that was ended after its checkpoint left
-    of that step on.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file: BinaryIO | None = None
-
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        if self._file is None:
-            kept = [line for line in self._lines() if line["step"] < rows[0]["step"]]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(self.path, "ab")
-        try:
-            self._file.write("".join(as_json(row, self.path.name) + "\n" for row in rows).encode())
-            self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.path} could not be written: {error.strerror}; make room there, then type the same command with"
-                " --resume"
-            ) from error
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """What is there already, without a line that a crash tore."""
-        found = []
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
-
-    def sync(self) -> None:
-        if self._file:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
