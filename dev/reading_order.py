@@ -31,7 +31,7 @@ nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/
 nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py
 nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
-nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py
+nanolab/serving/worker.py nanolab/serving/schemas.py nanolab/serving/reply.py nanolab/serving/stream.py
 nanolab/serving/api.py
 nanolab/stages/session.py nanolab/stages/pretrain.py nanolab/stages/base_run.py nanolab/stages/sft_plan.py
 nanolab/stages/sft.py nanolab/stages/rollout.py nanolab/stages/rl.py

@@ -17,7 +17,7 @@ def run(cfg: ServeConfig) -> int:
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.sandbox import walls
     from nanolab.serving.api import create_app
-    from nanolab.serving.gate import LOOPBACK, find_key, own_names
+    from nanolab.serving.security import LOOPBACK, find_key, own_names
     from nanolab.serving.server import Server, bind
 
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)

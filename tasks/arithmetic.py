@@ -54,7 +54,7 @@ class Arithmetic(Task):
         """correct; format: one call of the tool, its output, and a sentence; tool: the call's own value is the
         answer.
         """
-        from nanolab.inference.tools import calculator
+        from nanolab.inference.calculator import calculator
 
         parts = parts_of(content)
         calls = [calculator(part["text"]) for part in parts if part["type"] == "python"]

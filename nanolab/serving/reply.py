@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from nanolab.data.chat import parts_of, text_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.data.turn import Event, Part, TurnParser
-from nanolab.inference.tools import calculator
-from nanolab.serving.openai import Ask
+from nanolab.inference.calculator import calculator
+from nanolab.serving.schemas import ChatRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from nanolab.inference.request import TokenOutput
 
 LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON does not have
 
+Asked = ChatRequest | CompletionRequest
 Tokens = Sequence["TokenOutput"]
 Delta = tuple[dict[str, Any], Tokens]  # a chat chunk's delta, and the tokens of its text
 
@@ -47,8 +48,8 @@ class Reply:
     comes before the first token. specials: tokens that no stop string can swallow.
     """
 
-    def __init__(self, ask: Ask, specials: frozenset[int], echo: Echo | None = None):
-        self.ask, self.specials, self.echo = ask, specials, echo
+    def __init__(self, asked: Asked, specials: frozenset[int], echo: Echo | None = None):
+        self.asked, self.specials, self.echo = asked, specials, echo
         self.finish: str | None = None
         self.parts: list[Part] = []
         self.tokens: list[TokenOutput] = []  # of the text, as far as it was handed out
@@ -62,11 +63,11 @@ class Reply:
             return []
         self.cached = new.cached
         out = [self._echoed(self.echo, new)] if self.echo and not self.count else []
-        if self.ask.max_tokens == 0:
+        if self.asked.budget == 0:
             self.finish = "length"
             return out
         self.count += 1
-        if self.ask.logprobs >= 0 and new.offset >= 0:
+        if self.asked.alternatives >= 0 and new.offset >= 0:
             self.pending.append(new._replace(offset=new.offset + len(self.echo.text)) if self.echo else new)
         for event in new.events:
             out += self._taken(event)
@@ -74,7 +75,7 @@ class Reply:
             self.finish = "tool_calls"
         elif new.finish:
             self.finish = new.finish
-            if self.pending and not self.ask.chat and (new.finish == "length" or new.token in self.specials):
+            if self.pending and not self.asked.chat and (new.finish == "length" or new.token in self.specials):
                 out.append(self._text("", self.pending))
         return out
 
@@ -84,7 +85,7 @@ class Reply:
 
     def _echoed(self, echo: Echo, new: "TokenOutput") -> Delta:
         tokens = []
-        if self.ask.logprobs >= 0:
+        if self.asked.alternatives >= 0:
             first, *others = new.scores[-len(echo.offsets) :]  # without the bos that is not shown
             scores = [first._replace(logprob=None, top=None), *others]
             tokens = [
@@ -104,7 +105,7 @@ class Reply:
             return [self._text(event.text, out)]
         if event.part is None or self.calls:
             return []
-        if event.kind == "python" and self.ask.tools:
+        if event.kind == "python" and self.asked.tools:
             return [] if event.cut else [self._call(event.part)]
         part = {"type": event.kind, "text": event.part}
         self.parts.append(part)
@@ -119,7 +120,7 @@ class Reply:
         """The model's call as one of a function that the client offers: with both, whatever is no arithmetic is
         Python.
         """
-        tools = self.ask.tools
+        tools = self.asked.tools
         sums = "calculator" in tools and ("python" not in tools or not calculator(code).startswith("error: "))
         name = "calculator" if sums else "python"
         arguments = json.dumps({tools[name]: code}, ensure_ascii=False)
@@ -132,17 +133,18 @@ class Reply:
 class ResponseBuilder:
     """The bodies of one HTTP response: `whole` for a plain one, `first`, `chunk`, `last` and `usage` for a stream."""
 
-    def __init__(self, ask: Ask, model: str, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer):
-        self.ask, self.model, self.prompt_tokens = ask, model, sum(map(len, prompts))
+    def __init__(self, asked: Asked, model: str, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer):
+        self.asked, self.model, self.prompt_tokens = asked, model, sum(map(len, prompts))
         self.tokenizer, self.name = tokenizer, cache(tokenizer.name)
         # a text's bos is ours
-        self.echoes = [
-            Echo(tokenizer, ids[isinstance(given, str) :]) if ask.echo else None
-            for given, ids in zip(ask.prompt, prompts)
-        ]
+        self.echoes: list[Echo | None] = [None] * len(prompts)
+        if isinstance(asked, CompletionRequest) and asked.echo:
+            self.echoes = [Echo(tokenizer, ids[isinstance(p, str) :]) for p, ids in zip(asked.prompt, prompts)]
         specials = frozenset(tokenizer.specials.values())
-        self.replies = [Reply(ask, specials, echo) for echo in self.echoes for _ in range(ask.n)]  # n for each prompt
-        self.id, self.created = f"{'chatcmpl' if ask.chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
+        self.replies = [
+            Reply(asked, specials, echo) for echo in self.echoes for _ in range(asked.n)
+        ]  # n for each prompt
+        self.id, self.created = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
 
     @property
     def done(self) -> bool:
@@ -151,7 +153,7 @@ class ResponseBuilder:
     def whole(self) -> dict[str, Any]:
         choices = []
         for i, reply in enumerate(self.replies):
-            said = {"message": self._message(reply)} if self.ask.chat else {"text": reply.text}
+            said = {"message": self._message(reply)} if self.asked.chat else {"text": reply.text}
             choices.append(
                 {"index": i, **said, "logprobs": self._logprobs(reply.tokens), "finish_reason": reply.finish}
             )
@@ -160,19 +162,19 @@ class ResponseBuilder:
     def first(self) -> list[dict[str, Any]]:
         """Chunks before any text: who speaks."""
         said = {"role": "assistant", "content": ""}
-        return [self.chunk(i, said) for i in range(len(self.replies))] if self.ask.chat else []
+        return [self.chunk(i, said) for i in range(len(self.replies))] if self.asked.chat else []
 
     def chunk(self, i: int, delta: dict[str, Any], tokens: Tokens = (), finish: str | None = None) -> dict[str, Any]:
-        said = {"delta": delta} if self.ask.chat else {"text": delta.get("content", "")}
+        said = {"delta": delta} if self.asked.chat else {"text": delta.get("content", "")}
         choice = {"index": i, **said, "logprobs": self._logprobs(tokens) if tokens else None, "finish_reason": finish}
-        return self._body("chat.completion.chunk", [choice]) | ({"usage": None} if self.ask.include_usage else {})
+        return self._body("chat.completion.chunk", [choice]) | ({"usage": None} if self.asked.include_usage else {})
 
     def last(self, i: int) -> dict[str, Any]:
         return self.chunk(i, {}, finish=self.replies[i].finish)
 
     def usage(self) -> list[dict[str, Any]]:
         """The chunk after all others, where it was asked for."""
-        return [self._body("chat.completion.chunk", []) | {"usage": self.tokens()}] if self.ask.include_usage else []
+        return [self._body("chat.completion.chunk", []) | {"usage": self.tokens()}] if self.asked.include_usage else []
 
     def tokens(self) -> dict[str, Any]:
         made = sum(reply.count for reply in self.replies)
@@ -180,11 +182,11 @@ class ResponseBuilder:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": made,
             "total_tokens": self.prompt_tokens + made,
-            "prompt_tokens_details": {"cached_tokens": sum(reply.cached for reply in self.replies[:: self.ask.n])},
+            "prompt_tokens_details": {"cached_tokens": sum(reply.cached for reply in self.replies[:: self.asked.n])},
         }
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = kind if self.ask.chat else "text_completion"
+        kind = kind if self.asked.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _message(self, reply: Reply) -> dict[str, Any]:
@@ -196,9 +198,9 @@ class ResponseBuilder:
         return message
 
     def _logprobs(self, tokens: Tokens) -> dict[str, Any] | None:
-        if self.ask.logprobs < 0:
+        if self.asked.alternatives < 0:
             return None
-        if self.ask.chat:
+        if self.asked.chat:
             entries = [
                 self._entry(t.token, t.logprob) | {"top_logprobs": [self._entry(*top) for top in t.top]} for t in tokens
             ]

@@ -14,8 +14,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanolab.cli import UserError
-from nanolab.serving.gate import CLOSE, RETRY_AFTER, failed
-from nanolab.serving.openai import ApiError
+from nanolab.serving.errors import CLOSE, RETRY_AFTER, ApiError
 from nanolab.serving.worker import ModelServer
 
 MAX_CONNECTIONS = 512  # at once, or half of the files that the process may open if that is less; those beyond get 503
@@ -54,14 +53,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            self.app = failed(
-                ApiError(
-                    503,
-                    "too many connections at once; try again",
-                    code="too_many_connections",
-                    headers=RETRY_AFTER | CLOSE,
-                )
-            )
+            full = "too many connections at once; try again"
+            self.app = ApiError(503, full, code="too_many_connections", headers=RETRY_AFTER | CLOSE).response
         self.wait()
 
     def data_received(self, data: bytes) -> None:

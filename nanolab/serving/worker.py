@@ -1,7 +1,7 @@
-"""Worker threads: one per replica runs its engine; one queue stands in front of all replicas of a model.
+"""Worker threads: each replica of a model runs its engine in a thread; all replicas share one queue.
 
-Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens
-over. No lock is held while an engine computes, so that the event loop never waits for one."""
+Requests come from the event loop's thread and tokens go back to it: one call of `post` after each step. No lock is held
+while an engine computes, so that the event loop never waits for one."""
 
 import logging
 import threading
@@ -14,6 +14,7 @@ import torch
 
 from nanolab.inference.engine import Engine, Request, TokenOutput
 from nanolab.runtime import out_of_memory
+from nanolab.serving.errors import RETRY_AFTER, ApiError, broken, draining, overloaded
 
 log = logging.getLogger(__name__)
 
@@ -22,27 +23,15 @@ FAILURES = 20
 # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
 Post = Callable[..., Any]
 # (row of the submission, its next token, or why there will be none)
-Deliver = Callable[[int, "TokenOutput | Exception"], None]
+Deliver = Callable[[int, "TokenOutput | ApiError"], None]
 
 
-class Overloaded(Exception):
-    """There is no room in the queue."""
-
-
-class Draining(Exception):
-    """The server is about to leave and takes nothing new."""
-
-
-class Broken(Exception):
-    """The engine's thread has died of an error; the text is the error."""
-
-
-class RowFailed(Exception):
+class RowFailed(ApiError):
     """This row gets no further token; the engine goes on. code: out_of_memory, non_finite_logits or engine_failed."""
 
-    def __init__(self, code: str, text: str):
-        super().__init__(text)
-        self.code = code
+    def __init__(self, code: str, why: str):
+        memory = code == "out_of_memory"
+        super().__init__(503 if memory else 500, why, code=code, headers=RETRY_AFTER if memory else None)
 
 
 class Pending:
@@ -58,10 +47,10 @@ class Pending:
         self.number = -1
         self.done = False
 
-    def hand_over(self, item: "TokenOutput | Exception") -> None:
+    def hand_over(self, item: "TokenOutput | ApiError") -> None:
         """Called in the submitting thread."""
         if not self.done:
-            self.done = isinstance(item, Exception) or item.finish is not None
+            self.done = isinstance(item, ApiError) or item.finish is not None
             self.deliver(self.index, item)
 
 
@@ -89,8 +78,8 @@ class ModelServer:
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Pending]:
         """Queue all of these rows or none. `deliver` is called, in the thread that `post` calls in, for every token.
 
-        Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is
-        left."""
+        Raises UserError for a request that the engine would refuse, and ApiError: queue_full, draining, engine_failed
+        when no replica is left."""
         for request in requests:
             request.check(self.limit)
         with self.changed:
@@ -103,11 +92,11 @@ class ModelServer:
     def admit(self, rows: int) -> None:
         """Raise what `submit` would for so many rows."""
         if self.draining:
-            raise Draining
+            raise draining()
         if not self.alive:
-            raise Broken("; ".join(self.errors))
+            raise broken("; ".join(self.errors))
         if self.running + len(self.queue) + rows > self.places:
-            raise Overloaded
+            raise overloaded()
 
     def cancel(self, jobs: Sequence[Pending]) -> bool:
         """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going
@@ -197,7 +186,7 @@ class Replica(threading.Thread):
         ]
         if any(new.finish for new in step):
             self.failures = 0
-        self._drop([job for job, new in out if isinstance(new, Exception) or new.finish])
+        self._drop([job for job, new in out if isinstance(new, ApiError) or new.finish])
         self._post(out)
 
     def _recover(self, error: Exception) -> None:
@@ -228,7 +217,7 @@ class Replica(threading.Thread):
         with served.changed:
             served.changed.wait_for(lambda: served.stopping or self.jobs or (served.queue and self._is_next))
             if served.stopping:
-                self._post([(job, Draining()) for job in (*self.jobs, *served.queue)])
+                self._post([(job, draining()) for job in (*self.jobs, *served.queue)])
                 self.jobs.clear()
                 served.queue.clear()
                 return False
@@ -260,7 +249,7 @@ class Replica(threading.Thread):
     def _is_next(self) -> bool:
         return len(self.jobs) == min(len(replica.jobs) for replica in self.served.alive)
 
-    def _post(self, out: Sequence[tuple[Pending, "TokenOutput | Exception"]]) -> None:
+    def _post(self, out: Sequence[tuple[Pending, "TokenOutput | ApiError"]]) -> None:
         if out:
             self.served.post(hand_over, out)
 
@@ -274,13 +263,13 @@ class Replica(threading.Thread):
                 jobs += served.queue
                 served.queue.clear()
             served.changed.notify_all()
-        self._post([(job, Broken(self.error)) for job in jobs])
+        self._post([(job, broken(self.error)) for job in jobs])
 
 
 def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def hand_over(out: Sequence[tuple[Pending, "TokenOutput | Exception"]]) -> None:
+def hand_over(out: Sequence[tuple[Pending, "TokenOutput | ApiError"]]) -> None:
     for job, item in out:
         job.hand_over(item)

@@ -15,9 +15,9 @@ from nanolab.data.packing import PackedBatches, validation_rows
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.chatcore import MEMBERS, chatcore
+from nanolab.inference.calculator import calculator
 from nanolab.inference.engine import Engine
 from nanolab.inference.sandbox import walls
-from nanolab.inference.tools import calculator
 from nanolab.model.gpt import GPT
 from nanolab.records.checkpoint import load_meta
 from nanolab.records.models import ModelRef, find_model, read_metrics

@@ -21,10 +21,10 @@ from nanolab.cli import UserError, to_json
 from nanolab.data.chat import render, render_prompt
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.calculator import calculator
 from nanolab.inference.commands import COMMANDS
 from nanolab.inference.dialogue import Dialogue, as_written
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.tools import calculator
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.calculator import calculator
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import SamplingState, choose, row_generators
-from nanolab.inference.tools import calculator
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime

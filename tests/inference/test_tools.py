@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.data.turn import TurnParser
-from nanolab.inference.tools import MAX_DIGITS, TOOLS, ToolUse, calculator
+from nanolab.inference.calculator import MAX_DIGITS, calculator
+from nanolab.inference.tools import TOOLS, ToolUse
 
 GSM8K = Path(__file__).parents[3] / "shared/data/eval/gsm8k/test.jsonl"
 BINARY = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanolab.data.chat import render, render_prompt, template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
-from nanolab.serving.openai import messages as of_the_server
+from nanolab.serving.messages import read_messages as of_the_server
 
 pytestmark = pytest.mark.fault("S12")
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3

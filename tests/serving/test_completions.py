@@ -18,9 +18,9 @@ from nanolab.inference.engine import TokenOutput
 from nanolab.inference.sampling import Choice
 from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
-from nanolab.serving.gate import as_json
-from nanolab.serving.openai import Ask
+from nanolab.serving.errors import as_json
 from nanolab.serving.reply import ResponseBuilder
+from nanolab.serving.schemas import CompletionRequest
 
 HI = [{"role": "user", "content": "hi"}]
 TEXT = "é 🙂 hello, plain words"
@@ -176,9 +176,9 @@ def test_stop_strings_are_looked_for_in_the_reply_alone(complete):
     assert (cut.text, cut.finish_reason, cut.logprobs.tokens) == ("a\0b", "stop", ["a", "\0", "b"])
 
 
-def told(tok: Tokenizer, ask: Ask, prompt: list[int], reply: list[int], finish: str) -> dict:
+def told(tok: Tokenizer, asked: CompletionRequest, prompt: list[int], reply: list[int], finish: str) -> dict:
     """The choice of an answer whose row had these tokens."""
-    answer = ResponseBuilder(ask, "m", [prompt], tok)
+    answer = ResponseBuilder(asked, "m", [prompt], tok)
     scores = [Choice(i, -1.0, ((i, -1.0),)) for i in prompt]
     for new in outputs(tok, answer, reply, finish):
         answer.replies[0].push(new._replace(scores=scores))
@@ -188,9 +188,11 @@ def told(tok: Tokenizer, ask: Ask, prompt: list[int], reply: list[int], finish: 
 def test_a_character_may_begin_in_the_prompt_and_end_in_the_reply(tok):
     first, *others = "🙂".encode()
     prompt = [tok.bos, *tok.encode("a"), first, others[0]]
-    choice = told(tok, Ask([prompt], echo=True, logprobs=1), prompt, [*others[1:], ord("!")], "length")
+    choice = told(
+        tok, CompletionRequest(prompt=prompt, echo=True, logprobs=1), prompt, [*others[1:], ord("!")], "length"
+    )
     assert choice["text"] == "a🙂!" and choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 1, 2]
-    assert told(tok, Ask([prompt], echo=True, max_tokens=0), prompt, [5], "length")["text"] == "a"
+    assert told(tok, CompletionRequest(prompt=prompt, echo=True, max_tokens=0), prompt, [5], "length")["text"] == "a"
 
 
 @pytest.mark.parametrize("finish", ["length", "stop"])
@@ -199,9 +201,9 @@ def test_a_reply_has_logprobs_for_its_last_token_too_whatever_that_is(tok, finis
     own.
     """
     for last in (tok.bos, tok.special("<|user_end|>"), "é".encode()[0], ord("x")):
-        found = told(tok, Ask(["x"], logprobs=1, echo=True, max_tokens=1), [tok.bos, ord("x")], [last], finish)[
-            "logprobs"
-        ]
+        found = told(
+            tok, CompletionRequest(prompt="x", logprobs=1, echo=True, max_tokens=1), [tok.bos, ord("x")], [last], finish
+        )["logprobs"]
         assert found["tokens"] == ["x", tok.name(last)] and found["token_logprobs"] == [None, -1.0]
 
 
@@ -285,7 +287,7 @@ def test_every_token_has_its_own_name_and_its_own_logprob(tok):
         k = 20
         for token in range(V):
             top = tuple(((token + j) % V, -1.0 - j) for j in range(k))
-            answer = ResponseBuilder(Ask(["x"], logprobs=k), "m", [[tokenizer.bos, 1]], tokenizer)
+            answer = ResponseBuilder(CompletionRequest(prompt="x", logprobs=k), "m", [[tokenizer.bos, 1]], tokenizer)
             answer.replies[0].push(TokenOutput(0, token, -1.0, "length", top=top, offset=0))
             found = answer.whole()["choices"][0]["logprobs"]
             assert (

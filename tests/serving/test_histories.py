@@ -16,8 +16,10 @@ from turns import outputs
 from nanolab.data.chat import check_messages, render_prompt
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.serving.openai import ApiError, Ask, messages, read_chat
+from nanolab.serving.errors import ApiError
+from nanolab.serving.messages import read_messages
 from nanolab.serving.reply import ResponseBuilder
+from nanolab.serving.schemas import read_chat
 
 CHAT = "/v1/chat/completions"
 
@@ -32,8 +34,8 @@ def tok(runs) -> Tokenizer:
 @pytest.mark.fault("S4")
 @pytest.mark.parametrize(("name", "given"), HISTORIES, ids=[name for name, _ in HISTORIES])
 def test_the_model_reads_what_training_would_render(tok, name, given):
-    assert render_prompt(tok, messages(given)) == render_prompt(tok, STRICT[name])
-    assert messages(messages(given)) == messages(given)
+    assert render_prompt(tok, read_messages(given)) == render_prompt(tok, STRICT[name])
+    assert read_messages(read_messages(given)) == read_messages(given)
 
 
 def test_the_strict_forms_are_strict():
@@ -118,18 +120,18 @@ texts = st.sampled_from(["plain", " ", "\n", "é", "12+30", "a"]).map(lambda tex
 def test_any_reply_is_taken_back(tok, found, tools, finish):
     ids = [i for piece in found for i in ([tok.special(f"<|{piece}|>")] if isinstance(piece, str) else list(piece))]
     question, following = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
-    ask = Ask([question], tools={"calculator": "expression"} if tools else {})
-    answer = ResponseBuilder(ask, "m", [[1]], tok)
+    offered = [{"type": "function", "function": {"name": "calculator"}}] if tools else []
+    answer = ResponseBuilder(read_chat({"messages": [question], "tools": offered}), "m", [[1]], tok)
     for new in outputs(tok, answer, ids, finish):
         answer.replies[0].push(new)
     said = json.loads(json.dumps(answer.whole()["choices"][0]["message"]))
     for back in (said, {"role": "assistant", "content": said["content"]}):
-        turns = messages([question, back, following])
+        turns = read_messages([question, back, following])
         assert turns[0]["content"].startswith("a") and turns[-1]["content"].endswith("b") and render_prompt(tok, turns)
     if calls := said.get("tool_calls"):
         assert answer.replies[0].finish == "tool_calls" and len(calls) == 1
         output = {"role": "tool", "tool_call_id": calls[0]["id"], "content": "7"}
-        assert messages([question, said, output])[-1]["content"][-1] == {"type": "python_output", "text": "7"}
+        assert read_messages([question, said, output])[-1]["content"][-1] == {"type": "python_output", "text": "7"}
 
 
 def test_the_log_holds_what_training_reads(start_server, tmp_path, capfd):

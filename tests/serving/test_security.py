@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from nanolab.cli import UserError
 from nanolab.serving import api, server
 from nanolab.serving.config import ServeConfig
-from nanolab.serving.gate import Gate, find_key
+from nanolab.serving.security import SecurityMiddleware, find_key
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -197,7 +197,7 @@ def test_a_reverse_proxy_in_front_of_a_server_for_this_machine():
     def let_in(host: str, origin: str = "") -> bool:
         return gate.refusal("/health", Headers({"host": host} | ({"origin": origin} if origin else {}))) is None
 
-    gate = Gate(None, ServeConfig(allowed_hosts="chat.example.com,other.example:8443"))
+    gate = SecurityMiddleware(None, ServeConfig(allowed_hosts="chat.example.com,other.example:8443"))
     assert (
         let_in("chat.example.com") and let_in("localhost") and not let_in("192.168.7.7") and not let_in("evil.example")
     )
@@ -209,9 +209,9 @@ def test_a_reverse_proxy_in_front_of_a_server_for_this_machine():
     assert not let_in("127.0.0.1:8000", "https://other.example") and not let_in(
         "chat.example.com", "https://evil.example"
     )
-    gate = Gate(None, ServeConfig(allowed_hosts="*"))
+    gate = SecurityMiddleware(None, ServeConfig(allowed_hosts="*"))
     assert let_in("any.example:1", "http://any.example:1") and not let_in("any.example", "http://evil.example")
-    gate = Gate(None, ServeConfig(host="0.0.0.0"))
+    gate = SecurityMiddleware(None, ServeConfig(host="0.0.0.0"))
     assert let_in("192.168.7.7:8000") and not let_in("evil.example")
 
 
@@ -233,7 +233,7 @@ def test_a_reverse_proxy_in_front_of_a_server_for_this_machine():
 )
 def test_mistakes_in_names_are_told_at_the_start(flags, wrong, typed):
     with pytest.raises(UserError) as error:
-        Gate(None, ServeConfig(**flags))
+        SecurityMiddleware(None, ServeConfig(**flags))
     assert error.value.code == wrong and f"type {typed}" in str(error.value)
 
 

@@ -74,11 +74,11 @@ def test_health_answers_during_generation(live):
 def counted(live, status: str) -> int:
     """Answers of the endless model so far; the server is shared with other tests."""
     found = re.findall(
-        rf'^nanolab_requests_total{{model="endless",route="/v1/completions",status="{status}"}} ([0-9]+)$',
+        rf'^nanolab_requests_total{{model="endless",route="/v1/completions",status="{status}"}} ([0-9.]+)$',
         live.http.get("/metrics").text,
         re.M,
     )
-    return sum(map(int, found))
+    return int(sum(map(float, found)))
 
 
 def test_beyond_the_queue_everybody_is_refused_at_once(live):

@@ -12,12 +12,12 @@ from nanolab.serving.reply import ResponseBuilder
 
 def outputs(tok: Tokenizer, answer: ResponseBuilder, ids: Sequence[int], finish: str | None) -> Iterator[TokenOutput]:
     """The row of the answer's first choice, which takes `ids` and ends with the last of them as `finish` says."""
-    ask, echo = answer.ask, answer.echoes[0]
+    asked, echo = answer.asked, answer.echoes[0]
     request = Request(
         (tok.bos,),
-        stop=ask.stop,
+        stop=tuple(asked.stop),
         stop_ids=(),
-        parse="turn" if ask.chat else "text",
+        parse="turn" if asked.chat else "text",
         begun=echo.unfinished if echo else b"",
     )
     row = Row(0, request, tok, tok.vocab_size, 10**9, torch.device("cpu"))

@@ -20,7 +20,7 @@ from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, render, text_of
 from nanolab.data.formats import write_documents
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.tools import calculator
+from nanolab.inference.calculator import calculator
 from tasks.documentation import Entry, entries_of
 from tasks.identity import FIELDS, TOPICS, cores, endings, sentence
 from tasks.sentences import ENDINGS, EVENTS, EXPRESSIONS, PROBLEM_QUESTIONS, SETTINGS, THINGS, VERB_PHRASES

@@ -1,42 +1,32 @@
-"""Who may come in, and what a browser may do with the page: Host, Origin and key checks, Content-Security-Policy; and
-JSON as responses.
+"""Host, Origin and key checks, and the page's Content-Security-Policy.
 
-A browser can be led to this server by any web page. Other origins cannot read answers (no CORS), cannot send JSON
-without a preflight, and are refused by their Origin header or Sec-Fetch-Site. A name that its owner points at this
-machine (DNS rebinding) is told apart by the Host header: an IP address there cannot be rebound, a DNS name has to be
-known."""
+Any web page can make a browser send requests to this server. Other origins cannot read responses (no CORS), cannot send
+JSON without a preflight, and are refused by their Origin header or Sec-Fetch-Site. DNS rebinding is caught by the Host
+header: an IP address there cannot be rebound, a DNS name has to be known."""
 
 import base64
 import hashlib
 import hmac
 import ipaddress
-import json
 import os
 import re
 import socket
-from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanolab.cli import UserError
 from nanolab.serving.config import ServeConfig
-from nanolab.serving.openai import ApiError
-from nanolab.serving.worker import Broken, Draining, Overloaded, RowFailed
+from nanolab.serving.errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEPT_BY_KEY = ("/v1/", "/metrics")  # what needs the key, where there is one
-RETRY_AFTER = {"Retry-After": "1"}  # seconds
-CLOSE = {"Connection": "close"}  # the rest of what the client sends is not read
 PORTS = {"http": 80, "https": 443}
 
 
-class Gate:
-    """ASGI middleware: refuses Host names that are not this server's, requests that another site's page makes, and /v1
-    without the key.
-    """
+class SecurityMiddleware:
+    """ASGI middleware: refuses unknown Host names, requests from pages of other sites, and /v1 without the key."""
 
     def __init__(self, app: ASGIApp, cfg: ServeConfig):
         self.app, self.key = app, find_key(cfg)
@@ -50,7 +40,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self.refusal(scope["path"], Headers(scope=scope))):
-            return await failed(error)(scope, receive, send)
+            return await error.response(scope, receive, send)
         await self.app(scope, receive, send)
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
@@ -201,43 +191,3 @@ def page_headers(html: str) -> dict[str, str]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-
-
-def as_json(body: Any) -> bytes:
-    """One line by every reader's count: JSON itself escapes control characters, and these three separators are escaped
-    here.
-    """
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    for separator in "\x85\u2028\u2029":
-        text = text.replace(separator, f"\\u{ord(separator):04x}")
-    return text.encode("utf-8", "replace")  # a client's half surrogates, quoted in an error, are not UTF-8
-
-
-def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(as_json(body), status, headers, "application/json")
-
-
-def failed(error: ApiError) -> Response:
-    return reply(error.body, error.status, error.headers)
-
-
-def refusal(error: Exception) -> ApiError:
-    """What a client is told of an error of the workers; an ApiError is told as it is."""
-    match error:
-        case Overloaded():
-            return ApiError(
-                429, "too many requests at once: the queue is full; try again", code="queue_full", headers=RETRY_AFTER
-            )
-        case Draining():
-            return ApiError(503, "the server is about to leave", code="draining", headers=RETRY_AFTER)
-        case Broken():
-            return ApiError(
-                500, f"generation has failed ({error}); the server has to be started again", code="engine_failed"
-            )
-        case RowFailed(code="out_of_memory"):
-            return ApiError(503, f"{error}; try again", code="out_of_memory", headers=RETRY_AFTER)
-        case RowFailed():
-            return ApiError(500, str(error), code=error.code)
-        case ApiError():
-            return error
-    raise error
