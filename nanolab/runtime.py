@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanolab.cli import UserError
+from nanolab.files import write_text
 from nanolab.terminal import harmless
 
 T = TypeVar("T")
@@ -338,10 +339,7 @@ def cpu_gflops() -> dict[str, float]:
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         known[key] = _measure_gflops()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = path.with_suffix(f".tmp{os.getpid()}")
-        temp.write_text(json.dumps(known, indent=1))
-        temp.replace(path)
+        write_text(path, json.dumps(known, indent=1))
     return known[key]
 
 

@@ -307,7 +307,7 @@ def write(folder: Path, result: dict) -> None:
     """eval_base.json, with what earlier evaluations found beside it; and CORE as CSV, which is of the same weights."""
     from nanolab.evals.core import csv_lines
     from nanolab.evals.record import merge_base
-    from nanolab.records.checkpoint import write_text
+    from nanolab.files import write_text
     from nanolab.records.models import read_json
 
     path, table = folder / "eval_base.json", folder / "eval_base.csv"

@@ -82,7 +82,7 @@ def evaluate(cfg: ChatEvalConfig, rt) -> int:
 def write(path: Path, result: dict) -> dict:
     """The file with `result` beside what it held; the whole of it."""
     from nanolab.evals.record import merge_chat
-    from nanolab.records.checkpoint import write_text
+    from nanolab.files import write_text
     from nanolab.records.models import read_json
 
     whole = merge_chat(read_json(path) if path.exists() else {}, result)

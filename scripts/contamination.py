@@ -18,8 +18,8 @@ def run(cfg: ContaminationConfig) -> int:
             "no evaluation set is given; expected a .jsonl file or the folder of a bundle; type --eval-set PATH"
         )
     from nanolab.data.corpus import open_data
-    from nanolab.data.formats import write_atomically
     from nanolab.evals.contamination import Search, read_sets
+    from nanolab.files import write_text
     from nanolab.runtime import base_dir
 
     sets, broken = read_sets(cfg.eval_set)
@@ -40,8 +40,8 @@ def run(cfg: ContaminationConfig) -> int:
         "broken": broken,
     }
     output = Path(cfg.out).expanduser() if cfg.out else base_dir() / "contamination" / Path(cfg.eval_set).resolve().stem
-    write_atomically(output / "contaminated.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(output / "contamination.json", as_json(document, "contamination.json", indent=1) + "\n")
+    write_text(output / "contaminated.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(output / "contamination.json", as_json(document, "contamination.json", indent=1) + "\n")
     print(*table(document), f"written: {output}", sep="\n")
     if cfg.json:
         print(as_json(document, "the result"))

@@ -35,7 +35,7 @@ DID = {
 
 def run(cfg: ReportConfig) -> int:
     from nanolab.evals.card import card, chain
-    from nanolab.records.checkpoint import write_text
+    from nanolab.files import write_text
     from nanolab.records.models import find_model
 
     if cfg.price_per_hour < 0:

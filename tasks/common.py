@@ -258,11 +258,11 @@ def revision_of(task: Task, source: Source) -> str | None:
     """
     if source.revision:
         return source.revision
-    from nanolab.data.formats import locked, write_atomically
+    from nanolab.files import locked, write_text
     from nanolab.runtime import base_dir
 
     path = base_dir() / "revisions.json"
-    with locked("revisions"):
+    with locked(path):
         known = json.loads(path.read_text()) if path.exists() else {}
         if source.repo not in known:
             import huggingface_hub
@@ -274,7 +274,7 @@ def revision_of(task: Task, source: Source) -> str | None:
                     .dataset_info(source.repo, timeout=30)
                     .sha
                 )
-                write_atomically(path, json.dumps(known, indent=1) + "\n")
+                write_text(path, json.dumps(known, indent=1) + "\n")
             except (OSError, ValueError, HTTPError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 task.notes.append(

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanolab.records.checkpoint import write_text  # noqa: E402
+from nanolab.files import write_text  # noqa: E402
 from nanolab.records.environment import git_commit  # noqa: E402
 from nanolab.records.models import read_metrics  # noqa: E402
 

@@ -25,12 +25,11 @@ from nanolab.data.formats import (
     find_files,
     index_file,
     iter_block,
-    locked,
     read_block,
-    write_atomically,
     write_documents,
 )
 from nanolab.data.kept import Pinned
+from nanolab.files import locked, write_text
 from nanolab.runtime import base_dir, print0, progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
@@ -202,7 +201,7 @@ def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
             "documents": len(texts),
             "drawn_from": {f: hashes[f] for f in drawn_from},
         }
-        write_atomically(manifest, json.dumps(pinned, indent=1))
+        write_text(manifest, json.dumps(pinned, indent=1))
     pinned = json.loads(manifest.read_text())
     advice = f"to draw new validation text type: rm -r {folder} (or name a file with --val-data)"
     if not val.exists() or index_file(val)[0] != pinned["sha256"]:
@@ -329,7 +328,7 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned |
                 f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files"
             )
         with locked(
-            f"corpora/{_key(local) if local else name}.index"
+            base_dir() / "corpora" / f"{_key(local) if local else name}.index"
         ):  # ranks of one job take turns: the first does the work
             for path in progress(train, f"indexing {name}"):
                 index_file(path)

@@ -7,14 +7,12 @@ memory nor read twice. A long line of a text file is cut into documents, and a l
 memory does not depend on either."""
 
 import codecs
-import fcntl
 import hashlib
 import io
 import json
 import os
 import shlex
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ import pyarrow.parquet as pq
 from nanolab.cli import UserError
 from nanolab.data.encoding import HEAD, check_utf8
 from nanolab.data.kinds import check_kind, recognise
+from nanolab.files import replacing, sha256_file, write_text
 from nanolab.runtime import base_dir, print0
 
 INDEX_FORMAT = 2
@@ -446,42 +445,14 @@ def read_block(block: Block) -> Sequence[str | None]:
     return texts
 
 
-def sha256_file(path: Path) -> str:
-    h = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a small text file so that no reader ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(content)
-    os.replace(temporary, path)
-
-
 def write_documents(path: Path, texts: Sequence[str], **columns: Sequence[str]) -> str:
     """Write a parquet file with `texts` as its column text, in row groups of 1,024; returns its sha256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     table = pa.table(
         {"text": pa.array(texts, pa.string()), **{k: pa.array(v, pa.string()) for k, v in columns.items()}}
     )
-    pq.write_table(table, temporary, row_group_size=BLOCK_DOCUMENTS, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as fresh:
+        pq.write_table(table, fresh, row_group_size=BLOCK_DOCUMENTS, compression="zstd")
     return sha256_file(path)
-
-
-@contextmanager
-def locked(name: str) -> Iterator[None]:
-    """One process at a time: the others wait here. `name` is a path under the base directory."""
-    path = base_dir() / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def index_file(path: Path) -> Index:
@@ -522,7 +493,7 @@ def index_file(path: Path) -> Index:
             "marks": counts["marks"],
         }
         entry["blocks"] = [list(b[1:]) for b in blocks]
-        write_atomically(cache, json.dumps(entry))
+        write_text(cache, json.dumps(entry))
     blocks = [Block(path, *b) for b in entry["blocks"]]
     cut = "-cut" if any(block.kind.endswith("-cut") for block in blocks) else ""
     return Index(entry["sha256"] + cut, blocks, entry["bytes"], entry["marks"])

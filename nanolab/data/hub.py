@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanolab.cli import UserError
-from nanolab.data.formats import index_file, locked, sha256_file, write_atomically
+from nanolab.data.formats import index_file
+from nanolab.files import locked, sha256_file, write_text
 from nanolab.runtime import base_dir, print0, progress
 
 DEFAULT_SHARDS = 8  # training files of a first use without --num-shards
@@ -100,7 +101,7 @@ def _pin(name: str, corpus: HubCorpus, folder: Path) -> dict:
         "train": train,
         "files": {f: files[f] for f in train + val},
     }
-    write_atomically(folder / "manifest.json", json.dumps(manifest))
+    write_text(folder / "manifest.json", json.dumps(manifest))
     return manifest
 
 
@@ -230,7 +231,7 @@ def ensure(name: str, num_shards: int, workers: int) -> tuple[list[Path], list[P
     if not all(
         (folder / f).exists() for f in wanted
     ):  # a command that has all it wants does not wait for a larger download
-        with locked(f"corpora/{name}"):
+        with locked(folder):
             _complete(name, manifest, folder, wanted, workers)
     for f in wanted:
         if index_file(folder / f)[0] != manifest["files"][f]["sha256"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanolab.cli import UserError
-from nanolab.data.formats import write_atomically
+from nanolab.files import write_text
 
 
 class Documents(Protocol):
@@ -67,7 +67,7 @@ def keep(data: Data, folder: Path) -> None:
         }
         for i, (documents, weight) in enumerate(data.train)
     ]
-    write_atomically(folder / "files.json", json.dumps({"train": train, "validation": listing(data.val)}, indent=1))
+    write_text(folder / "files.json", json.dumps({"train": train, "validation": listing(data.val)}, indent=1))
 
 
 def listing(documents: Documents) -> list[list[str]]:

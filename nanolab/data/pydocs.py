@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
@@ -242,12 +241,13 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
     Once built the corpus stays as it is, whatever is installed later. Raises UserError when its files are damaged.
     """
     from nanolab.cli import UserError
-    from nanolab.data.formats import index_file, locked
+    from nanolab.data.formats import index_file
+    from nanolab.files import locked
     from nanolab.runtime import base_dir
 
     folder = base_dir() / "corpora" / "pydocs"
     if not (folder / "manifest.json").exists():
-        with locked("corpora/pydocs"):
+        with locked(folder):
             _build(folder, workers, hold_out)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     for name, sha in files.items():
@@ -259,6 +259,7 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
 
 def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> None:
     from nanolab.data.formats import write_documents
+    from nanolab.files import replacing
     from nanolab.runtime import print0
 
     if (folder / "manifest.json").exists():  # another process was faster
@@ -274,11 +275,9 @@ def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[
     train = [d for d in found if d[0] not in validation]
     for i in range(0, len(train), SHARD_DOCUMENTS):
         parts[f"shard_{i // SHARD_DOCUMENTS:05d}.parquet"] = train[i : i + SHARD_DOCUMENTS]
-    temporary = folder.with_name(f".pydocs.{os.getpid()}")
-    try:
+    with replacing(folder) as fresh:
         files = {
-            name: write_documents(temporary / name, [t for _, t in p], group=[g for g, _ in p])
-            for name, p in parts.items()
+            name: write_documents(fresh / name, [t for _, t in p], group=[g for g, _ in p]) for name, p in parts.items()
         }
         manifest = {
             "format": FORMAT,
@@ -286,7 +285,4 @@ def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[
             "bytes": sum(sizes.values()),
             "validation": sorted(validation),
         }
-        (temporary / "manifest.json").write_text(json.dumps({**manifest, **origin, "files": files}, indent=1))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (fresh / "manifest.json").write_text(json.dumps({**manifest, **origin, "files": files}, indent=1))

@@ -14,7 +14,6 @@ samples would prove nothing. Patterns other than the two below must cut all kind
 (`_check_pattern`)."""
 
 import json
-import os
 import re
 import unicodedata
 from itertools import groupby
@@ -27,6 +26,7 @@ from tokenizers import pre_tokenizers
 
 from nanolab.cli import UserError
 from nanolab.data.kinds import check_pointer
+from nanolab.files import write_text
 
 # Text is cut into pieces by the first alternative that matches; tokens never span pieces. In order: English
 # contractions; a run of letters with at most one other character before it (a space, a bracket); digits in groups of at
@@ -136,14 +136,8 @@ def to_json(bpe: BPE) -> dict[str, Any]:
 
 def write(bpe: BPE, folder: Path) -> Path:
     """Write `folder`/tokenizer.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    temp = folder / f".tokenizer.json.{os.getpid()}"
-    with open(temp, "w", encoding="utf-8") as file:
-        json.dump(to_json(bpe), file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
+    write_text(path, json.dumps(to_json(bpe), ensure_ascii=False, indent=1))
     return path
 
 

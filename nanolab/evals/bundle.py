@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.cli import UserError, nearest
-from nanolab.data.formats import sha256_file
 from nanolab.evals.icl import KINDS, Item
+from nanolab.files import sha256_file
 
 # Li et al., "DataComp-LM", arXiv 2406.11794, table 1 of the appendix on evaluation
 CORE = (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from safetensors import SafetensorError
 
 from nanolab.cli import UserError, as_json
+from nanolab.files import write_text
 from nanolab.records import checkpoint
 from nanolab.records.models import WEIGHTS_ONLY, ModelRef
 from nanolab.runtime import Runtime, print0
@@ -161,7 +162,7 @@ def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> lis
         ]
     folder.mkdir(parents=True, exist_ok=True)
     cells = [",".join("" if x is None else str(x) for x in row) for row in rows]
-    checkpoint.write_text(folder / f"curve_{name}.csv", "\n".join(["run,step,tokens,score,low,high", *cells]) + "\n")
+    write_text(folder / f"curve_{name}.csv", "\n".join(["run,step,tokens,score,low,high", *cells]) + "\n")
     curves: dict[str, list] = {}
     for run, _, tokens, score, low, high in rows:
         curves.setdefault(run, []).append((float(tokens), score, low, high))

@@ -4,7 +4,6 @@ global state.
 Colours are Okabe and Ito's (Color Universal Design, 2008), which people with any colour vision tell apart; each line
 also has a marker and a dash of its own, and its name stands beside its end, so that a grey copy can be read too."""
 
-import os
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanolab.cli import UserError
+from nanolab.files import replacing
 
 Point = tuple[float, float, float | None, float | None]  # x, score, low and high end of its interval
 
@@ -58,11 +58,12 @@ def draw(
             f"no point to draw into {path}; expected at least one checkpoint with a score; evaluate one first"
         )
     style, Figure = drawing()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    with style.context(
-        ["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]
-    ):  # not this machine's style
+    with (
+        replacing(path) as fresh,
+        style.context(
+            ["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]
+        ),  # not this machine's style
+    ):
         figure = Figure()
         axes = figure.add_subplot()
         names = [_run(axes, name, points, i, len(curves)) for i, (name, points) in enumerate(curves.items())]
@@ -71,10 +72,7 @@ def draw(
             axes.axhline(score, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         _axes(axes, [x for points in curves.values() for x, *_ in points], title, xlabel, ylabel)
         _names(figure, axes, [name._replace(text=textwrap.fill(name.text, NAME_CHARS)) for name in names])
-        figure.savefig(
-            temporary, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None
-        )
-    os.replace(temporary, path)
+        figure.savefig(fresh, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 

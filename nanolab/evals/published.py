@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from nanolab.cli import UserError
-from nanolab.data.formats import locked, sha256_file
 from nanolab.data.hub import TIMEOUT, fetch
+from nanolab.files import locked, sha256_file
 from nanolab.runtime import base_dir, print0
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -37,7 +37,7 @@ def ensure(where: str = "") -> Path:
         return folder
     folder = base_dir() / "eval_bundle"
     if not folder.exists():
-        with locked("eval_bundle"):  # ranks of one job take turns: the first does the work
+        with locked(folder):  # ranks of one job take turns: the first does the work
             if not folder.exists():
                 _download(folder)
     _check_pinned(folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.cli import UserError
-from nanolab.data.formats import sha256_file
 from nanolab.evals.bundle import TaskSpec, fingerprint, open_bundle, read_items
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.core import Core
@@ -15,6 +14,7 @@ from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada
 from nanolab.evals.icl import Encoder
 from nanolab.evals.likelihood import Reader
 from nanolab.evals.published import ensure
+from nanolab.files import sha256_file
 from nanolab.runtime import Runtime, print0
 
 VERSION = 1  # of prompts, tokens and decisions: raised by a change that makes other results of the same model and data

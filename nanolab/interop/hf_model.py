@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolab.cli import UserError
-from nanolab.data.formats import sha256_file
 from nanolab.data.kinds import check_pointer
+from nanolab.files import sha256_file
 from nanolab.interop.gpt2 import check_finite
 from nanolab.runtime import Runtime
 

@@ -10,9 +10,7 @@ at any moment leaves a hidden folder, which the next save removes. Training save
 a copy of the state in the host's memory alone, a thread does the rest. A folder of checkpoints has one writer at a time
 (the run directory's lock sees to that) and is shared by all ranks."""
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanolab.cli import UserError
+from nanolab.files import sha256_file, sync
 from nanolab.runtime import Runtime, print0
 
 FORMAT = 1
@@ -137,11 +136,11 @@ def _save(
             temp / "manifest.json",
             {"format": FORMAT, "step": step, "files": {k: v for part in parts for k, v in part.items()}},
         )
-        _sync(temp)
+        sync(temp)
         if final.exists():  # a damaged one of the same step, or the same step once more
             final.rename(root / f".tmp-replaced-{final.name}")
         temp.rename(final)
-        _sync(root)
+        sync(root)
 
     error = _attempt(open_folder, runtime.is_main, runtime)[1]
     if not error:
@@ -196,7 +195,7 @@ def verify(path: Path, only: Iterable[str] | None = None, deep: bool = True) -> 
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, expected {size}"
             )
-        if deep and _sha256(file) != digest:
+        if deep and sha256_file(file) != digest:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: the content of {name} is not what was saved (sha256 differs)"
             )
@@ -280,23 +279,6 @@ def remove_stale(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: after a crash it holds the old text or the new, never a part."""
-    temp = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temp, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temp.replace(path)
-    except OSError as error:
-        temp.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written: {error.strerror}; make room there, then type the same command again"
-        ) from error
-    _sync(path.parent)
-
-
 def _attempt(work: Callable[[], Any], mine: bool, runtime: Runtime) -> tuple[list[Any], str]:
     """Run `work` on the ranks where `mine`; every rank gets all results and the first error text ("" if none)."""
     result, error = None, ""
@@ -318,25 +300,8 @@ def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         mode = path.stat().st_mode
         save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, path)
         path.chmod(mode)  # safetensors would keep the file to its owner
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            digest.update(buffer[:n])
-    return digest.hexdigest()
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _rng_state(runtime: Runtime) -> dict[str, torch.Tensor]:

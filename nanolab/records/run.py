@@ -27,6 +27,7 @@ from nanolab.cli import UserError, as_json, not_read, to_json
 from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.files import write_text
 from nanolab.records import checkpoint
 from nanolab.records.environment import environment
 from nanolab.records.models import best_step, read_json, read_metrics, recorded, runs_dir
@@ -206,7 +207,7 @@ class Run:
     def drop_from(self, step: int) -> None:
         """Rewrite metrics.jsonl without the lines of `step` and later: a run resumed at `step` makes them again."""
         lines = [row for row in read_metrics(self.dir) if row["step"] < step]
-        checkpoint.write_text(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+        write_text(self.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
 
     def best_step(self) -> int | None:
         """The saved step with the lowest val/bpb so far, or None."""
@@ -215,8 +216,7 @@ class Run:
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json in one step and close. Called by every rank."""
         on_main(
-            self.runtime,
-            lambda: checkpoint.write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n"),
+            self.runtime, lambda: write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n")
         )
         self.close(result)
 
@@ -259,8 +259,8 @@ class Run:
         else:
             env = {**env, "wandb_id": secrets.token_hex(4), "resumes": []}
             self.drop_from(-1)
-        checkpoint.write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
-        checkpoint.write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
+        write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
+        write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
         # the reference's name for a run without wandb
         mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")
         self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config, read_metrics(self.dir))

@@ -17,8 +17,8 @@ from nanolab.cli import UserError
 from nanolab.data import hub
 from nanolab.data.config import DataConfig
 from nanolab.data.corpus import CORPORA, open_data
-from nanolab.data.formats import locked
 from nanolab.data.hub import HubCorpus
+from nanolab.files import locked
 
 REVISION = "1" * 40
 
@@ -159,7 +159,7 @@ def test_processes_share_one_download_and_wait_only_for_what_they_lack(server, b
     assert len({data.fingerprint for data in opened}) == 1
     assert sorted(server.gets) == [f"data/shard_{i}.parquet" for i in (0, 1, 5)]
     assert capsys.readouterr().out.count("downloading") == 1
-    with locked("corpora/toy"):  # somebody downloads more of it
+    with locked(base_dir / "corpora" / "toy"):  # somebody downloads more of it
         reader = pool.submit(toy, 2)
         wait([reader], timeout=20)
         assert reader.done()
