@@ -18,6 +18,7 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 LEVEL = {
     "presets": 0,
     "terminal": 0,
+    "tables": 0,
     "cli": 1,
     "files": 2,
     "runtime": 3,

@@ -8,11 +8,12 @@ import re
 import pytest
 
 from nanolab.cli import UserError, from_preset, parse
+from nanolab.lab.model_table import flag_text, layer_numbers, scaled
 from nanolab.model import accounting
 from nanolab.model.config import InspectConfig
 from nanolab.presets import PRESETS
 from nanolab.training.schedule import gpt_config
-from scripts.inspect import flag, numbers, run, scaled
+from scripts.inspect import run
 
 
 @pytest.fixture(autouse=True)
@@ -132,11 +133,11 @@ def test_a_model_that_cannot_work_is_refused():
 
 
 def test_words():
-    assert numbers([0]) == "0"
-    assert numbers([0, 1, 2, 3]) == "0-3"
-    assert numbers([0, 1, 2, 4, 5, 6, 8]) == "0-2, 4-6, 8"
-    assert numbers([3, 7, 11]) == "3, 7, 11"
-    assert numbers([1, 3, 5, 7]) == "1, 3, ..., 7"
+    assert layer_numbers([0]) == "0"
+    assert layer_numbers([0, 1, 2, 3]) == "0-3"
+    assert layer_numbers([0, 1, 2, 4, 5, 6, 8]) == "0-2, 4-6, 8"
+    assert layer_numbers([3, 7, 11]) == "3, 7, 11"
+    assert layer_numbers([1, 3, 5, 7]) == "1, 3, ..., 7"
     assert [scaled(n) for n in (12, 1234, 36_864, 5.5e6, 4.78e9, 2e12)] == [
         "12 ",
         "1.23 k",
@@ -145,9 +146,9 @@ def test_words():
         "4.78 G",
         "2 T",
     ]
-    assert [flag("smear", False), flag("norm_gain", True), flag("qk_gain", 1.0), flag("bias", "qkv")] == [
-        "--no-smear",
-        "--norm-gain",
-        "--qk-gain 1",
-        "--bias qkv",
-    ]
+    assert [
+        flag_text("smear", False),
+        flag_text("norm_gain", True),
+        flag_text("qk_gain", 1.0),
+        flag_text("bias", "qkv"),
+    ] == ["--no-smear", "--norm-gain", "--qk-gain 1", "--bias qkv"]

@@ -8,9 +8,10 @@ import shlex
 from nanolab.cli import from_preset, parse
 from nanolab.evals.card import sized, table
 from nanolab.evals.config import ChatEvalConfig
+from nanolab.lab.next_commands import next_commands
+from nanolab.lab.report import curve, readers
 from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import BaseTrainConfig, SFTConfig
-from scripts.report import curve, next_commands, readers
 from tasks import parse_mixture
 
 

@@ -20,6 +20,7 @@ from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.records import checkpoint
 from nanolab.records.models import ModelRef, read_json, read_metrics, runs_dir
+from nanolab.tables import markdown_table
 
 BPB = "bits per byte"
 NATS = "nats per supervised token"
@@ -299,7 +300,7 @@ def effects_table(found: dict[str, Any]) -> list[str]:
         cells = [cell(row, row["stages"].get(label)) for label in labels]
         baseline = [shown(row["baseline"], row["unit"]) if row["baseline"] else "-"] if with_baseline else []
         rows.append([name, *baseline, *cells])
-    return table(
+    return markdown_table(
         ["", *(["baseline"] if with_baseline else []), labels[0], *(f"after {label}" for label in labels[1:])], *rows
     )
 
@@ -401,7 +402,7 @@ def cost_table(found: dict[str, Any]) -> list[str]:
         "device-hours",
         *(["dollars"] if priced else []),
     ]
-    return table(["stage", "model", "steps", "tokens", *heads], *rows)
+    return markdown_table(["stage", "model", "steps", "tokens", *heads], *rows)
 
 
 def amount(value: float | None, form: str) -> str:
@@ -487,10 +488,6 @@ def flags_of(settings: dict[str, Any]) -> dict[str, Any]:
     default = {f.name: f.default for f in dataclasses.fields(ChatEvalConfig)}
     missed = not_read(ChatEvalConfig, default | settings)
     return {name: value for name, value in settings.items() if value != default[name] and name not in missed}
-
-
-def table(head: list[str], *rows: list[str]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def sized(n: float) -> str:

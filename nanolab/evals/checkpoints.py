@@ -17,6 +17,7 @@ from nanolab.files import write_text
 from nanolab.records import checkpoint
 from nanolab.records.models import WEIGHTS_ONLY, ModelRef
 from nanolab.runtime import Runtime, print0
+from nanolab.tables import interval_text, text_table
 
 RECORD = "eval_checkpoints.jsonl"
 T = TypeVar("T")
@@ -155,11 +156,12 @@ def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> lis
         return []
     rows = [(p.run, p.step, p.tokens, *mode.score(p.result)) for p in points]
     label = " / ".join(sorted({mode.ylabel(p.result) for p in points}))
-    lines = [f"{label}, over training", f"  {'run':<24}{'step':>8}{'tokens':>16}{'score':>10}  95 % interval"]
-    for run, step, tokens, score, low, high in rows:
-        lines += [
-            f"  {run:<24}{step:>8,}{tokens:>16,}{score:>10.4f}  " + ("" if low is None else f"{low:.4f} to {high:.4f}")
-        ]
+    cells = [
+        [run, f"{step:,}", f"{tokens:,}", f"{score:.4f}", interval_text(None if low is None else (low, high))]
+        for run, step, tokens, score, low, high in rows
+    ]
+    columns = {"run": "left", "step": "right", "tokens": "right", "score": "right", "95 % interval": "left"}
+    lines = [f"{label}, over training", *text_table(columns, cells)]
     folder.mkdir(parents=True, exist_ok=True)
     cells = [",".join("" if x is None else str(x) for x in row) for row in rows]
     write_text(folder / f"curve_{name}.csv", "\n".join(["run,step,tokens,score,low,high", *cells]) + "\n")

@@ -20,6 +20,7 @@ from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
 from nanolab.evals.likelihood import Reader, Score, common
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
+from nanolab.tables import interval_text, text_table
 
 RULES = ("sum", "per_token", "per_character", "per_byte")
 
@@ -125,18 +126,17 @@ def hellaswag_table(found: dict[str, Any]) -> list[str]:
         "per_character": "lowest loss per character (acc_norm of lm-evaluation-harness)",
         "per_byte": "lowest loss per byte (acc_bytes of lm-evaluation-harness)",
     }
-    lines = [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25"]
-    for rule, what in says.items():
-        low, high = found[rule]["interval"]
-        lines += [f"  {what:<64}{found[rule]['accuracy']:>8.4f}  {low:.4f} to {high:.4f}"]
-    return lines
+    rows = [
+        [what, f"{found[rule]['accuracy']:.4f}", interval_text(found[rule]["interval"])] for rule, what in says.items()
+    ]
+    columns = {"chosen by": "left", "accuracy": "right", "95 % interval": "left"}
+    return [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25", *text_table(columns, rows)]
 
 
 def lambada_table(found: dict[str, Any]) -> list[str]:
-    lines = [f"LAMBADA, {found['n']:,} items"]
-    for name, ends in (("accuracy", "interval"), ("perplexity", "perplexity_interval")):
-        lines += [
-            f"  {name:<20}{found[name]:>12,.4f}  "
-            + ("{:,.4f} to {:,.4f}".format(*found[ends]) if found[ends] else "of one item")
-        ]
-    return lines
+    rows = [
+        [name, f"{found[name]:,.4f}", interval_text(found[ends], ",.4f")]
+        for name, ends in (("accuracy", "interval"), ("perplexity", "perplexity_interval"))
+    ]
+    columns = {"": "left", "value": "right", "95 % interval": "left"}
+    return [f"LAMBADA, {found['n']:,} items", *text_table(columns, rows)]

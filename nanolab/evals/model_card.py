@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown, table
+from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown
 from nanolab.evals.hellaswag import RULES
 from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
@@ -18,6 +18,7 @@ from nanolab.model.config import GPTConfig, chosen
 from nanolab.records import checkpoint
 from nanolab.records.environment import git_commit
 from nanolab.records.models import ModelRef, runs_dir
+from nanolab.tables import markdown_table
 
 # kind -> (what a run of it did, what it learnt from, by its flags)
 DID = {
@@ -144,7 +145,7 @@ def shape(c: GPTConfig, tokenizer: Tokenizer, dtype: str) -> list[str]:
     return [
         "## What it is",
         "",
-        *table(
+        *markdown_table(
             ["", ""],
             ["layers, width, heads", f"{c.n_layer}, {c.n_embd}, {c.n_head}"],
             ["parameters", f"{n_params(c)['total']:,}"],
@@ -175,7 +176,9 @@ def history(stages: list[Stage], gap: str) -> list[str]:
         "",
         *(f"- {stage.label}: {made(stage)}" for stage in stages),
         "",
-        *table(["stage", "run and step", "tokens", "FLOPs", "training", "hardware", "nanolab's commit"], *rows),
+        *markdown_table(
+            ["stage", "run and step", "tokens", "FLOPs", "training", "hardware", "nanolab's commit"], *rows
+        ),
         "",
     ]
     notes = [gap] if gap else []
@@ -226,7 +229,7 @@ def quality(last: Stage, dtype: str) -> list[str]:
         ]
         for row, at in found
     ]
-    lines += [*table(["", "by guessing", "this model", "95 % interval"], *rows), ""]
+    lines += [*markdown_table(["", "by guessing", "this model", "95 % interval"], *rows), ""]
     if dtype != "fp32":
         lines += [f"All of this was measured before the weights were rounded to {dtype}.", ""]
     if last.text:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanolab.cli import UserError, as_json
-from nanolab.records.checkpoint import write_text
+from nanolab.files import write_text
 
 FILE = "rollouts.jsonl"
 UNWRITTEN = ("place", "length", "drawn")  # of a reply's record

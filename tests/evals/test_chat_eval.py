@@ -11,11 +11,12 @@ from nanolab.data.chat import parts_of, render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.score import wilson
+from nanolab.lab.evaluate_chat import chatcore_of, powers
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from scripts.chat_eval import powers, run, score
+from scripts.chat_eval import run
 from tasks import TASKS, build
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -289,8 +290,10 @@ def test_chatcore_counts_the_test_split_alone():
         {**row, "task": "mmlu", "baseline": 0.25},
         {**row, "split": "train", "accuracy": 0.9, "interval": [0.8, 1.0]},
     )
-    assert score({"gsm8k": row, "mmlu": other, "gsm8k:train": trained_on}) == score({"gsm8k": row, "mmlu": other})
-    assert score({"gsm8k:train": trained_on, "mmlu": other}) is None
+    assert chatcore_of({"gsm8k": row, "mmlu": other, "gsm8k:train": trained_on}) == chatcore_of(
+        {"gsm8k": row, "mmlu": other}
+    )
+    assert chatcore_of({"gsm8k:train": trained_on, "mmlu": other}) is None
 
 
 @pytest.mark.parametrize("k, shown", [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (9, [2, 4, 8, 9])])
@@ -329,7 +332,7 @@ def test_a_split_follows_a_file_with_a_colon_in_its_name(tmp_path):
     path.write_text(
         "".join(f'[{{"role":"user","content":"q{i}"}},{{"role":"assistant","content":"a"}}]\n' for i in range(9))
     )
-    from scripts.chat_eval import open_tasks
+    from nanolab.lab.evaluate_chat import open_tasks
 
     tasks, _ = open_tasks(ChatEvalConfig(tasks=f"jsonl={path}:all,arithmetic@9:train,arithmetic"))
     assert [(task.name, task.split, len(task)) for task in list(tasks.values())[:2]] == [

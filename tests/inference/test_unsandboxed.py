@@ -21,6 +21,7 @@ from nanolab.cli import UserError, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.inference import sandbox
+from nanolab.lab import evaluate_chat
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
@@ -228,10 +229,10 @@ def test_an_evaluation_of_all_tasks_leaves_those_out_that_would_run_code(world, 
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(world[0]))
     change(*MISSING["no landlock"][:2])
     tasks = {
-        name: chat_eval.open_tasks(ChatEvalConfig(tasks=name, data=world[1]))[0][name]
+        name: evaluate_chat.open_tasks(ChatEvalConfig(tasks=name, data=world[1]))[0][name]
         for name in ("humaneval", "arithmetic")
     }
-    kept, missing, said = chat_eval.with_walls(ChatEvalConfig(), tasks, {})
+    kept, missing, said = evaluate_chat.with_walls(ChatEvalConfig(), tasks, {})
     assert (
         list(kept) == ["arithmetic"]
         and list(missing) == ["humaneval"]

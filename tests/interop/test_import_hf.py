@@ -20,7 +20,7 @@ from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.inference.engine import Engine
-from nanolab.interop import export, gpt2, hf_model
+from nanolab.interop import export, gpt2, hf_model, import_gpt2
 from nanolab.interop.config import ImportConfig
 from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
@@ -177,7 +177,7 @@ def test_the_other_commands_take_it(published, tmp_path, capsys, monkeypatch):
 def test_published_sizes_are_presets(name):
     preset = from_preset(InspectConfig, name)
     c = gpt_config(preset, preset.vocab_size)
-    flags = import_hf.flags_of(c)
+    flags = import_gpt2.flags_like(c)
     assert (flags.preset, gpt_config(flags, c.vocab_size), flags.total_batch_size) == (name, c, 524288)
 
 
@@ -185,7 +185,7 @@ def test_published_sizes_are_presets(name):
 def test_other_sizes_are_gpt2_with_flags(layers, width, heads, row):
     preset = from_preset(InspectConfig, "gpt2")
     c = dataclasses.replace(gpt_config(preset, 300), n_layer=layers, n_embd=width, n_head=heads, sequence_len=row)
-    flags = import_hf.flags_of(c)
+    flags = import_gpt2.flags_like(c)
     assert flags.preset == "gpt2" and gpt_config(flags, 300) == c
 
 
@@ -324,7 +324,7 @@ def make_chat(name: str, tokenizer, kind: str) -> None:
     )
     model = GPT(c)
     model.init_weights(0)
-    import_hf.write(name, Path("none"), model.state_dict(), c, tokenizer, CPU, kind)
+    import_gpt2.write_run(name, Path("none"), model.state_dict(), c, tokenizer, CPU, kind)
 
 
 @pytest.mark.fault("S14")
@@ -452,7 +452,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     model.init_weights(0)
     with torch.no_grad():
         model.h[1].attn.c_k.weight[2, 3] = float("nan")
-    import_hf.write("m", Path("none"), model.state_dict(), c, tokenizer, CPU)
+    import_gpt2.write_run("m", Path("none"), model.state_dict(), c, tokenizer, CPU)
     with pytest.raises(UserError) as error:
         export.export(find_model("m"), tmp_path / "out", lambda *_: "")
     assert (error.value.code, error.value.values["tensors"]) == ("weights-not-finite", {"h.1.attn.c_k.weight": 1})
