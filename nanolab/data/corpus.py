@@ -18,17 +18,10 @@ import numpy as np
 from nanolab.cli import UserError, nearest, split_weight
 from nanolab.data import hub, pydocs
 from nanolab.data.config import DataConfig
-from nanolab.data.formats import (
-    CUT_BYTES,
-    LONG_LINE,
-    SUFFIXES,
-    find_files,
-    index_file,
-    iter_block,
-    read_block,
-    write_documents,
-)
+from nanolab.data.formats import FORMATS, find_files, format_of, index_file
 from nanolab.data.kept import Pinned
+from nanolab.data.lines import CUT_BYTES, LONG_LINE
+from nanolab.data.parquet import write_documents
 from nanolab.files import locked, write_text
 from nanolab.runtime import base_dir, print0, progress
 
@@ -82,7 +75,7 @@ class Documents:
         if b in self._decoded:
             self._decoded.move_to_end(b)
             return self._decoded[b][0]
-        texts = read_block(self.blocks[b])
+        texts = format_of(self.blocks[b].path).read(self.blocks[b])
         # on the disk: four at a time
         chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4
         self._decoded[b] = texts, chars
@@ -115,7 +108,7 @@ class Documents:
         """File and place of document n, for messages."""
         b, i = self._find(n)
         block = self.blocks[b]
-        return f"{block.path} {'row group' if block.kind == 'parquet' else 'byte'} {block.start}, document {i}"
+        return f"{block.path} {format_of(block.path).unit} {block.start}, document {i}"
 
     def kept(self, text: str | None) -> str | None:
         """`text`, or None where it is blank or held out."""
@@ -125,7 +118,7 @@ class Documents:
     def iterate(self) -> Iterator[str]:
         """One pass in file order, without blank and held-out documents."""
         for block in self.blocks:
-            yield from filter(None, map(self.kept, iter_block(block)))
+            yield from filter(None, map(self.kept, format_of(block.path).scan(block)))
 
 
 def hold_out(sizes: dict[str, int]) -> set[str]:
@@ -157,7 +150,7 @@ def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list
     first: dict[bytes, str] = {}  # for a corpus so small that chance takes nothing
     taken = 0
     for b in progress(documents.block_order(0)[0], "drawing validation text"):
-        for text in filter(None, map(documents.kept, iter_block(documents.blocks[b]))):
+        for text in filter(None, map(documents.kept, format_of(documents.blocks[b].path).scan(documents.blocks[b]))):
             key = digest(text)
             if len(first) < 1000:
                 first[key] = text
@@ -237,7 +230,7 @@ def parse_mixture(data: str) -> list[tuple[str, float]]:
     out: dict[str, float] = {}
     for part in data.split(","):
         name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
-        if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in SUFFIXES:
+        if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in FORMATS:
             near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
             hint = f"; try --data ./{name}" if name and Path(name).exists() else near
             raise UserError(

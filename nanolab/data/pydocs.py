@@ -258,7 +258,7 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
 
 
 def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> None:
-    from nanolab.data.formats import write_documents
+    from nanolab.data.parquet import write_documents
     from nanolab.files import replacing
     from nanolab.runtime import print0
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from nanolab.cli import UserError
 from nanolab.data.corpus import Documents
-from nanolab.data.formats import iter_block
+from nanolab.data.formats import format_of
 from nanolab.evals.bundle import open_bundle, read_rows
 from nanolab.evals.score import wilson
 from nanolab.runtime import progress
@@ -371,7 +371,8 @@ class Search:
         best, blocks = Best.none(self.n_items), documents.blocks
         for number in progress(range(len(blocks)), f"reading {label}", len(blocks)):
             before = 0
-            for texts in batches([documents.kept(text) or "" for text in iter_block(blocks[number])]):
+            block = blocks[number]
+            for texts in batches([documents.kept(text) or "" for text in format_of(block.path).scan(block)]):
                 text, runs_found = self.index.find(split(texts))
                 for d in np.unique(text):
                     best.take(*self.overlaps(self.index.places(runs_found[text == d])), number, before + int(d))

@@ -50,7 +50,7 @@ def take(documents, n, start=0):
 
 @pytest.mark.parametrize("write, suffix", [(write_parquet, "parquet"), (write_jsonl, "jsonl"), (write_txt, "txt")])
 def test_every_format_gives_the_texts_that_were_written(tmp_path, monkeypatch, write, suffix):
-    monkeypatch.setattr("nanolab.data.formats.BLOCK_BYTES", 9000)  # several blocks
+    monkeypatch.setattr("nanolab.data.blocks.BLOCK_BYTES", 9000)  # several blocks
     texts = words(457)
     documents = Documents("x", [write(tmp_path / f"a.{suffix}", texts)])
     assert documents.n_documents == 457 and len(documents.blocks) > 3
@@ -59,7 +59,7 @@ def test_every_format_gives_the_texts_that_were_written(tmp_path, monkeypatch, w
 
 
 def test_paragraphs_of_a_plain_text_become_documents_that_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanolab.data.formats.BLOCK_BYTES", 20000)
+    monkeypatch.setattr("nanolab.data.blocks.BLOCK_BYTES", 20000)
     paragraphs = [w + "\r\nsecond line\r\r with lone returns" for w in words(400)]
     path = tmp_path / "book.txt"
     path.write_bytes("\n\n".join(paragraphs).encode())

@@ -262,7 +262,7 @@ def test_ordinary_files_give_the_batches_that_they_always_gave(tmp_path):
     ],
 )
 def test_documents_that_are_too_long_are_named(tmp_path, monkeypatch, name, write, values):
-    monkeypatch.setattr("nanolab.data.formats.MAX_DOCUMENT", 9_000, raising=False)
+    monkeypatch.setattr("nanolab.data.blocks.MAX_DOCUMENT", 9_000, raising=False)
     path = tmp_path / name
     write(path, ["é", None if name == "a.parquet" else "", "word " * 2_000, "é"])
     with pytest.raises(UserError) as error:
@@ -382,7 +382,7 @@ NEW_KINDS = [pa.string_view(), pa.dictionary(pa.int8(), pa.string()), pa.diction
 )
 def test_columns_of_every_kind_of_string_are_read(tmp_path, monkeypatch, kind, large):
     if large:
-        monkeypatch.setattr("nanolab.data.formats.LARGE_ROW_GROUP", 100, raising=False)
+        monkeypatch.setattr("nanolab.data.parquet.LARGE_ROW_GROUP", 100, raising=False)
     found = [f"text {i % 60} é" for i in range(200)] + [None, ""]
     column = pa.array(found, pa.string())
     pq.write_table(
@@ -402,8 +402,8 @@ def test_large_row_groups_give_the_same_documents_in_the_same_order(tmp_path, mo
     pq.write_table(pa.table({"text": found}), tmp_path / "a.parquet", row_group_size=300)
     usual = Documents("a", [tmp_path / "a.parquet"])
     expected = list(usual.iterate()), [usual.get(n) for n in range(1200)]
-    monkeypatch.setattr("nanolab.data.formats.LARGE_ROW_GROUP", 100)
-    monkeypatch.setattr("nanolab.data.formats.PART_BYTES", 1000)
+    monkeypatch.setattr("nanolab.data.parquet.LARGE_ROW_GROUP", 100)
+    monkeypatch.setattr("nanolab.data.parquet.PART_BYTES", 1000)
     large = Documents("a", [tmp_path / "a.parquet"])
     assert (list(large.iterate()), [large.get(n) for n in range(1200)]) == expected
 

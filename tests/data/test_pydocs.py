@@ -220,7 +220,7 @@ def test_a_failed_build_leaves_nothing_and_damage_is_refused(few_sources, base_d
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr("nanolab.data.formats.pq.write_table", disk_full)
+        m.setattr("nanolab.data.parquet.pq.write_table", disk_full)
         with pytest.raises(OSError):
             open_data(DataConfig())
     assert [p.name for p in (base_dir / "corpora").iterdir()] == ["pydocs.lock"]

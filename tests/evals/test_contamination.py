@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolab.cli import UserError
-from nanolab.data import formats
+from nanolab.data import blocks
 from nanolab.data.corpus import Documents
 from nanolab.evals import contamination
 from nanolab.evals.config import ContaminationConfig
@@ -30,7 +30,7 @@ def small_batches(monkeypatch):
     """Several blocks, batches and lots to compare, so that every border is crossed."""
     monkeypatch.setattr(contamination, "BATCH_CHARS", 30)
     monkeypatch.setattr(contamination, "COMPARED", 8)
-    monkeypatch.setattr(formats, "BLOCK_DOCUMENTS", 3)
+    monkeypatch.setattr(blocks, "BLOCK_DOCUMENTS", 3)
 
 
 def slow_words(text: str) -> list[str]:

@@ -18,7 +18,7 @@ import pytest
 import tasks
 from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, render, text_of
-from nanolab.data.formats import write_documents
+from nanolab.data.parquet import write_documents
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.calculator import calculator
 from tasks.documentation import Entry, entries_of
