@@ -6,12 +6,13 @@ import dataclasses
 import shlex
 
 from nanolab.cli import from_preset, parse
-from nanolab.evals.card import sized, table
+from nanolab.evals.card import sized
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.lab.next_commands import next_commands
 from nanolab.lab.report import curve, readers
 from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import BaseTrainConfig, SFTConfig
+from nanolab.tables import markdown_table
 from tasks import parse_mixture
 
 
@@ -88,4 +89,4 @@ def test_the_next_commands_of_a_chat_model_are_commands():
 
 def test_sizes_and_tables():
     assert [sized(n) for n in (999, 25_000, 2.5e6, 3.21e9)] == ["1 kB", "25 kB", "2.5 MB", "3.21 GB"]
-    assert table(["a", "b"], ["1", "2"]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]
+    assert markdown_table(["a", "b"], ["1", "2"]) == ["| a | b |", "| --- | --- |", "| 1 | 2 |"]

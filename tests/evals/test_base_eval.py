@@ -109,10 +109,8 @@ def test_compressors_read_a_bounded_part_and_say_how_much(world, monkeypatch, ca
         and result["compressors"] == {"none": 8.0}
         and result["compressor_bytes"] == 1000 < result["val"]["bytes"]
     )
-    assert (
-        f"  {'none':<20}{8:>8.4f}   the first 1,000 of these {result['val']['bytes']:,} bytes"
-        in capsys.readouterr().out
-    )
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  none "))
+    assert "8.0000" in line and f"the first 1,000 of these {result['val']['bytes']:,} bytes" in line
 
 
 def test_other_text_can_be_given(world, tmp_path, capsys):
