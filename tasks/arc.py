@@ -2,9 +2,7 @@
 https://arxiv.org/abs/1803.05457
 """
 
-from collections.abc import Sequence
-
-from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
+from tasks.common import Example, Letters, Reader, Source, multiple_choice
 
 REPO, REVISION = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
 HUB = {"train": "train", "validation": "validation", "test": "test"}
@@ -15,31 +13,23 @@ SOURCES = {
 }
 
 
-class Arc(Task):
-    kind = "categorical"
-    baseline = 0.25
+class Arc(Letters):
+    sources = SOURCES
     splits = ("train", "validation", "test")
 
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCES[self.name], parse)
-
-    def correct(self, example: Example, content: Content) -> bool:
-        return same_letter(example, content)
-
-
-def parse(row: Reader) -> Example:
-    """The hub's rows (question, choices with labels, answerKey), or the evaluation bundle's (query, choices, gold)."""
-    if row.has("query"):
-        question, choices, answer = (
-            row.get("query", str).removeprefix("Question:"),
-            row.get("choices", list),
-            row.get("gold", int),
-        )
-    else:
-        options = Reader(row.get("choices", dict), row.where)
-        question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
-        key = row.get("answerKey", str)
-        if key not in labels:
-            raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
-        answer = labels.index(key)
-    return multiple_choice(row, question, choices, answer, "Choose the right answer to this science question.")
+    def read(self, row: Reader) -> Example:
+        """The hub's rows (question, choices with labels, answerKey) or the bundle's (query, choices, gold)."""
+        if row.has("query"):
+            question, choices, answer = (
+                row.get("query", str).removeprefix("Question:"),
+                row.get("choices", list),
+                row.get("gold", int),
+            )
+        else:
+            options = Reader(row.get("choices", dict), row.where)
+            question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
+            key = row.get("answerKey", str)
+            if key not in labels:
+                raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
+            answer = labels.index(key)
+        return multiple_choice(row, question, choices, answer, "Choose the right answer to this science question.")

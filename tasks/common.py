@@ -222,19 +222,6 @@ class Reader:
         return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
 
 
-def rows_of(task: Task, source: Source, parse: Callable[[Reader], Example]) -> Sequence[Example]:
-    """The shuffled examples of a published dataset; local rows are all read and checked now, the hub's when they are
-    asked for.
-    """
-    if task.data:
-        examples = [parse(Reader(row, where)) for where, row in read_jsonl(local_path(task, source))]
-        return task.shuffled(len(examples), examples.__getitem__)
-    table = hub_rows(task, source)
-    return task.shuffled(
-        len(table), lambda i: parse(Reader(table[i], f"{source.repo} {source.hub[task.split]} row {i}"))
-    )
-
-
 def local_path(task: Task, source: Source) -> Path:
     """The file of the task's split in its folder. Raises UserError where there is none."""
     path = Path(task.data).expanduser() / source.files.get(task.split, "")
@@ -343,3 +330,35 @@ def tool_call(expression: str, output: Any) -> list[Part]:
 def same_letter(example: Example, content: Content) -> bool:
     """Whether the reply is the right letter, with or without brackets, dots and blanks around it."""
     return re.sub(r"[\s().:*]", "", text_of(content)) == example.answer
+
+
+# --- tasks of published datasets --------------------------------------------------------------------------------------
+
+
+class Published(Task):
+    """A task whose rows are a published dataset; a subclass says where they lie and what an example of a row is."""
+
+    sources: dict[str, Source]  # name of the task -> where its rows lie
+
+    def open(self) -> Sequence[Example]:
+        """Shuffled; local rows are all read and checked now, the hub's when they are asked for."""
+        source = self.sources[self.name]
+        if self.data:
+            examples = [self.read(Reader(row, where)) for where, row in read_jsonl(local_path(self, source))]
+            return self.shuffled(len(examples), examples.__getitem__)
+        table, where = hub_rows(self, source), f"{source.repo} {source.hub[self.split]} row"
+        return self.shuffled(len(table), lambda i: self.read(Reader(table[i], f"{where} {i}")))
+
+    def read(self, row: Reader) -> Example:
+        """The example of a row. Raises UserError for one that is not as expected."""
+        raise NotImplementedError
+
+
+class Letters(Published):
+    """Questions with four options: the reply is a letter, chosen by its logit."""
+
+    kind = "categorical"
+    baseline = 0.25
+
+    def correct(self, example: Example, content: Content) -> bool:
+        return same_letter(example, content)

@@ -22,8 +22,7 @@ class SmolTalk(Task):
             chats = read_conversations(local_path(self, SOURCE))
             return self.shuffled(len(chats), lambda i: Example(chats[i]))
         table = hub_rows(self, SOURCE)
-        return self.shuffled(len(table), lambda i: parse(Reader(table[i], f"{SOURCE.repo} {self.split} row {i}")))
+        return self.shuffled(len(table), lambda i: self.read(Reader(table[i], f"{SOURCE.repo} {self.split} row {i}")))
 
-
-def parse(row: Reader) -> Example:
-    return Example([{"role": m["role"], "content": m["content"]} for m in row.get("messages", list)])
+    def read(self, row: Reader) -> Example:
+        return Example([{"role": m["role"], "content": m["content"]} for m in row.get("messages", list)])
