@@ -283,21 +283,6 @@ def nearest(name: str, names: list[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def split_weight(part: str, known: Callable[[str], bool]) -> tuple[str, str]:
-    """NAME:WEIGHT of a mixture as (name, weight as it was typed); "1" without one.
-
-    known: whether a name stands for something. A path may have colons of its own: they stay with a part that is known
-    as a whole, unless what precedes the last one is known too and a number follows; and with one that is not known at
-    all and does not end with a number."""
-    name, colon, weight = part.rpartition(":")
-    try:
-        number = float(weight) is not None
-    except ValueError:
-        number = False
-    weighted = known(name) and number if known(part) else known(name) or number
-    return (name, weight) if colon and weighted else (part, "1")
-
-
 def to_json(config: Any) -> dict[str, Any]:
     """The dataclass as a JSON-ready dict."""
     return dataclasses.asdict(config)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nanolab.cli import UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest
+from nanolab.data.mixture import positive, weighted
 from tasks.arc import Arc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Example, Task, permutation
@@ -71,24 +72,17 @@ def _there(spec: str) -> bool:
     return os.path.exists(os.path.expanduser(argument)) if equals else name in TASKS
 
 
-def parse_mixture(spec: str) -> list[tuple[str, float]]:
+def tasks_of(spec: str) -> list[tuple[str, float]]:
     """ "a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
-    out = []
-    for part in filter(None, (p.strip() for p in spec.split(","))):
-        name, weight = split_weight(part, lambda name: _there(_counted(name)[0]))
-        try:
-            value = float(weight)
-        except ValueError:
-            value = -1.0
-        if not 0 < value < float("inf") or not name:
-            raise UserError(
-                f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try"
-                f" {name if _there(_counted(name)[0]) else 'gsm8k'}:1",
-                "bad-weight",
-                name=name,
-                weight=weight,
-            )
-        out.append((name, value))
+
+    def known(name: str) -> bool:
+        return _there(_counted(name)[0])
+
+    spec = ",".join(filter(str.strip, spec.split(",")))
+    out = [
+        (name, positive(weight if name else "", name, spec, f"{name if known(name) else 'gsm8k'}:1"))
+        for name, weight in (weighted(spec, known) if spec else ())
+    ]
     if not out:
         raise UserError("the mixture names no task; expected at least one; try arithmetic:1,identity:1")
     return out
@@ -125,6 +119,4 @@ def mixture(
     spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}
 ) -> Mixture:
     """The mixture that `spec` names; limit: examples at most of each task. Raises UserError as `build` does."""
-    return Mixture(
-        [(build(name, split, data, limit, seed, versions), weight) for name, weight in parse_mixture(spec)], seed
-    )
+    return Mixture([(build(name, split, data, limit, seed, versions), weight) for name, weight in tasks_of(spec)], seed)

@@ -13,7 +13,7 @@ from nanolab.lab.report import curve, readers
 from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import BaseTrainConfig, SFTConfig
 from nanolab.tables import markdown_table
-from tasks import parse_mixture
+from tasks import tasks_of
 
 
 def test_the_curve_keeps_both_ends_and_is_evenly_spread():
@@ -81,7 +81,7 @@ def test_the_next_commands_of_a_chat_model_are_commands():
     talk, more, own = [shlex.split(command)[3:] for _, command in commands]
     assert parse(ChatConfig, talk).model == "small-rl"
     assert parse(ChatEvalConfig, more) == ChatEvalConfig(model="small-rl", max_tokens=48, tool="")
-    assert (parse(SFTConfig, own).model, parse_mixture(parse(SFTConfig, own).tasks)) == (
+    assert (parse(SFTConfig, own).model, tasks_of(parse(SFTConfig, own).tasks)) == (
         "small-rl",
         [("jsonl=FILE", 1), ("identity", 1)],
     )

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from nanolab.cli import UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest
 from nanolab.data import hub, pydocs
 from nanolab.data.config import DataConfig
 from nanolab.data.formats import FORMATS, find_files, format_of, index_file
 from nanolab.data.kept import Pinned
 from nanolab.data.lines import CUT_BYTES, LONG_LINE
+from nanolab.data.mixture import positive, weighted
 from nanolab.data.parquet import write_documents
 from nanolab.files import locked, write_text
 from nanolab.runtime import base_dir, print0, progress
@@ -223,13 +224,12 @@ CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
 }
 
 
-def parse_mixture(data: str) -> list[tuple[str, float]]:
+def corpora_of(data: str) -> list[tuple[str, float]]:
     """ "a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash).
     Raises UserError.
     """
     out: dict[str, float] = {}
-    for part in data.split(","):
-        name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
+    for name, weight in weighted(data, lambda name: name in CORPORA or Path(name).expanduser().exists()):
         if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in FORMATS:
             near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
             hint = f"; try --data ./{name}" if name and Path(name).exists() else near
@@ -239,15 +239,11 @@ def parse_mixture(data: str) -> list[tuple[str, float]]:
                 name=name,
                 try_=hint,
             )
-        try:
-            value = float(weight)
-        except ValueError:
-            value = -1.0
-        if not 0 < value < float("inf") or name in out:
-            seen = f"{name} in --data {data} " + ("appears twice" if name in out else f"has the weight {weight!r}")
+        value = positive(weight, name, data, "--data pydocs:0.7,tinystories:0.3")
+        if name in out:
             raise UserError(
-                f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3",
-                "twice" if name in out else "bad-weight",
+                f"{name} in --data {data} appears twice; expected each corpus once; add its weights",
+                "twice",
                 name=name,
                 weight=weight,
             )
@@ -308,7 +304,7 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned |
     pinned = pinned or Pinned()
     if cfg.num_shards < 1 and cfg.num_shards != -1:
         raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
-    mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)
+    mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else corpora_of(cfg.data)
     declared = {p.resolve(): p for p in _local_files(cfg.val_data)} if cfg.val_data else {}
     sources, validation, drawn = [], list(declared.values()), {}
     origins = [f"of --val-data {cfg.val_data}"] if declared else []

@@ -6,7 +6,7 @@ import torch
 
 from nanolab import runtime
 from nanolab.cli import UserError
-from nanolab.data.corpus import parse_mixture
+from nanolab.data.corpus import corpora_of
 from nanolab.data.formats import find_files
 from nanolab.data.packing import batch_text, share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -58,7 +58,7 @@ def dry_run(cfg: BaseTrainConfig) -> Result:
     if not cfg.plan_for:
         model.kernel_names(kind)
         if not cfg.data_dir:
-            parse_mixture(cfg.data)
+            corpora_of(cfg.data)
         for text in filter(None, (cfg.data_dir, cfg.val_data)):
             find_files(text)
     of_tokenizer = f"tokenizer       {path if found else f'none yet: vocabulary of {vocab_size} assumed'}"

@@ -15,7 +15,7 @@ from nanolab.cli import UserError
 from nanolab.data import corpus
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.config import DataConfig
-from nanolab.data.corpus import Documents, open_data, parse_mixture
+from nanolab.data.corpus import Documents, corpora_of, open_data
 
 
 def words(n, seed=0, length=40):
@@ -205,8 +205,8 @@ def test_tiny_corpora_hold_out_one_document_or_say_why_not(tmp_path):
 
 
 def test_mixture_parses_weights_and_keeps_sources_apart(tmp_path):
-    assert parse_mixture("pydocs") == [("pydocs", 1.0)]
-    assert parse_mixture("pydocs:3, tinystories:1") == [("pydocs", 0.75), ("tinystories", 0.25)]
+    assert corpora_of("pydocs") == [("pydocs", 1.0)]
+    assert corpora_of("pydocs:3, tinystories:1") == [("pydocs", 0.75), ("tinystories", 0.25)]
     a, b = (
         write_jsonl(tmp_path / "a.jsonl", words(200)),
         write_jsonl(tmp_path / "b.jsonl", words(100, seed=1) + words(200)),
@@ -234,7 +234,7 @@ def test_mixture_parses_weights_and_keeps_sources_apart(tmp_path):
 )
 def test_bad_mixtures(mixture, message):
     with pytest.raises(UserError, match=message):
-        parse_mixture(mixture)
+        corpora_of(mixture)
 
 
 @pytest.mark.fault("F20")
@@ -243,17 +243,17 @@ def test_a_colon_of_a_path_stays_with_it(tmp_path, monkeypatch):
     for i, name in enumerate(("te:xt", "week:2", "plain")):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", words(100, seed=i))
-    assert parse_mixture("./te:xt") == [("./te:xt", 1.0)] and parse_mixture("./week:2") == [("./week:2", 1.0)]
-    assert parse_mixture("./te:xt:0.5,./plain:0.5") == [("./te:xt", 0.5), ("./plain", 0.5)]
+    assert corpora_of("./te:xt") == [("./te:xt", 1.0)] and corpora_of("./week:2") == [("./week:2", 1.0)]
+    assert corpora_of("./te:xt:0.5,./plain:0.5") == [("./te:xt", 0.5), ("./plain", 0.5)]
     assert [(d.name, w) for d, w in open_data(DataConfig(data="./te:xt:0.5,./week:2:0.5")).train] == [
         ("te:xt", 0.5),
         ("week:2", 0.5),
     ]
     with pytest.raises(UserError) as bad:
-        parse_mixture("./plain:x")
+        corpora_of("./plain:x")
     assert (bad.value.code, bad.value.values) == ("bad-weight", {"name": "./plain", "weight": "x"})
     with pytest.raises(UserError) as unknown:
-        parse_mixture("te:xt")
+        corpora_of("te:xt")
     assert unknown.value.code == "unknown-corpus" and "--data ./te:xt" in unknown.value.values["try_"]
 
 

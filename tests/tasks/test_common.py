@@ -253,30 +253,30 @@ def test_a_colon_or_an_at_sign_of_a_files_name_stays_with_it(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in ("a:b.jsonl", "week:2", "both", "both:3", "me@5"):
         chats(tmp_path / name, 40)
-    assert tasks.parse_mixture("jsonl=a:b.jsonl") == [("jsonl=a:b.jsonl", 1.0)]
-    assert tasks.parse_mixture("jsonl=a:b.jsonl:0.5, jsonl=a:b.jsonl@5:2") == [
+    assert tasks.tasks_of("jsonl=a:b.jsonl") == [("jsonl=a:b.jsonl", 1.0)]
+    assert tasks.tasks_of("jsonl=a:b.jsonl:0.5, jsonl=a:b.jsonl@5:2") == [
         ("jsonl=a:b.jsonl", 0.5),
         ("jsonl=a:b.jsonl@5", 2.0),
     ]
-    assert tasks.parse_mixture("jsonl=week:2") == [("jsonl=week:2", 1.0)], "no file 'week'"
-    assert tasks.parse_mixture("jsonl=both:3") == [("jsonl=both", 3.0)], "what precedes exists too"
+    assert tasks.tasks_of("jsonl=week:2") == [("jsonl=week:2", 1.0)], "no file 'week'"
+    assert tasks.tasks_of("jsonl=both:3") == [("jsonl=both", 3.0)], "what precedes exists too"
     assert len(tasks.mixture("jsonl=a:b.jsonl:0.5,jsonl=me@5,jsonl=me@5@6,jsonl=week:2", "all")) == 20 + 40 + 6 + 40
     with pytest.raises(UserError) as missing:
         tasks.mixture("jsonl=no:such.jsonl", "all")
     assert "no:such.jsonl" in str(missing.value)
     with pytest.raises(UserError) as bad:
-        tasks.parse_mixture("jsonl=both:x")
+        tasks.tasks_of("jsonl=both:x")
     assert (bad.value.code, bad.value.values) == ("bad-weight", {"name": "jsonl=both", "weight": "x"})
 
 
 def test_weights():
-    assert tasks.parse_mixture("gsm8k:4, jsonl=a.jsonl@5:0.5,mmlu,") == [
+    assert tasks.tasks_of("gsm8k:4, jsonl=a.jsonl@5:0.5,mmlu,") == [
         ("gsm8k", 4.0),
         ("jsonl=a.jsonl@5", 0.5),
         ("mmlu", 1.0),
     ]
     for bad in ("gsm8k:0", "gsm8k:-1", "gsm8k:x", "gsm8k:nan", "gsm8k:inf", ":2", "", " , "):
         with pytest.raises(UserError, match="expected"):
-            tasks.parse_mixture(bad)
+            tasks.tasks_of(bad)
     with pytest.raises(UserError, match="holds no examples"):
         tasks.mixture("arithmetic@0", "test")
