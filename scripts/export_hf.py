@@ -12,7 +12,8 @@ from nanolab.interop.config import ExportConfig
 
 def run(cfg: ExportConfig) -> int:
     from nanolab.evals.model_card import model_card
-    from nanolab.interop.export import TOLERANCE, check_place, check_push, export, push
+    from nanolab.interop.export import TOLERANCE, check_place, export
+    from nanolab.interop.push import check_push, push
     from nanolab.records.models import find_model
 
     if not cfg.out:

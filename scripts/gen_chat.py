@@ -12,7 +12,8 @@ from nanolab.terminal import harmless
 
 
 def run(cfg: GenChatConfig) -> int:
-    from nanolab.data.synthesis import Collection, Endpoint, exposed_to, generate, read_spec
+    from nanolab.data.endpoint import Endpoint, exposed_to
+    from nanolab.data.synthesis import Collection, generate, read_spec
 
     if not cfg.spec or not cfg.output:
         raise UserError(

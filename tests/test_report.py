@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 
 from nanolab.cli import from_preset, parse
-from nanolab.evals.card import sized
+from nanolab.evals.card_tables import sized
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.lab.next_commands import next_commands
 from nanolab.lab.report import curve, readers

@@ -6,28 +6,23 @@ A stage is a run at the step that the next one started from; an evaluation count
 compared problem by problem with the stage before (score.paired), and only where both were asked with the same settings.
 What a run measured while it trained is beside them."""
 
-import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanolab.cli import UserError, not_read
+from nanolab.cli import UserError
 from nanolab.evals import bpb
-from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.record import chat_rows, of_step
 from nanolab.evals.score import paired
 from nanolab.records import checkpoint
 from nanolab.records.models import ModelRef, read_json, read_metrics, runs_dir
-from nanolab.tables import markdown_table
 
 BPB = "bits per byte"
 NATS = "nats per supervised token"
 # what a run measures of its model while it trains, by how the names begin
 LOGGED = ("train/loss", "val/", "eval/", "chatcore/", "rl/reward")
 PERCENT = "share"  # the unit of what is shown in per cent; all other units are shown as they are
-EXCHANGES, LONGEST = 8, 240  # shown in all; characters of a question or a reply
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,7 @@ def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     last = stages[-1]
     rows: dict[tuple, dict[str, Any]] = {}
     for stage in stages:
-        for key, row, cell, outcomes in measured(stage, last.chat):
+        for key, row, cell, outcomes in results_of(stage, last.chat):
             metric = rows.setdefault(key, {**row, "stages": {}, "outcomes": {}})
             metric["stages"][stage.label], metric["outcomes"][stage.label] = cell, outcomes
     for row in rows.values():
@@ -171,7 +166,7 @@ def card(stages: list[Stage], price_per_hour: float = 0.0) -> dict[str, Any]:
     }
 
 
-def measured(stage: Stage, wanted: dict[str, Any] | None):
+def results_of(stage: Stage, wanted: dict[str, Any] | None):
     """(key, the metric's facts, the stage's cell, outcomes or None) of all that is comparable: equal keys are the same
     measurement.
 
@@ -286,209 +281,3 @@ def cost(stage: Stage, price_per_hour: float) -> dict[str, Any]:
         "device_hours": stage.device_hours,
         "dollars": stage.device_hours * price_per_hour if price_per_hour else None,
     }
-
-
-def effects_table(found: dict[str, Any]) -> list[str]:
-    """Metrics x stages: a value, and in brackets what the stage changed."""
-    labels = [stage["label"] for stage in found["stages"]]
-    with_baseline = any(row["baseline"] for row in found["metrics"])
-    heads = [head(row) for row in found["metrics"]]
-    rows = []
-    for row, name in zip(found["metrics"], heads):
-        if row["version"] and heads.count(name) > 1:
-            name = f"{name}, version {row['version']} of the task"
-        cells = [cell(row, row["stages"].get(label)) for label in labels]
-        baseline = [shown(row["baseline"], row["unit"]) if row["baseline"] else "-"] if with_baseline else []
-        rows.append([name, *baseline, *cells])
-    return markdown_table(
-        ["", *(["baseline"] if with_baseline else []), labels[0], *(f"after {label}" for label in labels[1:])], *rows
-    )
-
-
-def head(row: dict[str, Any]) -> str:
-    """What a row is called: bits per byte (884 kB); arithmetic test (n = 200)."""
-    if row["unit"] in (PERCENT, NATS):
-        said = [NATS] * (row["unit"] == NATS) + [part for part in (row.get("measures"), row.get("asked")) if part]
-        return f"{title(row['metric'])} (n = {row['n']:,}){''.join(f', {part}' for part in said)}"
-    return f"{row['metric']} ({sized(row['n'])})" if row["n"] else row["metric"]
-
-
-def title(spec: str) -> str:
-    """A task as it was asked for, without a count or the folder of its file: arithmetic@1000:test -> arithmetic
-    test.
-    """
-    spec = re.sub(r"@\d+(?=:|$)", "", re.sub(r"(?<==).*[/\\]", "", spec))
-    name, split = re.fullmatch(
-        r"(.*?)(?::([a-z]*))?" if "=" in spec else r"([^:]*):?(.*)", spec
-    ).groups()  # a file's name may have colons
-    return f"{name} {split or 'test'}"
-
-
-def cell(row: dict[str, Any], at: dict[str, Any] | None) -> str:
-    if at is None:
-        return "-"
-    value, change = shown(at["value"], row["unit"]), at.get("effect")
-    if change is None:
-        return value
-    interval = (
-        " [{}, {}]".format(*(shown(end, row["unit"], "+") for end in change["interval"])) if change["interval"] else ""
-    )
-    verdict = f" {change['verdict']}" if change["verdict"] else ""
-    return f"{value} ({shown(change['difference'], row['unit'], '+')}{interval}){verdict}"
-
-
-def shown(value: float, unit: str, sign: str = "") -> str:
-    """A value; with a sign, a difference, which is without the per cent."""
-    if unit != PERCENT:
-        return f"{value:{sign}.4f}"
-    return f"{100 * value + 0.0:{sign}.1f}" + ("" if sign else " %")
-
-
-def calls(found: dict[str, Any]) -> str:
-    """How often the last stage called a tool, by task; empty where it never did, or was not asked."""
-    label = found["stages"][-1]["label"]
-    shares = {
-        title(row["metric"]): row["stages"][label]["called"]
-        for row in found["metrics"]
-        if "called" in row["stages"].get(label, {})
-    }
-    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()) if any(shares.values()) else ""
-
-
-def cost_table(found: dict[str, Any]) -> list[str]:
-    """Stages x what they took, and in all."""
-    stages, priced = found["stages"], found["stages"][0]["dollars"] is not None
-    compiled = any(stage["compile_seconds"] for stage in stages)
-    rows = [
-        [
-            stage["label"],
-            f"{stage['run']}@{stage['step']}",
-            f"{stage['step']:,}",
-            amount(stage["tokens"], ",.0f"),
-            f"{stage['seconds']:,.0f} s",
-            *([f"{stage['compile_seconds']:,.0f} s"] if compiled else []),
-            amount(stage["tokens_per_second"], ",.0f"),
-            amount(stage["flops"], ".1e"),
-            f"{stage['device_hours']:.3f}",
-            *([f"{stage['dollars']:.2f}"] if priced else []),
-        ]
-        for stage in stages
-    ]
-    total = {
-        key: sum(stage[key] or 0 for stage in stages)
-        for key in ("seconds", "compile_seconds", "device_hours", "dollars")
-    }
-    compiling = [f"{total['compile_seconds']:,.0f} s"] if compiled else []
-    dollars = [f"{total['dollars']:.2f}"] if priced else []
-    rows.append(
-        [
-            "in all",
-            "",
-            "",
-            "",
-            f"{total['seconds']:,.0f} s",
-            *compiling,
-            "",
-            "",
-            f"{total['device_hours']:.3f}",
-            *dollars,
-        ]
-    )
-    heads = [
-        "training",
-        *(["compiling"] if compiled else []),
-        "tokens/s",
-        "FLOPs",
-        "device-hours",
-        *(["dollars"] if priced else []),
-    ]
-    return markdown_table(["stage", "model", "steps", "tokens", *heads], *rows)
-
-
-def amount(value: float | None, form: str) -> str:
-    return "not known" if value is None else f"{value:{form}}"
-
-
-def exchanges(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """The first replies to each task, right or wrong, at most EXCHANGES in all: two of each, or one where there are
-    many tasks.
-    """
-    each = 2 if 2 * len(tasks) <= EXCHANGES else 1
-    lines = []
-    for spec, example in [
-        (spec, example) for spec, task in tasks.items() for example in task.get("examples", [])[:each]
-    ][:EXCHANGES]:
-        mark = "right" if example["correct"] else f"wrong; expected: {one_line(example['reference'])}"
-        lines += [
-            f"> {one_line(example['question'])}",
-            f"  {one_line(example['reply']) or '(nothing)'}",
-            f"  -- {title(spec)}, {mark}",
-            "",
-        ]
-    return lines[:-1]
-
-
-def one_line(text: str) -> str:
-    """Text on one line of a Markdown block: line ends as /, what is not printable as U+FFFD, cut where it is long."""
-    flat = "".join(
-        c if c.isprintable() else "\ufffd" for c in " / ".join(filter(None, map(str.strip, text.splitlines())))
-    )
-    return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
-
-
-def missing(stages: list[Stage]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(why a stage has no figure, the script that would give it, its flags), for each kind of evaluation that the table
-    lacks.
-    """
-    out, chat = [], stages[-1].chat
-    asked = (
-        [row.get("settings", chat["settings"]) for row in chat["tasks"].values()] or [chat["settings"]] if chat else []
-    )
-    for stage in stages:
-        model = f"{stage.run}@{stage.step}"
-        if stage.text is None:
-            why = f"{model} has no bits per byte: {seen(stage.run_dir / 'eval_base.json')}"
-            out.append(
-                (
-                    why,
-                    "base_eval",
-                    {"model": model, "modes": "bpb", **({} if stage is stages[0] else {"train_text": False})},
-                )
-            )
-        if stage is stages[-1] and chat is None and stage.kind != "base":
-            out.append(
-                (f"{model} was asked nothing: {seen(stage.run_dir / 'eval_chat.json')}", "chat_eval", {"model": model})
-            )
-        for settings in [settings for i, settings in enumerate(asked) if settings not in asked[:i]]:
-            specs = [spec for spec, row in chat["tasks"].items() if row.get("settings", chat["settings"]) == settings]
-            if stage.chat is None or all(row["settings"] != settings for row in chat_rows(stage.chat)):
-                then = stage.chat["settings"] if stage.chat else {}
-                other = [
-                    f"{name} {then[name]!r} instead of {value!r}"
-                    for name, value in settings.items()
-                    if then and then[name] != value
-                ]
-                why = f"{model} was not asked the same: {', '.join(other) or seen(stage.run_dir / 'eval_chat.json')}"
-                out.append((why, "chat_eval", {"model": model, "tasks": ",".join(specs), **flags_of(settings)}))
-    return out
-
-
-def seen(path: Path) -> str:
-    """Why an evaluation does not count."""
-    if not path.exists():
-        return f"there is no {path.name}"
-    record = read_json(path)
-    return f"{path.name} is of step {record['step']}" + (
-        "" if "val" in record or "tasks" in record else " and holds other modes"
-    )
-
-
-def flags_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a chat evaluation that have to be typed."""
-    default = {f.name: f.default for f in dataclasses.fields(ChatEvalConfig)}
-    missed = not_read(ChatEvalConfig, default | settings)
-    return {name: value for name, value in settings.items() if value != default[name] and name not in missed}
-
-
-def sized(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.card import PERCENT, Stage, amount, chain, exchanges, head, measured, shown
+from nanolab.evals.card import PERCENT, Stage, chain, results_of
+from nanolab.evals.card_tables import amount, exchanges, head, number_text
 from nanolab.evals.hellaswag import RULES
 from nanolab.evals.record import of_step
 from nanolab.model.accounting import n_params
@@ -215,7 +216,7 @@ def last_parts(mixture: str) -> str:
 def quality(last: Stage, dtype: str) -> list[str]:
     """Figures of the last stage, and a few of its words."""
     lines = ["## How good it is", ""]
-    found = [(row, at) for _, row, at, _ in measured(last, last.chat)] + list(
+    found = [(row, at) for _, row, at, _ in results_of(last, last.chat)] + list(
         published(of_step(last.run_dir / "eval_base.json", last.step) or {})
     )
     if not found:
@@ -223,8 +224,8 @@ def quality(last: Stage, dtype: str) -> list[str]:
     rows = [
         [
             head(row),
-            "-" if row["baseline"] is None else shown(row["baseline"], row["unit"]),
-            shown(at["value"], row["unit"]),
+            "-" if row["baseline"] is None else number_text(row["baseline"], row["unit"]),
+            number_text(at["value"], row["unit"]),
             interval(row, at),
         ]
         for row, at in found
@@ -303,7 +304,7 @@ def published(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str
 
 
 def interval(row: dict[str, Any], at: dict[str, Any]) -> str:
-    return "-" if at["interval"] is None else " to ".join(shown(end, row["unit"]) for end in at["interval"])
+    return "-" if at["interval"] is None else " to ".join(number_text(end, row["unit"]) for end in at["interval"])
 
 
 def limits(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:

@@ -17,7 +17,7 @@ TEXT = ("data", "data_dir", "val_data", "num_shards")
 
 def next_commands(name: str, kind: str, asked: dict[str, Any] | None, config: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command). asked: the model's chat evaluation. config: of the base run."""
-    from nanolab.evals.card import flags_of
+    from nanolab.evals.card_tables import flags_of
 
     if kind != "base":
         return [

@@ -73,7 +73,7 @@ def machine(env: dict[str, Any]) -> str:
 
 def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Metrics x stages, how to read them, and what is not there."""
-    from nanolab.evals.card import calls, effects_table, missing
+    from nanolab.evals.card_tables import calls, effects_table, unmeasured
 
     lines = ["## What each stage brought", ""] + ([*effects_table(numbers), ""] if numbers["metrics"] else [])
     if any("effect" in at for row in numbers["metrics"] for at in row["stages"].values()):
@@ -90,7 +90,7 @@ def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
         ]
     if shares := calls(numbers):
         lines += [f"Replies of {stages[-1].run} that called a tool: {shares}.", ""]
-    lines += how_to_measure(missing(stages))
+    lines += how_to_measure(unmeasured(stages))
     return lines + ([""] if lines[-1] else [])
 
 
@@ -130,7 +130,7 @@ def logged(stages: list) -> list[str]:
 
 def says(last) -> list[str]:
     """The first replies to each task."""
-    from nanolab.evals.card import exchanges
+    from nanolab.evals.card_tables import exchanges
 
     said = exchanges(last.chat["tasks"]) if last.chat else []
     return (
@@ -143,7 +143,7 @@ def says(last) -> list[str]:
 def trained(stages: list) -> list[str]:
     """The model, its text and the machine; what the later stages learnt from."""
     from nanolab.cli import from_json
-    from nanolab.evals.card import sized
+    from nanolab.evals.card_tables import sized
     from nanolab.model.accounting import n_params
     from nanolab.model.config import GPTConfig
     from nanolab.records.models import read_metrics
@@ -212,7 +212,7 @@ def trained(stages: list) -> list[str]:
 
 def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
     """What each stage took, and what these figures leave out."""
-    from nanolab.evals.card import cost_table
+    from nanolab.evals.card_tables import cost_table
 
     lines = [
         "## Time and cost",
@@ -237,7 +237,7 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
 
 def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Bits per byte of every stage beside compressors, and how pretraining came there."""
-    from nanolab.evals.card import missing, sized
+    from nanolab.evals.card_tables import sized, unmeasured
     from nanolab.records.models import read_metrics
 
     newest = next((stage.text for stage in reversed(stages) if stage.text), None)
@@ -246,7 +246,7 @@ def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     ]
     on_the_way = [*markdown_table(["step", "bits per byte while training"], *points), ""] if points else []
     if newest is None and len(stages) == 1:
-        return ["## How good it is", "", *on_the_way, *how_to_measure(missing(stages)), ""]
+        return ["## How good it is", "", *on_the_way, *how_to_measure(unmeasured(stages)), ""]
     if newest is None:
         return []
     same = {

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from nanolab.cli import UserError, main
-from nanolab.data import synthesis
+from nanolab.data import endpoint, synthesis
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.config import GenChatConfig
-from nanolab.data.synthesis import NEAR, Endpoint, Refused, Seen, messages_of, read_spec, shingles
+from nanolab.data.endpoint import Endpoint, Refused
+from nanolab.data.synthesis import NEAR, Seen, messages_of, read_spec, shingles
 from scripts.gen_chat import run
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(synthesis, "BACK_OFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACK_OFF", 0.01)
     found = Server()
     yield found
     found.shutdown()
@@ -268,7 +269,7 @@ def test_what_asking_again_does_not_mend_ends_at_once_and_keeps_what_is_there(wo
 
 
 def test_an_endpoint_that_stays_away_ends_the_command(work, server, monkeypatch):
-    monkeypatch.setattr(synthesis, "TRIES", 3)
+    monkeypatch.setattr(endpoint, "TRIES", 3)
     server.faults = ["503"] * 99
     with pytest.raises(UserError, match=r"did not answer 3 times in a row \(status 503: .*type the same command later"):
         work(workers=1)
@@ -507,7 +508,7 @@ def test_a_terminal_gets_no_control_characters_of_an_endpoint(work, server, monk
         )
 
     monkeypatch.setattr(Handler, "do_POST", do_POST)
-    monkeypatch.setattr(synthesis, "TRIES", 2)
+    monkeypatch.setattr(endpoint, "TRIES", 2)
     with pytest.raises(SystemExit) as end:
         main(lambda: work(num=1, workers=1))
     told = capsys.readouterr()

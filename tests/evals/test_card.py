@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError, to_json
-from nanolab.evals.card import card, chain, cost_table, effects_table, exchanges, missing, one_line, title
+from nanolab.evals.card import card, chain
+from nanolab.evals.card_tables import cost_table, effects_table, exchanges, shortened, title, unmeasured
 from nanolab.evals.config import ReportConfig
 from nanolab.model.config import GPTConfig
 from nanolab.records import checkpoint
@@ -568,7 +569,7 @@ def test_a_second_stage_of_a_kind_has_its_own_label(runs):
     runs.add("more", 2, {**meta, "origin": {"name": "b-sft@5"}}, 1.0, 10)
     stages = chain(find_model("more"))
     assert [stage.label for stage in stages] == ["base", "sft", "sft2"]
-    assert [script for _, script, _ in missing(stages)] == ["base_eval", "chat_eval"]
+    assert [script for _, script, _ in unmeasured(stages)] == ["base_eval", "chat_eval"]
 
 
 def test_exchanges_are_the_first_ones_and_at_most_eight():
@@ -580,8 +581,8 @@ def test_exchanges_are_the_first_ones_and_at_most_eight():
 
 
 def test_what_a_model_says_cannot_leave_its_line():
-    assert one_line("a\n```\n\n b\x1b[31m") == "a / ``` / b\ufffd[31m"
-    assert len(one_line("long " * 100)) == 240 and one_line("long " * 100).endswith("...")
+    assert shortened("a\n```\n\n b\x1b[31m") == "a / ``` / b\ufffd[31m"
+    assert len(shortened("long " * 100)) == 240 and shortened("long " * 100).endswith("...")
 
 
 @pytest.mark.parametrize(

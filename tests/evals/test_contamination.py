@@ -15,21 +15,22 @@ from hypothesis import strategies as st
 from nanolab.cli import UserError
 from nanolab.data import blocks
 from nanolab.data.corpus import Documents
-from nanolab.evals import contamination
+from nanolab.evals import ngrams
 from nanolab.evals.config import ContaminationConfig
-from nanolab.evals.contamination import EvalSet, Search, item_texts, read_sets, split
+from nanolab.evals.contamination import EvalSet, Search, item_texts, read_sets
+from nanolab.evals.ngrams import split
 from nanolab.evals.score import wilson
 from scripts.contamination import run
 
-MIXED = contamination.mixed
+MIXED = ngrams.mixed
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards watch from afar in silence"  # 17 words
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """Several blocks, batches and lots to compare, so that every border is crossed."""
-    monkeypatch.setattr(contamination, "BATCH_CHARS", 30)
-    monkeypatch.setattr(contamination, "COMPARED", 8)
+    monkeypatch.setattr(ngrams, "BATCH_CHARS", 30)
+    monkeypatch.setattr(ngrams, "COMPARED", 8)
     monkeypatch.setattr(blocks, "BLOCK_DOCUMENTS", 3)
 
 
@@ -86,7 +87,7 @@ def test_it_is_the_search_with_sets_of_tuples(weak, items, documents, n):
     """Also where nearly all hashes collide."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         if weak:
-            patch.setattr(contamination, "mixed", lambda h: MIXED(h) & np.uint64(3))
+            patch.setattr(ngrams, "mixed", lambda h: MIXED(h) & np.uint64(3))
         assert found(items, corpus(folder, documents), n) == slow_search(items, documents, n)
 
 
@@ -108,7 +109,7 @@ def test_words_ignore_case_punctuation_and_form():
 
 def test_the_same_letters_in_other_words_are_not_equal():
     words, at = split(["ab a", "a ba", "AB a", "ab b"]), np.array([2, 4, 6])
-    assert contamination.equal(words, at * 0, words, at, 2).tolist() == [False, True, False]
+    assert ngrams.equal(words, at * 0, words, at, 2).tolist() == [False, True, False]
 
 
 def test_overlaps_at_the_borders_of_documents_and_blocks(tmp_path):

@@ -18,7 +18,7 @@ from nanolab.cli import UserError, from_json
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.model_card import model_card
-from nanolab.interop import export
+from nanolab.interop import export, push
 from nanolab.interop.config import ExportConfig
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
@@ -465,9 +465,9 @@ def test_pushing_needs_a_name_and_a_token(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="--push mine is not a repository; expected USER/NAME; try --push USER/mine"):
-        export.check_push("mine")
+        push.check_push("mine")
     with pytest.raises(UserError, match="--push needs a token .* type hf auth login, or set HF_TOKEN"):
-        export.check_push("me/mine")
+        push.check_push("me/mine")
 
 
 def test_a_refused_upload_loses_nothing(tokenizer, tmp_path, monkeypatch):
@@ -479,7 +479,7 @@ def test_a_refused_upload_loses_nothing(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="me/mine could not be uploaded: .*; the folder .*out is whole; type hf upload me/mine .*out"
     ):
-        export.push(folder, "me/mine")
+        push.push(folder, "me/mine")
     assert sorted(folder.iterdir()) == before
 
 
@@ -509,9 +509,7 @@ def test_a_new_repository_is_private_and_an_old_one_loses_what_another_export_le
     )
     folder, _ = written(tmp_path / "out", SQUARE, tokenizer)
     assert (
-        export.push(folder, "me/mine") == "https://hub/me/mine"
-        and asked["private"] is True
-        and asked["exist_ok"] is True
+        push.push(folder, "me/mine") == "https://hub/me/mine" and asked["private"] is True and asked["exist_ok"] is True
     )
     changes = {(type(op).__name__.removeprefix("CommitOperation"), op.path_in_repo) for op in asked["operations"]}
     assert changes == {("Delete", name) for name in ("README.md", "chat_template.jinja", export.CODE)} | {
