@@ -26,7 +26,7 @@ from covering import every_pair  # noqa: E402
 from nanolab import presets  # noqa: E402
 from nanolab.cli import UserError, from_preset  # noqa: E402
 from nanolab.cli import main as run  # noqa: E402
-from nanolab.model import accounting, attention, blocks, cross_entropy, fp8, gpt  # noqa: E402
+from nanolab.model import accounting, context, fp8, gpt, lookup  # noqa: E402
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
 from nanolab.model.variants import latent, parts, positions, softmax, tables  # noqa: E402
@@ -46,26 +46,26 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "mla_kv_rank": latent.ranks,
     "mla_q_rank": latent.ranks,
     "mla_rope_dim": latent.rotary_width,
-    "window_pattern": attention.windows,
-    "window_size": attention.windows,
+    "window_pattern": lookup.windows,
+    "window_size": lookup.windows,
     "softmax_n": softmax.SoftmaxN,
-    "qk_gain": attention.CausalSelfAttention.forward,
+    "qk_gain": gpt.CausalSelfAttention.forward,
     "score_softcap": spec.Rules,
-    "document_mask": gpt.Documents,
-    "value_embeds": parts.ValueMix,
+    "document_mask": context.Documents,
+    "value_embeds": parts.ValueEmbeds,
     "residual_scalars": parts.ResidualScalars,
     "smear": parts.Smear,
     "backout": parts.Backout,
     "embed_norm": gpt.GPT,
-    "norm_gain": blocks.Norm,
-    "bias": blocks.Linear,
-    "softcap": cross_entropy.softcapped,
-    "tied_head": blocks.TiedHead,
-    "pad_vocab_to": accounting.padded_vocab,
-    "embed_dropout": blocks.dropout,
+    "norm_gain": gpt.Norm,
+    "bias": gpt.Linear,
+    "softcap": gpt.softcapped,
+    "tied_head": gpt.TiedHead,
+    "pad_vocab_to": lookup.padded_vocab,
+    "embed_dropout": gpt.dropout,
     "attn_dropout": reference.definition,
-    "resid_dropout": blocks.dropout,
-    "mlp_dropout": blocks.dropout,
+    "resid_dropout": gpt.dropout,
+    "mlp_dropout": gpt.dropout,
 }
 
 
@@ -91,9 +91,10 @@ def section(flag: str, table: dict[str, Any]) -> str:
     rows = []
     for name, entry in table.items():
         formula, source = formula_and_source(entry)
-        shown = f"`{getattr(entry, 'example', name)}`" + (" (default)" if name == default(flag) else "")
+        typed = axes.shown(name)
+        shown = f"`{typed}`" + (" (default)" if name == default(flag) else "")
         said = complete(f"{dashed(flag)} {name}", formula=formula, paper=source, place=place(entry))
-        rows.append([shown, *said, *status(flag, getattr(entry, "example", name))])
+        rows.append([shown, *said, *status(flag, typed)])
     return f"## {dashed(flag)}\n\n{helps()[flag]}.\n\n" + markdown(
         ["value", "formula", "source", "place", "contracts", "refused with"], rows
     )

@@ -386,7 +386,7 @@ MODELS = {
 
 
 ENTRIES = {
-    f"{flag} {name}": {flag: getattr(entry, "example", name)}
+    f"{flag} {name}": {flag: "gqa:2" if name == "gqa" else name}
     for flag, table in AXES.items()
     for name, entry in table.items()
 }

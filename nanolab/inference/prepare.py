@@ -2,7 +2,7 @@
 
 Training keeps fp32 masters and casts them at each use; what is served does not change any more, so the same values are
 cast once. What the default model does per layer in a dozen small operators is done in fewer, with the same results: for
-one decoded token it is their number that costs. Dims as in model/attention.py."""
+one decoded token it is their number that costs. Dims as in model/gpt.py."""
 
 import logging
 import re
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolab.cli import UserError
-from nanolab.model.attention import CausalSelfAttention, Reading, unturned
-from nanolab.model.blocks import LayerNorm, Linear, Pass, RMSNorm, norm
-from nanolab.model.gpt import GPT
+from nanolab.model.context import Angles, Reading
+from nanolab.model.gpt import GPT, CausalSelfAttention, Linear, Pass, RMSNorm, half
+from nanolab.model.lookup import unturned
 from nanolab.model.variants.mlp import SwiGLU
+from nanolab.model.variants.norms import LayerNorm
 from nanolab.model.variants.parts import ResidualScalars
-from nanolab.model.variants.positions import Angles, half
 from nanolab.model.variants.qk_norm import NoQKNorm, RMSQKNorm
 
 
@@ -41,7 +41,7 @@ def prepare_for_inference(model: GPT, *, int8: bool = False) -> GPT:
             if isinstance(block.mlp, SwiGLU):
                 block.mlp = JoinedSwiGLU(block.mlp)
         model.positions = TabledPositions(model, all(isinstance(block.attn, JoinedAttention) for block in model.h))
-        if isinstance(model.lambdas, ResidualScalars):
+        if model.config.residual_scalars:
             model.lambdas = FixedScalars(model.lambdas)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -132,17 +132,17 @@ class JoinedAttention(nn.Module):
         self.c_qkv = joined(attn.c_q, attn.c_k, attn.c_v)
         self.value_mix, self.core, self.gate, self.c_proj = attn.value_mix, attn.core, attn.gate, attn.c_proj
         self.core.scale *= attn.gain
-        self.norm = norm if type(attn.qk_norm) is RMSQKNorm else Pass()
+        self.norm = attn.qk_norm.normalize if type(attn.qk_norm) is RMSQKNorm else Pass()
         self.turn = turned if attn.turn is half else unturned
 
-    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading, kernel) -> Tensor:
+    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading) -> Tensor:
         B, T, _ = x_BTC.shape
         H, G = self.heads
         qk, v = self.c_qkv(x_BTC).view(B, T, *self.shape).split((H + G, G), dim=2)
         v = self.value_mix(v, x_BTC, ve)
         q, k = self.turn(self.norm(qk), reading.angles).split((H, G), dim=2)
         k, v = reading.append(self.layer, k, v)
-        y = self.gate(self.core(q, k, v, reading, kernel), x_BTC)
+        y = self.gate(self.core(q, k, v, reading), x_BTC)
         return self.c_proj(y.reshape(B, T, -1))
 
 

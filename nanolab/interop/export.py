@@ -26,8 +26,7 @@ from nanolab.cli import UserError, to_json
 from nanolab.data.chat import template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import gpt2, one_file
-from nanolab.model.blocks import Norm
-from nanolab.model.gpt import GPT
+from nanolab.model.gpt import GPT, Embedding, Norm
 from nanolab.records.environment import git_commit
 from nanolab.records.models import ModelRef, load_model
 from nanolab.runtime import Runtime
@@ -161,7 +160,9 @@ def write(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torc
     names = castable(model)
     state = {name: tensor.to(dtype) if name in names else tensor for name, tensor in model.state_dict().items()}
     if brings_code(model):
-        rows, tables = model.config.vocab_size, {"wte", "lm_head", *(f"value_embeds.{i}" for i in model.value_embeds)}
+        rows, height = model.config.vocab_size, model.wte.num_embeddings
+        tables = {name for name, m in model.named_modules() if isinstance(m, Embedding) and m.num_embeddings == height}
+        tables.add("lm_head")
         # trainers read the head's matrix
         state = {name: tensor[:rows] if name.rpartition(".")[0] in tables else tensor for name, tensor in state.items()}
         config, state = (

@@ -118,6 +118,7 @@ class NanolabModel(NanolabPreTrainedModel):
         super().__init__(config)
         self.gpt = GPT(GPTConfig(**config.gpt))
         self.gpt.h = nn.ModuleList(Layer(self.gpt.config, i) for i in range(self.gpt.config.n_layer))
+        self.gpt.placed = None  # the new layers have no kernels yet
         self._keep_scalars()
         self.post_init()
 
@@ -150,8 +151,10 @@ class NanolabModel(NanolabPreTrainedModel):
                 "input_ids is missing; expected token ids of shape (rows, tokens); pass tokenizer(text,"
                 " return_tensors='pt').input_ids"
             )
-        if (dtype := self.gpt.wte.weight.dtype) != self.gpt.compute_dtype:
-            self.gpt.compute_dtype, self.gpt._kernels = dtype, {}
+        dtype = self.gpt.wte.weight.dtype
+        if self.gpt.placed != (dtype, input_ids.device.type):
+            self.gpt.compute_dtype = dtype
+            self.gpt.place(input_ids.device.type)
         cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:
             # one query in bf16 takes a CPU ten times as long

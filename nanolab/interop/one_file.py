@@ -35,6 +35,7 @@ class Module:
     def __init__(self, name: str, text: str):
         self.name, self.doc, self.parts = name, "", []
         self.ours: dict[str, str] = {}  # name -> module of ours that it comes from
+        self.late: set[str] = set()  # modules of ours that are imported within functions
         self.others: dict[str, tuple[str, str]] = {}  # name -> (module of other people's, or "", what to import of it)
         omitted: set[str] = set()
         tree = ast.parse(text)
@@ -47,17 +48,22 @@ class Module:
         ]
         keys = {key for node in statements for key in _entries_with(node, omitted)}
         for node in statements:
-            if any(
-                isinstance(inner, ast.ImportFrom) and (inner.module or "").startswith(PACKAGE)
-                for inner in ast.walk(node)
-            ):
-                # refused if it is read
-                self.parts.append(
-                    Part(_defined(node), {f"an import of {PACKAGE} within {', '.join(_defined(node))}"}, "")
-                )
-                continue
             source = _cut(_lines(text, node), omitted, keys) if omitted else _lines(text, node)
+            source = self._without_late_imports(source)
             self.parts.append(Part(_defined(node), _read(source), source))
+
+    def _without_late_imports(self, source: str) -> str:
+        """A statement without the imports of ours within its functions, where a module needs one that needs it. In one
+        file the name is there by the time the function runs.
+        """
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+                self._take_imports(node)
+                self.late.add(node.module)
+                blank = node.end_lineno < len(lines) and not lines[node.end_lineno]  # the line after it
+                lines[node.lineno - 1 : node.end_lineno + blank] = [None] * (node.end_lineno + blank - node.lineno + 1)
+        return "\n".join(line for line in lines if line is not None)
 
     def _take_imports(self, node: ast.Import | ast.ImportFrom) -> set[str]:
         """Note what an import brings; returns the names of omitted modules."""
@@ -158,16 +164,22 @@ def stitch(start: str, head: str = "", texts: Mapping[str, str] = {}) -> str:
 
 
 def _ordered(start: str, modules: dict[str, Module]) -> list[str]:
-    """Every module after those that it imports."""
+    """Every module after those that it imports at its top; those imported within functions alone come last."""
     order: list[str] = []
+    late: list[str] = []
 
     def visit(name: str) -> None:
         if name in modules and name not in order:
             for imported in dict.fromkeys(modules[name].ours.values()):
-                visit(imported)
+                if imported in modules[name].late:
+                    late.append(imported)
+                else:
+                    visit(imported)
             order.append(name)
 
     visit(start)
+    for name in late:
+        visit(name)
     return order
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanolab.cli import UserError
-from nanolab.model.blocks import Linear
+from nanolab.model.gpt import Linear
 
 VALUES = torch.float8_e4m3fn  # of inputs and weights: 4 bits of exponent, 3 of mantissa, up to 448
 GRADIENTS = torch.float8_e5m2  # a wider range, a coarser grid: up to 57344
@@ -84,12 +84,8 @@ class Float8Linear(Linear):
     Parameters have the same names and shapes as `Linear`'s. Fast only inside torch.compile, which fuses the scaling
     passes."""
 
-    exact = False  # True: the product that `Linear` computes; set by `full_precision`
-
-    @property
-    def fused_head(self) -> bool:
-        """Whether the loss may read the weight itself and multiply with it: only when the product is the plain one."""
-        return self.exact
+    # True: the product that `Linear` computes, which the loss may do by itself (cpu.py); set by `full_precision`
+    exact = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.exact:
@@ -123,7 +119,9 @@ def convert(model: nn.Module) -> int:
     ]
     for parent, name, linear in places:
         with torch.device("meta"):
-            replacement = Float8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+            replacement = Float8Linear(
+                linear.in_features, linear.out_features, bias=linear.bias is not None, kind=linear.kind
+            )
         replacement.weight, replacement.bias = linear.weight, linear.bias
         setattr(parent, name, replacement.train(linear.training))
     return len(places)

@@ -168,5 +168,5 @@ def load_model(ref: str | ModelRef, runtime: Runtime) -> tuple[GPT, Tokenizer, d
         ) from None
     model = model.to(runtime.device).eval()
     # now that it is there: a kernel may have to be fetched and tried, which has no place in the first pass
-    model.kernel_names(runtime.device.type)
+    model.place(runtime.device.type)
     return model, tokenizer, meta

@@ -83,7 +83,7 @@ def axes() -> dict[str, dict[str, Settings]]:
         if flag in INNER:
             continue
         values = [
-            {flag: getattr(entry, "example", name)} | more
+            {flag: shown(name)} | more
             for name, entry in table.items()
             for more in [{}, *MORE.get(flag, {}).get(name, [])]
         ]
@@ -101,6 +101,11 @@ def axes() -> dict[str, dict[str, Settings]]:
                 for value in ({field.name: getattr(BASE, field.name)}, {field.name: not getattr(BASE, field.name)})
             }
     return found | {axis: {label(value): value for value in values} for axis, values in NUMBERS.items()}
+
+
+def shown(entry: str) -> str:
+    """An entry as it is typed: gqa has a number."""
+    return f"{entry}:2" if entry == "gqa" else entry
 
 
 def label(settings: Settings) -> str:
@@ -151,9 +156,7 @@ def uncovered(architecture: type = Architecture) -> list[str]:
             for name, setting in value.items():
                 given[name].add(setting)
     fields = [name for name, settings in given.items() if len(settings) < 2]
-    entries = [
-        (flag, getattr(entry, "example", name)) for flag, table in tables.AXES.items() for name, entry in table.items()
-    ]
+    entries = [(flag, shown(name)) for flag, table in tables.AXES.items() for name, entry in table.items()]
     return fields + [f"{flag}={value}" for flag, value in entries if value not in given[flag]]
 
 

@@ -5,7 +5,6 @@ one. Dims: B batch, T tokens, V vocabulary."""
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanolab.cli import UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
-from nanolab.model.attention import windows
 from nanolab.model.config import GPTConfig, chosen
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels.choice import KERNELS
+from nanolab.model.lookup import windows
 from nanolab.model.variants import tables
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
@@ -300,54 +299,18 @@ def bf16_is_within_rounding(config: GPTConfig, names: list[str], T: int = 24, de
         assert all(mine < 1.5 * its for mine, its in zip(error(kernel), reference)), (kernel, error(kernel), reference)
 
 
-# path of a parameter -> flag whose entry it belongs to, the first that fits
-OWNERS = {
-    r"positions\.": "positions",
-    r"h\.\d+\.attn\.qk_norm\.": "qk_norm",
-    r"h\.\d+\.attn\.core\.normaliser\.": "normaliser",
-    r"h\.\d+\.attn\.gate\.": "gate",
-    r"h\.\d+\.attn\.": "attention",
-    r"h\.\d+\.mlp\.": "mlp",
-    r"(h\.\d+\.norm_[12]|norm_[ef])\.": "norm",
-    r"wte\.": "wte",
-    r"value_embeds\.": "value_embeds",
-    r"lm_head\.": "lm_head",
-    r"(lambdas|smear|backout)\.": "scalars",
-}
-
-
-def parameters_by_entry(config: GPTConfig, model: GPT) -> None:
-    """What the entry of each table says that it has, in matrices and outside them, is what its modules hold; so are the
-    parts beside tables.
-    """
-    found: dict[str, list[int]] = {owner: [0, 0] for owner in OWNERS.values()}
-    for name, p in model.named_parameters():
-        owner = next((owner for path, owner in OWNERS.items() if re.match(path, name)), name)
-        found.setdefault(owner, [0, 0])[p.dim() != 2] += p.numel()
-    for flag, said in accounting.n_params_by_entry(config).items():
-        held = tuple(found.pop(flag))
-        assert held == said, (
-            f"--{flag.replace('_', '-')} {getattr(config, flag)}: its modules have {held[0]} parameters in matrices and"
-            f" {held[1]} outside them; `matrices` and `n_params` say {said[0]} and {said[1]}"
-        )
-    p, V = accounting.n_params(config), accounting.padded_vocab(config)
-    said = {part: p[part] for part in ("wte", "value_embeds", "lm_head", "scalars")} | {"positions": p["wpe"]}
-    said["lm_head"] += V * config.has_bias("head")
-    held = {owner: sum(counts) for owner, counts in found.items()}
-    assert held == said, f"parameters, with --positions {config.positions}: {held} are held, {said} are counted"
-    assert (
-        p["total"] == sum(q.numel() for q in model.parameters()) and p["scaling"] == p["matrices"] + V * config.n_embd
-    )
-
-
 def counts(config: GPTConfig) -> None:
-    """Parameters of each entry and part, FLOPs and cache bytes as the formulas say. The nominal count of attention is
+    """Parameters, FLOPs and cache bytes as the accounting says. The nominal count of attention is
     the full T x window rectangle; eager with full windows does compute the whole square, so there formula and machine
     agree."""
     config = dataclasses.replace(config, window_pattern="L")
     model = GPT(config, kernel="eager").eval()
     model.init_weights(0)
-    parameters_by_entry(config, model)
+    p = accounting.n_params(config)
+    parts = ("wte", "wpe", "value_embeds", "lm_head", "matrices", "vectors", "scalars")
+    assert p["total"] == sum(q.numel() for q in model.parameters()) == sum(p[part] for part in parts)
+    in_blocks = sum(q.numel() for name, q in model.named_parameters() if name.startswith("h.") and q.dim() == 2)
+    assert p["matrices"] == in_blocks and p["scaling"] == in_blocks + model.wte.weight.numel()
     idx = torch.zeros(2, config.sequence_len, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(idx, idx).backward()

@@ -92,7 +92,6 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
     model(torch.zeros(rows, 3, dtype=torch.int64), cache=cache)
     names = sorted(cache.left)
     move(model)
-    model._kernels = {"meta": [None] * len(model.h)}  # one new token asks none of them
     cache.pos, cache.left = on_gpu(cache.pos), {name: on_gpu(x) for name, x in cache.left.items()}
     cache.k, cache.v = ([on_gpu(x) for x in part] for part in (cache.k, cache.v))
     small = [torch.empty(rows, 1, dtype=torch.int64, device="meta"), cache.pos, *(cache.left[name] for name in names)]

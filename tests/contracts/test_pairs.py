@@ -10,7 +10,7 @@ import contracts
 import pytest
 
 from nanolab.cli import UserError
-from nanolab.model.kernels.banded import banded
+from nanolab.model.kernels import banded
 
 TABLE = {axis: list(values) for axis, values in axes.axes().items()}
 ROWS, _ = axes.rows()

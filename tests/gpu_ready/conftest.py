@@ -11,9 +11,12 @@ pytest.register_assert_rewrite("demands")
 
 from demands import flash_attn_func, flex_attention, fused  # noqa: E402
 
-from nanolab.model import gpt  # noqa: E402
-from nanolab.model.kernels import choice, fa3, flex  # noqa: E402
-from nanolab.model.kernels.sdpa import sdpa  # noqa: E402
+from nanolab.model.kernels import (  # noqa: E402
+    choice,
+    fa3,
+    flex,
+    sdpa,  # noqa: E402
+)
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def gpu(monkeypatch):
     """
 
     def put(capability):
-        for module in (sdpa, flex, fa3, gpt):
+        for module in (sdpa, flex, fa3):
             monkeypatch.setattr(module, "on_cuda", lambda x: x.device.type == "meta")
         for module in (choice, fa3):
             monkeypatch.setattr(module, "capability_of", lambda device_type: capability)

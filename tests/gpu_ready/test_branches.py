@@ -13,8 +13,7 @@ from demands import Demands, aten
 from nanolab.cli import UserError
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels import flex, reference, spec
-from nanolab.model.kernels.banded import banded
+from nanolab.model.kernels import banded, flex, reference, spec
 from nanolab.model.kernels.choice import KERNELS, choose_kernel
 from nanolab.model.kernels.spec import Rules
 
@@ -119,8 +118,7 @@ def test_a_training_step_of_every_variant(gpu, changes):
         with torch.device("meta"):
             model = GPT(config, dtype)
             idx = torch.empty(2, T, dtype=torch.long)
-        model.kernel_names("cuda")
-        model._kernels["meta"] = model._kernels["cuda"]
+        model.place("cuda")
         with Demands(T, ampere=capability >= (8, 0)) as demands:
             model(idx, idx, reduction="sum").backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())

@@ -29,8 +29,7 @@ def test_a_step_of_a_converted_model(gpu):
             torch.empty(3, 40, dtype=torch.long),
         )
     assert fp8.convert(model) > 8
-    model.kernel_names("cuda")
-    model._kernels["meta"] = model._kernels["cuda"]
+    model.place("cuda")
     with Demands() as demands:
         model(idx, idx, reduction="sum").backward()
     assert demands.counts[aten._scaled_mm.default] % 3 == 0

@@ -549,7 +549,6 @@ def test_only_what_is_read_is_stitched():
         ("def len(x): pass\ndef f(x):\n    return len(x)\n", "len, defined in nanolab.b, is a name of Python's own"),
         ("from nanolab.c import g as h\ndef f(x):\n    return h(x)\n", "imports g under the name h"),
         ("import nanolab.c\ndef f(x):\n    return nanolab.c.g(x)\n", "imports nanolab.c as a whole"),
-        ("def f(x):\n    from nanolab.c import g\n    return g(x)\n", "an import of nanolab within f"),
         (
             "from nanolab.model.kernels import fa3\ndef f(x):\n    return fa3.run(x)\n",
             "reads fa3, which one file does not have",

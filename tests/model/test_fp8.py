@@ -13,10 +13,9 @@ from torch import nn
 from nanolab.cli import UserError
 from nanolab.model import fp8
 from nanolab.model.accounting import train_flops_per_token
-from nanolab.model.blocks import Linear
 from nanolab.model.config import GPTConfig
 from nanolab.model.fp8 import Float8Linear, convert, eligible, full_precision, quantise
-from nanolab.model.gpt import GPT
+from nanolab.model.gpt import GPT, Linear
 
 needs_product = pytest.mark.skipif(bool(why := fp8.missing(torch.device("cpu"))), reason=f"{why}; torch 2.13 can")
 

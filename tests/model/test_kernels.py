@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
+from nanolab.model.kernels import banded as banded_module
 from nanolab.model.kernels import spec as rules_module
-from nanolab.model.kernels.banded import banded as banded_module
 from nanolab.model.kernels.choice import KERNELS, choose_kernel
 from nanolab.model.kernels.reference import cached, definition, eager
 from nanolab.model.kernels.sdpa import sdpa

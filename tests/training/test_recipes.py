@@ -32,7 +32,7 @@ FULL = dataclasses.replace(
 )
 # Of every table each entry, and the switches the other way.
 VARIANTS = {
-    f"{flag} {name}": {flag: getattr(entry, "example", name)}
+    f"{flag} {name}": {flag: "gqa:2" if name == "gqa" else name}
     for flag, table in AXES.items()
     for name, entry in table.items()
 }

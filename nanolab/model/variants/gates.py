@@ -3,16 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.blocks import Linear, Pass
 from nanolab.model.config import GPTConfig
+from nanolab.model.gpt import Linear, Pass
 
 
 class NoGate(Pass):
     """Attention's output as it is. Vaswani et al., arXiv 1706.03762."""
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return []
 
 
 class HeadGate(nn.Module):
@@ -20,11 +16,7 @@ class HeadGate(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.gate = Linear(c.n_embd, c.n_head)
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return [(c.n_head, c.n_embd)]
+        self.gate = Linear(c.n_embd, c.n_head, kind="gate")
 
     def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         return y_BTHD * torch.sigmoid(self.gate(x_BTC))[..., None]
@@ -35,11 +27,7 @@ class ElementwiseGate(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.gate = Linear(c.n_embd, c.n_embd)
-
-    @staticmethod
-    def matrices(c: GPTConfig) -> list[tuple[int, int]]:
-        return [(c.n_embd, c.n_embd)]
+        self.gate = Linear(c.n_embd, c.n_embd, kind="gate")
 
     def forward(self, y_BTHD: Tensor, x_BTC: Tensor) -> Tensor:
         return y_BTHD * torch.sigmoid(self.gate(x_BTC)).view(y_BTHD.shape)

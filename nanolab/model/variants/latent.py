@@ -1,7 +1,7 @@
 """Multi-head latent attention: keys and values from one small cached vector per token. Also the table of attention
 kinds.
 
-Dims as in attention.py, and r the latent's width, R the rotary width. Per token and layer the cache keeps r + R
+Dims as in gpt.py, and r the latent's width, R the rotary width. Per token and layer the cache keeps r + R
 numbers."""
 
 import math
@@ -9,19 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.attention import (
-    CausalSelfAttention,
-    Core,
-    GroupedQueryAttention,
-    MultiQueryAttention,
-    Reading,
-    turning,
-)
-from nanolab.model.blocks import Linear
 from nanolab.model.config import GPTConfig
-from nanolab.model.variants.gates import GATES
-from nanolab.model.variants.positions import POSITIONS, rope_dim
-from nanolab.model.variants.qk_norm import QK_NORMS
+from nanolab.model.context import Reading
+from nanolab.model.gpt import CausalSelfAttention, Core, Linear
+from nanolab.model.lookup import entry, turning
+from nanolab.model.variants.positions import rope_dim
 
 
 def ranks(c: GPTConfig) -> tuple[int, int]:
@@ -34,7 +26,7 @@ def rotary_width(c: GPTConfig, layer: int) -> int:
     """Channels of the rotary query and key; none on a layer whose positions do not turn (Kimi Linear, arXiv
     2510.26692).
     """
-    return rope_dim(c) if POSITIONS[c.positions].turns(c, layer) else 0
+    return rope_dim(c) if entry(c, "positions").turns(c, layer) else 0
 
 
 class Rotary(nn.Module):
@@ -82,28 +74,13 @@ class LatentAttention(nn.Module):
         self.c_uk = Linear(r, H * D)  # no bias: it could not be absorbed
         self.c_uv = Linear(r, H * D)
         self.rotary = (Rotary if R else NoRotary)(c, layer)
-        self.qk_norm = QK_NORMS[c.qk_norm](c, q_rank, r)  # on the latents
+        self.qk_norm = entry(c, "qk_norm")(c, q_rank, r)  # on the latents
         self.gain = c.qk_gain**2
-        self.core = Core(c, layer, D + R)
-        self.gate = GATES[c.gate](c)
-        self.c_proj = Linear(H * D, C, c.has_bias("out"))
+        self.core = Core(c, layer, D + R, D)
+        self.gate = entry(c, "gate")(c)
+        self.c_proj = Linear(H * D, C, c.has_bias("out"), kind="residual")
         # Per cached token and head, expanding costs 2 r D multiplications and saves T (2 r - 2 D): absorb up to this T.
         self.absorb_up_to = r * D // (r - D) if r > D else math.inf
-
-    @staticmethod
-    def matrices(c: GPTConfig, layer: int) -> list[tuple[int, int]]:
-        C, (q_rank, r), R = c.n_embd, ranks(c), rotary_width(c, layer)
-        rotary = [(c.n_head * R, q_rank), (R, C)] if R else []
-        return rotary + [(q_rank, C), (C, q_rank), (r, C), (C, r), (C, r), (C, C)]
-
-    @staticmethod
-    def qkv_biases(c: GPTConfig, layer: int) -> int:
-        (q_rank, r), R = ranks(c), rotary_width(c, layer)
-        return q_rank + c.n_embd + r + (c.n_head + 1) * R
-
-    @staticmethod
-    def normed_widths(c: GPTConfig) -> tuple[int, int]:
-        return ranks(c)
 
     @staticmethod
     def score_widths(c: GPTConfig, layer: int) -> tuple[int, int]:
@@ -118,39 +95,37 @@ class LatentAttention(nn.Module):
     def cached_shapes(c: GPTConfig, layer: int) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, rotary_width(c, layer)), (1, ranks(c)[1])
 
-    def forward(self, x_BTC: Tensor, ve: None, reading: Reading, kernel) -> Tensor:
+    def forward(self, x_BTC: Tensor, ve: None, reading: Reading) -> Tensor:
         B, T, _ = x_BTC.shape
         c_q, latent = self.qk_norm(self.c_dq(x_BTC), self.c_dkv(x_BTC))
         q_content = self.c_uq(c_q).view(B, T, *self.shape)
         q_rotary, k_rotary = self.rotary(c_q, x_BTC, reading)
         k_rotary, latent = reading.append(self.layer, k_rotary, latent[:, :, None])
         attend = self.absorbed if latent.size(1) > T and T <= self.absorb_up_to else self.naive
-        y = attend(q_content * self.gain, q_rotary * self.gain, k_rotary, latent, reading, kernel)
+        y = attend(q_content * self.gain, q_rotary * self.gain, k_rotary, latent, reading)
         return self.c_proj(self.gate(y, x_BTC).reshape(B, T, -1))
 
-    def naive(
-        self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel
-    ) -> Tensor:
+    def naive(self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading) -> Tensor:
         """Keys and values of every head, made from the latents."""
         latent, k_rotary = latent[:, :, 0].to(q_content.dtype), k_rotary.to(q_content.dtype)
         k_content = self.c_uk(latent).unflatten(-1, self.shape)
         v = self.c_uv(latent).unflatten(-1, self.shape)
         k = torch.cat((k_content, k_rotary.expand(-1, -1, self.shape[0], -1)), dim=-1)
-        return self.core(torch.cat((q_content, q_rotary), dim=-1), k, v, reading, kernel)
+        return self.core(torch.cat((q_content, q_rotary), dim=-1), k, v, reading)
 
     def absorbed(
-        self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading, kernel
+        self, q_content: Tensor, q_rotary: Tensor, k_rotary: Tensor, latent: Tensor, reading: Reading
     ) -> Tensor:
         """Queries brought to the latents, and the mean latent of each head brought to its values."""
         w_uk, w_uv = (up.weight.to(q_content.dtype).unflatten(0, self.shape) for up in (self.c_uk, self.c_uv))
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q_content, w_uk), q_rotary), dim=-1)
-        y = self.core(q, torch.cat((latent, k_rotary), dim=-1), latent, reading, kernel)
+        y = self.core(q, torch.cat((latent, k_rotary), dim=-1), latent, reading)
         return torch.einsum("bthr,hdr->bthd", y, w_uv)
 
 
 ATTENTIONS = {
     "mha": CausalSelfAttention,
-    "gqa": GroupedQueryAttention,
-    "mqa": MultiQueryAttention,
+    "gqa": CausalSelfAttention,
+    "mqa": CausalSelfAttention,
     "mla": LatentAttention,
 }

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nanolab.cli import UserError
-from nanolab.model.blocks import Embedding
 from nanolab.model.config import GPTConfig
-
-Angles = tuple[Tensor, Tensor]
+from nanolab.model.context import Angles
+from nanolab.model.gpt import Embedding, half
 
 
 class Positions(nn.Module):
     """Adds nothing, turns nothing, prefers no distance; the entries of `POSITIONS` change one of these."""
+
+    group = "positions"  # of the optimizer (training/recipes.py)
 
     def __init__(self, c: GPTConfig):
         super().__init__()
@@ -40,10 +41,6 @@ class Positions(nn.Module):
     @staticmethod
     def turns(c: GPTConfig, layer: int) -> bool:
         return False
-
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return 0
 
 
 class Nope(Positions):
@@ -78,7 +75,7 @@ class Learned(Positions):
 
     def __init__(self, c: GPTConfig):
         super().__init__(c)
-        self.wpe = Embedding(c.sequence_len, c.n_embd)
+        self.wpe = Embedding(c.sequence_len, c.n_embd, kind="positions")
 
     def add(self, e_BTC: Tensor, pos_BT: Tensor) -> Tensor:
         if e_BTC.size(1) > self.wpe.num_embeddings:
@@ -87,10 +84,6 @@ class Learned(Positions):
                 " learned has; cut it, or use other positions"
             )
         return e_BTC + self.wpe.look_up(pos_BT, e_BTC.dtype)
-
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return c.sequence_len * c.n_embd
 
 
 class Sinusoidal(Positions):
@@ -186,16 +179,6 @@ def rope_angles(c: GPTConfig, pos_BT: Tensor, dtype: torch.dtype) -> Angles:
     rates, m = rope_rates(c, pos_BT.device)
     angle = pos_BT.float()[..., None] * rates
     return (angle.cos() * m).to(dtype)[..., None, :], (angle.sin() * m).to(dtype)[..., None, :]
-
-
-def half(x_BTHD: Tensor, angles: Angles) -> Tensor:
-    """Pairs (x[i], x[i + d/2]) of the first d channels turn by minus the angle, as in the reference harness. GPT-NeoX,
-    arXiv 2204.06745.
-    """
-    cos, sin = angles
-    d = cos.size(-1)
-    a, b, rest = x_BTHD.tensor_split((d, 2 * d), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 def interleaved(x_BTHD: Tensor, angles: Angles) -> Tensor:

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.blocks import LayerNorm, norm
 from nanolab.model.config import GPTConfig
+from nanolab.model.gpt import rms_norm
+from nanolab.model.variants.norms import LayerNorm
 
 
 class NoQKNorm(nn.Module):
@@ -14,10 +15,6 @@ class NoQKNorm(nn.Module):
 
     def __init__(self, c: GPTConfig, q_width: int, k_width: int):
         super().__init__()
-
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return 0
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q, k
@@ -28,8 +25,10 @@ class RMSQKNorm(NoQKNorm):
     2302.05442.
     """
 
+    normalize = staticmethod(rms_norm)
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return norm(q), norm(k)
+        return self.normalize(q), self.normalize(k)
 
 
 class LayerNormQKNorm(NoQKNorm):
@@ -39,10 +38,6 @@ class LayerNormQKNorm(NoQKNorm):
         super().__init__(c, q_width, k_width)
         self.q, self.k = LayerNorm(q_width, True, False), LayerNorm(k_width, True, False)
 
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return q_width + k_width
-
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q(q), self.k(k)
 
@@ -50,22 +45,20 @@ class LayerNormQKNorm(NoQKNorm):
 class L2QKNorm(NoQKNorm):
     """g q/|q| . k/|k| with g learned per head from log2(T^2 - T) on. Henry et al., arXiv 2010.04245."""
 
+    normalize = staticmethod(rms_norm)
+
     def __init__(self, c: GPTConfig, q_width: int, k_width: int):
         super().__init__(c, q_width, k_width)
         self.start = math.log2(max(2, c.sequence_len**2 - c.sequence_len))
         self.g = nn.Parameter(torch.empty(c.n_head))
 
-    @staticmethod
-    def n_params(c: GPTConfig, q_width: int, k_width: int) -> int:
-        return c.n_head
-
     def init_constants(self) -> None:
         self.g.fill_(self.start)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x) is sqrt(D) x/|x|, and the kernel divides by sqrt(D): together they leave a factor of sqrt(D)."""
+        """RMS norm gives sqrt(D) x/|x|, and the kernel divides by sqrt(D): together a factor of sqrt(D) is left."""
         g = (self.g / math.sqrt(q.size(-1))).to(q.dtype)
-        return norm(q) * g[:, None], norm(k)
+        return self.normalize(q) * g[:, None], self.normalize(k)
 
 
 QK_NORMS = {"none": NoQKNorm, "rms": RMSQKNorm, "layernorm": LayerNormQKNorm, "l2": L2QKNorm}

@@ -14,10 +14,6 @@ class Softmax(nn.Module):
     def __init__(self, c: GPTConfig):
         super().__init__()
 
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return 0
-
     def forward(self) -> Tensor | float | None:
         """ln n of the term n in the denominator: None for n = 0, a number, or (H,)."""
         return None
@@ -47,10 +43,6 @@ class Sink(Softmax):
     def __init__(self, c: GPTConfig):
         super().__init__(c)
         self.logit = nn.Parameter(torch.empty(c.n_head))
-
-    @staticmethod
-    def n_params(c: GPTConfig) -> int:
-        return c.n_head
 
     def init_constants(self) -> None:
         self.logit.zero_()

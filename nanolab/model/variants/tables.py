@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from nanolab.cli import UserError, nearest
-from nanolab.model.blocks import NORMS
 from nanolab.model.config import GPTConfig
 from nanolab.model.variants.gates import GATES
 from nanolab.model.variants.init import INITS
 from nanolab.model.variants.latent import ATTENTIONS
 from nanolab.model.variants.mlp import MLPS
+from nanolab.model.variants.norms import NORMS
 from nanolab.model.variants.positions import POSITIONS, ROTATIONS, rope_scaling
 from nanolab.model.variants.qk_norm import QK_NORMS
 from nanolab.model.variants.softmax import NORMALISERS

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolab.model import cross_entropy
-from nanolab.model.cross_entropy import blocked_cross_entropy, blocked_nats, plain_cross_entropy
+from nanolab.model import cpu
+from nanolab.model.cpu import blocked_cross_entropy, blocked_nats
+from nanolab.model.gpt import cross_entropy
 
 CAP = 15.0
 CASES = {  # rows, width, vocabulary, table rows, share of targets ignored
@@ -39,8 +40,8 @@ def definition(x, w, y, vocab):
 
 @pytest.fixture(params=[(1024, 64), (32, 8), (48, 64)], ids=["default blocks", "small blocks", "uneven blocks"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "GEMM_ROWS", request.param[0])
-    monkeypatch.setattr(cross_entropy, "CACHE_ROWS", request.param[1])
+    monkeypatch.setattr(cpu, "GEMM_ROWS", request.param[0])
+    monkeypatch.setattr(cpu, "CACHE_ROWS", request.param[1])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,8 +72,7 @@ def test_upstream_gradient_scales_both():
 def test_nats_per_row(case, blocks):
     x, w, y, vocab = make(case)
     want = definition(x, w, y, vocab).detach()
-    for f in (blocked_nats, plain_cross_entropy):
-        nats = f(x, head(w), y, CAP, vocab)
+    for nats in (blocked_nats(x, head(w), y, CAP, vocab), cross_entropy(x, head(w), y, CAP, vocab, "none")):
         assert nats.dtype == torch.float32 and nats.shape == y.shape
         torch.testing.assert_close(nats.double(), want, rtol=1e-6, atol=1e-5)
         assert (nats[y < 0] == 0).all()
