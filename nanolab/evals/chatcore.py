@@ -7,11 +7,13 @@ a mean over fewer is called "ChatCORE-k of n" and is not to be compared with one
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from nanolab.evals import generative, multiple_choice
+from nanolab.evals.generative import GREEDY
 from nanolab.evals.score import Interval, OnReply, Result, Task
-from nanolab.inference.engine import Engine
+from nanolab.inference.engine import Engine, Request
 from nanolab.runtime import Stop
 
 MEMBERS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")  # as in karpathy/nanochat
@@ -55,13 +57,9 @@ def evaluate(
     engine: Engine,
     task: Task,
     limit: int = -1,
+    request: Request = GREEDY,
     *,
     num_samples: int = 1,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    seed: int = 42,
-    tools: Callable[[str], str] | None = None,
     batch_size: int = 32,
     on_reply: OnReply | None = None,
     stop: Stop = lambda: False,
@@ -74,18 +72,7 @@ def evaluate(
     if task.kind == "categorical":
         return multiple_choice.evaluate(engine, task, indices, batch_size=batch_size, on_reply=on_reply, stop=stop)
     return generative.evaluate(
-        engine,
-        task,
-        indices,
-        num_samples=num_samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        tools=tools,
-        batch_size=batch_size,
-        on_reply=on_reply,
-        stop=stop,
+        engine, task, indices, request, num_samples=num_samples, batch_size=batch_size, on_reply=on_reply, stop=stop
     )
 
 
@@ -106,14 +93,9 @@ def chatcore(
     LABEL says how many members are among the tasks; with fewer than two there is no score. limit_*: problems of each
     task of that kind, -1 for all. Other tasks than members are measured beside it."""
     limits = {"categorical": limit_categorical, "generative": limit_generative}
+    request = replace(GREEDY, max_tokens=max_tokens, tools=tools)
     results = [
-        (
-            task,
-            evaluate(
-                engine, task, limits[task.kind], max_tokens=max_tokens, tools=tools, batch_size=batch_size, stop=stop
-            ),
-        )
-        for task in tasks
+        (task, evaluate(engine, task, limits[task.kind], request, batch_size=batch_size, stop=stop)) for task in tasks
     ]
     score = chatcore_score([(task.name, task.baseline, r.accuracy, r.interval) for task, r in results])
     found = {f"chatcore/{task.name}": r.accuracy for task, r in results}

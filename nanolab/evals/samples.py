@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Engine
+from nanolab.inference.engine import Engine, Request
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop
 
@@ -34,7 +34,7 @@ def continue_prompts(
     ids = {prompt: [tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS}
     fitting = [prompt for prompt in PROMPTS if len(ids[prompt]) < model.config.sequence_len]
     replies = Engine(model, tokenizer, runtime).complete(
-        [ids[p] for p in fitting], max_tokens=max_tokens, temperature=0.0, stop=stop
+        [ids[p] for p in fitting], Request(max_tokens=max_tokens, temperature=0.0), stop=stop
     )
     return [Sample(prompt, tokenizer.decode(reply)) for prompt, reply in zip(fitting, replies)]
 
@@ -45,7 +45,8 @@ def unconditioned(
     """Texts that begin after nothing but <|bos|>, at temperature 1: draws from what the model takes for its corpus."""
     engine = Engine(model, tokenizer, runtime)
     return [
-        tokenizer.decode(reply) for reply in engine.complete([[tokenizer.bos]] * rows, max_tokens=max_tokens, seed=seed)
+        tokenizer.decode(reply)
+        for reply in engine.complete([[tokenizer.bos]] * rows, Request(max_tokens=max_tokens, seed=seed))
     ]
 
 

@@ -7,8 +7,9 @@ V vocabulary. A row is one request: a prompt and its continuation.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ REMEDIES = {
     "out_of_memory": "try fewer rows at once, or a shorter --max-tokens",
     "non_finite_logits": "expected numbers; try another checkpoint, NAME@STEP",
 }
+REQUEST = Request()
 HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it doubles when a reply grows longer
 
 
@@ -320,36 +322,19 @@ class Engine:
             self.rows[i] = last
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 42,
-        stop_ids: Collection[int] | None = None,
-        tools: Callable[[str], str] | None = None,
+        self, prompts: Sequence[Sequence[int]], request: Request = REQUEST, seeds: Sequence[int] | None = None
     ) -> Iterator[list[TokenOutput]]:
-        """Continue every prompt; each step yields one `TokenOutput` per row that is running, prompt i being row i.
+        """Continue every prompt as `request` says; each step yields one TokenOutput per running row, prompt i being row
+        i. A row's last token has `finish`; its tokens are those it would get alone.
 
-        A row ends with its first stop id (which is yielded), after `max_tokens`, or when prompt and reply fill the
-        model's sequence length. Its tokens are those it would get alone: `seed` is explained in `row_generators`.
-        stop_ids: default the tokens that begin a document (bos) and end a turn (<|assistant_end|>).
-        tools: given a call's text, returns the result, which is forced into the row (see `tools.TOOLS`); None: a call
-        is
-        text like any other. Forced tokens count towards `max_tokens` and the sequence length; they never stop a row.
-        Runs beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an
-        empty or
-        overlong prompt or meaningless settings; on the way for a row that fails.
+        seeds: one per row; without them each row has a stream of its own, made from the request's seed (see
+        `row_generators`). Forced tokens count towards `max_tokens` and the sequence length; they never stop a row. Runs
+        beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty
+        or overlong prompt or meaningless settings; on the way for a row that fails.
         """
-        stop = None if stop_ids is None else tuple(stop_ids)
-        requests = [
-            Request(tuple(prompt), max_tokens, temperature, top_k, top_p, stop_ids=stop, tools=tools)
-            for prompt in prompts
-        ]
-        for row, request in enumerate(requests):
-            request.check(self.limit, row)
+        requests = [replace(request, prompt=tuple(prompt)) for prompt in prompts]
+        for row, one in enumerate(requests):
+            one.check(self.limit, row)
         own = Engine(
             self.model,
             self.tokenizer,
@@ -359,8 +344,8 @@ class Engine:
             graphs=False,
         )
         own.prefixes = own.prefill.prefixes = self.prefixes
-        for request, generator in zip(requests, row_generators(seed, len(prompts))):
-            own._queue(request, generator)
+        for one, generator in zip(requests, row_generators(request.seed if seeds is None else seeds, len(prompts))):
+            own._queue(one, generator)
         return own._steps()
 
     def _steps(self) -> Iterator[list[TokenOutput]]:
@@ -373,31 +358,15 @@ class Engine:
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 42,
-        stop_ids: Collection[int] | None = None,
-        tools: Callable[[str], str] | None = None,
+        request: Request = REQUEST,
+        seeds: Sequence[int] | None = None,
         stop: Stop = lambda: False,
     ) -> list[list[int]]:
         """`generate` to the end, or until `stop` says so: each row's new tokens, forced ones too, without the stop
         id.
         """
         out: list[list[int]] = [[] for _ in prompts]
-        steps = self.generate(
-            prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=stop_ids,
-            tools=tools,
-        )
-        for step in steps:
+        for step in self.generate(prompts, request, seeds):
             if stop():
                 break
             for new in step:

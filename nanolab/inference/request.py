@@ -18,11 +18,11 @@ from nanolab.inference.tools import ToolUse
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to go on from it. A row's tokens are those it would get alone, whatever else runs beside
-    it.
+    """One prompt and how to go on from it; without a prompt, how to go on from any. A row's tokens are those it would
+    get alone, whatever else runs beside it.
     """
 
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
     max_tokens: int = 256
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off

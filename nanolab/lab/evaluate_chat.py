@@ -150,18 +150,15 @@ def name_and_split(spec: str) -> tuple[str, str]:
 def grade(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     """What one task gives, for the record."""
     from nanolab.evals.chatcore import evaluate
+    from nanolab.inference.request import Request
 
     began = time.perf_counter()
     result = evaluate(
         engine,
         task,
         cfg.max_problems,
+        Request(max_tokens=cfg.max_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed, tools=tool),
         num_samples=cfg.num_samples,
-        max_tokens=cfg.max_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        seed=cfg.seed,
-        tools=tool,
         batch_size=cfg.device_batch_size,
     )
     cut = sum(not reply.ended for reply in result.replies)

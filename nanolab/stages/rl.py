@@ -20,7 +20,7 @@ from nanolab.stages.base_run import BaseRun, begin, check_rates
 from nanolab.stages.config import RLConfig
 from nanolab.stages.reward import reward_parts
 from nanolab.stages.rl_plan import RLPlan, make_rl_plan, objective_of
-from nanolab.stages.rollout import Rollouts
+from nanolab.stages.rollout import Rollouts, asked
 from nanolab.stages.session import Result, finished, machine, opened, print_plan
 from nanolab.training.loop import Every, fit
 from nanolab.training.optim import MuonAdamW
@@ -144,12 +144,8 @@ def passes(
         engine,
         task,
         range(len(task)),
+        asked(cfg, tools),
         num_samples=cfg.eval_samples,
-        max_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        seed=cfg.seed,
-        tools=tools,
         batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size,
         stop=stop,
     )

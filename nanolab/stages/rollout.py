@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
-from nanolab.inference.engine import Engine
+from nanolab.inference.engine import Engine, Request
 from nanolab.model.accounting import decode_flops_per_token, prompt_flops, train_flops_per_token
 from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime, print0
@@ -101,6 +101,13 @@ def generating_flops(c: GPTConfig, replies: Sequence[Reply]) -> int:
     contexts = Counter(context for r in replies for context in range(len(r.prompt) + 1, len(r.prompt) + len(r.ids)))
     reading = sum(count * prompt_flops(c, n) for n, count in prompts.items())
     return reading + sum(count * decode_flops_per_token(c, context) for context, count in contexts.items())
+
+
+def asked(cfg: RLConfig, tools: Any) -> Request:
+    """How replies are drawn, for training and for evaluations."""
+    return Request(
+        max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed, tools=tools
+    )
 
 
 class Rollouts:
@@ -253,15 +260,7 @@ class Rollouts:
         size = cfg.rollout_batch_size or len(replies)
         for lo in range(0, len(replies), size):
             part = replies[lo : lo + size]
-            steps = self.engine.generate(
-                [r.prompt for r in part],
-                max_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                top_k=cfg.top_k,
-                seed=seeds[lo : lo + size],
-                tools=self.tools,
-            )
-            for step in steps:
+            for step in self.engine.generate([r.prompt for r in part], asked(cfg, self.tools), seeds[lo : lo + size]):
                 for new in step:
                     part[new.row].ids.append(new.token)
                     part[new.row].trained.append(not new.forced)

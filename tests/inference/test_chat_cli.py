@@ -322,9 +322,13 @@ def test_settings_hold_from_the_next_reply_on(world, inside):
     out, notes = inside(world, "\n".join(lines))
     engine, prompt = Engine(model, tokenizer, RUNTIME), [tokenizer.bos, *tokenizer.encode("hi")]
     drawn = [
-        engine.complete([prompt], max_tokens=12, temperature=1.5, top_k=9, top_p=0.9, seed=seed)[0] for seed in (7, 8)
+        engine.complete([prompt], Request(max_tokens=12, temperature=1.5, top_k=9, top_p=0.9, seed=seed))[0]
+        for seed in (7, 8)
     ]
-    assert drawn[0] != drawn[1] and drawn[0] != engine.complete([prompt], max_tokens=12, temperature=1.5, seed=7)[0]
+    assert (
+        drawn[0] != drawn[1]
+        and drawn[0] != engine.complete([prompt], Request(max_tokens=12, temperature=1.5, seed=7))[0]
+    )
     assert out == "".join(cut_text(tokenizer, ids) + "\n" for ids in drawn) + naive_reply(world, "hi", 12) + "\n"
     assert "(seed is 10)" in notes and "(max-tokens is 12)" in notes and "cut: /max-tokens is 12" in notes
 

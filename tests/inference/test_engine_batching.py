@@ -428,7 +428,7 @@ def test_special_tokens_are_not_penalised_for_repetition():
 def test_generate_runs_beside_what_was_added(default):
     engine = Engine(default, None, RUNTIME)
     number, replies = engine.add(greedy([3, 4], 6)), {}
-    assert len(engine.complete([[1, 2]], max_tokens=5, temperature=0.0, stop_ids=())[0]) == 5
+    assert len(engine.complete([[1, 2]], Request(max_tokens=5, temperature=0.0, stop_ids=()))[0]) == 5
     assert drain(engine, replies) == {number: "length"} and len(replies[number]) == 6
 
 
@@ -520,7 +520,7 @@ def test_what_was_generated_leaves_no_memory_behind(default):
     others = [x for x in gc.get_objects() if type(x) is KVCache]  # of other tests
     gc.disable()
     try:
-        for _ in engine.generate([[1, 2, 3], [4, 5]], max_tokens=4, stop_ids=()):
+        for _ in engine.generate([[1, 2, 3], [4, 5]], Request(max_tokens=4, stop_ids=())):
             made = made or [
                 weakref.ref(x)
                 for x in gc.get_objects()

@@ -51,7 +51,7 @@ def run(model, prompts, tools=calculator, **settings):
     """By row: tokens, forced flags, log probabilities; and how the row ended."""
     rows = [([], [], []) for _ in prompts]
     ends = [None] * len(prompts)
-    for step in Engine(model, TOKENIZER, RUNTIME).generate(prompts, tools=tools, **settings):
+    for step in Engine(model, TOKENIZER, RUNTIME).generate(prompts, Request(tools=tools, **settings)):
         for new in step:
             assert ends[new.row] is None
             for part, value in zip(rows[new.row], (new.token, new.forced, new.logprob)):
@@ -72,7 +72,7 @@ def test_the_result_is_forced_after_the_call_and_the_model_reads_it():
     assert forced == [False] * 5 + [True] * 4 + [False] * 2
     assert [p == 0.0 for p in logprobs[5:9]] == [True] * 4 and all(p == pytest.approx(0, abs=1e-4) for p in logprobs)
     assert [t for (t,) in model.read] == [*ids("a"), *REPLY[:-1]]  # every token once, forced ones too, the stop not
-    assert Engine(model, TOKENIZER, RUNTIME).complete([ids("a")], tools=calculator) == [REPLY[:-1]]
+    assert Engine(model, TOKENIZER, RUNTIME).complete([ids("a")], Request(tools=calculator)) == [REPLY[:-1]]
 
 
 def test_without_tools_a_call_is_text_like_any_other():
@@ -106,7 +106,7 @@ def test_the_tool_runs_after_its_call_was_handed_out():
     """So that a page shows the call while the tool works; and a talk that is given up does not run it."""
     made = []
     model = Chain(CALL, [END, STOP])
-    steps = Engine(model, TOKENIZER, RUNTIME).generate([ids("a")], tools=lambda code: made.append(code) or "")
+    steps = Engine(model, TOKENIZER, RUNTIME).generate([ids("a")], Request(tools=lambda code: made.append(code) or ""))
     while next(steps)[0].token != END:
         pass
     assert made == []

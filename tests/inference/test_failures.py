@@ -340,7 +340,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_an_error_with_a_code(model,
     engine = Engine(model, TOKENIZER, RUNTIME)
     monkeypatch.setattr(GPT, "forward", once(GPT.forward, MemoryError(), 2))
     with pytest.raises(UserError) as error:
-        engine.complete([PROMPTS[0]], max_tokens=20, temperature=0.0, stop_ids=())
+        engine.complete([PROMPTS[0]], Request(max_tokens=20, temperature=0.0, stop_ids=()))
     assert error.value.code == "out-of-memory"
 
 

@@ -297,9 +297,9 @@ def test_the_log_probabilities_trained_are_those_of_the_engine(tmp_path):
     seen: dict[tuple, list[float]] = {}
     generate = r.engine.generate
 
-    def watched(prompts, **settings):
+    def watched(prompts, *settings):
         said = [([], []) for _ in prompts]
-        for step in generate(prompts, **settings):
+        for step in generate(prompts, *settings):
             for new in step:
                 said[new.row][0].append(new.token)
                 said[new.row][1].append(new.logprob)
@@ -365,10 +365,10 @@ class Calculating:
     def __init__(self, engine: Engine):
         self.tokenizer, self.limit, self.asked = engine.tokenizer, engine.limit, []
 
-    def generate(self, prompts, *, tools, **settings):
+    def generate(self, prompts, request, seeds):
         from types import SimpleNamespace
 
-        self.asked.append(tools)
+        self.asked.append(request.tools)
         end = self.tokenizer.special("<|assistant_end|>")
         for token, forced in [(65, False), (66, False), (7, True), (8, True), (67, False), (end, False)]:
             yield [SimpleNamespace(row=i, token=token, forced=forced) for i in range(len(prompts))]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanolab.inference.engine import Engine
+from nanolab.inference.request import Request
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
@@ -264,7 +265,7 @@ def replies(runtime, asked: int):
             engine,
             build("arithmetic@5", "test"),
             range(5),
-            max_tokens=4,
+            Request(max_tokens=4, temperature=0.0),
             batch_size=1,
             stop=lambda: runtime.rank == asked,
         )
