@@ -56,7 +56,7 @@ def run(cfg: ChatConfig) -> int:
         tell(line)
     if cfg.system and not answers:
         raise UserError(
-            "--system, but this model continues texts; expected one that answers; leave it out, or add --chat"
+            "--system requires a chat model; this is a base model, which continues text; leave it out, or add --chat"
         )
     dialogue = Dialogue(
         Engine(prepare_for_inference(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True),

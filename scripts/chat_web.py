@@ -39,8 +39,8 @@ def run(cfg: ServeConfig) -> int:
         )
     if cfg.host not in LOOPBACK and not find_key(cfg):
         print(
-            f"note: whoever reaches {cfg.host} can use this server; a key keeps others out: {cfg.api_key_env}=SECRET in"
-            " the environment",
+            f"warning: no API key is set; anyone who can reach {cfg.host} can use this server; set"
+            f" {cfg.api_key_env}=SECRET in the environment",
             file=sys.stderr,
         )
 

@@ -1,17 +1,14 @@
 """Conversations <-> token ids and loss mask: the one chat template, its inverse, its checks.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}; an assistant's content may also be a list of
-parts
-{"type": "text" | "python" | "python_output", "text": text}: what it says, what it gives to the tool, what the tool
-answers.
-A conversation is a list of messages: at most one system message, first; then user and assistant in turn. Layout:
+parts {"type": "text" | "python" | "python_output", "text": text}: text, a call of a tool, the tool's output. A
+conversation is a list of messages: at most one system message, first; then user and assistant in turn. Layout:
 
     bos [system text] (user_start text user_end assistant_start parts assistant_end)*
 
 Trained on (mask 1): the assistant's text, its tool calls with both marks, and assistant_end; nothing of an assistant's
 message with "weight": 0. Ordinary text never yields a special id, whatever it looks like. A prompt ends with
-assistant_start, or inside the assistant's turn: with the output that somebody else's tool has given to its call.
-Imports no torch."""
+assistant_start, or inside the assistant's turn, with the output of a call. Imports no torch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
@@ -131,14 +128,14 @@ def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None
     at = f"{where}: " if where else ""
     if not isinstance(messages, list) or not messages:
         raise UserError(
-            f"{at}{shape_of(messages)} in place of messages; expected a list with at least a user's and an assistant's;"
-            " mend or delete it",
+            f"{at}{shape_of(messages)} in place of messages; expected a list with at least one user and one assistant"
+            " message; fix or delete it",
             "no-messages",
         )
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise UserError(
-                f"{at}message {i + 1} is {shape_of(message)}; expected an object with the fields role and content; mend"
+                f"{at}message {i + 1} is {shape_of(message)}; expected an object with the fields role and content; fix"
                 " or delete it",
                 "not-a-message",
             )
@@ -152,15 +149,14 @@ def check_messages(messages: Any, where: str = "", prompt: bool = False) -> None
             )
         if role not in expected:
             raise UserError(
-                f"{at}message {i + 1} is {role}'s; expected {' or '.join(expected)}: user and assistant take turns;"
-                " mend the order",
+                f"{at}message {i + 1}: expected role {' or '.join(expected)}, got {role} (user and assistant"
+                " alternate); fix the order",
                 "turn-order",
             )
         _check_content(role, message["content"], f"{at}message {i + 1} ({role}'s)")
     if prompt and messages[-1]["role"] != "user" and not awaits_more(messages[-1]):
         raise UserError(
-            f"{at}the last message is {messages[-1]['role']}'s; expected a user's, which the model is to answer;"
-            " add one",
+            f"{at}the last message is the {messages[-1]['role']}'s; expected a user message to answer; add one",
             "no-question",
         )
     if not prompt and all(message["role"] != "assistant" for message in messages):
@@ -187,7 +183,7 @@ def _check_content(role: str, content: Any, at: str) -> None:
             ):
                 raise UserError(
                     f"{at}: part {j + 1} is {shape_of(part)}; expected an object with the fields type and text, both"
-                    " text; mend it",
+                    " text; fix it",
                     "not-a-part",
                 )
             if part["type"] not in PARTS:
@@ -199,13 +195,13 @@ def _check_content(role: str, content: Any, at: str) -> None:
                 )
             if part["type"] == "python_output" and (j == 0 or content[j - 1]["type"] != "python"):
                 raise UserError(
-                    f"{at}: part {j + 1} is python_output; expected a python part before it, whose output it is; mend"
+                    f"{at}: part {j + 1} is python_output; expected a python part before it, whose output it is; fix"
                     " the order",
                     "part-order",
                 )
     elif not isinstance(content, str):
         allowed = "text or a list of parts" if role == "assistant" else "text"
-        raise UserError(f"{at} has {shape_of(content)} as content; expected {allowed}; mend or delete it", "not-text")
+        raise UserError(f"{at} has {shape_of(content)} as content; expected {allowed}; fix or delete it", "not-text")
     if not any(part["text"].strip() for part in parts_of(content)):
         raise UserError(f"{at} is empty; expected text; fill it or delete the conversation", "empty-message")
 

@@ -81,7 +81,7 @@ def read_jsonl(path: Path | str) -> Iterator[tuple[str, Any]]:
             raise _json_array(path) from None
         expected = "expected one JSON value per line, in UTF-8"
         raise UserError(
-            f"{path}:{n}: not JSON ({error}); {expected}; mend or delete the line (of one large array: jq -c '.[]' IN >"
+            f"{path}:{n}: not JSON ({error}); {expected}; fix or delete the line (of one large array: jq -c '.[]' IN >"
             " OUT)",
             "not-json",
             file=str(path),

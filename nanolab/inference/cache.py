@@ -102,7 +102,7 @@ class KVCache:
             x[row].zero_()
 
     def append(self, layer: int, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new tokens of every row behind its last one; returns the keys and values (B, S, G, D) that their
+        """Store T new tokens of every row after its last one; returns the keys and values (B, S, G, D) that their
         queries may see.
 
         `positions` says where these are: in slot order while nothing is overwritten, and for one new token; else what

@@ -107,7 +107,7 @@ class Parser:
             raise ToolError(f"expected {text or 'the end'}, found {seen[:20] or 'the end'}")
 
     def value(self, level: int, depth: int) -> Fraction:
-        """An operand and all operators of at least `level` behind it."""
+        """An operand and all operators of at least `level` after it."""
         if depth > MAX_NESTING:
             raise ToolError("nested too deep")
         value = self.operand(depth)

@@ -48,9 +48,9 @@ class Talk:
                 f"/{name} is about a conversation; here each text is continued alone; leave, and start with --chat"
             )
         if argument and not command.argument:
-            raise UserError(f"/{name} with {argument!r}; expected nothing behind it; type /{name}")
+            raise UserError(f"/{name} with {argument!r}; expected nothing after it; type /{name}")
         if not argument and command.argument == "FILE":
-            raise UserError(f"/{name} with nothing behind it; expected a file; try /{name} chat.jsonl")
+            raise UserError(f"/{name} with nothing after it; expected a file; try /{name} chat.jsonl")
         return command.run(self, argument)
 
     def discuss(self, text: str, again: bool = False) -> None:
@@ -152,7 +152,7 @@ def seed(text: str) -> int:
 
 
 class Command(NamedTuple):
-    argument: str  # what stands behind the name; only a FILE must
+    argument: str  # what follows the name; only a FILE is required
     help: str
     run: Callable[[Talk, str], str | None]  # returns what to note
     chat: bool = False  # whether it is about a conversation

@@ -1,5 +1,5 @@
-"""Dialogue: a talk with a model turn by turn: as much of it as the model can read, its answers token by token, its
-file.
+"""Dialogue: a conversation with a model, cut to its context, with replies token by token; saved to and loaded from
+files.
 
 With an engine that keeps snapshots (prefix_bytes) each turn costs only what is new in it. Imports no torch.
 """

@@ -39,17 +39,15 @@ HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it double
 
 
 class Engine:
-    """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at
-    once.
+    """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` run many at once.
 
-    max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that
-    running rows never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see
-    prefix.py). graphs: record decode steps and replay them (see recorded.py). Both are for weights that do not change
-    (prepare.py); `generate` never replays. tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a
-    tool runs inside the step that called it, so that a text does not depend on how long it took. `generate` always does
-    so. A row that cannot go on is in `failed` after the step: where memory does not suffice once the snapshots are
-    gone, the youngest rows; and a row whose logits are not numbers. The others go on. Not to be used from several
-    threads at once."""
+    max_rows: rows that run at once; more wait. prefill_tokens: maximum prompt tokens per step, which bounds how long
+    running rows wait; 0 chooses by device. prefix_bytes: memory for the prefix cache (prefix.py). graphs: record decode
+    steps and replay them (recorded.py). Both need weights that do not change (prepare.py); `generate` never replays.
+    tool_threads: threads for slow tools, whose rows leave the batch meanwhile; 0: a tool runs inside the step that
+    called it, so that a text does not depend on how long it took, as in `generate`. A row that cannot go on is in
+    `failed` after the step: the youngest rows where memory runs out once the snapshots are gone, and a row with
+    non-finite logits. The others go on. Not thread-safe."""
 
     def __init__(
         self,
@@ -128,7 +126,7 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
-        """Give up a row: its place is free in the next step. Nothing happens if it is finished."""
+        """Remove a row, which frees its place in the next step. Does nothing if it is finished."""
         self.live.pop(number, None)
         for row in self.queue:
             if row.number == number:
@@ -147,13 +145,13 @@ class Engine:
 
     @torch.inference_mode()
     def prepare(self) -> bool:
-        """Do a part of what makes later steps faster, some ten milliseconds; whether there was any. To be called while
-        the engine is idle.
+        """Record one step for later replay, some ten milliseconds; whether there was one. Call it while the engine is
+        idle.
         """
         return self.recorder is not None and self.recorder.prepare(self.cache)
 
     def close(self) -> None:
-        """Begin no more tools; those that run end by themselves. The engine is not to be used afterwards."""
+        """Start no more tools; those that run end by themselves. Do not use the engine afterwards."""
         if self.tools:
             self.tools.shutdown(wait=False, cancel_futures=True)
 
@@ -249,8 +247,8 @@ class Engine:
         return [new for new in step if new]
 
     def _call_tools(self) -> None:
-        """Answer the calls that ended in the last step, or have their rows step aside; take back those whose tool is
-        through.
+        """Answer the calls that ended in the last step, or move their rows aside; take back the rows whose tool has
+        finished.
         """
         calls = [(i, code) for i, row in enumerate(self.rows) if (code := row.called()) is not None]
         if self.tools is None:

@@ -1,4 +1,4 @@
-"""The inside of the sandbox: walls itself in and runs a program that nobody trusts. sandbox.py starts it as a script.
+"""The inside of the sandbox: isolates itself and runs an untrusted program. sandbox.py starts it as a script.
 
 Three processes, each forked from the one before:
   warden   waits, and at the end kills and reaps whatever is left

@@ -80,9 +80,9 @@ class Prefill:
                 )
 
     def step(self, tokens: int) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
-        """Read up to `tokens` tokens; for each row whose prompt is through: the row, its cache and place therein, and
-        the logits (V,) behind the prompt. Half of the tokens are the oldest prompt's, so that it arrives; the rest goes
-        to the shortest, so that a long prompt does not hold up those behind it."""
+        """Read up to `tokens` tokens; yields each row whose prompt is finished, its cache and place in it, and the
+        logits (V,) after the prompt. Half of the tokens go to the oldest prompt, so that it finishes; the rest to the
+        shortest, so that a long prompt does not delay the others."""
         if not self.parts:
             return
         oldest, *others = self.parts
@@ -106,11 +106,11 @@ class Prefill:
                 part.read, tokens = part.read + T, tokens - T * len(part.prompts)
             if part.read == part.length and part in self.parts:
                 self.parts.remove(part)
-                yield from self._through(part)
+                yield from self._finished(part)
 
     def _scored(self, part: Part, ids: Tensor) -> Tensor:
-        """Read the next tokens ids (N, T) of a part, and score the one after each: the logits (N, V) behind them
-        all.
+        """Read the next tokens ids (N, T) of a part and score the one after each; returns the logits (N, V) after the
+        last.
         """
         x = self.model.hidden(ids, part.cache)
         after = [prompt[part.read + 1 : part.read + ids.size(1) + 1] for prompt in part.prompts]
@@ -124,7 +124,7 @@ class Prefill:
                 part.scores[i].append(Choice(token, value, tuple(zip(tokens, values))))
         return self.model.logits(x[:, -1])
 
-    def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
+    def _finished(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         for i, (prompt, rows) in enumerate(zip(part.prompts, part.rows)):
             for row in rows:
                 if len(row.tokens) == len(row.request.prompt):

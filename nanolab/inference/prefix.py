@@ -1,6 +1,4 @@
-"""PrefixCache: snapshots of what the model has read, so that a conversation's next turn begins where the last one
-ended.
-"""
+"""PrefixCache: the KV caches of earlier token sequences, so that shared prefixes are computed once."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +14,7 @@ log = logging.getLogger(__name__)
 
 class Snapshot(NamedTuple):
     cache: KVCache  # of one row, not to be written to
-    logits: Tensor | None  # (V,) behind the tokens, where they were kept
+    logits: Tensor | None  # (V,) after the tokens, where they were kept
 
     @property
     def nbytes(self) -> int:
@@ -24,10 +22,10 @@ class Snapshot(NamedTuple):
 
 
 class PrefixCache:
-    """Token sequences and the cache that a row of them leaves, within `room` bytes.
+    """Token sequences and the KV cache of each, within `room` bytes.
 
-    Where there is no room, one that another begins with goes first, then what was used longest ago.
-    Snapshots are only valid for the weights that made them.
+    Evicts first what is a prefix of another entry, then the least recently used. Snapshots are only valid for the
+    weights that produced them; create a new cache after changing weights.
     """
 
     def __init__(self, room: int):
@@ -38,7 +36,7 @@ class PrefixCache:
         self.contained: set[tuple[int, ...]] = set()  # those with which a longer one begins
 
     def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
-        """The longest snapshot that the prompt begins with; of the whole prompt only one with logits is of use."""
+        """The longest snapshot that the prompt begins with; one of the whole prompt must have logits."""
         best: tuple[int, ...] = ()
         for ids, found in self.kept.items():
             if (
@@ -53,8 +51,8 @@ class PrefixCache:
         return self.kept[best]
 
     def keep(self, tokens: Sequence[int], nbytes: int, make: Callable[[], tuple[KVCache, Tensor | None]]) -> None:
-        """Take what `make` makes: a cache of one row that has read `tokens`, and logits. Nothing goes for one larger
-        than the room, nor is it made.
+        """Keep what `make` returns: the cache of one row that has read `tokens`, and logits. Does nothing, and evicts
+        nothing, for one larger than the room.
         """
         ids = tuple(tokens)
         if ids in self.kept:

@@ -4,8 +4,8 @@ CPUs.
 A step of the model on a small batch is bound by the cost of starting its hundreds of operators. Its shapes repeat, so
 they are fixed per bucket of rows and slots, positions are read from tensors, and what then runs is recorded when a
 bucket has come up `after` times. On CPUs this is done while the engine is idle (`prepare`), and for batches of few
-rows: in larger ones the work itself counts, and slots that hold nothing are work. A recording reads the weights where
-they lie; so it belongs to a model whose weights stay there and, being cast, do not change (prepare.py).
+rows: in larger ones the work itself counts, and empty slots are work. A recording captures the addresses of the
+weights, so they must not move or be reallocated (prepare.py).
 `Engine.generate`, which training uses too, records nothing. Dims: N rows of a bucket, n of them in use, S slots."""
 
 import logging
@@ -54,7 +54,7 @@ class FixedCache:
 
     def positions(self, layer: int, T: int) -> tuple[Tensor, bool]:
         slots, ring = int(self.k[layer].size(1)), self.rings[layer]
-        if slots < ring:  # no position has come round: slots that hold nothing are those behind the token
+        if slots < ring:  # no position has come round: empty slots are those after the token
             return torch.arange(slots, device=self.pos.device)[None], False
         return ring_positions(self.pos, slots, ring), False
 
@@ -162,7 +162,7 @@ class Recorder:
         )
 
     def step(self, cache: KVCache, ids: Tensor) -> Tensor:
-        """Logits (n, V) behind ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
+        """Logits (n, V) after ids (n, 1), the new tokens of the cache's rows; the cache holds them afterwards."""
         n, longest = len(ids), max(cache.lengths) + 1
         slots = max(LEAST_SLOTS, 1 << (longest - 1).bit_length())
         if not self.failed and (self.cuda or (n <= ROWS_ON_CPU and self._is_recorded((n, slots)))):

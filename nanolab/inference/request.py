@@ -1,6 +1,4 @@
-"""Request, TokenOutput, Failed and Row: what is asked of the engine, what it answers step by step, and where a request
-stands in between.
-"""
+"""Request, TokenOutput, Failed and Row: the engine's input, its output per step, and a request's state in between."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,7 +72,7 @@ class TokenOutput(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A row that gets no further token, through no fault of its own."""
+    """A row that gets no further token: the engine, not the request, has failed."""
 
     row: int
     code: str  # out_of_memory | non_finite_logits

@@ -1,4 +1,4 @@
-"""Python code that nobody trusts, run in a process of its own behind walls; checks of it that it cannot fake.
+"""Runs untrusted Python in an isolated process, and checks its results in a way that it cannot forge.
 
 On Linux, none of these needs a privilege, each stands alone, and `Outcome.isolation` says which of them hold:
   landlock    files: it reads the system's libraries (/lib, /usr/lib, time zones), Python's own with all that is
@@ -187,7 +187,7 @@ def _run(
 
 
 def _watch(folder: str, job: bytes, stdin: Any, timeout: float, output_bytes: int) -> tuple[dict[str, bytes], str]:
-    """Start the jail and see it through to its end: what its pipes gave, and the limit that it met or ""."""
+    """Run the jail to its end: what its pipes gave, and the limit that it met or ""."""
     deadline = time.monotonic() + timeout
     environment = {
         "PATH": "/usr/bin:/bin",

@@ -210,12 +210,12 @@ BAD = [
     ([{"role": "usr", "content": "q"}, A], "role 'usr'.*did you mean user"),
     ([Q, {"role": ["x"], "content": "q"}], "role \\['x'\\]"),
     ([Q, {"role": "tool", "content": "q"}], "role 'tool'"),
-    ([A, Q], "message 1 is assistant's; expected system or user"),
-    ([Q, A, A], "message 3 is assistant's; expected user"),
-    ([Q, Q, A], "message 2 is user's; expected assistant"),
-    ([Q, S, A], "message 2 is system's; expected assistant"),
-    ([S, A], "message 2 is assistant's; expected user"),
-    ([S, S, Q, A], "message 2 is system's"),
+    ([A, Q], "message 1: expected role system or user, got assistant"),
+    ([Q, A, A], "message 3: expected role user, got assistant"),
+    ([Q, Q, A], "message 2: expected role assistant, got user"),
+    ([Q, S, A], "message 2: expected role assistant, got system"),
+    ([S, A], "message 2: expected role user, got assistant"),
+    ([S, S, Q, A], "message 2: expected role user, got system"),
     ([Q], "no assistant turn among 1"),
     ([S, Q], "no assistant turn among 2"),
     ([Q, A | {"content": ""}], "message 2 \\(assistant's\\) is empty"),
@@ -435,7 +435,7 @@ def test_files_that_hold_nothing(tmp_path):
 
 def test_a_prompt_is_checked_by_its_end():
     check_messages([S, Q, A, Q], prompt=True)
-    with pytest.raises(UserError, match="^the last message is assistant's"):
+    with pytest.raises(UserError, match="^the last message is the assistant's"):
         check_messages([Q, A], prompt=True)
 
 

@@ -344,10 +344,10 @@ SLIPS = {
     "/max-tokens 0": "expected at least 1; try /max-tokens 256",
     "/seed -1": "expected a whole number from 0; try /seed 42",
     f"/seed {1 << 63}": "try /seed 42",
-    "/undo 3": "/undo with '3'; expected nothing behind it; type /undo",
+    "/undo 3": "/undo with '3'; expected nothing after it; type /undo",
     "/undo": "nothing was answered yet",
     "/again": "type a text first",
-    "/save": "/save with nothing behind it; expected a file; try /save chat.jsonl",
+    "/save": "/save with nothing after it; expected a file; try /save chat.jsonl",
     "/save chat.jsonl": "nothing was answered yet",
     "/load nowhere.jsonl": "nowhere.jsonl is not a file",
 }
@@ -368,7 +368,7 @@ def test_a_slip_is_one_line_and_the_talk_goes_on(chat, world, inside, tmp_path):
     )
     out, notes = inside(world, "/save x.jsonl\n/help\n/system be kind\n")
     assert out == "" and notes.count("start with --chat") == 2 and "  /again" in notes and "  /save" not in notes
-    with pytest.raises(UserError, match="--system, but this model continues texts.*--chat"):
+    with pytest.raises(UserError, match="--system requires a chat model.*--chat"):
         inside(world, system="be kind")
 
 
