@@ -50,7 +50,7 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "window_size": lookup.windows,
     "softmax_n": softmax.SoftmaxN,
     "qk_gain": gpt.CausalSelfAttention.forward,
-    "score_softcap": spec.Rules,
+    "score_softcap": spec.AttnSpec,
     "document_mask": context.Documents,
     "value_embeds": parts.ValueEmbeds,
     "residual_scalars": parts.ResidualScalars,

@@ -54,7 +54,7 @@ def test_the_rows_of_pairs_are_all_written_down(tool):
 
 
 @pytest.mark.parametrize("flag", tables.AXES)
-def test_every_entry_has_a_row_that_points_at_it(flag):
+def test_every_entry_has_a_row_that_points_at_it(tool, flag):
     table, found = tables.AXES[flag], rows(DOCUMENT, "--" + flag.replace("_", "-"))
     assert list(found) == [tool.axes.shown(name) for name in table]
     for entry, (value, formula, source, place, contracts, _) in zip(table.values(), found.values()):

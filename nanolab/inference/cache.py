@@ -68,7 +68,7 @@ class KVCache:
         self.capacity = min(capacity or FIRST_CAPACITY, self.limit)
         self.lengths = [0] * rows  # the same as pos, on the host: reading pos would wait for the device
         self.pos = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.left: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model left for the next pass
+        self.carry: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model carry to the next pass
         self.memory = object()  # another one when keys and values lie elsewhere, of any layer
         self._parts: dict[tuple[int, int], list[Tensor]] = {}
         self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by ring: rows and slots of the pass's new tokens
@@ -83,7 +83,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.k, *self.v, *self.left.values()))
+        return sum(t.nbytes for t in (*self.k, *self.v, *self.carry.values()))
 
     def row_bytes(self, row: int) -> int:
         """Of a snapshot of that row."""
@@ -92,7 +92,7 @@ class KVCache:
             for ring, pair in zip(self.rings, zip(self.k, self.v))
             for x in pair
         )
-        return values * self.k[0].element_size() + sum(x[row].nbytes for x in self.left.values())
+        return values * self.k[0].element_size() + sum(x[row].nbytes for x in self.carry.values())
 
     def wipe(self, row: int) -> None:
         """Zeros in place of what the row holds, since whatever comes in its place weighs its unused slots with 0, and 0
@@ -199,7 +199,7 @@ class KVCache:
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.index_select(0, index)
         self.pos = self.pos[index]
-        self.left = {name: value[index] for name, value in self.left.items()}
+        self.carry = {name: value[index] for name, value in self.carry.items()}
         self.lengths = [self.lengths[r] for r in rows]
 
     def put(self, rows: list[int], source: "KVCache", source_rows: list[int]) -> None:
@@ -211,10 +211,10 @@ class KVCache:
             for layer, ring in enumerate(self.rings):
                 mine[layer][to, : min(S, ring)] = theirs[layer][of, :S]
         self.pos[to] = source.pos[of]
-        for name, value in source.left.items():
-            if name not in self.left:
-                self.left[name] = value.new_zeros(len(self.lengths), *value.shape[1:])
-            self.left[name][to] = value[of]
+        for name, value in source.carry.items():
+            if name not in self.carry:
+                self.carry[name] = value.new_zeros(len(self.lengths), *value.shape[1:])
+            self.carry[name][to] = value[of]
         for r, s in zip(rows, source_rows):
             self.lengths[r] = source.lengths[s]
 
@@ -225,7 +225,7 @@ class KVCache:
             self._resize(2 * n or 1)
         self.lengths.append(0)
         self.pos = torch.cat((self.pos, self.pos.new_zeros(1)))
-        self.left = {name: torch.cat((value, value[:1])) for name, value in self.left.items() if n}
+        self.carry = {name: torch.cat((value, value[:1])) for name, value in self.carry.items() if n}
         self.put([n], source, [source_row])
 
     def remove(self, row: int) -> None:
@@ -235,11 +235,11 @@ class KVCache:
             S = self.lengths[last]
             for x in (*self.k, *self.v):
                 x[row, :S] = x[last, :S]
-            for x in (self.pos, *self.left.values()):
+            for x in (self.pos, *self.carry.values()):
                 x[row] = x[last]
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
-        self.pos, self.left = self.pos[:last], {name: value[:last] for name, value in self.left.items()}
+        self.pos, self.carry = self.pos[:last], {name: value[:last] for name, value in self.carry.items()}
 
     def snapshot(self, row: int) -> "KVCache":
         """A copy of one row in a cache of its own, no larger than the row."""

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolab.cli import UserError
-from nanolab.model.context import Angles, Reading
-from nanolab.model.gpt import GPT, CausalSelfAttention, Linear, Pass, RMSNorm, half
-from nanolab.model.lookup import unturned
+from nanolab.model.context import Angles, AttnContext
+from nanolab.model.gpt import GPT, CausalSelfAttention, Identity, Linear, RMSNorm, apply_rope
+from nanolab.model.lookup import no_rope
 from nanolab.model.variants.mlp import SwiGLU
 from nanolab.model.variants.norms import LayerNorm
 from nanolab.model.variants.parts import ResidualScalars
@@ -117,7 +117,7 @@ def joinable(attn: nn.Module) -> bool:
     return (
         isinstance(attn, CausalSelfAttention)
         and type(attn.qk_norm) in (NoQKNorm, RMSQKNorm)
-        and attn.turn in (unturned, half)
+        and attn.rope in (no_rope, apply_rope)
     )
 
 
@@ -132,22 +132,22 @@ class JoinedAttention(nn.Module):
         self.c_qkv = joined(attn.c_q, attn.c_k, attn.c_v)
         self.value_mix, self.core, self.gate, self.c_proj = attn.value_mix, attn.core, attn.gate, attn.c_proj
         self.core.scale *= attn.gain
-        self.norm = attn.qk_norm.normalize if type(attn.qk_norm) is RMSQKNorm else Pass()
-        self.turn = turned if attn.turn is half else unturned
+        self.norm = attn.qk_norm.normalize if type(attn.qk_norm) is RMSQKNorm else Identity()
+        self.rope = tabled_rope if attn.rope is apply_rope else no_rope
 
-    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading) -> Tensor:
+    def forward(self, x_BTC: Tensor, ve: Tensor | None, ctx: AttnContext) -> Tensor:
         B, T, _ = x_BTC.shape
         H, G = self.heads
         qk, v = self.c_qkv(x_BTC).view(B, T, *self.shape).split((H + G, G), dim=2)
         v = self.value_mix(v, x_BTC, ve)
-        q, k = self.turn(self.norm(qk), reading.angles).split((H, G), dim=2)
-        k, v = reading.append(self.layer, k, v)
-        y = self.gate(self.core(q, k, v, reading), x_BTC)
+        q, k = self.rope(self.norm(qk), ctx.angles).split((H, G), dim=2)
+        k, v = ctx.append(self.layer, k, v)
+        y = self.gate(self.core(q, k, v, ctx), x_BTC)
         return self.c_proj(y.reshape(B, T, -1))
 
 
-def turned(x_BTHD: Tensor, angles: Angles) -> Tensor:
-    """positions.half by tables: (a, b) -> (a, b) (cos, cos) + (b, a) (sin, -sin) on the channels that turn."""
+def tabled_rope(x_BTHD: Tensor, angles: Angles) -> Tensor:
+    """gpt.apply_rope by tables: (a, b) -> (a, b) (cos, cos) + (b, a) (sin, -sin) on the channels that turn."""
     cos, sin = angles
     n = cos.size(-1)
     if n == x_BTHD.size(-1):
@@ -169,7 +169,7 @@ class JoinedSwiGLU(nn.Module):
 
 
 class TabledPositions(nn.Module):
-    """Positions whose angles are looked up. doubled: as `turned` wants them, else as the entries of ROTATIONS do."""
+    """Positions whose angles are looked up. doubled: for `tabled_rope`, else for the entries of ROTATIONS."""
 
     def __init__(self, model: GPT, doubled: bool):
         super().__init__()

@@ -40,7 +40,7 @@ class FixedCache:
     def __init__(
         self, rings: list[int], pos: Tensor, left: dict[str, Tensor], k: tuple[Tensor, ...], v: tuple[Tensor, ...]
     ):
-        self.rings, self.pos, self.left, self.k, self.v = rings, pos, left, k, v
+        self.rings, self.pos, self.carry, self.k, self.v = rings, pos, left, k, v
         self.slot = {ring: pos % ring for ring in set(rings)}
 
     def append(self, layer: int, k_N1GD: Tensor, v_N1GD: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def fixed_step(model: GPT, rings: list[int], names: list[str]) -> Step:
         left, kv = dict(zip(names, rest)), rest[len(names) :]
         cache = FixedCache(rings, pos, left, kv[: len(rings)], kv[len(rings) :])
         logits = model(ids, cache=cache, last_only=True)[:, -1]
-        return logits, *(cache.left[name] for name in names)
+        return logits, *(cache.carry[name] for name in names)
 
     return step
 
@@ -179,8 +179,8 @@ class Recorder:
         if cache.memory is not self.memory:
             self.release()
             self.memory = cache.memory
-        names = sorted(cache.left)
-        small = [ids, cache.pos, *(cache.left[name] for name in names)]
+        names = sorted(cache.carry)
+        small = [ids, cache.pos, *(cache.carry[name] for name in names)]
         if rows > n:
             small = [torch.cat((x, x.new_zeros(rows - n, *x.shape[1:]))) for x in small]
         inputs, key = [*small, *cache.parts(rows, slots)], (rows, slots)
@@ -193,7 +193,7 @@ class Recorder:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 step = self.steps[key] = record_cuda(step, inputs, self.stream, self.pool)
         logits, *left = step(*inputs)
-        cache.left = {name: x[:n].clone() if self.cuda else x for name, x in zip(names, left)}
+        cache.carry = {name: x[:n].clone() if self.cuda else x for name, x in zip(names, left)}
         cache.advance(1)
         return logits[:n]
 
@@ -220,8 +220,8 @@ class Recorder:
         mine = KVCache(self.model.config, rows, capacity=slots, limit=cache.limit, dtype=cache.dtype)
         ids = torch.zeros(rows, 1, dtype=torch.int64)
         self.model(ids, cache=mine)  # so that there is what a pass leaves
-        names = sorted(mine.left)
-        inputs = [ids, mine.pos, *(mine.left[name] for name in names), *mine.k, *mine.v]
+        names = sorted(mine.carry)
+        inputs = [ids, mine.pos, *(mine.carry[name] for name in names), *mine.k, *mine.v]
         self.steps[bucket] = record_cpu(fixed_step(self.model, mine.rings, names), inputs)
         for _ in range(3):  # the interpreter sets itself up in its first calls
             self.steps[bucket](*inputs)

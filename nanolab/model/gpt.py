@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanolab.model.config import GPTConfig
-from nanolab.model.context import Angles, Documents, Reading
+from nanolab.model.context import Angles, AttnContext, Documents
 from nanolab.model.kernels.choice import KERNELS, choose_kernel, kernel_line
 from nanolab.model.kernels.reference import cached
-from nanolab.model.kernels.spec import Rules
-from nanolab.model.lookup import check_flags, entry, make_norm, padded_vocab, parts_of, turning, windows
+from nanolab.model.kernels.spec import AttnSpec
+from nanolab.model.lookup import check_flags, entry, make_norm, padded_vocab, parts_of, rope_of, windows
 
 EPS = torch.finfo(torch.float32).eps
 WHOLE_ROW = 1 << 40  # the window of a layer without one, also on rows longer than those trained on
@@ -60,7 +60,7 @@ def cross_entropy(
     return nats if reduction == "none" else nats.sum()
 
 
-def half(x_BTHD: Tensor, angles: Angles) -> Tensor:
+def apply_rope(x_BTHD: Tensor, angles: Angles) -> Tensor:
     """Pairs (x[i], x[i + d/2]) of the first d channels turn by minus the angle, as in the reference harness. GPT-NeoX,
     arXiv 2204.06745.
     """
@@ -123,7 +123,7 @@ class TiedHead(nn.Module):
     forward = Linear.forward
 
 
-class Pass(nn.Module):
+class Identity(nn.Module):
     """Gives back its first argument: the part of a model that is switched off."""
 
     def __init__(self, *_):
@@ -165,7 +165,7 @@ class RMSNorm(Norm):
         return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
-class Core(nn.Module):
+class AttentionOp(nn.Module):
     """q, k, v -> y by the layer's rules and kernel. Scores are scaled by 1/sqrt(width).
 
     width, v_width: channels of q.k and of p v. needs: what a kernel must offer for this layer, out of spec.NEEDS."""
@@ -181,15 +181,15 @@ class Core(nn.Module):
         needs = self.rules(entry(c, "positions").slopes(c), first, self.dropout).needs(c.sequence_len)
         self.needs = needs | ({"value size"} if v_width != width else set())
 
-    def rules(self, slopes: Tensor | None, first_BT: Tensor | None, dropout: float) -> Rules:
-        return Rules(self.window, self.scale, self.normaliser(), slopes, self.softcap, dropout, first_BT)
+    def rules(self, slopes: Tensor | None, first_BT: Tensor | None, dropout: float) -> AttnSpec:
+        return AttnSpec(self.window, self.scale, self.normaliser(), slopes, self.softcap, dropout, first_BT)
 
-    def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, reading: Reading) -> Tensor:
-        rules = self.rules(reading.slopes, reading.first_BT, self.dropout if self.training else 0.0)
+    def forward(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, ctx: AttnContext) -> Tensor:
+        rules = self.rules(ctx.slopes, ctx.first_BT, self.dropout if self.training else 0.0)
         # nothing was cached before: plain causal attention
-        if reading.cache is None or k_BSGD.size(1) == q_BTHD.size(1) > 1:
+        if ctx.cache is None or k_BSGD.size(1) == q_BTHD.size(1) > 1:
             return self.kernel(q_BTHD, k_BSGD, v_BSGD, rules)
-        return cached(q_BTHD, k_BSGD, v_BSGD, rules, reading.keys(self.layer, rules))
+        return cached(q_BTHD, k_BSGD, v_BSGD, rules, ctx.keys(self.layer, rules))
 
 
 class CausalSelfAttention(nn.Module):
@@ -204,11 +204,11 @@ class CausalSelfAttention(nn.Module):
         self.c_q = Linear(c.n_embd, H * D, bias)
         self.c_k = Linear(c.n_embd, G * D, bias)
         self.c_v = Linear(c.n_embd, G * D, bias)
-        self.value_mix = next((part.mix(c, layer) for part in parts_of(c, "values")), Pass())
+        self.value_mix = next((part.mix(c, layer) for part in parts_of(c, "values")), Identity())
         self.qk_norm = entry(c, "qk_norm")(c, D, D)
         self.gain = c.qk_gain**2  # of q and of k, in one multiplication
-        self.turn = turning(c, layer)
-        self.core = Core(c, layer, D, D)
+        self.rope = rope_of(c, layer)
+        self.core = AttentionOp(c, layer, D, D)
         self.gate = entry(c, "gate")(c)
         self.c_proj = Linear(H * D, c.n_embd, c.has_bias("out"), kind="residual")
 
@@ -224,16 +224,16 @@ class CausalSelfAttention(nn.Module):
         """(heads, channels) of the two tensors that the cache keeps of a token."""
         return (c.n_kv_head, c.head_dim), (c.n_kv_head, c.head_dim)
 
-    def forward(self, x_BTC: Tensor, ve: Tensor | None, reading: Reading) -> Tensor:
+    def forward(self, x_BTC: Tensor, ve: Tensor | None, ctx: AttnContext) -> Tensor:
         """ve: (B, T, G*D) on layers with value embeddings."""
         B, T, _ = x_BTC.shape
         q = self.c_q(x_BTC).view(B, T, *self.shape)
         k = self.c_k(x_BTC).view(B, T, *self.kv_shape)
         v = self.value_mix(self.c_v(x_BTC).view(B, T, *self.kv_shape), x_BTC, ve)
-        q, k = self.qk_norm(q, k)  # before turning, which leaves lengths as they are
-        q, k = self.turn(q, reading.angles) * self.gain, self.turn(k, reading.angles)
-        k, v = reading.append(self.layer, k, v)
-        y = self.gate(self.core(q, k, v, reading), x_BTC)
+        q, k = self.qk_norm(q, k)  # before rotation, which keeps lengths
+        q, k = self.rope(q, ctx.angles) * self.gain, self.rope(k, ctx.angles)
+        k, v = ctx.append(self.layer, k, v)
+        y = self.gate(self.core(q, k, v, ctx), x_BTC)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -260,10 +260,10 @@ class Block(nn.Module):
         self.drop_attn, self.drop_mlp = dropout(c.resid_dropout), dropout(c.mlp_dropout)
 
     def forward(
-        self, x: Tensor, ve: Tensor | None, reading: Reading, at: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, ve: Tensor | None, ctx: AttnContext, at: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x (B, T, C) -> the same, or its rows `at` alone, (K, C)."""
-        x = x + self.drop_attn(self.attn(self.norm_1(x), ve, reading))
+        x = x + self.drop_attn(self.attn(self.norm_1(x), ve, ctx))
         if at is not None:
             x = x[at]
         return x + self.drop_mlp(self.mlp(self.norm_2(x)))
@@ -286,8 +286,8 @@ class GPT(nn.Module):
         V, C, n = padded_vocab(config), config.n_embd, config.n_layer
         self.wte = Embedding(V, C)
         self.positions = entry(config, "positions")(config)
-        self.documents = Documents(config.bos) if config.document_mask else Pass()
-        self.norm_e = make_norm(config) if config.embed_norm else Pass()
+        self.documents = Documents(config.bos) if config.document_mask else Identity()
+        self.norm_e = make_norm(config) if config.embed_norm else Identity()
         self.drop = dropout(config.embed_dropout)
         self.parts: dict[str, list[str]] = {"embedding": [], "values": [], "layer": [], "end": []}
         for part in parts_of(config):
@@ -363,14 +363,14 @@ class GPT(nn.Module):
         """
         T, dtype = idx.size(1), self.compute_dtype
         pos = torch.arange(T, device=idx.device)[None] + (cache.pos[:, None] if cache is not None else 0)
-        reading = Reading(pos, self.positions.angles(pos, dtype), self.positions.slopes_H, cache=cache)
-        reading = self.documents(reading, idx)
+        ctx = AttnContext(pos, self.positions.angles(pos, dtype), self.positions.slopes_H, cache=cache)
+        ctx = self.documents(ctx, idx)
         x = self.norm_e(self.positions.add(self.wte.look_up(idx, dtype), pos))
-        x = x0 = self.drop(self.through("embedding", x, idx, reading))
+        x = x0 = self.drop(self.through("embedding", x, idx, ctx))
         middle, last = x, len(self.h) - 1
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for i in range(len(self.h)):
-            args = i, x, x0, idx, reading, at if i == last else None
+            args = i, x, x0, idx, ctx, at if i == last else None
             x = checkpoint(self.layer, *args, use_reentrant=False) if again else self.layer(*args)
             if i == len(self.h) // 2:
                 middle = x
@@ -381,11 +381,11 @@ class GPT(nn.Module):
         return self.norm_f(self.through("end", x, middle))
 
     def layer(
-        self, i: int, x: Tensor, x0: Tensor, idx: Tensor, reading: Reading, at: tuple[Tensor, Tensor] | None
+        self, i: int, x: Tensor, x0: Tensor, idx: Tensor, ctx: AttnContext, at: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """The residual stream x (B, T, C) after layer i; x0 is the one before the first."""
         x = self.through("layer", x, x0, i)
-        return self.h[i](x, self.through("values", None, idx, i, x.dtype), reading, at)
+        return self.h[i](x, self.through("values", None, idx, i, x.dtype), ctx, at)
 
     def through(self, seam: str, x: Any, *args: Any) -> Any:
         """x after the parts that are switched on at this seam (variants/parts.py)."""

@@ -37,18 +37,18 @@ def windows(c: GPTConfig) -> list[int]:
     """Keys before itself that a query sees, per layer. A window of w lets it see itself and the w keys before it."""
     short = c.window_size or -(-c.sequence_len // 4 // 128) * 128
     if c.window_pattern == "rope":
-        return [short if entry(c, "positions").turns(c, i) else c.sequence_len for i in range(c.n_layer)]
+        return [short if entry(c, "positions").uses_rope(c, i) else c.sequence_len for i in range(c.n_layer)]
     letters = [c.window_pattern[i % len(c.window_pattern)] for i in range(c.n_layer)]
     return [short if letter == "S" else c.sequence_len for letter in letters[:-1]] + [c.sequence_len]
 
 
-def unturned(x: Any, angles: Any) -> Any:
+def no_rope(x: Any, angles: Any) -> Any:
     return x
 
 
-def turning(c: GPTConfig, layer: int) -> Any:
+def rope_of(c: GPTConfig, layer: int) -> Any:
     """The function (x_BTHD, angles) -> x_BTHD that gives queries and keys of this layer their positions."""
-    return entry(c, "rope_layout") if entry(c, "positions").turns(c, layer) else unturned
+    return entry(c, "rope_layout") if entry(c, "positions").uses_rope(c, layer) else no_rope
 
 
 def make_norm(c: GPTConfig) -> Any:

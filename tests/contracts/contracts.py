@@ -86,7 +86,7 @@ def idle(config: GPTConfig) -> Iterator[str]:
     shift_invariant = config.normaliser == "softmax" or (config.normaliser == "softmax_n" and config.softmax_n == 0)
     if shift_invariant and config.qk_norm == "none" and config.score_softcap == 0:
         for layer in range(config.n_layer):
-            if config.rope_fraction < 1 or not tables.AXES["positions"][config.positions].turns(config, layer):
+            if config.rope_fraction < 1 or not tables.AXES["positions"][config.positions].uses_rope(config, layer):
                 yield f"h.{layer}.attn.c_k.bias"
 
 

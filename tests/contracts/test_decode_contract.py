@@ -90,11 +90,11 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
     model = prepare_for_inference(model) if prepared else model
     cache = KVCache(model.config, rows, capacity=16, dtype=torch.bfloat16)
     model(torch.zeros(rows, 3, dtype=torch.int64), cache=cache)
-    names = sorted(cache.left)
+    names = sorted(cache.carry)
     move(model)
-    cache.pos, cache.left = on_gpu(cache.pos), {name: on_gpu(x) for name, x in cache.left.items()}
+    cache.pos, cache.carry = on_gpu(cache.pos), {name: on_gpu(x) for name, x in cache.carry.items()}
     cache.k, cache.v = ([on_gpu(x) for x in part] for part in (cache.k, cache.v))
-    small = [torch.empty(rows, 1, dtype=torch.int64, device="meta"), cache.pos, *(cache.left[name] for name in names)]
+    small = [torch.empty(rows, 1, dtype=torch.int64, device="meta"), cache.pos, *(cache.carry[name] for name in names)]
     inputs = [*small, *(x[:, :16] for x in (*cache.k, *cache.v))]
     with NoConstants(), OnTheDevice():
         logits, *left = fixed_step(model, cache.rings, names)(*inputs)
@@ -103,7 +103,7 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
         logits.shape == plain.shape == (rows, model.config.vocab_size)
         and logits.device.type == plain.device.type == "meta"
     )
-    assert [x.shape for x in left] == [cache.left[name].shape for name in names]
+    assert [x.shape for x in left] == [cache.carry[name].shape for name in names]
 
 
 @pytest.mark.fault("core D4")

@@ -15,7 +15,7 @@ from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels import banded, flex, reference, spec
 from nanolab.model.kernels.choice import KERNELS, choose_kernel
-from nanolab.model.kernels.spec import Rules
+from nanolab.model.kernels.spec import AttnSpec
 
 T = 160  # two blocks of banded's, and no other dimension here
 SHAPES = {
@@ -57,7 +57,7 @@ def problem(shape, case, dtype):
         options["slopes"] = torch.empty(H, device="meta")
     if "first_BT" in case:
         options["first_BT"] = torch.empty(B, T, dtype=torch.long, device="meta")
-    return [q, k, v], Rules(**options)
+    return [q, k, v], AttnSpec(**options)
 
 
 @pytest.mark.fault("core D3")
@@ -158,7 +158,7 @@ def test_prompts_and_held_out_rows_compile_nothing(gpu, monkeypatch):
     compiled = []
     monkeypatch.setattr(flex, "_compiled", lambda function: compiled.append(function) or function)
     run = KERNELS[choose_kernel(frozenset({"alibi"}), "cuda", torch.bfloat16)].run
-    asked = Rules(1 << 40, 0.3, slopes=torch.empty(2, device="meta"))
+    asked = AttnSpec(1 << 40, 0.3, slopes=torch.empty(2, device="meta"))
     for mode in (torch.no_grad, torch.inference_mode):
         for length in range(100, 110):
             q = torch.empty(1, length, 2, 64, device="meta", dtype=torch.bfloat16)
@@ -185,7 +185,7 @@ def test_flex_without_gradient_equals_the_definition(monkeypatch, case):
         if case == "documents"
         else CASES[case]
     )
-    asked = Rules(**{"window": 1 << 40, "scale": 1 / math.sqrt(32)} | options)
+    asked = AttnSpec(**{"window": 1 << 40, "scale": 1 / math.sqrt(32)} | options)
     with torch.no_grad():
         y, want = flex.run(q, k, v, asked), reference.eager(q.double(), k.double(), v.double(), asked)
     assert y.dtype == torch.bfloat16
@@ -199,7 +199,7 @@ def test_a_t4s_kernel_in_fp16_equals_the_definition(case):
     """
     g = torch.Generator().manual_seed(0)
     inputs = [(4 * torch.randn(2, 700, n, 32, generator=g)).half().requires_grad_() for n in (4, 2, 2)]
-    asked = Rules(
+    asked = AttnSpec(
         **{"window": 1 << 40, "scale": 1 / math.sqrt(32)}
         | ({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])} if case == "alibi" else CASES[case])
     )

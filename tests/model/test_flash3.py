@@ -16,7 +16,7 @@ from nanolab.cli import UserError
 from nanolab.model.kernels import fa3
 from nanolab.model.kernels.choice import choose_kernel
 from nanolab.model.kernels.reference import eager
-from nanolab.model.kernels.spec import Rules
+from nanolab.model.kernels.spec import AttnSpec
 
 HOPPER = (9, 0)
 # some of version 1's
@@ -33,7 +33,7 @@ def working(q, k, v, causal=False, window_size=(-1, -1), deterministic=False):
     """
     assert causal and window_size[1] == 0
     left = q.size(1) if window_size[0] < 0 else window_size[0]
-    return eager(q, k, v, Rules(left, 1 / math.sqrt(q.size(-1))))
+    return eager(q, k, v, AttnSpec(left, 1 / math.sqrt(q.size(-1))))
 
 
 def with_log_sum_exp(q, k, v, **options):
@@ -223,7 +223,7 @@ def test_equals_eager_forward_and_backward(install, kernel, sink, heads):
             inputs.append(log_sink)
         for window in (7,) if sink is not None else (7, 3, 0):
             for scale in (1 / math.sqrt(size), 0.9):
-                rules = Rules(window, scale, log_sink)
+                rules = AttnSpec(window, scale, log_sink)
                 y, want = fa3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
                 torch.testing.assert_close(y, want)
                 upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
@@ -238,7 +238,7 @@ def test_bf16_does_not_round_the_sink(install, n):
     """
     install(lambda q, k, v, **options: working(q.double(), k.double(), v.double(), **options))
     q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
-    y = fa3.run(q, q, torch.ones_like(q), Rules(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
+    y = fa3.run(q, q, torch.ones_like(q), AttnSpec(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
     assert abs(4 / y - 4 - n) < 2e-4 * n
 
 
@@ -248,7 +248,7 @@ def test_a_sink_on_a_row_longer_than_the_full_window_is_refused_not_ignored(inst
     with pytest.raises(
         UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"
     ):
-        fa3.run(q, q, q, Rules(4, 1.0, 0.0))
+        fa3.run(q, q, q, AttnSpec(4, 1.0, 0.0))
 
 
 @pytest.mark.fault("core D5")
@@ -261,7 +261,7 @@ def test_deterministic_algorithms_are_asked_of_it(install):
         asked.clear()
         torch.use_deterministic_algorithms(on)
         try:
-            fa3.run(q, q, q, Rules(4, 1.0))
+            fa3.run(q, q, q, AttnSpec(4, 1.0))
         finally:
             torch.use_deterministic_algorithms(False)
         assert set(asked) == {on}

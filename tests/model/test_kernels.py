@@ -12,7 +12,7 @@ from nanolab.model.kernels import spec as rules_module
 from nanolab.model.kernels.choice import KERNELS, choose_kernel
 from nanolab.model.kernels.reference import cached, definition, eager
 from nanolab.model.kernels.sdpa import sdpa
-from nanolab.model.kernels.spec import FLAGS, NEEDS, Keys, Rules, seen
+from nanolab.model.kernels.spec import FLAGS, NEEDS, AttnSpec, CachedKeys, seen
 
 # B, H, G, D, E
 SHAPES = {
@@ -94,7 +94,7 @@ def problem(shape, T, case, dtype=torch.float64, seed=0, device="cpu"):
     if options.pop("documents", False):
         begins = torch.rand(B, T, generator=g) < 0.3
         options["first_BT"] = torch.where(begins, torch.arange(T), 0).cummax(1).values.to(device)
-    return inputs, Rules(**options)
+    return inputs, AttnSpec(**options)
 
 
 @functools.cache
@@ -198,7 +198,7 @@ def test_flex_equals_the_formula_without_gradients(case):
 def test_fp32_is_within_its_rounding(name, case):
     inputs, rules = problem((2, 4, 2, 16, 16), 40, RULES[case], torch.float32)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    wide_rules = Rules(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {}))
+    wide_rules = AttnSpec(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {}))
     want, y = eager(*wide[:3], wide_rules), KERNELS[name].run(*inputs[:3], rules)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), want, atol=2e-5, rtol=0)
@@ -214,7 +214,7 @@ def test_bf16_is_within_its_rounding(name, case):
     inputs, rules = problem(shape, T, RULES[case], torch.bfloat16)
     q, k, v = inputs[:3]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    want = eager(*wide[:3], Rules(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {})))
+    want = eager(*wide[:3], AttnSpec(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {})))
     y = KERNELS[name].run(q, k, v, rules)
     assert y.dtype == torch.bfloat16
     # 7: ln n; ALiBi's far larger ones have no weight
@@ -238,7 +238,7 @@ def test_finite_differences(name, monkeypatch):
     )
     inputs, rules = problem((1, 2, 1, 2, 2), 5, case)
     assert torch.autograd.gradcheck(
-        lambda q, k, v, sink: KERNELS[name].run(q, k, v, Rules(**vars(rules) | {"log_sink": sink})), inputs
+        lambda q, k, v, sink: KERNELS[name].run(q, k, v, AttnSpec(**vars(rules) | {"log_sink": sink})), inputs
     )
 
 
@@ -249,7 +249,7 @@ def test_dropout_gradient_belongs_to_the_draw_of_the_forward_pass(name):
 
     def run(q, k, v, sink):
         torch.manual_seed(3)
-        return KERNELS[name].run(q, k, v, Rules(**vars(rules) | {"log_sink": sink}))
+        return KERNELS[name].run(q, k, v, AttnSpec(**vars(rules) | {"log_sink": sink}))
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -261,7 +261,7 @@ def test_dropout_drops_its_share_of_weights_and_keeps_their_mean(name):
     """
     q, v = torch.zeros(400, 16, 1, 16), torch.eye(16).expand(400, 16, 16)[:, :, None]
     torch.manual_seed(0)
-    y = KERNELS[name].run(q, q, v, Rules(16, 1.0, dropout=0.25))[:, -1, 0]
+    y = KERNELS[name].run(q, q, v, AttnSpec(16, 1.0, dropout=0.25))[:, -1, 0]
     kept = y > 0
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 12))
     assert abs(kept.float().mean().item() - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 6400)
@@ -279,11 +279,11 @@ def test_very_negative_scores_leave_only_the_sink(name, n):
     inputs = [x.requires_grad_() for x in (q, k, v)]
     scores = torch.einsum("bthd,bshd->bhts", q, k)
     assert scores.max() < -1e4
-    y = KERNELS[name].run(*inputs, Rules(6, 1.0, math.log(n)))
+    y = KERNELS[name].run(*inputs, AttnSpec(6, 1.0, math.log(n)))
     assert (y == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(y.sum(), inputs))
-    softmax = KERNELS[name].run(*inputs, Rules(6, 1.0))
-    torch.testing.assert_close(softmax, eager(*inputs, Rules(6, 1.0)))
+    softmax = KERNELS[name].run(*inputs, AttnSpec(6, 1.0))
+    torch.testing.assert_close(softmax, eager(*inputs, AttnSpec(6, 1.0)))
     assert softmax.abs().max() > 0.1
 
 
@@ -291,7 +291,7 @@ def test_very_negative_scores_leave_only_the_sink(name, n):
 def test_scores_of_both_signs_in_the_ten_thousands_pick_the_largest_of_them_and_the_sink(name):
     q, k, v = (x.detach().float() for x in problem((1, 2, 2, 4, 4), 6, {})[0])
     inputs = [x.requires_grad_() for x in (q * 100, k * 100, v)]
-    y = KERNELS[name].run(*inputs, Rules(6, 1.0, 0.0))
+    y = KERNELS[name].run(*inputs, AttnSpec(6, 1.0, 0.0))
     with torch.no_grad():
         scores = torch.einsum("bthd,bshd->bhts", *inputs[:2]).masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
         best = torch.cat((torch.zeros_like(scores[..., :1]), scores), -1).argmax(-1)  # 0: the sink
@@ -317,9 +317,9 @@ def test_n_to_zero_is_softmax_and_n_to_infinity_is_nothing(name):
     softmax = KERNELS[name].run(q, k, v, rules)
     for n, atol in ((1e-3, 1e-2), (1e-6, 1e-5), (1e-30, 1e-12)):
         torch.testing.assert_close(
-            KERNELS[name].run(q, k, v, Rules(6, rules.scale, math.log(n))), softmax, atol=atol, rtol=0
+            KERNELS[name].run(q, k, v, AttnSpec(6, rules.scale, math.log(n))), softmax, atol=atol, rtol=0
         )
-    assert KERNELS[name].run(q, k, v, Rules(6, rules.scale, math.log(1e30))).abs().max() < 1e-25
+    assert KERNELS[name].run(q, k, v, AttnSpec(6, rules.scale, math.log(1e30))).abs().max() < 1e-25
 
 
 def test_the_log_sum_exp_of_torch_has_no_gradient():
@@ -340,7 +340,7 @@ def test_cuda_primitives_take_the_arguments_that_sdpa_gives():
         )
         sink = torch.zeros(4, device="meta", requires_grad=True)
         for window in (3, 16):
-            y = sdpa(q, k, v, Rules(window, 0.1, sink))
+            y = sdpa(q, k, v, AttnSpec(window, 0.1, sink))
             assert y.shape == (2, 16, 4, size) and y.dtype == torch.bfloat16
             for x, g in zip((q, k, v, sink), torch.autograd.grad(y, (q, k, v, sink), torch.empty_like(y))):
                 assert g.shape == x.shape and g.dtype == x.dtype
@@ -357,15 +357,15 @@ def test_flex_and_the_cuda_primitives_are_traced_without_a_break():
         torch.testing.assert_close(flex(*(x.detach() for x in inputs[:3]), rules), want, atol=1e-12, rtol=1e-10)
     qkv = [torch.empty(2, 16, n, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
     flash = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False)
-    for x, g in zip(qkv, torch.autograd.grad(flash(*qkv, Rules(3, 0.1, 0.0)).sum(), qkv)):
+    for x, g in zip(qkv, torch.autograd.grad(flash(*qkv, AttnSpec(3, 0.1, 0.0)).sum(), qkv)):
         assert g.shape == x.shape
     torch._dynamo.reset()
 
 
-def over_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor, rules: Rules) -> torch.Tensor:
+def over_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """Slot j of every row holds position j."""
     slots = torch.arange(k.size(1))[None]
-    return cached(q, k, v, rules, Keys(q_pos, slots, seen(rules, q_pos, slots)))
+    return cached(q, k, v, rules, CachedKeys(q_pos, slots, seen(rules, q_pos, slots)))
 
 
 CACHED = [case for case in RULES if RULES[case].get("dropout") is None]
@@ -388,7 +388,7 @@ def test_new_queries_over_a_cache_of_uneven_rows(case, shape):
         q_pos = torch.tensor([[p + t for t in range(T)] for p in pos])
         new = torch.stack([q[b, p : p + T] for b, p in enumerate(pos)])
         first = None if rules.first_BT is None else rules.first_BT.gather(1, q_pos)
-        y = over_cache(new, keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
+        y = over_cache(new, keys, values, q_pos, AttnSpec(**vars(rules) | {"first_BT": first}))
         for b, p in enumerate(pos):
             torch.testing.assert_close(y[b].double(), want[b, p : p + T], atol=1e-5, rtol=0)
 
@@ -404,14 +404,14 @@ def test_chunks_over_a_cache_equal_the_square(case):
         keys, values = (torch.cat((x[:, :end], garbage), 1) for x in (k, v))
         first = None if rules.first_BT is None else rules.first_BT[:, begin:end]
         q_pos = torch.arange(begin, end).expand(2, -1)
-        y = over_cache(q[:, begin:end], keys, values, q_pos, Rules(**vars(rules) | {"first_BT": first}))
+        y = over_cache(q[:, begin:end], keys, values, q_pos, AttnSpec(**vars(rules) | {"first_BT": first}))
         torch.testing.assert_close(y, want[:, begin:end])
 
 
 def test_definition_keeps_the_dtype_and_the_softmax_in_fp32():
     q, k, v = (x.detach().bfloat16() for x in problem((1, 2, 1, 8, 8), 300, {})[0])
     pos = torch.arange(300)
-    y = definition(q * 0, k, torch.ones_like(v), Rules(300, 1.0, 0.0), pos[None], pos)
+    y = definition(q * 0, k, torch.ones_like(v), AttnSpec(300, 1.0, 0.0), pos[None], pos)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(
         y[0, -1].double(), torch.full((2, 8), 300 / 301, dtype=torch.float64), atol=2.0**-8, rtol=0
@@ -422,8 +422,8 @@ def test_needs_are_what_the_rules_ask():
     inputs, rules = problem((1, 2, 1, 4, 4), 5, RULES["all"])
     assert rules.needs(6) == NEEDS - {"dropout", "value size"}
     assert rules.needs(5) == NEEDS - {"dropout", "value size", "window"}, "a window of 4 is all that a row of 5 has"
-    assert Rules(0, 1.0, dropout=0.1).needs(2) == {"window", "dropout"}
-    assert Rules(0, 1.0, log_sink=0.0).needs(1) == {"sink"}, "ln 1 = 0 is a sink"
+    assert AttnSpec(0, 1.0, dropout=0.1).needs(2) == {"window", "dropout"}
+    assert AttnSpec(0, 1.0, log_sink=0.0).needs(1) == {"sink"}, "ln 1 = 0 is a sink"
 
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -507,7 +507,7 @@ def test_on_a_gpu(name, case, dtype):
             if KERNELS[name].missing(needs_of(shape, T, rules), "cuda", dtype, rules_module.capability_of("cuda")):
                 continue
             wide = [x.detach().float().requires_grad_() for x in inputs]
-            want = eager(*wide[:3], Rules(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {})))
+            want = eager(*wide[:3], AttnSpec(**vars(rules) | ({"log_sink": wide[3]} if len(wide) == 4 else {})))
             y = KERNELS[name].run(*inputs[:3], rules)
             # fp32 products may use TF32; fp16 is finer than bf16
             tolerance = 8 * 2.0**-8 if dtype == torch.bfloat16 else 2e-2

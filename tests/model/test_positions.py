@@ -214,7 +214,7 @@ def test_only_nope_is_blind_to_order(make_model, positions, sees_order):
 def test_rnope_turns_the_layers_of_its_pattern(make_model, pattern, layers):
     """Seen from outside: a layer that turns gives other keys to the same token at another place."""
     c = config(positions="rnope", position_pattern=pattern, n_layer=6, **PLAIN)
-    assert "".join("RN"[not POSITIONS["rnope"].turns(c, i)] for i in range(6)) == layers
+    assert "".join("RN"[not POSITIONS["rnope"].uses_rope(c, i)] for i in range(6)) == layers
     model, cache = make_model(c), KVCache(c)
     for block in model.h:  # nothing is added to the stream: all tokens stay equal, so keys differ by position alone
         block.attn.c_proj.weight.data.zero_()

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from nanolab.model.kernels.spec import Rules, heads_first, sink_per_head, visible
+from nanolab.model.kernels.spec import AttnSpec, heads_first, sink_per_head, visible
 
 BLOCK = 128  # query rows per block: a block's scores (128 x up to T per head) stay in the processor's cache
 
@@ -25,7 +25,7 @@ class _Banded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, rules: Rules
+        ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sink: torch.Tensor | None, rules: AttnSpec
     ) -> torch.Tensor:
         """q (N, T, D), k (N, T, D), v (N, T, E), log_sink (H,) or None -> (N, T, E). With a sink k and v have T + 1
         rows.
@@ -101,7 +101,7 @@ def _band_mask(rows: int, before: int, window: int, dtype: torch.dtype, device: 
         return mask.masked_fill_(~visible(keys[before:], keys, window), -math.inf)
 
 
-def _add_positions(scores: torch.Tensor, rules: Rules, lo: int, hi: int, first: int) -> None:
+def _add_positions(scores: torch.Tensor, rules: AttnSpec, lo: int, hi: int, first: int) -> None:
     """ALiBi and the document mask, onto the scores (N, rows, keys) of queries lo..hi-1 against keys first..hi-1."""
     q_pos, k_pos = torch.arange(lo, hi, device=scores.device), torch.arange(first, hi, device=scores.device)
     if rules.slopes is not None:
@@ -113,7 +113,7 @@ def _add_positions(scores: torch.Tensor, rules: Rules, lo: int, hi: int, first: 
         scores.view(len(rules.first_BT), -1, *scores.shape[1:]).masked_fill_(unseen, -math.inf)
 
 
-def banded(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
+def banded(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """(B, T, H, E) by blocks, in the compute dtype: scores and ln n are rounded to it, the softmax inside is fp32."""
     B, T, H, _ = q_BTHD.shape
     q, k, v = (heads_first(x, H) for x in (q_BTHD, k_BTGD, v_BTGE))

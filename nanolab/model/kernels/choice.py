@@ -14,13 +14,13 @@ from nanolab.model.kernels import fa3, flex
 from nanolab.model.kernels.banded import banded
 from nanolab.model.kernels.reference import eager
 from nanolab.model.kernels.sdpa import sdpa, sdpa_missing
-from nanolab.model.kernels.spec import Capability, Rules, capability_of
+from nanolab.model.kernels.spec import AttnSpec, Capability, capability_of
 
 
 @dataclass(frozen=True)
 class Kernel:
     # (q_BTHD, k_BTGD, v_BTGE, rules) -> y_BTHE
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rules], torch.Tensor]
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttnSpec], torch.Tensor]
     # (needs, device type, dtype, capability) -> why it cannot train with these, or ""
     missing: Callable[[frozenset[str], str, torch.dtype, Capability], str]
 

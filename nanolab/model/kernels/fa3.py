@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from nanolab.cli import UserError
 from nanolab.model.kernels.spec import (
+    AttnSpec,
     Capability,
-    Rules,
     capability_of,
     check_flash,
     lacking,
@@ -31,7 +31,7 @@ OFFERS = frozenset({"window", "sink"})
 Attend = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
 
 
-def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
+def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """(B, T, H, D). The kernel takes head sizes that are multiples of 8 and scales scores by 1/sqrt(size), so any other
     scale goes into q.
     """
@@ -55,7 +55,7 @@ def _call(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lef
 
 
 def _with_virtual_key(
-    attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules
+    attend: Attend, q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: AttnSpec
 ) -> torch.Tensor:
     """Full causal attention with a key in front of all others whose score is ln n and whose value is 0.
 
@@ -151,7 +151,7 @@ def _check(attend: Attend, device_type: str) -> None:
     )
     pos = torch.arange(32, device=device_type)
     for left in (-1, 8):
-        mask = seen(Rules(left % 32, 1.0), pos[None], pos)[:, None]
+        mask = seen(AttnSpec(left % 32, 1.0), pos[None], pos)[:, None]
         want = F.scaled_dot_product_attention(
             *(x.float().transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
         ).transpose(1, 2)

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from nanolab.model.kernels.spec import Rules, check_flash, heads_first, seen, sink_per_head
+from nanolab.model.kernels.spec import AttnSpec, check_flash, heads_first, seen, sink_per_head
 
 
-def flash_attention(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: Rules) -> torch.Tensor:
+def flash_attention(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """Windows and sinks on flash kernels. On CPU heads are repeated; on CUDA their size must be a multiple of 8."""
     T, H = q_BTHD.shape[1:3]
     sink = None if rules.log_sink is None else sink_per_head(rules.log_sink, H, q_BTHD.device)
@@ -42,7 +42,7 @@ class _Flash(torch.autograd.Function):
         v: torch.Tensor,
         log_sink: torch.Tensor | None,
         mask: torch.Tensor | None,
-        rules: Rules,
+        rules: AttnSpec,
     ):
         """q (B, T, H, D), k and v (B, T, G, D), log_sink (H,), mask additive -> (B, T, H, D)."""
         y, lse, *random = _flash_forward(q, k, v, mask, rules)
@@ -65,7 +65,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rules: Rules
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rules: AttnSpec
 ) -> tuple[torch.Tensor, ...]:
     """(y (B, T, H, D), lse (B, H, T) in fp32, what else the backward kernel wants)."""
     T = q.size(1)
@@ -78,7 +78,7 @@ def _flash_forward(
     return y.transpose(1, 2), lse
 
 
-def _flash_backward(dy, q, k, v, y, lse, mask, random, rules: Rules) -> tuple[torch.Tensor, ...]:
+def _flash_backward(dy, q, k, v, y, lse, mask, random, rules: AttnSpec) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv in the layout of q, k, v."""
     T = q.size(1)
     if q.device.type != "cpu":
@@ -106,6 +106,6 @@ def _flash_backward(dy, q, k, v, y, lse, mask, random, rules: Rules) -> tuple[to
     return tuple(g.transpose(1, 2) for g in grads)
 
 
-def _sides(rules: Rules, T: int) -> dict[str, int]:
+def _sides(rules: AttnSpec, T: int) -> dict[str, int]:
     """How far a query of the CUDA kernel sees to its left and right; nothing said is the whole row."""
     return {"window_size_left": rules.window, "window_size_right": 0} if rules.window < T - 1 else {}

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from nanolab.model.kernels.banded import banded
-from nanolab.model.kernels.spec import Capability, Rules, before_ampere, lacking, on_cuda, sink_per_head
+from nanolab.model.kernels.spec import AttnSpec, Capability, before_ampere, lacking, on_cuda, sink_per_head
 
 LEAST = 16  # channels that its kernel takes at least
 
 
-def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
+def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """(B, T, H, E). The sink scales softmax's output by S / (n + S), S = exp(lse); flex's lse, unlike flash's, has a
     gradient.
     """
@@ -47,7 +47,7 @@ def run(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules:
     return y.transpose(1, 2)[..., :E]
 
 
-def _score_mod(rules: Rules):
+def _score_mod(rules: AttnSpec):
     """Softcap, then ALiBi, or None for neither."""
     softcap, slopes = rules.softcap, rules.slopes
     if not softcap and slopes is None:

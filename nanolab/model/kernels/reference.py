@@ -7,19 +7,19 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nanolab.model.kernels.spec import Keys, Rules, seen, sink_per_head
+from nanolab.model.kernels.spec import AttnSpec, CachedKeys, seen, sink_per_head
 
 
 def definition(
     q_BTHD: torch.Tensor,
     k_BSGD: torch.Tensor,
     v_BSGE: torch.Tensor,
-    rules: Rules,
+    rules: AttnSpec,
     q_pos_BT: torch.Tensor,
     k_pos_BS: torch.Tensor,
     mask_BTS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, T, H, E): the formula of `Rules`, for queries at q_pos (B or 1, T) over keys at k_pos (B or 1, S) or (S,).
+    """(B, T, H, E): the formula of `AttnSpec`, for queries at q_pos (B or 1, T) over keys at k_pos (B or 1, S) or (S,).
 
     mask: what `seen` gives for these, where it is known.
 
@@ -42,7 +42,7 @@ def definition(
     return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
 
 
-def _weights(s_BHTS: torch.Tensor, rules: Rules) -> torch.Tensor:
+def _weights(s_BHTS: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """exp(s_i) / (n + sum_j exp(s_j)), scaled by exp(-max) where max has no gradient: it cancels."""
     if rules.log_sink is None:
         return s_BHTS.softmax(-1)
@@ -52,14 +52,16 @@ def _weights(s_BHTS: torch.Tensor, rules: Rules) -> torch.Tensor:
     return e / (e.sum(-1, keepdim=True) + torch.exp(sink - largest))
 
 
-def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
+def eager(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """The definition in fp32 (of fp64, in fp64): the reference that the other kernels are tested against."""
     wide = torch.promote_types(q_BTHD.dtype, torch.float32)
     pos = torch.arange(q_BTHD.size(1), device=q_BTHD.device)
     return definition(q_BTHD.to(wide), k_BTGD.to(wide), v_BTGE.to(wide), rules, pos[None], pos).to(q_BTHD.dtype)
 
 
-def cached(q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: Rules, keys: Keys) -> torch.Tensor:
+def cached(
+    q_BTHD: torch.Tensor, k_BSGD: torch.Tensor, v_BSGE: torch.Tensor, rules: AttnSpec, keys: CachedKeys
+) -> torch.Tensor:
     """(B, T, H, E): T new queries over what a cache holds, which may be wider than they are: products are in its
     dtype.
     """

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from nanolab.model.kernels.flash_sink import flash_attention
-from nanolab.model.kernels.spec import FLAGS, Capability, Rules, before_ampere, heads_first, lacking, on_cuda, seen
+from nanolab.model.kernels.spec import FLAGS, AttnSpec, Capability, before_ampere, heads_first, lacking, on_cuda, seen
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: Rules) -> torch.Tensor:
+def sdpa(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGE: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
     """torch's own fused kernels. Windows and sinks go to the flash primitives beneath them, or take a mask on CPU and
     MPS.
 

@@ -1,4 +1,4 @@
-"""What a layer's attention is besides its queries, keys and values, and the words for what that asks of a kernel.
+"""Per-layer attention settings, and the capability names that kernels declare.
 
 Dims of all attention code: B batch, T query tokens, S keys, H query heads, G key/value heads (each shared by H/G query
 heads), D size of queries and keys, E size of values.
@@ -28,7 +28,7 @@ NEEDS = frozenset(FLAGS)
 
 
 @dataclass
-class Rules:
+class AttnSpec:
     """The weights of one layer: s = scale q.k, softcap, minus slope x distance, mask, p_i = exp(s_i) / (n + sum_j
     exp(s_j)), dropout.
     """
@@ -63,7 +63,7 @@ def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, window: int) -> torch.Tens
     return (distance >= 0) & (distance <= window)
 
 
-def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor) -> torch.Tensor:
+def seen(rules: AttnSpec, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor) -> torch.Tensor:
     """Boolean (B or 1, T, S): causal, inside the window, inside the document. k_pos: (S,) where it is the same for all
     rows.
     """
@@ -73,7 +73,7 @@ def seen(rules: Rules, q_pos_BT: torch.Tensor, k_pos_BS: torch.Tensor) -> torch.
 
 
 @dataclass
-class Keys:
+class CachedKeys:
     """Where the keys of a cache are, and which of them new queries see."""
 
     q_pos_BT: torch.Tensor

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from nanolab.model.config import GPTConfig
-from nanolab.model.gpt import Linear, Pass
+from nanolab.model.gpt import Identity, Linear
 
 
-class NoGate(Pass):
+class NoGate(Identity):
     """Attention's output as it is. Vaswani et al., arXiv 1706.03762."""
 
 

@@ -2,10 +2,10 @@
 
 It says under which `name` the model holds it (and checkpoints its parameters), at which `seam` it is called, and as
 `group` or `groups` which optimizer group of the recipe `dial` trains its parameters; `init_constants` sets their
-initial values. What a token has to know of those before it goes through `reading.left` and `leave`, so that it works
+initial values. What a token has to know of those before it goes through `ctx.carry` and `set_carry`, so that it works
 across the passes over a cache. Seams, in the order of a pass:
 
-  embedding  (e_BTC, idx_BT, reading) -> e_BTC
+  embedding  (e_BTC, idx_BT, ctx) -> e_BTC
   layer      (x_BTC, x0_BTC, layer) -> x_BTC, before each layer; x0 is what the first one got
   values     (None, idx_BT, layer, dtype) -> (B, T, G*D) or None for a layer's values, which `mix` of that layer takes
   end        (x, middle) -> x after the last layer, (B, T, C) or (K, C); middle is the stream after the middle layer
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nanolab.model.config import GPTConfig
-from nanolab.model.context import Reading
-from nanolab.model.gpt import Embedding, Linear, Pass
+from nanolab.model.context import AttnContext
+from nanolab.model.gpt import Embedding, Identity, Linear
 from nanolab.model.lookup import padded_vocab
 
 SMEAR_CHANNELS = 24  # leading embedding channels that steer the smear gate
@@ -42,11 +42,11 @@ class Smear(nn.Module):
     def init_constants(self) -> None:
         self.scale.zero_()
 
-    def forward(self, e_BTC: Tensor, idx: Tensor, reading: Reading) -> Tensor:
-        previous = torch.cat((reading.left("embedding", torch.zeros_like(e_BTC[:, :1])), e_BTC[:, :-1]), dim=1)
-        reading.leave("embedding", e_BTC[:, -1:])
-        if reading.starts_BT is not None:
-            previous = previous.masked_fill(reading.starts_BT[..., None], 0)
+    def forward(self, e_BTC: Tensor, idx: Tensor, ctx: AttnContext) -> Tensor:
+        previous = torch.cat((ctx.carry("embedding", torch.zeros_like(e_BTC[:, :1])), e_BTC[:, :-1]), dim=1)
+        ctx.set_carry("embedding", e_BTC[:, -1:])
+        if ctx.starts_BT is not None:
+            previous = previous.masked_fill(ctx.starts_BT[..., None], 0)
         gate = self.scale[0] * torch.sigmoid(self.gate(e_BTC[..., :SMEAR_CHANNELS]))
         return e_BTC + gate * previous
 
@@ -90,7 +90,7 @@ class ValueEmbeds(nn.ModuleDict):
     @staticmethod
     def mix(c: GPTConfig, layer: int) -> nn.Module:
         """The module (v_BTGD, x_BTC, ve) -> v_BTGD of a layer."""
-        return ValueMix(c.n_kv_head) if layer % 2 == (c.n_layer - 1) % 2 else Pass()
+        return ValueMix(c.n_kv_head) if layer % 2 == (c.n_layer - 1) % 2 else Identity()
 
 
 class ValueMix(nn.Module):

@@ -1,7 +1,7 @@
 """How a token knows where it is: one class per way. Dims: B batch, T tokens, H heads, D head size, C width.
 
-A class may add something to the embeddings (`add`), turn queries and keys of some layers (`angles`, `turns`), or lower
-the scores of distant keys (`slopes`).
+A class may add something to the embeddings (`add`), rotate queries and keys of some layers (`angles`, `uses_rope`), or
+lower the scores of distant keys (`slopes`).
 """
 
 import math
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from nanolab.cli import UserError
 from nanolab.model.config import GPTConfig
 from nanolab.model.context import Angles
-from nanolab.model.gpt import Embedding, half
+from nanolab.model.gpt import Embedding, apply_rope
 
 
 class Positions(nn.Module):
-    """Adds nothing, turns nothing, prefers no distance; the entries of `POSITIONS` change one of these."""
+    """Adds nothing, rotates nothing, prefers no distance; the entries of `POSITIONS` change one of these."""
 
     group = "positions"  # of the optimizer (training/recipes.py)
 
@@ -30,7 +30,7 @@ class Positions(nn.Module):
         return e_BTC
 
     def angles(self, pos_BT: Tensor, dtype: torch.dtype) -> Angles | None:
-        """cos and sin for the layers that turn."""
+        """cos and sin for the layers with rotary positions."""
         return None
 
     @staticmethod
@@ -39,7 +39,7 @@ class Positions(nn.Module):
         return None
 
     @staticmethod
-    def turns(c: GPTConfig, layer: int) -> bool:
+    def uses_rope(c: GPTConfig, layer: int) -> bool:
         return False
 
 
@@ -54,7 +54,7 @@ class Rope(Positions):
         return rope_angles(self.config, pos_BT, dtype)
 
     @staticmethod
-    def turns(c: GPTConfig, layer: int) -> bool:
+    def uses_rope(c: GPTConfig, layer: int) -> bool:
         return True
 
 
@@ -65,7 +65,7 @@ class RNope(Positions):
         return rope_angles(self.config, pos_BT, dtype)
 
     @staticmethod
-    def turns(c: GPTConfig, layer: int) -> bool:
+    def uses_rope(c: GPTConfig, layer: int) -> bool:
         pattern = c.position_pattern.split(",")
         return pattern[layer % len(pattern)] == "R"
 
@@ -126,7 +126,7 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 
 def rope_dim(c: GPTConfig) -> int:
-    """Channels of a head that turn: even. In MLA all of its rotary part's."""
+    """Channels of a head that are rotated: even. In MLA all of its rotary part's."""
     if c.attention == "mla":
         return c.mla_rope_dim if c.mla_rope_dim >= 0 else c.head_dim // 4 * 2
     return max(2, int(c.head_dim * c.rope_fraction) // 2 * 2)
@@ -171,7 +171,7 @@ def rope_rates(c: GPTConfig, device: torch.device) -> tuple[Tensor, float]:
 
 
 def rope_angles(c: GPTConfig, pos_BT: Tensor, dtype: torch.dtype) -> Angles:
-    """cos and sin, each (B, T, 1, turning channels / 2) in `dtype`.
+    """cos and sin, each (B, T, 1, rotated channels / 2) in `dtype`.
 
     Computed for the positions at hand instead of read from a table: it costs a few microseconds a step, and there is no
     table end to run past.
@@ -186,8 +186,8 @@ def interleaved(x_BTHD: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles
     d = 2 * cos.size(-1)
     a, b = x_BTHD[..., 0:d:2], x_BTHD[..., 1:d:2]
-    turned = torch.stack((a * cos + b * sin, b * cos - a * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, x_BTHD[..., d:]), dim=-1)
+    rotated = torch.stack((a * cos + b * sin, b * cos - a * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, x_BTHD[..., d:]), dim=-1)
 
 
-ROTATIONS = {"half": half, "interleaved": interleaved}
+ROTATIONS = {"half": apply_rope, "interleaved": interleaved}

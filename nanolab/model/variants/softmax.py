@@ -51,4 +51,4 @@ class Sink(Softmax):
         return self.logit
 
 
-NORMALISERS = {"softmax": Softmax, "softmax1": Softmax1, "softmax_n": SoftmaxN, "sink": Sink}
+SOFTMAXES = {"softmax": Softmax, "softmax1": Softmax1, "softmax_n": SoftmaxN, "sink": Sink}

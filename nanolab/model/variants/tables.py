@@ -12,7 +12,7 @@ from nanolab.model.variants.mlp import MLPS
 from nanolab.model.variants.norms import NORMS
 from nanolab.model.variants.positions import POSITIONS, ROTATIONS, rope_scaling
 from nanolab.model.variants.qk_norm import QK_NORMS
-from nanolab.model.variants.softmax import NORMALISERS
+from nanolab.model.variants.softmax import SOFTMAXES
 
 # flag (a field of config.Architecture) -> its table
 AXES: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ AXES: dict[str, dict[str, Any]] = {
     "rope_layout": ROTATIONS,
     "attention": ATTENTIONS,
     "qk_norm": QK_NORMS,
-    "normaliser": NORMALISERS,
+    "normaliser": SOFTMAXES,
     "gate": GATES,
     "mlp": MLPS,
     "norm": NORMS,
@@ -28,8 +28,8 @@ AXES: dict[str, dict[str, Any]] = {
 }
 
 
-def turns_somewhere(c: GPTConfig) -> bool:
-    return any(POSITIONS[c.positions].turns(c, i) for i in range(c.n_layer))
+def uses_rope_somewhere(c: GPTConfig) -> bool:
+    return any(POSITIONS[c.positions].uses_rope(c, i) for i in range(c.n_layer))
 
 
 # (the pair, when it is asked for, why it cannot work and what to type)
@@ -51,12 +51,12 @@ REFUSED: list[tuple[str, Callable[[GPTConfig], bool], str]] = [
     ),
     (
         "--rope-scaling with --positions",
-        lambda c: rope_scaling(c)[0] != "none" and not turns_somewhere(c),
+        lambda c: rope_scaling(c)[0] != "none" and not uses_rope_somewhere(c),
         "no layer of these positions turns; use --positions rope or rnope, or --rope-scaling none",
     ),
     (
         "--window-pattern rope with --positions",
-        lambda c: c.window_pattern == "rope" and not turns_somewhere(c),
+        lambda c: c.window_pattern == "rope" and not uses_rope_somewhere(c),
         "no layer of these positions turns; use --positions rnope, or letters such as SSSL",
     ),
     (
