@@ -20,7 +20,7 @@ nanolab/model/kernels/spec.py nanolab/model/kernels/reference.py nanolab/model/k
 nanolab/model/kernels/choice.py
 nanolab/model/variants/tables.py nanolab/model/variants/positions.py nanolab/model/variants/mlp.py
 nanolab/model/variants/parts.py nanolab/model/variants/latent.py nanolab/model/accounting.py
-nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py
+nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/fit.py
 nanolab/records/checkpoint.py nanolab/records/run.py
 nanolab/training/policy.py
 nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py

@@ -116,7 +116,7 @@ def test_imports_follow_the_arrows():
         ("nanolab/model/gpt.py", "def f():\n    import nanolab.evals.bpb", "model imports evals"),
         ("nanolab/data/packing.py", "from nanolab import model", "data imports model"),
         ("nanolab/data/packing.py", "from ..model import gpt", "data imports model"),
-        ("nanolab/training/loop.py", "from nanolab.inference.engine import Engine", "training imports inference"),
+        ("nanolab/training/fit.py", "from nanolab.inference.engine import Engine", "training imports inference"),
         ("nanolab/evals/core.py", "import tasks", "evals imports tasks"),
         ("nanolab/lab/ablate.py", "from scripts.base_train import run", "nothing imports a script"),
         ("scripts/chat_cli.py", "from scripts import base_train", "nothing imports a script"),

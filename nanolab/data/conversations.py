@@ -11,177 +11,28 @@ conversations."""
 
 import hashlib
 import threading
-import zlib
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from nanolab.cli import UserError, nearest
-from nanolab.data.chat import Message, Rendered, render
-from nanolab.data.packing import Batch, PackedBatches, Turns, share_rows
-from nanolab.data.tokenizer import Tokenizer
-from nanolab.runtime import Runtime, progress
+from nanolab.cli import UserError
+from nanolab.data.bestfit import BestFit
+from nanolab.data.chat import Rendered
+from nanolab.data.packing import Batch, PackedBatches
+from nanolab.data.shares import Turns, share_rows
+from nanolab.data.survey import Reader, Survey
+from nanolab.runtime import Runtime
 
 # Conversations that wait for a row they fit. Padding of rows of 512 with 64, 256, 1024 places: 2.6, 1.4, 0.9 % (25,000
 # chats and school problems of 276 tokens in the mean); but the more wait, the more alike are those that are left at an
 # epoch's end.
 PLACES = 256
-ARRIVAL_BITS = 32
 IGNORED = -1  # a target that is not counted
-
-
-class Conversations(Protocol):
-    """What is asked of a task or mixture. Conversation i is the same whenever it is asked for."""
-
-    def __len__(self) -> int: ...
-    def example(self, i: int) -> Any: ...  # has `messages`, see chat.py
-
-
-def crop(rendered: Rendered, room: int, end: int) -> Rendered:
-    """The beginning of a conversation up to its last whole assistant turn within `room` tokens; empty if there is none.
-
-    end: the id of assistant_end, which text never yields.
-    """
-    ids, mask = rendered
-    cut = next((i for i in range(min(room, len(ids)), 0, -1) if ids[i - 1] == end), 0)
-    return Rendered(ids[:cut], mask[:cut])
-
-
-def drop(rendered: Rendered, room: int, end: int) -> Rendered:
-    """Nothing of it."""
-    return Rendered([], [])
-
-
-# --long: what becomes of a conversation that is longer than a row. refuse: it is counted, then `survey` raises.
-LONG: dict[str, Callable[[Rendered, int, int], Rendered]] = {"crop": crop, "drop": drop, "refuse": drop}
-
-
-class Reader:
-    """Conversation i as it goes into a row of `room` tokens."""
-
-    def __init__(self, conversations: Conversations, tokenizer: Tokenizer, room: int, long: str = "crop") -> None:
-        if long not in LONG:
-            raise UserError(
-                f"--long {long!r} is unknown; expected one of"
-                f" {', '.join(LONG)}{nearest(long, list(LONG), prefix='--long ')}"
-            )
-        self.conversations, self.tokenizer, self.room, self.long = conversations, tokenizer, room, long
-        self.end = tokenizer.special("<|assistant_end|>")
-
-    def __len__(self) -> int:
-        return len(self.conversations)
-
-    def read(self, i: int) -> tuple[Rendered, int]:
-        """(what is kept of conversation i, perhaps nothing; the tokens it had)."""
-        return self.fit(self.conversations.example(i).messages)
-
-    def fit(self, messages: Sequence[Message]) -> tuple[Rendered, int]:
-        """The same of these messages. Nothing is kept where no turn would be trained on."""
-        rendered = render(self.tokenizer, messages)
-        n = len(rendered.ids)
-        kept = rendered if n <= self.room else LONG[self.long](rendered, self.room, self.end)
-        return (kept if any(kept.mask) else Rendered([], [])), n
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What is known of all conversations before the run."""
-
-    lengths: np.ndarray  # (N,) int32: tokens kept; 0 where nothing is
-    n_tokens: int  # kept, of all conversations
-    n_supervised: int  # those of them that are trained on
-    n_cropped: int
-    n_dropped: int  # longer than a row, with nothing left of them
-    longest: int  # tokens, before cropping
-    room: int  # T + 1
-    fingerprint: str  # of every token and its mask
-    n_turns: int = 0  # the assistant's, of all conversations, before cropping
-    n_masked: int = 0  # of these, marked as not to be trained on
-    n_silent: int = 0  # conversations left out because every turn that fits a row is marked so
-    n_disobeyed: int = 0  # users' and system's turns marked as to be trained on, which they are not
-
-    @property
-    def n_kept(self) -> int:
-        return int((self.lengths > 0).sum())
-
-
-def survey(reader: Reader, runtime: Runtime) -> Survey:
-    """Read every conversation once, the ranks sharing the work. A collective call.
-
-    Raises UserError where there is nothing to train on, and for long conversations with `--long refuse`.
-    """
-    n = len(reader)
-    mine = range(runtime.rank, n, runtime.world_size)
-    # tokens before and after, those trained on, checksum; turns, those masked, those disobeyed
-    found = np.zeros((len(mine), 7), dtype=np.int64)
-    for row, i in enumerate(progress(mine, "measuring conversations", len(mine))):
-        messages = reader.conversations.example(i).messages
-        (ids, mask), before = reader.fit(messages)
-        turns = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-        disobeyed = sum(message.get("weight", 0) for message in messages if message["role"] != "assistant")
-        checksum = zlib.crc32(np.array([ids, mask], dtype=np.int32).tobytes())
-        found[row] = before, len(ids), sum(mask), checksum, len(turns), turns.count(0), disobeyed
-    table = np.zeros((n, 7), dtype=np.int64)
-    for rank, part in enumerate(runtime.gather_objects(found)):
-        table[rank :: runtime.world_size] = part
-    before, kept, trained, _, turns, masked, disobeyed = table.T
-    silent = (kept == 0) & (masked > 0) & ((before <= reader.room) | (masked == turns))
-    too_long = np.flatnonzero(before > reader.room)
-    if len(too_long) and reader.long == "refuse":
-        raise UserError(
-            f"{len(too_long)} of {n} conversations are longer than a row: number {too_long[0]} has"
-            f" {before[too_long[0]]} tokens, the longest {before.max()}; expected at most {reader.room}; try"
-            f" --max-seq-len {before.max() - 1} if the model was trained on such rows, or --long crop"
-        )
-    if not kept.any():
-        seen = (
-            f"all {n} conversations are longer than a row of {reader.room} tokens, without an assistant's turn that"
-            " fits"
-            if n
-            else "there are no conversations"
-        )
-        if silent.any():
-            seen = (
-                f"no assistant's turn of {n} conversations is left to train on: {masked.sum()} of {turns.sum()} turns"
-                " are marked as not to be trained on"
-            )
-        advice = (
-            "mark fewer turns, or try a longer --max-seq-len"
-            if silent.any()
-            else "try a longer --max-seq-len"
-            if n
-            else "check --tasks"
-        )
-        raise UserError(
-            f"{seen}; expected at least one to train on; {advice}",
-            "nothing-to-train-on",
-            conversations=n,
-            turns=int(turns.sum()),
-            masked=int(masked.sum()),
-        )
-    digest = hashlib.sha256(
-        repr((reader.room, reader.long)).encode() + table[:, :4].astype("<i8").tobytes()
-    ).hexdigest()
-    return Survey(
-        kept.astype(np.int32),
-        int(kept.sum()),
-        int(trained.sum()),
-        int(((kept > 0) & (kept < before)).sum()),
-        int(((kept == 0) & ~silent).sum()),
-        int(before.max()),
-        reader.room,
-        digest,
-        int(turns.sum()),
-        int(masked.sum()),
-        int(silent.sum()),
-        int(disobeyed.sum()),
-    )
 
 
 def pack(lengths: np.ndarray, order: Sequence[int], room: int, places: int = PLACES) -> Iterator[list[int]]:
@@ -189,31 +40,21 @@ def pack(lengths: np.ndarray, order: Sequence[int], room: int, places: int = PLA
 
     A row begins with the one that has waited longest, so none waits for more than `places` rows.
     """
-    queue = iter(order)
-    keys: list[int] = []  # (length, arrival) in one integer, sorted
-    waiting: dict[int, int] = {}  # key -> conversation, in order of arrival
-
-    arrivals = 0
+    queue, pool = iter(order), BestFit()
     while True:
         row: list[int] = []
         left = room
         while True:
-            while len(keys) < places and (i := next(queue, None)) is not None:
-                key = int(lengths[i]) << ARRIVAL_BITS | arrivals
-                arrivals += 1
-                insort(keys, key)
-                waiting[key] = i
-            if not row:
-                if not keys:
-                    return
-                key = next(iter(waiting))
-            elif place := bisect_right(keys, left << ARRIVAL_BITS | (1 << ARRIVAL_BITS) - 1):
-                key = keys[place - 1]
-            else:
+            while len(pool) < places and (i := next(queue, None)) is not None:
+                pool.add(int(lengths[i]), i)
+            if not len(pool):
                 break
-            del keys[bisect_left(keys, key)]
-            row.append(waiting.pop(key))
-            left -= key >> ARRIVAL_BITS
+            if (found := pool.largest(left) if row else pool.oldest()) is None:
+                break
+            left -= found[0]
+            row.append(found[1])
+        if not row:
+            return
         yield row
 
 
@@ -234,12 +75,30 @@ def side_by_side(found: Sequence[Rendered], T: int, bos: int) -> tuple[np.ndarra
     return ids[:-1], np.where(mask[1:] == 1, ids[1:], IGNORED)
 
 
-class Place(NamedTuple):
-    """Where a `ConversationBatches` stands after a batch."""
+class RowPosition(NamedTuple):
+    """Where one rank's `ConversationBatches` stand after a batch."""
 
+    source: "ConversationBatches"  # of which only what never changes is read
     rows: int  # handed out so far by all ranks together
     replay: Any  # where the text stands; None without
-    labels: list[list[int]]  # the conversations in each row of the last batch; a row of text or padding has none
+    labels: list[list[int]]  # the conversations in each row of the batch; a row of text or padding has none
+
+    def json(self, runtime: Runtime | None = None) -> dict[str, Any]:
+        """The state, which every rank knows without the others."""
+        text = self.replay.json() if self.replay else None
+        return {"rows": self.rows, "conversations": self.source.survey.fingerprint, "replay": text}
+
+    @property
+    def epoch(self) -> float:
+        return self.source.epochs_in(self.rows)
+
+    def where(self) -> str:
+        found = sorted(i for row in self.labels for i in row)
+        text = ["text"] if self.replay and not all(self.labels) else []
+        return (
+            " and ".join([f"conversations {', '.join(map(str, found))} of the mixture"] * bool(found) + text)
+            or "padding"
+        )
 
 
 class ConversationBatches:
@@ -338,7 +197,7 @@ class ConversationBatches:
             torch.from_numpy(np.array(half, dtype=np.int64).reshape(-1, self.T))
             for half in (zip(*made) if made else ((), ()))
         )
-        return Batch(inputs, targets, int((targets >= 0).sum()))
+        return Batch(inputs, targets, int((targets >= 0).sum()), self.position)
 
     def _members(self, row: int) -> list[int]:
         """The conversations of a row of conversations, counted over epochs; none after the last epoch."""
@@ -354,21 +213,10 @@ class ConversationBatches:
             self.conversation_rows(len(self._ends))
         return bisect_right(self._ends, row) - 1
 
-    def snapshot(self) -> Place:
-        """Where this rank stands now; quick enough to be taken after every batch."""
-        return Place(self.rows, self.replay.snapshot() if self.replay else None, self._labels)
-
-    def local_state(self, at: Place) -> dict[str, Any]:
-        """The state as JSON: the same on every rank."""
-        text = self.replay.merge([self.replay.local_state(at.replay)]) if self.replay else None
-        return {"rows": at.rows, "conversations": self.survey.fingerprint, "replay": text}
-
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state of those of all ranks."""
-        return states[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.local_state(self.snapshot())
+    @property
+    def position(self) -> RowPosition:
+        """After the last batch; quick enough to be asked after each."""
+        return RowPosition(self, self.rows, self.replay.position if self.replay else None, self._labels)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch that `state` was taken at, whatever the number of ranks then and now.
@@ -390,13 +238,6 @@ class ConversationBatches:
         if self.replay:
             self.replay.load_state_dict(state["replay"])
 
-    @property
-    def epoch(self) -> float:
-        return self.epoch_at(self.snapshot())
-
-    def epoch_at(self, at: Place) -> float:
-        return self.epochs_in(at.rows)
-
     def epochs_in(self, rows: int) -> float:
         """Passes over the conversations in so many rows of the run."""
         row = rows - self._texts(rows)
@@ -405,18 +246,6 @@ class ConversationBatches:
             return float(self.epochs)
         first, end = self.conversation_rows(epoch), self.conversation_rows(epoch + 1)
         return epoch + (row - first) / (end - first)
-
-    def where(self) -> str:
-        """The conversations in the last batch, for messages."""
-        return self.where_at(self.snapshot())
-
-    def where_at(self, at: Place) -> str:
-        found = sorted(i for row in at.labels for i in row)
-        text = ["text"] if self.replay and not all(at.labels) else []
-        return (
-            " and ".join([f"conversations {', '.join(map(str, found))} of the mixture"] * bool(found) + text)
-            or "padding"
-        )
 
 
 def check_share(share: float) -> Fraction:
@@ -428,12 +257,28 @@ def check_share(share: float) -> Fraction:
     return Fraction(share).limit_denominator(10_000)
 
 
-class StagePlace(NamedTuple):
+class StagePosition(NamedTuple):
     """Where a `Staged` stands after a batch."""
 
-    rows: int  # of all stages, handed out so far by all ranks together
     stage: int
-    at: Place
+    of: int  # stages
+    before: int  # rows of the stages before it
+    at: RowPosition
+
+    @property
+    def rows(self) -> int:
+        return self.before + self.at.rows
+
+    def json(self, runtime: Runtime | None = None) -> dict[str, Any]:
+        return {"stage": self.stage, **self.at.json()}
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the conversations of the stage."""
+        return self.at.epoch
+
+    def where(self) -> str:
+        return (f"stage {self.stage + 1}: " if self.of > 1 else "") + self.at.where()
 
 
 class Staged:
@@ -449,32 +294,19 @@ class Staged:
         rows, batches = self.parts[self.stage]
         if batches.rows >= rows and self.stage + 1 < len(self.parts):
             self.stage += 1
-        return self.parts[self.stage][1].next()
+        batch = self.parts[self.stage][1].next()
+        return batch._replace(position=self._place(batch.position))
 
-    def snapshot(self) -> StagePlace:
-        at = self.parts[self.stage][1].snapshot()
-        return StagePlace(sum(rows for rows, _ in self.parts[: self.stage]) + at.rows, self.stage, at)
+    @property
+    def position(self) -> StagePosition:
+        return self._place(self.parts[self.stage][1].position)
 
-    def local_state(self, at: StagePlace) -> dict[str, Any]:
-        return {"stage": at.stage, **self.parts[at.stage][1].local_state(at.at)}
-
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return states[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.local_state(self.snapshot())
+    def _place(self, at: RowPosition) -> StagePosition:
+        return StagePosition(self.stage, len(self.parts), sum(rows for rows, _ in self.parts[: self.stage]), at)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stage = state["stage"]
         self.parts[self.stage][1].load_state_dict(state)
-
-    def epoch_at(self, at: StagePlace) -> float:
-        """Passes over the conversations of the stage."""
-        return self.parts[at.stage][1].epoch_at(at.at)
-
-    def where_at(self, at: StagePlace) -> str:
-        stage = f"stage {at.stage + 1}: " if len(self.parts) > 1 else ""
-        return stage + self.parts[at.stage][1].where_at(at.at)
 
 
 def held_out_rows(reader: Reader, max_tokens: int = -1) -> tuple[np.ndarray, np.ndarray]:

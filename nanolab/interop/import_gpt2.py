@@ -115,7 +115,7 @@ def write_run(name: str, folder: Path, state: dict, c, tokenizer, rt, kind: str 
     from nanolab.model.accounting import train_flops_per_token
     from nanolab.records import checkpoint
     from nanolab.records.run import Run
-    from nanolab.training.loop import LoopState
+    from nanolab.training.saving import LoopState
     from nanolab.training.schedule import make_plan
 
     c = replace(c, bos=tokenizer.bos)

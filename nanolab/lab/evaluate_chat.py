@@ -203,7 +203,8 @@ def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
     """
     import numpy as np
 
-    from nanolab.data.conversations import Reader, packed_rows
+    from nanolab.data.conversations import packed_rows
+    from nanolab.data.survey import Reader
     from nanolab.evals.bpb import bits_per_byte
     from nanolab.evals.score import check_some
     from tasks import Mixture

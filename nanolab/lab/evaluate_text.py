@@ -66,7 +66,7 @@ def text_bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: boo
     """
     import numpy as np
 
-    from nanolab.data.packing import validation_rows
+    from nanolab.data.validation import validation_rows
     from nanolab.evals.bpb import bits_per_byte
 
     rows = [validation_rows(documents, subject.tokenizer, subject.seq_len, tokens) for documents, tokens in sources]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from nanolab.cli import UserError
 from nanolab.files import sha256_file, sync
 from nanolab.runtime import Runtime, print0
 
+T = TypeVar("T")
 FORMAT = 1
 RNG = "__rng__/"  # keys of a rank's file that hold generator states, not optimizer shards
 
@@ -142,12 +143,11 @@ def _save(
         temp.rename(final)
         sync(root)
 
-    error = _attempt(open_folder, runtime.is_main, runtime)[1]
-    if not error:
-        parts, error = _attempt(write_files, True, runtime)
-    if not error:
-        error = _attempt(publish, runtime.is_main, runtime)[1]
-    if error:
+    try:
+        agreed(runtime, open_folder, runtime.is_main)
+        parts = agreed(runtime, write_files)
+        agreed(runtime, publish, runtime.is_main)
+    except OSError as error:
         free = shutil.disk_usage(root).free if root.exists() else 0
         if runtime.is_main:
             shutil.rmtree(temp, ignore_errors=True)
@@ -159,7 +159,7 @@ def _save(
             step=step,
             need=need,
             free=free,
-        )
+        ) from error
     if runtime.is_main:
         remove_stale(root)
     return final
@@ -279,16 +279,23 @@ def remove_stale(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _attempt(work: Callable[[], Any], mine: bool, runtime: Runtime) -> tuple[list[Any], str]:
-    """Run `work` on the ranks where `mine`; every rank gets all results and the first error text ("" if none)."""
-    result, error = None, ""
+def agreed(runtime: Runtime, work: Callable[[], T], mine: bool = True) -> list[T | None]:
+    """`work()` on the ranks where `mine`. Every rank gets all results (None of the others), or raises the first
+    UserError or OSError of one of them. A collective call.
+    """
+    result, error = None, None
     try:
         result = work() if mine else None
+    except UserError as e:
+        error = e
     except (OSError, SafetensorError) as e:
-        error = f"{type(e).__name__}: {e}" if isinstance(e, SafetensorError) else (e.strerror or str(e))
-        error += f" (rank {runtime.rank})" if runtime.world_size > 1 else ""
+        said = e.strerror or str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        error = OSError(said + (f" (rank {runtime.rank})" if runtime.world_size > 1 else ""))
     both = runtime.gather_objects((result, error))
-    return [r for r, _ in both], next((e for _, e in both if e), "")
+    for _, error in both:
+        if error:
+            raise error
+    return [result for result, _ in both]
 
 
 def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:

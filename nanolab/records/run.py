@@ -118,9 +118,8 @@ class Run:
         """
         check_name(name.replace(",", "") if resume else name)  # a run of an earlier version may have a comma
         run = cls(name, cfg, runtime, kind)
-        run.env, run.resume_from = on_main(
-            runtime, lambda: run._open(resume, {**environment(runtime), "kind": kind, **(env or {})})
-        )
+        facts = {**environment(runtime), "kind": kind, **(env or {})}
+        run.env, run.resume_from = run._on_main(lambda: run._open(resume, facts))
         return run
 
     @property
@@ -134,7 +133,7 @@ class Run:
         """
         folder, typed = self.dir / "tokenizer", self.config.get("tokenizer")
         if self.resume_from is None:
-            on_main(self.runtime, lambda: str(load().save(folder)))
+            self._on_main(lambda: str(load().save(folder)))
         elif typed and (
             not (there := Path(typed).expanduser().exists())
             or Tokenizer.load(typed, checked=True).hash != Tokenizer.load(folder, checked=True).hash
@@ -163,7 +162,7 @@ class Run:
         if self.resume_from and (folder / "files.json").exists():
             kept.check_same(data, folder)
         self.identify(data_fingerprint=data.fingerprint, val_fingerprint=data.val_fingerprint)
-        on_main(self.runtime, lambda: kept.keep(data, folder))
+        self._on_main(lambda: kept.keep(data, folder))
 
     def identify(self, **facts: Any) -> None:
         """Record what the run stands on (data_fingerprint, val_fingerprint, ...). A resumed run must find the same."""
@@ -215,9 +214,8 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json in one step and close. Called by every rank."""
-        on_main(
-            self.runtime, lambda: write_text(self.dir / "result.json", as_json(result, "result.json", indent=1) + "\n")
-        )
+        path = self.dir / "result.json"
+        self._on_main(lambda: write_text(path, as_json(result, path.name, indent=1) + "\n"))
         self.close(result)
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
@@ -228,6 +226,10 @@ class Run:
             if file:
                 file.close()
         self._sink = self._metrics = self._lock = None
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0; its result, or its error, on every rank."""
+        return checkpoint.agreed(self.runtime, work, self.runtime.is_main)[0]
 
     def _open(self, resume: bool, env: dict[str, Any]) -> tuple[dict[str, Any], Path | None]:
         """Rank 0: lock, check, and write the records. Returns (env, checkpoint to resume from)."""
@@ -351,17 +353,3 @@ def check_name(name: str) -> None:
             "run-name",
             name=name,
         )
-
-
-def on_main(runtime: Runtime, work: Callable[[], T]) -> T:
-    """`work()` on rank 0; its result, or its UserError, on every rank."""
-    result, error = None, None
-    if runtime.is_main:
-        try:
-            result = work()
-        except UserError as e:
-            error = UserError(str(e), e.code, **e.values)
-    result, error = runtime.broadcast_object((result, error))
-    if error:
-        raise error
-    return result

@@ -7,9 +7,10 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.corpus import Data, open_data
-from nanolab.data.loader import AHEAD, Prefetch
-from nanolab.data.packing import PackedBatches, validation_rows
+from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import AHEAD, Prefetch
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.bundle import CORE, open_bundle
 from nanolab.evals.config import check_max_per_task
@@ -22,14 +23,14 @@ from nanolab.model.fp8 import convert, full_precision
 from nanolab.model.gpt import GPT
 from nanolab.records.environment import kernel_text
 from nanolab.records.run import Run
-from nanolab.runtime import Runtime, base_dir, compiled, print0
+from nanolab.runtime import Runtime, Stopped, base_dir, compiled, print0
 from nanolab.stages.config import BaseTrainConfig
 from nanolab.stages.pretrain_plan import describe, dry_run, planned_memory, run_name
-from nanolab.stages.session import Result, finished, machine, opened, print_plan
-from nanolab.training.loop import Every, fit
+from nanolab.stages.session import Result, every_of, finished, machine, opened, print_plan
+from nanolab.training.fit import Hook, at_steps, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
-from nanolab.training.schedule import Plan, gpt_config, make_plan
+from nanolab.training.schedule import gpt_config, make_plan
 from nanolab.training.signals import StopRequest
 
 
@@ -45,10 +46,10 @@ def pretrain(cfg: BaseTrainConfig, runtime: Runtime | None = None) -> Result:
         return dry_run(cfg)
     name = run_name(cfg)
     with machine(cfg, name, runtime) as rt, opened(cfg, name, rt, "base", attn_kernel=kernels(cfg, rt)) as run:
-        return finished(run) or train(cfg, rt, run)
+        return finished(run) or _train(cfg, rt, run)
 
 
-def train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
+def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     tokenizer = run.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
     plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
     data = open_data(cfg, cfg.seed, pinned=run.pinned())
@@ -76,19 +77,23 @@ def train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         world_size=rt.world_size,
     )
     batches, stop = Prefetch(packed, rt, plan.grad_accum + AHEAD), StopRequest()
-    every = Every(
-        log=cfg.log_every,
-        eval=cfg.eval_every,
-        benchmark=cfg.core_metric_every,
-        sample=cfg.sample_every,
-        save=cfg.save_every,
-        keep=cfg.keep,
-        grad_norm=cfg.log_grad_norm,
-        evaluate=validation(cfg, plan, data, tokenizer, model, step_model, rt, stop),
-        run_benchmark=lambda asked: benchmark(core, model, rt, asked),
-        draw_samples=lambda: in_full(model, lambda: print_samples(model, tokenizer, rt, stop.asked)),
-        planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
-    )
+
+    def benchmark(step: int) -> dict[str, Any]:
+        with full_precision(model):
+            found = core.evaluate(GPTReader(model, rt), print0, stop=stop.asked)
+        if not found:
+            raise Stopped
+        return metrics(found)
+
+    def sample(step: int) -> None:
+        with full_precision(model):
+            print_samples(model, tokenizer, rt, stop.asked)
+
+    hooks = [
+        Hook(at_steps(cfg.eval_every, first=True), validation(cfg, data, tokenizer, model, step_model, rt, stop)),
+        Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
+        Hook(at_steps(cfg.sample_every), sample),
+    ]
     try:
         return fit(
             run,
@@ -96,47 +101,35 @@ def train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
             optimizer,
             batches,
             plan,
-            lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
-            every,
-            stop,
-            compiled=step_model is not model,
+            every=every_of(cfg),
+            hooks=hooks,
+            stop=stop,
+            step_model=step_model if step_model is not model else None,
+            planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
         )
     finally:
         batches.close()
 
 
-def in_full(model: GPT, work: Callable[[], Any]) -> Any:
-    """`work()` without the 8-bit floats of --fp8."""
-    with full_precision(model):
-        return work()
-
-
 def validation(
-    cfg: BaseTrainConfig,
-    plan: Plan,
-    data: Data,
-    tokenizer: Tokenizer,
-    model: GPT,
-    step_model: Any,
-    rt: Runtime,
-    stop: StopRequest,
-) -> Callable[[], dict[str, float]]:
+    cfg: BaseTrainConfig, data: Data, tokenizer: Tokenizer, model: GPT, step_model: Any, rt: Runtime, stop: StopRequest
+) -> Callable[[int], dict[str, float]]:
     """The measurement of validation bits per byte. Its rows are made at the first one, so that training starts at
     once.
     """
     rows: list[Any] = []
     limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step: int) -> dict[str, float]:
         if not rows:
-            rows.append(validation_rows(data.val, tokenizer, plan.model.sequence_len, limit, rt)[:2])
+            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2])
         with full_precision(model):
             found = bits_per_byte(
                 step_model,
                 rows[0],
                 tokenizer.token_bytes(),
                 rt,
-                plan.device_batch_size,
+                cfg.device_batch_size,
                 stop.asked,
                 shared=True,
                 full=step_model is not model,
@@ -144,13 +137,6 @@ def validation(
         return {"val/bpb": found.bpb}
 
     return evaluate
-
-
-def benchmark(core: Core, model: GPT, rt: Runtime, asked: Callable[[], bool]) -> dict[str, Any] | None:
-    """CORE; None where it was asked to stop."""
-    with full_precision(model):
-        found = core.evaluate(GPTReader(model, rt), print0, stop=asked)
-    return metrics(found) if found else None
 
 
 def open_core(cfg: BaseTrainConfig, tokenizer: Tokenizer, rt: Runtime) -> Core:

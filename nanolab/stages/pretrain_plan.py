@@ -8,7 +8,7 @@ from nanolab import runtime
 from nanolab.cli import UserError
 from nanolab.data.corpus import corpora_of
 from nanolab.data.formats import find_files
-from nanolab.data.packing import batch_text, share_rows
+from nanolab.data.shares import batch_text, share_rows
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.model.accounting import n_params, peak_bytes, train_memory
 from nanolab.model.config import chosen

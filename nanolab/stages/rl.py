@@ -21,8 +21,8 @@ from nanolab.stages.config import RLConfig
 from nanolab.stages.reward import reward_parts
 from nanolab.stages.rl_plan import RLPlan, make_rl_plan, objective_of
 from nanolab.stages.rollout import Rollouts, asked
-from nanolab.stages.session import Result, finished, machine, opened, print_plan
-from nanolab.training.loop import Every, fit
+from nanolab.stages.session import Result, every_of, finished, machine, opened, print_plan
+from nanolab.training.fit import Hook, at_steps, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.policy import ALGORITHMS, Objective, PolicyLoss
 from nanolab.training.recipes import param_groups, trapezoid_text, warmup_warning
@@ -40,9 +40,9 @@ def rl(cfg: RLConfig, runtime: Runtime | None = None) -> Result:
         goal = open_goal(cfg)
         print_plan(walls(cfg, cfg.tool == "python" or goal.task.runs_code))
         if cfg.dry_run:
-            return dry_run(cfg, rt, name, found, goal)
+            return _dry_run(cfg, rt, name, found, goal)
         with opened(cfg, name, rt, "rl") as run:
-            return finished(run) or train(cfg, rt, run, found, goal)
+            return finished(run) or _train(cfg, rt, run, found, goal)
 
 
 class Goal(NamedTuple):
@@ -67,7 +67,7 @@ def open_goal(cfg: RLConfig) -> Goal:
     return Goal(objective, tools, task, held_out)
 
 
-def dry_run(cfg: RLConfig, rt: Runtime, name: str, found: ModelRef, goal: Goal) -> Result:
+def _dry_run(cfg: RLConfig, rt: Runtime, name: str, found: ModelRef, goal: Goal) -> Result:
     check_name(name)
     check_talks(found)
     base, first = BaseRun.found(found), goal.task.example(0)
@@ -77,7 +77,7 @@ def dry_run(cfg: RLConfig, rt: Runtime, name: str, found: ModelRef, goal: Goal) 
     return print_plan(describe_rl(cfg, name, base, plan, goal, rt), dry_run=True)
 
 
-def train(cfg: RLConfig, rt: Runtime, run: Run, found: ModelRef | None, goal: Goal) -> Result:
+def _train(cfg: RLConfig, rt: Runtime, run: Run, found: ModelRef | None, goal: Goal) -> Result:
     objective, tools, task, held_out = goal
     if run.resume_from:
         base, found = BaseRun.of(load_meta(run.resume_from)), None
@@ -98,19 +98,21 @@ def train(cfg: RLConfig, rt: Runtime, run: Run, found: ModelRef | None, goal: Go
     engine = Engine(model, tokenizer, rt)
     batches = Rollouts(cfg, objective, model, engine, task, rt, run.dir, tools, reference)
     stop, loss = StopRequest(), PolicyLoss(objective, cfg.max_new_tokens, rt)
-    every = Every(
-        log=cfg.log_every,
-        eval=cfg.eval_every,
-        save=cfg.save_every,
-        keep=cfg.keep,
-        grad_norm=cfg.log_grad_norm,
-        evaluate=lambda: passes(cfg, engine, held_out, tools, stop.asked),
-        measure=lambda: batches.measure() | loss.measure(),
-        work=lambda: batches.work,
-    )
+    hook = Hook(at_steps(cfg.eval_every, first=True), lambda step: passes(cfg, engine, held_out, tools, stop.asked))
     try:
-        optimizer = MuonAdamW(param_groups(model, base.rates(cfg), plan), rt)
-        result = fit(run, model, optimizer, batches, plan, loss, every, stop)
+        result = fit(
+            run,
+            model,
+            MuonAdamW(param_groups(model, base.rates(cfg), plan), rt),
+            batches,
+            plan,
+            loss,
+            every_of(cfg),
+            [hook],
+            stop=stop,
+            measure=lambda: batches.measure() | loss.measure(),
+            work=lambda: batches.work,
+        )
     finally:
         batches.close()
     print_plan(changes(run.dir))

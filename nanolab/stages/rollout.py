@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,26 @@ class MicroBatch:
     n_targets: int  # its share of the normaliser's Z
     old: Tensor | None = None  # (B, T) fp32, 0 where nothing is trained; None: this is the first update
     reference: Tensor | None = None
+    position: Any = None  # RolloutPosition
+
+
+class RolloutPosition(NamedTuple):
+    """Where `Rollouts` stand. They are made when they are asked for, so that this is always after the last batch."""
+
+    rollouts: "Rollouts"
+    replies: list[Reply]  # of the batch
+
+    def json(self, runtime: Runtime | None = None) -> dict[str, Any]:
+        """The same on every rank; a collective call."""
+        return self.rollouts.state_dict()
+
+    @property
+    def epoch(self) -> float:
+        return self.rollouts.made * self.rollouts.cfg.examples_per_step / len(self.rollouts.task)
+
+    def where(self) -> str:
+        examples = sorted({reply.example for reply in self.replies})
+        return f"replies to {self.rollouts.task.name} examples {', '.join(map(str, examples))}"
 
 
 @dataclass
@@ -157,8 +177,8 @@ class Rollouts:
         return self.handed // len(self.micro) if self.micro else self.cfg.updates_per_batch
 
     @property
-    def epoch(self) -> float:
-        return self.made * self.cfg.examples_per_step / len(self.task)
+    def position(self) -> RolloutPosition:
+        return RolloutPosition(self, [])
 
     def next(self) -> MicroBatch:
         """The next micro-batch of this rank; a new rollout when the last one is used up. A collective call then."""
@@ -169,10 +189,6 @@ class Rollouts:
             self.work.training_flops += training_flops(self.model.config, self.lengths)
         self.handed += 1
         return self.micro[(self.handed - 1) % len(self.micro)]
-
-    def where(self) -> str:
-        batch = self.micro[(self.handed - 1) % len(self.micro)]
-        return f"replies to {self.task.name} examples {', '.join(map(str, sorted({r.example for r in batch.replies})))}"
 
     def measure(self) -> dict[str, float]:
         """Means over the rollout that the last step began with, over all ranks; nothing where it went on with an older
@@ -344,6 +360,7 @@ class Rollouts:
             torch.from_numpy(targets).to(device),
             torch.tensor([r.advantage for r in replies], dtype=torch.float32, device=device),
             NORMALISERS[self.objective.normaliser].total(torch.from_numpy(targets >= 0)),
+            position=RolloutPosition(self, replies),
         )
         for name in ("old", "reference"):
             if getattr(replies[0], name):

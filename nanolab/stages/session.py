@@ -10,6 +10,7 @@ from nanolab.records.models import read_json, recorded
 from nanolab.records.run import Run
 from nanolab.runtime import Runtime, print0
 from nanolab.stages.config import RunFlags
+from nanolab.training.fit import Every
 
 Result = dict[str, Any]  # of a finished run, as result.json holds it; empty after a dry run
 
@@ -54,6 +55,10 @@ def finished(run: Run) -> Result | None:
     path = run.dir / "result.json"
     print0(f"run {run.name} is finished already: {path}; nothing to do")
     return read_json(path)
+
+
+def every_of(cfg: RunFlags) -> Every:
+    return Every(log=cfg.log_every, save=cfg.save_every, keep=cfg.keep, grad_norm=cfg.log_grad_norm)
 
 
 def print_plan(lines: list[str], dry_run: bool = False) -> Result:

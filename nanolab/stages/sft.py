@@ -1,18 +1,20 @@
 """Supervised fine-tuning: a base model and conversations -> a model that answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nanolab.cli import UserError, to_json
-from nanolab.data.conversations import ConversationBatches, Reader, Staged, check_share, held_out_rows, survey
+from nanolab.data.conversations import ConversationBatches, Staged, check_share, held_out_rows
 from nanolab.data.corpus import Data, open_data, validation_only
 from nanolab.data.kept import Pinned
-from nanolab.data.loader import AHEAD, Prefetch
-from nanolab.data.packing import PackedBatches, validation_rows
+from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import AHEAD, Prefetch
+from nanolab.data.survey import Reader, survey
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.chatcore import MEMBERS, chatcore
 from nanolab.inference.calculator import calculator
@@ -26,10 +28,10 @@ from nanolab.runtime import Runtime, compiled, print0
 from nanolab.stages.base_run import BaseRun, begin, check_chat_tokens, check_rates, optimizer_state, task_versions
 from nanolab.stages.config import SFTConfig
 from nanolab.stages.forgetting import forgetting, forgetting_table
-from nanolab.stages.session import Result, finished, machine, opened, print_plan
+from nanolab.stages.session import Result, every_of, finished, machine, opened, print_plan
 from nanolab.stages.sft_lines import conversation_lines, describe_sft
 from nanolab.stages.sft_plan import SFTPlan, StageData, make_sft_plan, read_stages, shape_of
-from nanolab.training.loop import Every, fit
+from nanolab.training.fit import Hook, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.signals import StopRequest
@@ -46,9 +48,9 @@ def sft(cfg: SFTConfig, runtime: Runtime | None = None) -> Result:
     with machine(cfg, name, runtime) as rt:
         print_plan(walls(cfg, cfg.chatcore_every > 0 and any(TASKS[n].runs_code for n in judged(cfg) if n in TASKS)))
         if cfg.dry_run:
-            return dry_run(cfg, rt, name, found)
+            return _dry_run(cfg, rt, name, found)
         with opened(cfg, name, rt, "sft") as run:
-            return finished(run) or train(cfg, rt, run, found)
+            return finished(run) or _train(cfg, rt, run, found)
 
 
 def judged(cfg: SFTConfig) -> list[str]:
@@ -56,14 +58,14 @@ def judged(cfg: SFTConfig) -> list[str]:
     return [name.strip() for name in cfg.chatcore_tasks.split(",")] if cfg.chatcore_tasks else list(MEMBERS)
 
 
-def dry_run(cfg: SFTConfig, rt: Runtime, name: str, found: ModelRef) -> Result:
+def _dry_run(cfg: SFTConfig, rt: Runtime, name: str, found: ModelRef) -> Result:
     check_name(name)
     base, tokenizer = BaseRun.found(found), Tokenizer.load(found.run_dir / "tokenizer", checked=True)
     prepared = prepare(cfg, base, tokenizer, rt, Pinned.of(found.run_dir))
     return print_plan(describe_sft(cfg, name, base, prepared.parts, prepared.plan, rt), dry_run=True)
 
 
-def train(cfg: SFTConfig, rt: Runtime, run: Run, found: ModelRef | None) -> Result:
+def _train(cfg: SFTConfig, rt: Runtime, run: Run, found: ModelRef | None) -> Result:
     versions: dict[str, int] = {}
     batch = -1
     if run.resume_from:
@@ -97,14 +99,10 @@ def train(cfg: SFTConfig, rt: Runtime, run: Run, found: ModelRef | None) -> Resu
     staged = Staged([(part.steps * plan.rows_per_step, part.batches) for part in parts])
     batches, stop = Prefetch(staged, rt, plan.grad_accum + AHEAD), StopRequest()
     evaluator = Evaluator(cfg, parts, plan, model, step_model, tokenizer, text, rt, versions, stop)
-    every = Every(
-        log=cfg.log_every,
-        eval_steps=evaluator.loss_steps | evaluator.chatcore_steps,
-        save=cfg.save_every,
-        keep=cfg.keep,
-        grad_norm=cfg.log_grad_norm,
-        evaluate=lambda: evaluator(batches.rows // plan.rows_per_step),
-    )
+    hooks = [
+        Hook(evaluator.when(cfg.eval_every), evaluator.losses),
+        Hook(evaluator.when(cfg.chatcore_every), evaluator.chatcore),
+    ]
     try:
         result = fit(
             run,
@@ -112,10 +110,10 @@ def train(cfg: SFTConfig, rt: Runtime, run: Run, found: ModelRef | None) -> Resu
             optimizer,
             batches,
             plan,
-            lambda _, batch: step_model(batch.inputs, batch.targets, reduction="sum"),
-            every,
-            stop,
-            compiled=step_model is not model,
+            every=every_of(cfg),
+            hooks=hooks,
+            stop=stop,
+            step_model=step_model if step_model is not model else None,
         )
     finally:
         batches.close()
@@ -220,20 +218,16 @@ class Evaluator:
         self.tokenizer, self.text, self.rt, self.versions, self.stop = tokenizer, text, rt, versions, stop
         automatic = EVAL_TOKENS if rt.device.type == "cuda" else EVAL_TOKENS_ELSEWHERE
         self.limit = cfg.eval_tokens if cfg.eval_tokens > 0 else automatic
-        self.loss_steps, self.chatcore_steps = (self.due(every) for every in (cfg.eval_every, cfg.chatcore_every))
         self.tasks: list = []  # those of ChatCORE
         # those of each stage, then of the text; made at the first evaluation, so that training starts at once
         self.rows: list = []
 
-    def due(self, every: int) -> set[int]:
+    def when(self, cadence: int) -> Callable[[int, bool], bool]:
         """Every so many steps, and at the end of each stage."""
-        return {*range(0, self.plan.num_iterations, every), *self.plan.ends()} if every > 0 else set()
+        n, ends = self.plan.num_iterations, self.plan.ends()
+        return lambda step, last: cadence > 0 and (step < n and step % cadence == 0 or step in ends)
 
-    def __call__(self, step: int) -> dict[str, float]:
-        metrics = self.losses() if step in self.loss_steps else {}
-        return metrics | (self.chatcore() if step in self.chatcore_steps else {})
-
-    def chatcore(self) -> dict[str, float]:
+    def chatcore(self, step: int) -> dict[str, float]:
         """chatcore/TASK: accuracy; chatcore/ChatCORE: the mean above chance, where the tasks belong to it."""
         cfg = self.cfg
         self.tasks = self.tasks or [build(name, "test", cfg.data) for name in judged(cfg)]
@@ -242,7 +236,7 @@ class Evaluator:
             engine, self.tasks, cfg.chatcore_max_cat, cfg.chatcore_max_sample, tools=calculator, stop=self.stop.asked
         )
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, step: int) -> dict[str, float]:
         """val/loss: nats per supervised token of the stages' held-out conversations, of each stage too if there are
         several; val/bpb of text.
         """

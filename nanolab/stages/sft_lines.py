@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from nanolab.data.packing import batch_text
+from nanolab.data.shares import batch_text
 from nanolab.records.console import clock
 from nanolab.records.environment import attention_line
 from nanolab.runtime import Runtime

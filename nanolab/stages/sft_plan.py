@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nanolab.cli import Condition, UserError, check_bounds, check_read, given, nearest, read_toml
 from nanolab.data.conversations import ConversationBatches
-from nanolab.data.packing import share_rows
+from nanolab.data.shares import share_rows
 from nanolab.model.accounting import train_flops_per_token
 from nanolab.stages.base_run import BaseRun, FineTunePlan
 from nanolab.stages.config import SFTConfig

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from nanolab.cli import UserError, nearest
-from nanolab.data.packing import share_rows
+from nanolab.data.shares import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
 from nanolab.model.config import Architecture, GPTConfig, ModelFlags
 from nanolab.training.config import TrainingFlags

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from nanolab.cli import UserError
 from nanolab.data.chat import render
-from nanolab.data.conversations import ConversationBatches, Reader, Staged, held_out_rows, pack, survey
-from nanolab.data.loader import Prefetch
+from nanolab.data.conversations import ConversationBatches, Staged, held_out_rows, pack
 from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import Prefetch
+from nanolab.data.survey import Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime
 
@@ -152,23 +153,23 @@ def test_each_conversation_once_an_epoch_and_the_length_of_the_run_is_known(leng
     for epoch in (1, 2):
         seen, texts = Counter(), 0
         while source.rows < source.rows_in(epoch):
-            batch, labels = source.next(), source.snapshot().labels
+            batch, labels = source.next(), source.position.labels
             assert batch.n_targets > 0, "a row in the middle of the run has something to learn"
             seen.update(i for row in labels for i in row)
             texts += sum(not row for row in labels)
         if epoch == 1:  # the rest is the second epoch's
             assert seen == Counter(short)
     assert seen == Counter(short)
-    assert source.epoch == 2.0
+    assert source.position.epoch == 2.0
     batch = source.next()
-    while share and source.snapshot().labels == [[]] and batch.n_targets:
+    while share and source.position.labels == [[]] and batch.n_targets:
         batch = source.next()
     assert batch.n_targets == 0 and (batch.inputs == BOS).all(), "after the last epoch only padding follows"
 
 
 def test_the_order_is_another_one_in_each_epoch_and_of_each_seed():
     def order(source):
-        return [i for _ in range(12) for row in [source.next(), source.snapshot().labels][1] for i in row]
+        return [i for _ in range(12) for row in [source.next(), source.position.labels][1] for i in row]
 
     conversations = of_lengths([25] * 12)
     source = batches(conversations)
@@ -183,13 +184,13 @@ def test_share_of_text_is_spread_evenly_and_exact():
     kinds = []
     for _ in range(50):
         source.next()
-        kinds += [not row for row in source.snapshot().labels]
+        kinds += [not row for row in source.position.labels]
     assert sum(kinds) == 10 and [i for i, text in enumerate(kinds) if text] == list(range(4, 50, 5))
 
 
 def test_rows_of_text_are_those_of_pretraining_in_order():
     source, text = batches(of_lengths([20] * 40), replay=pretraining(), share=0.5), pretraining()
-    found = [row for row, labels in ((source.next(), source.snapshot().labels) for _ in range(12)) if labels == [[]]]
+    found = [row for row, labels in ((source.next(), source.position.labels) for _ in range(12)) if labels == [[]]]
     for batch in found:
         expected = text.next()
         assert (
@@ -331,11 +332,11 @@ def test_ranks_with_unequal_shares_see_the_same_global_batches(ranks):
         places: dict[int, tuple] = {}
         for rank, source in enumerate(sources):
             mine = []
-            while source.snapshot().rows < 8 * step:
+            while source.position.rows < 8 * step:
                 mine += rows_of_batch(source.next())
             places |= dict(zip(range(rank, 8, ranks), mine, strict=True))
         assert [places[i] for i in range(8)] == alone[8 * step - 8 : 8 * step]
-        assert len({json.dumps(source.state_dict()) for source in sources}) == 1
+        assert len({json.dumps(source.position.json()) for source in sources}) == 1
 
 
 @pytest.mark.parametrize("done", [0, 8, 24, 40, 48, 64])
@@ -343,14 +344,14 @@ def test_a_state_goes_on_exactly_on_any_number_of_ranks(done):
     whole = global_rows([staged()], 96, 2)
     source = staged()
     global_rows([source], done, 2)
-    state = json.loads(json.dumps(source.state_dict()))
+    state = json.loads(json.dumps(source.position.json()))
     assert len(json.dumps(state)) < 5000
     for world_size in (1, 4):
         others = [staged(world_size, rank) for rank in range(world_size)]
         for other in others:
             other.load_state_dict(state)
         assert global_rows(others, 96 - done, 2) == whole[done:96]
-        assert others[0].state_dict() == others[-1].state_dict()
+        assert others[0].position.json() == others[-1].position.json()
 
 
 def test_prefetched_they_are_the_same_and_the_state_is_of_the_batch_last_handed_out():
@@ -358,28 +359,28 @@ def test_prefetched_they_are_the_same_and_the_state_is_of_the_batch_last_handed_
     try:
         for _ in range(30):
             assert torch.equal(plain.next().targets, ahead.next().targets)
-            assert ahead.state_dict() == plain.state_dict()
-            at = plain.snapshot()
-            assert (ahead.rows, ahead.epoch, ahead.where()) == (at.rows, plain.epoch_at(at), plain.where_at(at))
+            at, other = plain.position, ahead.position
+            assert other.json() == at.json()
+            assert (other.rows, other.epoch, other.where()) == (at.rows, at.epoch, at.where())
     finally:
         ahead.close()
-    assert plain.snapshot().rows == 60 and plain.stage == 1 and "stage 2: conversations " in plain.where_at(at)
+    assert plain.position.rows == 60 and plain.stage == 1 and "stage 2: conversations " in at.where()
 
 
 def test_a_state_of_other_conversations_is_refused():
     """Of the same lengths, but one letter is another."""
     source = batches(Listed([turn("ab"), turn("cd")]))
     with pytest.raises(UserError, match="trained on other conversations"):
-        batches(Listed([turn("ab"), turn("ce")])).load_state_dict(source.state_dict())
+        batches(Listed([turn("ab"), turn("ce")])).load_state_dict(source.position.json())
     with pytest.raises(UserError, match="trained on other conversations"):
-        batches(Listed([turn("ab"), turn("cd")]), T=23).load_state_dict(source.state_dict())
+        batches(Listed([turn("ab"), turn("cd")]), T=23).load_state_dict(source.position.json())
 
 
 def test_a_place_inside_a_micro_batch_is_refused():
     source = batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=3)
     source.next()
     with pytest.raises(UserError, match="has read 3 rows, which 4 rows at a time"):
-        batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=4).load_state_dict(source.state_dict())
+        batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=4).load_state_dict(source.position.json())
 
 
 def ranks_survey(runtime, lengths):
@@ -397,7 +398,7 @@ def test_the_epoch_counts_rows_of_conversations():
     seen = []
     for _ in range(40):
         source.next()
-        seen.append(source.epoch)
+        seen.append(source.position.epoch)
     assert seen[19] == 1.0 and seen[29] == 1.5 and seen == sorted(seen)
 
 

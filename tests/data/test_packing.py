@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolab.cli import UserError
-from nanolab.data.packing import POOL, PackedBatches, Packer, merge_states, validation_rows
+from nanolab.data.packing import POOL, PackedBatches, Packer
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.validation import validation_rows
 
 TOKENIZER = Tokenizer.train([], 265)  # one token per byte, so that lengths are known
 BOS = TOKENIZER.bos
@@ -87,7 +88,7 @@ def test_every_text_token_appears_exactly_once_an_epoch(texts, T, rows_per_step)
     for _ in range(20_000):
         (row,) = rows_of(batches.next())
         assert len(row) == T + 1 and row.min() >= 0
-        (labels,) = batches.snapshot().labels
+        (labels,) = batches.position.labels
         found = pieces(row)
         if len(found) == len(labels) + 1:  # a last place that has room for bos only
             assert found.pop() == []
@@ -98,7 +99,7 @@ def test_every_text_token_appears_exactly_once_an_epoch(texts, T, rows_per_step)
         if all(len(seen[n]) >= len(tokens) for n, tokens in expected.items()):
             break
     assert {n: seen[n] for n in expected} == expected
-    assert batches.epoch >= 1.9
+    assert batches.position.epoch >= 1.9
 
 
 def slow_rows(documents: list[list[int]], T: int, n: int) -> list[list[int]]:
@@ -166,6 +167,16 @@ def test_nothing_waits_longer_than_the_pool_has_places(seed, longest, T, before)
     assert waiting <= used
 
 
+def state_of(ranks: list[PackedBatches]) -> dict:
+    """The state that ranks in processes of their own would gather."""
+
+    class Together:
+        def gather_objects(self, _):
+            return [rank.position.mine() for rank in ranks]
+
+    return ranks[0].position.json(Together())
+
+
 def global_rows(
     texts, world_size: int, n: int, *, B: int = 1, state=None, rows_per_step=16, T=24
 ) -> tuple[list[list[int]], dict]:
@@ -180,7 +191,7 @@ def global_rows(
     for _ in range(n // (B * world_size)):
         parts = [rows_of(rank.next()) for rank in ranks]
         out += [parts[g % world_size][g // world_size].tolist() for g in range(B * world_size)]
-    return out, json.loads(json.dumps(merge_states([rank.local_state(rank.snapshot()) for rank in ranks])))
+    return out, json.loads(json.dumps(state_of(ranks)))
 
 
 def test_ranks_see_the_same_global_batches():
@@ -214,7 +225,7 @@ def by_step(
             rows += mine
             seen.add(len(mine))
         out.append(sorted(rows))
-    return out, json.loads(json.dumps(ranks[0].merge([rank.local_state(rank.snapshot()) for rank in ranks]))), shares
+    return out, json.loads(json.dumps(state_of(ranks))), shares
 
 
 @pytest.mark.fault("F7", "core D2")
@@ -347,12 +358,12 @@ def test_epochs_are_counted_by_text_read():
     for _ in range(60):
         rows = rows_of(batches.next())
     read = 60 * (rows.size) / total  # bos included: a few per cent
-    assert batches.epoch == pytest.approx(read, rel=0.1)
+    assert batches.position.epoch == pytest.approx(read, rel=0.1)
     two = [make(texts, T=32, B=8, rows_per_step=16, rank=r, world_size=2) for r in range(2)]
     for _ in range(60):
         for rank in two:
             rank.next()
-    assert sum(rank.epoch for rank in two) / 2 == pytest.approx(batches.epoch)
+    assert sum(rank.position.epoch for rank in two) / 2 == pytest.approx(batches.position.epoch)
 
 
 @pytest.mark.parametrize("texts", [["a"], ["hello"], ["x" * 1000], ["a", "b"], [None, "", "word", None]])
@@ -363,8 +374,8 @@ def test_tiny_corpora_repeat_and_count_epochs(texts, rows_per_step):
     for _ in range(40):
         (row,) = rows_of(batches.next())
         assert all(any(bytes(p).decode() in t for t in text) for p in pieces(row))
-    assert batches.epoch > 40 * 8 / (sum(map(len, filter(None, texts))) + 100)
-    assert batches.where().startswith("list documents ")
+    assert batches.position.epoch > 40 * 8 / (sum(map(len, filter(None, texts))) + 100)
+    assert batches.position.where().startswith("list documents ")
 
 
 @pytest.mark.parametrize("texts", [[None], ["", None, ""], [None] * 50])
@@ -386,7 +397,7 @@ def test_mixture_weights_hold():
     total = (rows != BOS).sum()
     for name, weight in weights.items():
         assert abs((rows == letters[name]).sum() / total - weight) < 0.01 * weight
-    assert "a documents" in batches.where() and "b documents" in batches.where()
+    assert "a documents" in batches.position.where() and "b documents" in batches.position.where()
 
 
 def test_batches_that_do_not_divide_say_what_to_type():
@@ -416,7 +427,7 @@ def test_fewer_rows_than_ranks_are_refused_with_both_numbers_and_advice_that_wor
 def test_a_state_of_something_else_is_refused():
     batches = make(words(30), B=2, rows_per_step=16)
     batches.next()
-    state = batches.state_dict()
+    state = batches.position.json()
     with pytest.raises(UserError, match="give the former --data"):
         make(words(31), B=2, rows_per_step=16).load_state_dict(state)
     with pytest.raises(UserError, match="does not fit 8 streams"):

@@ -14,7 +14,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records.run import Run
 from nanolab.runtime import Runtime
 from nanolab.stages.config import BaseTrainConfig
-from nanolab.training.loop import Every, fit
+from nanolab.training.fit import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.schedule import make_plan
@@ -70,5 +70,5 @@ def pretrain(name: str, text: Path, runtime: Runtime, **flags) -> BaseTrainConfi
     )
     optimizer = MuonAdamW(param_groups(model, cfg, plan), runtime)
     torch.manual_seed(cfg.seed)
-    fit(run, model, optimizer, batches, plan, lambda m, b: m(b.inputs, b.targets, reduction="sum"), Every(log=-1))
+    fit(run, model, optimizer, batches, plan, every=Every(log=-1))
     return cfg

@@ -21,7 +21,8 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt, text_of
-from nanolab.data.conversations import Reader, held_out_rows
+from nanolab.data.conversations import held_out_rows
+from nanolab.data.survey import Reader
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.model import gpt
 from nanolab.records import checkpoint

@@ -14,7 +14,8 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.chat import render
-from nanolab.data.conversations import ConversationBatches, Reader, survey
+from nanolab.data.conversations import ConversationBatches
+from nanolab.data.survey import Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
@@ -317,7 +318,7 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_of_the_step():
         model,
         list(model.parameters()),
         gradients.gather(batches, 2),
-        lambda m, b: m(b.inputs, b.targets, reduction="sum"),
+        gradients.nats,
         step=0,
         runtime=ALONE,
         scaler=None,

@@ -25,13 +25,19 @@ from nanolab.records import checkpoint
 from nanolab.records.console import Eta, clock, step_line
 from nanolab.records.models import read_metrics
 from nanolab.runtime import Runtime
+from nanolab.training.fit import Every, Hook, at_steps, fit
 from nanolab.training.gradients import NonFinite
-from nanolab.training.loop import Every, fit
+from nanolab.training.signals import StopRequest
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
 ToyPlan, parts, nats, noisy_nats = toy.ToyPlan, toy.parts, toy.nats, toy.noisy_nats
+
+
+def hook(cadence: int, do) -> Hook:
+    """An evaluation: at the first step, every so many, at the end."""
+    return Hook(at_steps(cadence, first=True), do)
 
 
 def losses(run) -> list[float]:
@@ -193,8 +199,8 @@ def test_a_refusal_reaches_every_rank(on_two_ranks):
 def test_metrics_and_result_have_the_names_that_dashboards_know():
     run, model, optimizer, batches = parts()
     values = iter([3.0, 2.0, 2.5, 2.25])
-    every = Every(eval=2, grad_norm=True, evaluate=lambda: {"val/bpb": next(values)})
-    result = fit(run, model, optimizer, batches, ToyPlan(), nats, every)
+    evaluate = hook(2, lambda step: {"val/bpb": next(values)})
+    result = fit(run, model, optimizer, batches, ToyPlan(), nats, Every(grad_norm=True), [evaluate])
     rows = read_metrics(run.dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     names = {
@@ -249,7 +255,7 @@ def test_evaluations_leave_no_trace():
     run, watched, optimizer, batches = parts("watched")
     modes = []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step) -> dict[str, float]:
         modes.append((watched.training, torch.is_grad_enabled()))
         torch.rand(7)
         torch.manual_seed(5)
@@ -262,7 +268,8 @@ def test_evaluations_leave_no_trace():
         batches,
         ToyPlan(),
         noisy_nats,
-        Every(eval=1, sample=2, evaluate=evaluate, draw_samples=lambda: torch.manual_seed(6)),
+        Every(),
+        [hook(1, evaluate), Hook(at_steps(2), lambda step: torch.manual_seed(6) and None)],
     )
     assert losses(run) == losses(plain) and modes == [(False, False)] * 7 and watched.training
     same_weights(watched.state_dict(), model.state_dict())
@@ -274,12 +281,12 @@ def test_dropout_is_on_in_training_and_exact_through_a_resume():
     whole, model, optimizer, batches = parts("whole", config=config)
     seen = []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step) -> dict[str, float]:
         a, b = (model(toy.global_micro_batch(0).inputs) for _ in range(2))
         seen.append(torch.equal(a, b))
         return {"val/bpb": a.mean().item()}
 
-    fit(whole, model, optimizer, batches, ToyPlan(), nats, Every(eval=2, evaluate=evaluate, save=3, keep="all"))
+    fit(whole, model, optimizer, batches, ToyPlan(), nats, Every(save=3, keep="all"), [hook(2, evaluate)])
     assert seen == [True] * 4 and model.training
     without, *rest = parts("without")
     fit(without, *rest, ToyPlan(), nats, Every())
@@ -302,31 +309,22 @@ def test_cadences_and_the_order_of_a_step(monkeypatch):
     plain = checkpoint.Writer.save
     monkeypatch.setattr(checkpoint.Writer, "save", lambda *a, **kw: save() and plain(*a, **kw))
     saved = lambda: save.call_count  # noqa: E731
-    every = Every(
-        eval=2,
-        sample=3,
-        save=4,
-        keep="all",
-        evaluate=lambda: seen.append(("eval", batches.n, saved())) or {},
-        draw_samples=lambda: seen.append(("sample", batches.n, saved())),
-    )
-    fit(run, model, optimizer, batches, ToyPlan(num_iterations=5), nats, every)
+    hooks = [
+        hook(2, lambda step: seen.append(("eval", batches.n, saved())) or {}),
+        Hook(at_steps(3), lambda step: seen.append(("sample", batches.n, saved()))),
+    ]
+    fit(run, model, optimizer, batches, ToyPlan(num_iterations=5), nats, Every(save=4, keep="all"), hooks)
     assert seen == [("eval", 0, 0), ("eval", 2, 0), ("sample", 3, 0), ("eval", 4, 1), ("eval", 5, 2), ("sample", 5, 2)]
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [4, 5]
 
 
 @pytest.mark.parametrize("cadence,expected", [(-1, [0, 1, 5]), (2, [0, 1, 2, 4, 5, 6])])
 def test_evaluations_at_steps_named_one_by_one(cadence, expected):
+    def when(step, last):
+        return step in (0, 1, 5) or at_steps(cadence, first=True)(step, last)
+
     run, model, optimizer, batches = parts()
-    fit(
-        run,
-        model,
-        optimizer,
-        batches,
-        ToyPlan(),
-        nats,
-        Every(eval=cadence, eval_steps=(0, 1, 5), evaluate=lambda: {"val/n": batches.n}),
-    )
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [Hook(when, lambda step: {"val/n": batches.n})])
     assert [(r["step"], r["val/n"]) for r in read_metrics(run.dir) if "val/n" in r] == [(n, n) for n in expected]
 
 
@@ -340,7 +338,8 @@ def test_what_a_step_measures_stands_in_its_line():
         batches,
         ToyPlan(num_iterations=4),
         nats,
-        Every(log=2, measure=lambda: {"rl/n": next(seen)}),
+        Every(log=2),
+        measure=lambda: {"rl/n": next(seen)},
     )
     assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], (
         "asked at every step"
@@ -349,25 +348,23 @@ def test_what_a_step_measures_stands_in_its_line():
 
 def test_all_cadences_off_still_saves_the_end():
     run, model, optimizer, batches = parts()
-    never = Every(
-        log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off")
-    )
-    fit(run, model, optimizer, batches, ToyPlan(), nats, never)
+    never = [hook(-1, lambda step: pytest.fail("eval is off"))]
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(log=-1), never)
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [6] and read_metrics(run.dir) == []
 
 
 def test_a_crash_in_the_last_evaluation_loses_nothing():
     run, model, optimizer, batches = parts()
 
-    def evaluate():
+    def evaluate(step):
         if batches.n == 6:
             raise ZeroDivisionError
         return {}
 
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=3, evaluate=evaluate))
+        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [hook(3, evaluate)])
     run, again, optimizer, batches = parts(resume=True)
-    fit(run, again, optimizer, batches, ToyPlan(), nats, Every(eval=3, evaluate=lambda: {"val/bpb": 1.0}))
+    fit(run, again, optimizer, batches, ToyPlan(), nats, Every(), [hook(3, lambda step: {"val/bpb": 1.0})])
     assert optimizer.seen == [] and run.finished
     same_weights(again.state_dict(), model.state_dict())
 
@@ -376,25 +373,20 @@ def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
     run, model, optimizer, batches = parts()
     seen = []
 
-    def benchmark(stop):
+    def benchmark(step):
         while not (found := checkpoint.steps(run.checkpoints)):  # it is written beside the benchmark
             time.sleep(0.01)
-        seen.append((batches.n, [step for step, _ in found], stop()))
+        seen.append((batches.n, [step for step, _ in found], stop.asked()))
         os.kill(os.getpid(), signal.SIGTERM)
-        return None if stop() else {}
+        toy.ALONE.check_stop(stop.asked())
 
+    stop, saved = StopRequest(), Hook(at_steps(3), benchmark, saved=True)
     with pytest.raises(SystemExit) as left:
-        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=benchmark))
+        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [saved], stop=stop)
     assert seen == [(3, [3], False)] and left.value.code == 128 + signal.SIGTERM
     run, model, optimizer, batches = parts(resume=True)
     fit(
-        run,
-        model,
-        optimizer,
-        batches,
-        ToyPlan(),
-        nats,
-        Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}),
+        run, model, optimizer, batches, ToyPlan(), nats, Every(), [saved._replace(do=lambda step: {"core_metric": 1.0})]
     )
     assert [row["step"] for row in read_metrics(run.dir) if "core_metric" in row] == [3, 6], "measured again"
 
@@ -468,7 +460,8 @@ def test_retention_keeps_the_best_by_bpb():
         batches,
         ToyPlan(),
         nats,
-        Every(eval=1, save=1, keep=1, evaluate=lambda: {"val/bpb": bpb[batches.n]}),
+        Every(save=1, keep=1),
+        [hook(1, lambda step: {"val/bpb": bpb[batches.n]})],
     )
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [2, 6]
 
@@ -482,9 +475,9 @@ def test_keep_is_checked_before_training(keep):
 @pytest.mark.parametrize("where", [1, 3, 5])
 def test_resumed_is_uninterrupted_to_the_bit(where):
     whole, model, optimizer, batches = parts("whole")
-    evaluate = lambda: {"val/bpb": torch.rand(()).item()}  # noqa: E731
-    every = Every(eval=2, save=where, keep="all", evaluate=evaluate)
-    whole_result = fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, every)
+    hooks = [hook(2, lambda step: {"val/bpb": torch.rand(()).item()})]
+    every = Every(save=where, keep="all")
+    whole_result = fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, every, hooks)
 
     class Crash(Exception):
         pass
@@ -496,10 +489,10 @@ def test_resumed_is_uninterrupted_to_the_bit(where):
 
     run, _, optimizer, batches = parts("crashed")
     with pytest.raises(Crash):
-        fit(run, _, optimizer, batches, ToyPlan(), fails_late, every)
+        fit(run, _, optimizer, batches, ToyPlan(), fails_late, every, hooks)
     run, resumed, optimizer, batches = parts("crashed", resume=True)
     torch.manual_seed(12345)
-    result = fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, every)
+    result = fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, every, hooks)
     assert losses(run) == losses(whole) and len(losses(run)) == 6
     assert [r.get("val/bpb") for r in read_metrics(run.dir)] == [r.get("val/bpb") for r in read_metrics(whole.dir)]
     same_weights(resumed.state_dict(), model.state_dict())
@@ -516,7 +509,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     run, _, optimizer, batches = parts()
 
-    def fill_the_disk() -> dict[str, float]:
+    def fill_the_disk(step) -> dict[str, float]:
         if batches.n == 3:
             while not checkpoint.steps(run.checkpoints):
                 time.sleep(0.01)
@@ -525,7 +518,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
 
     try:
         with pytest.raises(UserError) as error:
-            fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, save=2, evaluate=fill_the_disk))
+            fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(save=2), [hook(1, fill_the_disk)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (error.value.code, error.value.values["step"]) == ("checkpoint-not-written", 4)
@@ -656,7 +649,7 @@ def test_garbage_collection_is_quiet_inside_and_restored_outside():
 
 def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
     clock_now = [0.0]
-    monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
+    monkeypatch.setattr("nanolab.training.fit.time.perf_counter", lambda: clock_now[0])
 
     def one_second(model, batch):
         clock_now[0] += 1.0
@@ -664,19 +657,19 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
             raise ZeroDivisionError
         return nats(model, batch)
 
-    def slow_evaluation() -> dict[str, float]:
+    def slow_evaluation(step) -> dict[str, float]:
         clock_now[0] += 100.0  # not training time
         return {"val/bpb": 1.0}
 
     plan, crash_at = ToyPlan(num_iterations=None, max_seconds=5.0), None
-    every = Every(eval=2, save=1, evaluate=slow_evaluation)
+    every, hooks = Every(save=1), [hook(2, slow_evaluation)]
     crash_at = 302.5
     run, model, optimizer, batches = parts()
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, plan, one_second, every)
+        fit(run, model, optimizer, batches, plan, one_second, every, hooks)
     crash_at = None
     run, model, optimizer, batches = parts(resume=True)
-    result = fit(run, model, optimizer, batches, plan, one_second, every)
+    result = fit(run, model, optimizer, batches, plan, one_second, every, hooks)
     rows = read_metrics(run.dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and result["total_training_time"] == 5.0
     assert [row["total_training_time"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
@@ -689,7 +682,7 @@ def test_compiling_is_no_training_time(monkeypatch):
     compiles again.
     """
     clock_now, cold, crash_at = [0.0], [True], 3
-    monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
+    monkeypatch.setattr("nanolab.training.fit.time.perf_counter", lambda: clock_now[0])
 
     def loss(model, batch):
         if batches.n > crash_at:
@@ -701,10 +694,10 @@ def test_compiling_is_no_training_time(monkeypatch):
     plan, every = ToyPlan(num_iterations=None, max_seconds=5.0), Every(save=1)
     run, model, optimizer, batches = parts()
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+        fit(run, model, optimizer, batches, plan, loss, every, step_model=model)
     cold, crash_at = [True], 100
     run, model, optimizer, batches = parts(resume=True)
-    result = fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+    result = fit(run, model, optimizer, batches, plan, loss, every, step_model=model)
     rows = read_metrics(run.dir)
     assert result["step"] == 5 and result["total_training_time"] == 5.0 and result["tok_per_sec"] == 64
     assert result["compile_seconds"] == rows[-1]["compile_seconds"] == 180.0
@@ -732,7 +725,9 @@ def test_a_compiled_run_is_the_same_run(capsys):
     for compiled in (False, True):
         run, model, optimizer, batches = parts(f"compiled-{compiled}")
         batches = Uneven(toy.ALONE)
-        result = fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), compiled=compiled)
+        result = fit(
+            run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), step_model=model if compiled else None
+        )
         assert (
             ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
         )
@@ -755,18 +750,8 @@ def test_a_model_in_torchs_compiler_is_the_same_run():
     config, found = replace(toy.CONFIG, resid_dropout=0.2), []
     for compile_ in (None, "eager"):
         run, model, optimizer, batches = parts(f"by-{compile_}", config=config)
-        step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else model
-        loss = lambda _, b: step_model(b.inputs, b.targets, reduction="sum")  # noqa: B023, E731
-        fit(
-            run,
-            model,
-            optimizer,
-            batches,
-            ToyPlan(num_iterations=3, model=config),
-            loss,
-            Every(),
-            compiled=step_model is not model,
-        )
+        step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else None
+        fit(run, model, optimizer, batches, ToyPlan(num_iterations=3, model=config), step_model=step_model)
         found.append((losses(run), model.state_dict()))
     assert found[0][0] == found[1][0]
     same_weights(found[0][1], found[1][1])

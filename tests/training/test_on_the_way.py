@@ -17,7 +17,8 @@ from nanolab.stages import pretrain as stage
 from nanolab.stages import sft as tuning
 from nanolab.stages.config import BaseTrainConfig, SFTConfig
 from nanolab.stages.pretrain_plan import planned_memory
-from nanolab.training.loop import Every, Loop
+from nanolab.training.meter import Meter
+from nanolab.training.saving import LoopState
 from nanolab.training.schedule import make_plan
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
@@ -105,8 +106,9 @@ class Device(Runtime):
 @pytest.mark.fault("core likely: Memory plan without communication")
 def test_the_plan_of_memory_is_printed_beside_the_devices_statistics(capsys):
     for rt, said in ((object.__new__(Device), True), (ALONE, False)):
-        loop = SimpleNamespace(every=Every(planned_bytes=12 * 2**30), runtime=rt)
-        Loop.print_memory(loop)
+        Meter(SimpleNamespace(num_iterations=None), rt, None, planned_bytes=12 * 2**30).print_measured(
+            LoopState(), None
+        )
         out = capsys.readouterr().out
         assert ("9.0 GiB" in out and "12.0 GiB (-25%)" in out) if said else not out
 

@@ -14,17 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanolab.data.loader import Prefetch
 from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import Prefetch
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.records import checkpoint
 from nanolab.records.models import read_metrics, runs_dir
-from nanolab.training.loop import Every, fit
+from nanolab.training.fit import Every, Hook, at_steps, fit
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -58,7 +59,7 @@ def tokenizer() -> Tokenizer:
 def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool = True, save: int = 3) -> None:
     """The real packer, prefetcher, model and optimizer; a loss with random noise in it."""
     run, model, optimizer, _ = toy.parts(name, resume=resume, save_every=save)
-    model = toy.GPT(toy.replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
+    model = toy.GPT(replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
     model.init_weights(7)
     optimizer = toy.MuonAdamW(toy.groups(model), toy.ALONE)
     packed = PackedBatches([(Fables(), 1.0)], tokenizer(), seq_len=8, device_batch_size=2, rows_per_step=4)
@@ -68,10 +69,11 @@ def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool 
         each()
         return toy.noisy_nats(model, batch)
 
-    every = Every(
-        eval=2, save=save, evaluate=lambda: {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))}
-    )
-    fit(run, model, optimizer, batches, toy.ToyPlan(num_iterations=steps, grad_accum=2), loss, every)
+    def evaluate(step):
+        return {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))}
+
+    plan, hooks = toy.ToyPlan(num_iterations=steps, grad_accum=2), [Hook(at_steps(2, first=True), evaluate)]
+    fit(run, model, optimizer, batches, plan, loss, Every(save=save), hooks)
     batches.close()
 
 

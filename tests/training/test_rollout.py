@@ -42,8 +42,8 @@ from nanolab.stages.rl import task_fingerprint
 from nanolab.stages.rl_plan import make_rl_plan, objective_of
 from nanolab.stages.rollout import MicroBatch, Rollouts
 from nanolab.stages.rollout_log import FILE
-from nanolab.training import loop
-from nanolab.training.loop import Every, fit
+from nanolab.training import meter
+from nanolab.training.fit import Every, fit
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.policy import PolicyLoss, logprobs, policy_loss
 from nanolab.training.recipes import param_groups
@@ -183,15 +183,10 @@ def train(
         each()
         return loss(model, batch)
 
-    every = Every(
-        save=save,
-        keep="all",
-        grad_norm=True,
-        measure=lambda: {**batches.measure(), **loss.measure()},
-        work=lambda: batches.work,
-    )
+    every, optimizer = Every(save=save, keep="all", grad_norm=True), MuonAdamW(groups, runtime)
+    counts = {"measure": lambda: {**batches.measure(), **loss.measure()}, "work": lambda: batches.work}
     try:
-        return fit(run, model, MuonAdamW(groups, runtime), batches, plan, watched, every)
+        return fit(run, model, optimizer, batches, plan, watched, every, **counts)
     finally:
         batches.close()
 
@@ -481,7 +476,7 @@ def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch
     """Of the replies that were handed to the loop, counted by themselves: in the metrics, the console, the result, the
     checkpoint and the card.
     """
-    monkeypatch.setattr(loop, "device_peaks", lambda name: (1e9, None))
+    monkeypatch.setattr(meter, "device_peaks", lambda name: (1e9, None))
     seen: list[MicroBatch] = []
     monkeypatch.setattr(Rollouts, "next", lambda self, made=Rollouts.next: seen.append(made(self)) or seen[-1])
     cfg = replace(

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from nanolab.model.gpt import GPT
 from nanolab.records.run import Run
 from nanolab.runtime import Runtime
 from nanolab.stages.config import BaseTrainConfig
+from nanolab.training.gradients import nats
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 
@@ -56,7 +57,22 @@ def global_micro_batch(n: int) -> Batch:
     targets = torch.randint(64, (ROWS, 8), generator=g)
     targets[torch.rand(ROWS, 8, generator=g) < (0.9 if n % 3 == 0 else 0.1)] = -1
     targets[0, 0] = 5
-    return Batch(inputs, targets, int((targets >= 0).sum()))
+    return Batch(inputs, targets, int((targets >= 0).sum()), None)
+
+
+class ToyPosition(NamedTuple):
+    n: int  # batches of each rank so far
+    document: int
+
+    @property
+    def epoch(self) -> float:
+        return self.n / 100
+
+    def json(self, runtime: Runtime) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def where(self) -> str:
+        return f"document {self.document}"
 
 
 class ToyBatches:
@@ -66,21 +82,15 @@ class ToyBatches:
         self.runtime, self.n = runtime, 0
 
     @property
-    def epoch(self) -> float:
-        return self.n / 100
+    def position(self) -> ToyPosition:
+        return ToyPosition(self.n, (self.n - 1) * self.runtime.world_size + self.runtime.rank)
 
     def next(self) -> Batch:
         self.n += 1
-        return global_micro_batch((self.n - 1) * self.runtime.world_size + self.runtime.rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"n": self.n}
+        return global_micro_batch(self.position.document)._replace(position=self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n = state["n"]
-
-    def where(self) -> str:
-        return f"document {(self.n - 1) * self.runtime.world_size + self.runtime.rank}"
 
 
 class RecordingOptimizer(MuonAdamW):
@@ -93,10 +103,6 @@ class RecordingOptimizer(MuonAdamW):
     def step(self) -> None:
         self.seen.append({g["name"]: (g["lr"], g.get("momentum"), g["weight_decay"]) for g in self.groups})
         super().step()
-
-
-def nats(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return model(batch.inputs, batch.targets, reduction="sum")
 
 
 def noisy_nats(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.data.loader import Prefetch
 from nanolab.data.packing import Batch, PackedBatches
+from nanolab.data.prefetch import Prefetch
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
 from nanolab.records.models import read_json, runs_dir
@@ -68,7 +68,7 @@ def loader():
 
 def test_batches_states_and_places_are_those_of_the_batch_last_handed_out(loader):
     plain, ahead = packed(), loader(depth=3)
-    assert ahead.state_dict() == plain.state_dict()
+    assert ahead.position.json() == plain.position.json()
     for i in range(20):
         a, b = plain.next(), ahead.next()
         assert (
@@ -76,19 +76,19 @@ def test_batches_states_and_places_are_those_of_the_batch_last_handed_out(loader
         )
         if i % 5 == 0:
             time.sleep(0.02)  # the thread runs ahead meanwhile
-        assert ahead.state_dict() == plain.state_dict()
-        assert ahead.where() == plain.where() and ahead.epoch == plain.epoch
+        assert ahead.position.json() == plain.position.json()
+        assert ahead.position.where() == plain.position.where() and ahead.position.epoch == plain.position.epoch
 
 
 def test_resume_drops_what_was_made_ahead(loader):
     first = loader()
     for _ in range(7):
         first.next()
-    state = first.state_dict()
+    state = first.position.json()
     expected = [first.next().inputs for _ in range(5)]
     for again in (loader(), first):
         again.load_state_dict(state)
-        assert again.state_dict() == state
+        assert again.position.json() == state
         assert all(torch.equal(again.next().inputs, x) for x in expected)
 
 
@@ -175,7 +175,8 @@ def test_a_step_finds_all_its_batches_made(tmp_path, monkeypatch):
 class Gated:
     """Batches that are made while `open` is set, or once somebody waits for one."""
 
-    rows, ready = 0, Batch(torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int64), 64)
+    position = None
+    ready = Batch(torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int64), 64, None)
 
     def __init__(self) -> None:
         self.open, self.loader, self.n = threading.Event(), None, 0
@@ -186,9 +187,6 @@ class Gated:
             time.sleep(0.001)
         self.n += 1
         return self.ready
-
-    def snapshot(self) -> "Gated":
-        return self
 
 
 def test_waits_are_counted(loader):
@@ -277,7 +275,7 @@ def test_close_ends_the_thread(loader):
 def merged_state(runtime: Runtime, steps: int) -> tuple[dict, list[torch.Tensor]]:
     ahead = Prefetch(packed(rank=runtime.rank, world_size=runtime.world_size), runtime)
     inputs = [ahead.next().inputs for _ in range(steps)]
-    state = ahead.state_dict()
+    state = ahead.position.json(runtime)
     ahead.close()
     return state, inputs
 
@@ -286,7 +284,7 @@ def test_ranks_gather_one_state(run_ranks):
     (state, inputs), (other, others) = run_ranks(merged_state, 2, 4)
     alone = packed()
     rows = torch.cat([alone.next().inputs for _ in range(8)])
-    assert state == other == alone.state_dict()
+    assert state == other == alone.position.json()
     assert torch.equal(torch.cat(inputs), rows[0::2]) and torch.equal(torch.cat(others), rows[1::2])
 
 
@@ -305,5 +303,5 @@ def test_batches_on_a_gpu_are_the_same():
         expected = plain.next()
         assert inputs.device == device
         assert torch.equal(inputs.cpu(), expected.inputs) and torch.equal(targets.cpu(), expected.targets)
-    assert ahead.state_dict() == plain.state_dict()
+    assert ahead.position.json() == plain.position.json()
     ahead.close()

@@ -2,27 +2,23 @@
 
 import queue
 import threading
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-from nanolab.data.packing import Batch
+from nanolab.data.packing import Batch, Position
 from nanolab.runtime import Runtime
 
 AHEAD = 4  # micro-batches that are made beyond those of the next step
 
 
 class Source(Protocol):
-    """Batches of one rank that can say, of any moment in the past, where they stood: `PackedBatches` and its like."""
+    """Batches of one rank: `PackedBatches` and its like."""
 
+    @property
+    def position(self) -> Position: ...  # after the last batch
     def next(self) -> Batch: ...
-    def snapshot(self) -> Any: ...  # quick; its `rows` are those handed out so far by all ranks together
-    def local_state(self, at: Any) -> dict[str, Any]: ...  # JSON of this rank
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]: ...  # of all ranks
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def epoch_at(self, at: Any) -> float: ...
-    def where_at(self, at: Any) -> str: ...
 
 
 class Prefetch:
@@ -31,56 +27,39 @@ class Prefetch:
 
     A step takes all its micro-batches at once, so a shorter queue would empty at every step. A batch of B rows of T
     tokens is 16 B T bytes, on a GPU once there and once in pinned memory: 1 MiB for 32 rows of 2,048, 12 MiB ahead of
-    steps of 8 micro-batches. `epoch`, `rows`, `where` and `state_dict` speak of the batch that `next` returned last,
-    not of those made ahead. `waits`: calls of `next` that found none ready."""
+    steps of 8 micro-batches. `position` is that of the batch that `next` returned last, not of those made ahead.
+    `waits`: calls of `next` that found none ready."""
 
-    def __init__(self, batches: Source, runtime: Runtime, depth: int = 1 + AHEAD) -> None:
-        self._batches, self._runtime, self._depth = batches, runtime, depth
-        self.waits = 0
-        self._at = batches.snapshot()
+    def __init__(self, source: Source, runtime: Runtime, depth: int = 1 + AHEAD) -> None:
+        self._source, self._runtime, self._depth = source, runtime, depth
+        self.waits, self.position = 0, source.position
         self._thread: threading.Thread | None = None
 
     def next(self) -> Batch:
         """The next micro-batch of this rank. Raises what went wrong in the thread, now and at each later call."""
         if self._thread is None:
-            self._start()
+            self._stop, self._queue = threading.Event(), queue.Queue(self._depth)
+            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+            self._thread.start()
         self.waits += self._queue.empty()
-        batch, at, copied = self._queue.get()
+        batch, copied = self._queue.get()
         if isinstance(batch, BaseException):
-            self._queue.put((batch, at, copied))
+            self._queue.put((batch, copied))
             raise batch
-        self._at = at
         if copied is not None:
             stream = torch.cuda.current_stream(self._runtime.device)
             stream.wait_event(copied)
             for tensor in batch[:2]:
                 # its memory belongs to the copying stream: not to be reused before this one is done
                 tensor.record_stream(stream)
+        self.position = batch.position
         return batch
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the source that is furthest ahead, as this rank sees it."""
-        return self._batches.epoch_at(self._at)
-
-    @property
-    def rows(self) -> int:
-        """Rows handed out so far by all ranks together."""
-        return self._at.rows
-
-    def where(self) -> str:
-        """The documents in the last batch, for messages."""
-        return self._batches.where_at(self._at)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of all streams after the last batch, the same on every rank. Every rank must call it."""
-        return self._batches.merge(self._runtime.gather_objects(self._batches.local_state(self._at)))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch that `state` was taken at; batches made ahead are dropped."""
         self.close()
-        self._batches.load_state_dict(state)
-        self._at = self._batches.snapshot()
+        self._source.load_state_dict(state)
+        self.position = self._source.position
 
     def close(self) -> None:
         """End the thread. What it made ahead is lost: to go on after this, load a state."""
@@ -94,12 +73,6 @@ class Prefetch:
                 pass
         self._thread = None
 
-    def _start(self) -> None:
-        self._stop = threading.Event()
-        self._queue: queue.Queue[tuple[Any, Any, Any]] = queue.Queue(self._depth)
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-        self._thread.start()
-
     def _work(self) -> None:
         try:
             device, stream = self._runtime.device, None
@@ -107,17 +80,16 @@ class Prefetch:
                 torch.cuda.set_device(device)  # it is 0 in every new thread, and leaving a stream goes back to it
                 stream = torch.cuda.Stream(device)
             while not self._stop.is_set():
-                batch, copied = self._batches.next(), None
-                at = self._batches.snapshot()
-                if stream is not None:
+                batch, copied = self._source.next(), None
+                if stream is None:
+                    inputs, targets = (t.to(device) for t in batch[:2])
+                else:
                     # Each batch has pinned memory of its own, which torch's allocator hands out again only once the
                     # copy that reads it is done; the copy runs beside the computation, and `next` lets that wait for
                     # it.
                     with torch.cuda.stream(stream):
                         inputs, targets = (t.pin_memory().to(device, non_blocking=True) for t in batch[:2])
                         copied = stream.record_event()
-                else:
-                    inputs, targets = (t.to(device) for t in batch[:2])
-                self._queue.put((Batch(inputs, targets, batch.n_targets), at, copied))
+                self._queue.put((batch._replace(inputs=inputs, targets=targets), copied))
         except BaseException as error:  # not swallowed: `next` raises it where it can be handled
-            self._queue.put((error, None, None))
+            self._queue.put((error, None))
