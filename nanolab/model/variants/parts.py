@@ -1,4 +1,4 @@
-"""Parts of the embedding and the residual stream. A part is a class and a line of PARTS; nothing else names it.
+"""Parts of the embedding and the residual stream. A part is a class, a line of PARTS and a flag.
 
 It says under which `name` the model holds it (and checkpoints its parameters), at which `seam` it is called, and as
 `group` or `groups` which optimizer group of the recipe `dial` trains its parameters; `init_constants` sets their
@@ -123,7 +123,7 @@ class Backout(nn.Module):
         return x - self.scale[0] * middle
 
 
-# flag, or name in --parts -> part; parts of one seam are called in this order
+# flag -> part; parts of one seam are called in this order
 PARTS: dict[str, Any] = {
     "smear": Smear,
     "residual_scalars": ResidualScalars,
