@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def work(self) -> dict[str, int] | None:
-        """rollout.Work of a run of rl, up to this step."""
+        """work.Work of a run of rl, up to this step."""
         return self.meta.get("batches", {}).get("work")
 
     @property

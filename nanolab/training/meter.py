@@ -12,7 +12,7 @@ MEASURED_AFTER = 10  # steps, after which the expected time is corrected
 
 
 class Meter:
-    """Tokens and FLOPs are the plan's, or those of `work` (a rollout.Work) where steps differ in tokens."""
+    """Tokens and FLOPs are the plan's, or those of `work` (a work.Work) where steps differ in tokens."""
 
     def __init__(self, plan: Any, runtime: Runtime, work: Callable[[], Any] | None, planned_bytes: int) -> None:
         self.plan, self.runtime, self.work, self.planned_bytes = plan, runtime, work, planned_bytes
