@@ -33,7 +33,7 @@ def ruled_table(title: str, columns: Mapping[str, str]) -> Any:
     return table
 
 
-def show(*parts: Any) -> None:
+def print_rich(*parts: Any) -> None:
     """Print texts and tables of rich; where there is no terminal, at a width of 140."""
     from rich.console import Console
 

@@ -28,7 +28,7 @@ def run(cfg: BenchConfig) -> int:
     from nanolab.records.environment import environment
 
     measure = {
-        "train": bench.train,
+        "train": bench.bench_train,
         "data": bench.data,
         "tokenizer": bench.tokenizer,
         "infer": bench_infer.infer,

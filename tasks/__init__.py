@@ -14,7 +14,7 @@ from nanolab.data.mixture import positive, weighted
 from tasks.arc import Arc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Example, Task, permutation
-from tasks.conversations import Conversations
+from tasks.conversations import ConversationFile
 from tasks.documentation import Documentation
 from tasks.gsm8k import GSM8K
 from tasks.hellaswag import HellaSwag
@@ -33,7 +33,7 @@ TASKS: dict[str, type[Task]] = {
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "smoltalk": SmolTalk,
-    "jsonl": Conversations,
+    "jsonl": ConversationFile,
     "spelling": SimpleSpelling,
     "spellingbee": SpellingBee,
     "arithmetic": Arithmetic,

@@ -2,14 +2,14 @@
 https://arxiv.org/abs/1803.05457
 """
 
-from tasks.common import Example, Letters, Reader, Source, multiple_choice
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
 REPO, REVISION = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
 HUB = {"train": "train", "validation": "validation", "test": "test"}
 FOLDER = "eval_bundle/eval_data/world_knowledge"
 SOURCES = {
-    "arc-easy": Source({"test": f"{FOLDER}/arc_easy.jsonl"}, REPO, "ARC-Easy", REVISION, HUB),
-    "arc-challenge": Source({"test": f"{FOLDER}/arc_challenge.jsonl"}, REPO, "ARC-Challenge", REVISION, HUB),
+    "arc-easy": Dataset({"test": f"{FOLDER}/arc_easy.jsonl"}, REPO, "ARC-Easy", REVISION, HUB),
+    "arc-challenge": Dataset({"test": f"{FOLDER}/arc_challenge.jsonl"}, REPO, "ARC-Challenge", REVISION, HUB),
 }
 
 
@@ -17,7 +17,7 @@ class Arc(Letters):
     sources = SOURCES
     splits = ("train", "validation", "test")
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         """The hub's rows (question, choices with labels, answerKey) or the bundle's (query, choices, gold)."""
         if row.has("query"):
             question, choices, answer = (
@@ -26,7 +26,7 @@ class Arc(Letters):
                 row.get("gold", int),
             )
         else:
-            options = Reader(row.get("choices", dict), row.where)
+            options = RowReader(row.get("choices", dict), row.where)
             question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
             key = row.get("answerKey", str)
             if key not in labels:

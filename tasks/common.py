@@ -184,7 +184,7 @@ def hold_out(items: Sequence[str], n: int) -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """Where the rows of a published dataset lie, by split: under a local folder, and on the Hugging Face hub."""
 
     files: dict[str, str]  # our split -> path under the folder
@@ -194,7 +194,7 @@ class Source:
     hub: dict[str, str]  # our split -> the hub's
 
 
-class Reader:
+class RowReader:
     """One row, read field by field; `where` heads every error."""
 
     def __init__(self, row: Any, where: str) -> None:
@@ -222,7 +222,7 @@ class Reader:
         return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
 
 
-def local_path(task: Task, source: Source) -> Path:
+def local_path(task: Task, source: Dataset) -> Path:
     """The file of the task's split in its folder. Raises UserError where there is none."""
     path = Path(task.data).expanduser() / source.files.get(task.split, "")
     if not path.is_file():
@@ -237,7 +237,7 @@ def local_path(task: Task, source: Source) -> Path:
     return path
 
 
-def revision_of(task: Task, source: Source) -> str | None:
+def revision_of(task: Task, source: Dataset) -> str | None:
     """The commit of the dataset that is read: the one in the code, or the newest at the first use, kept in the base
     directory; None where the hub cannot say.
 
@@ -275,7 +275,7 @@ def revision_of(task: Task, source: Source) -> str | None:
     return known[source.repo]
 
 
-def hub_rows(task: Task, source: Source) -> Any:
+def hub_rows(task: Task, source: Dataset) -> Any:
     """The hub's table of the task's split, downloaded at the first use."""
     name, split = task.name, source.hub[task.split]
     try:
@@ -300,7 +300,7 @@ def hub_rows(task: Task, source: Source) -> Any:
 # --- parts of examples and of grading ---------------------------------------------------------------------------------
 
 
-def multiple_choice(row: Reader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
+def multiple_choice(row: RowReader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
     """A categorical example. Each option is followed by its letter in brackets. Raises UserError where `row` does not
     fit.
 
@@ -338,18 +338,18 @@ def same_letter(example: Example, content: Content) -> bool:
 class Published(Task):
     """A task whose rows are a published dataset; a subclass says where they lie and what an example of a row is."""
 
-    sources: dict[str, Source]  # name of the task -> where its rows lie
+    sources: dict[str, Dataset]  # name of the task -> where its rows lie
 
     def open(self) -> Sequence[Example]:
         """Shuffled; local rows are all read and checked now, the hub's when they are asked for."""
         source = self.sources[self.name]
         if self.data:
-            examples = [self.read(Reader(row, where)) for where, row in read_jsonl(local_path(self, source))]
+            examples = [self.read(RowReader(row, where)) for where, row in read_jsonl(local_path(self, source))]
             return self.shuffled(len(examples), examples.__getitem__)
         table, where = hub_rows(self, source), f"{source.repo} {source.hub[self.split]} row"
-        return self.shuffled(len(table), lambda i: self.read(Reader(table[i], f"{where} {i}")))
+        return self.shuffled(len(table), lambda i: self.read(RowReader(table[i], f"{where} {i}")))
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         """The example of a row. Raises UserError for one that is not as expected."""
         raise NotImplementedError
 

@@ -29,7 +29,7 @@ TWENTY, MOST = 20, 200
 FORMER_SHARE = 0.05  # of openings, in version 1
 
 
-class Conversations(Task):
+class ConversationFile(Task):
     version = 2
     former = (1,)
     splits = ("train", "test", "all")
@@ -38,7 +38,7 @@ class Conversations(Task):
     def open(self) -> Sequence[Example]:
         unread: Counter[str] = Counter()
         chats = read_conversations(self.argument, unread)
-        test, copies = hold_out(chats) if self.version > 1 else (former_hold_out(chats), set())
+        test, copies = hold_out_chats(chats) if self.version > 1 else (former_hold_out(chats), set())
         if self.split != "all":
             keep = test if self.split == "test" else {*range(len(chats))} - test - copies
             if not keep or not test:
@@ -76,9 +76,9 @@ def most(n: int) -> int:
     return max(1, min(n // TWENTY, MOST))
 
 
-def hold_out(chats: Sequence[list[Message]]) -> tuple[set[int], set[int]]:
+def hold_out_chats(chats: Sequence[list[Message]]) -> tuple[set[int], set[int]]:
     """(lines of the split test, lines in no split): the rule above."""
-    texts = [whole(chat) for chat in chats]
+    texts = [said_in_all(chat) for chat in chats]
     opening_of = {text: opening(chat) for text, chat in zip(texts, chats[: TWENTY * MOST])}
     hashes = {text: share("jsonl", text) for text in {*opening_of, *opening_of.values()}}
     copies: Counter[str] = Counter()  # of each text in the lines so far, of those that are not in test
@@ -122,7 +122,7 @@ def opening(messages: list[Message]) -> str:
     return next(m["content"] for m in messages if m["role"] == "user").strip().lower()
 
 
-def whole(messages: list[Message]) -> str:
+def said_in_all(messages: list[Message]) -> str:
     """All that is said, by which conversations are equal."""
     return repr(
         [

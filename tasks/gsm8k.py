@@ -7,11 +7,11 @@ import re
 
 from nanolab.data.chat import parts_of, text_of
 from nanolab.data.turn import Part
-from tasks.common import Content, Example, Published, Reader, Source
+from tasks.common import Content, Dataset, Example, Published, RowReader
 from tasks.numbers import NUMBER, marked_number, same_number, to_number
 
 SOURCES = {
-    "gsm8k": Source(
+    "gsm8k": Dataset(
         {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
         "openai/gsm8k",
         "main",
@@ -27,7 +27,7 @@ class GSM8K(Published):
     kind = "generative"
     measures = "flexible extract: without #### the last number"
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         question, solution = row.get("question", str), row.get("answer", str)
         answer = to_number(solution.rpartition("####")[2])
         if "####" not in solution or answer is None:

@@ -5,10 +5,10 @@ The split test is the dataset's validation, because the answers of its test rows
 
 import re
 
-from tasks.common import Example, Letters, Reader, Source, multiple_choice
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
 SOURCES = {
-    "hellaswag": Source(
+    "hellaswag": Dataset(
         {"test": "eval_bundle/eval_data/language_understanding/hellaswag.jsonl"},
         "Rowan/hellaswag",
         "",
@@ -21,7 +21,7 @@ SOURCES = {
 class HellaSwag(Letters):
     sources = SOURCES
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         """The hub's rows (activity_label, ctx, endings, label), or the evaluation bundle's (query, choices, gold)."""
         if row.has("query"):
             text, choices, answer = row.get("query", str), row.get("choices", list), row.get("gold", int)
@@ -33,10 +33,10 @@ class HellaSwag(Letters):
                     f"the label {answer!r}", "the number of the right ending; the hub's test rows have none"
                 )
             answer = int(answer)
-        text, *choices = [clean(x) if isinstance(x, str) else x for x in (text, *choices)]
+        text, *choices = [without_marks(x) if isinstance(x, str) else x for x in (text, *choices)]
         return multiple_choice(row, text, choices, answer, "Choose the most likely way in which this goes on.")
 
 
-def clean(text: str) -> str:
+def without_marks(text: str) -> str:
     """Without the marks [header], [title], [step], [substeps] that the web pages behind some rows have left."""
     return re.sub(r" {2,}", " ", re.sub(r"\s*\[(header|title|step|substeps)\]\s*", " ", text)).strip()

@@ -7,10 +7,10 @@ import re
 from typing import Any, NamedTuple
 
 from nanolab.data.chat import text_of
-from tasks.common import Content, Example, Published, Reader, Source
+from tasks.common import Content, Dataset, Example, Published, RowReader
 
 SOURCES = {
-    "humaneval": Source(
+    "humaneval": Dataset(
         {"test": "humaneval/HumanEval.jsonl"},
         "openai/openai_humaneval",
         "",
@@ -33,7 +33,7 @@ class HumanEval(Published):
     splits = ("test",)
     runs_code = True
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         prompt, name = row.get("prompt", str), row.get("entry_point", str)
         solution, test = row.get("canonical_solution", str), row.get("test", str)
         helpers = prompt[

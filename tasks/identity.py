@@ -96,10 +96,10 @@ class Identity(Task):
 
         A fact inside another one does not count: "the nanolab project made me" does not say that the name is nanolab.
         """
-        said = f" {plain(text_of(content))} "
-        for fact in map(plain, example.answer):
+        said = f" {plain_words(text_of(content))} "
+        for fact in map(plain_words, example.answer):
             rest = said
-            for other in map(plain, self.facts.values()):
+            for other in map(plain_words, self.facts.values()):
                 rest = rest.replace(f" {other} ", "  ") if f" {fact} " in f" {other} " and other != fact else rest
             if f" {fact} " not in rest:
                 return False
@@ -116,7 +116,7 @@ def cores(topic: str, held_out: bool, name: str) -> list[list[str]]:
                 form.format(other=other)
                 for form in OTHER_FORMS[held_out]
                 for other in OTHERS[held_out]
-                if plain(other) != plain(name)
+                if plain_words(other) != plain_words(name)
             ]
         ]
     clauses = unseen_or_not(TOPICS[topic].clauses, held_out)
@@ -164,7 +164,7 @@ def variants(core: str) -> list[str]:
     ]
 
 
-def plain(text: str) -> str:
+def plain_words(text: str) -> str:
     """Letters and digits in lower case, everything else as single blanks."""
     return " ".join(re.findall(r"\w+", text.lower()))
 

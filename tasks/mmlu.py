@@ -3,10 +3,10 @@
 The split train is the dataset's auxiliary_train: questions of other exams, without a subject.
 """
 
-from tasks.common import Example, Letters, Reader, Source, multiple_choice
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
 SOURCES = {
-    "mmlu": Source(
+    "mmlu": Dataset(
         {"dev": "mmlu/dev.jsonl.gz", "test": "mmlu/test.jsonl.gz"},
         "cais/mmlu",
         "all",
@@ -20,7 +20,7 @@ class MMLU(Letters):
     sources = SOURCES
     splits = ("train", "validation", "dev", "test")
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         subject = row.get("subject", str).replace("_", " ")
         about = f"about {subject}" if subject else "of an exam"
         return multiple_choice(

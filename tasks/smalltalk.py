@@ -21,7 +21,7 @@ RANGE = re.compile(r"\{(\d+)-(\d+)\}")
 SHAPE = 'tables like [[topic]] with questions = ["Hello!"] and answers = ["Hello!"], and one [test] of the same form'
 
 
-class Topic(NamedTuple):
+class SmalltalkTopic(NamedTuple):
     questions: list[str]  # {2-90}: a number from 2 to 90
     answers: list[str]  # each fits each question
 
@@ -45,7 +45,7 @@ class Smalltalk(Task):
         def make(i: int) -> Example:
             draws = self.draws(i)
             question, answers = draws.pick(asked)
-            return conversation(typed(draws, question), draws.pick(answers))
+            return conversation(as_typed(draws, question), draws.pick(answers))
 
         return self.generated(TRAIN, make)
 
@@ -58,7 +58,7 @@ def conversation(question: str, answer: str) -> Example:
     return Example([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
 
 
-def typed(draws: Draws, question: str) -> str:
+def as_typed(draws: Draws, question: str) -> str:
     """The question with its numbers; one in five is in lower case, one in five has no mark at its end."""
     text = RANGE.sub(lambda found: str(draws.between(int(found[1]), int(found[2]))), question)
     text = text.lower() if draws.below(5) == 0 else text
@@ -71,7 +71,7 @@ def sentences(text: str) -> list[str]:
     return [" ".join(re.findall(r"\w+|#", part)) for part in re.split(r"(?<=[.?!])\s+", text)]
 
 
-def read_topics(path: Path) -> tuple[list[Topic], Topic]:
+def read_topics(path: Path) -> tuple[list[SmalltalkTopic], SmalltalkTopic]:
     """The topics of training and the split test. Raises UserError for a file of another shape, or a sentence that is in
     both.
     """
@@ -97,10 +97,10 @@ def read_topics(path: Path) -> tuple[list[Topic], Topic]:
     return topics, test
 
 
-def topic_of(table: Any, where: str) -> Topic:
+def topic_of(table: Any, where: str) -> SmalltalkTopic:
     """A table as a topic. Raises UserError, headed by `where`."""
     fields = table if isinstance(table, dict) else {}
-    if set(fields) != set(Topic._fields):
+    if set(fields) != set(SmalltalkTopic._fields):
         raise UserError(f"{where} has {', '.join(fields) or 'nothing'}; expected questions and answers; write {SHAPE}")
     for field, texts in fields.items():
         if (
@@ -116,4 +116,4 @@ def topic_of(table: Any, where: str) -> Topic:
             raise UserError(
                 f"{where}: {question!r} has braces; expected a range of numbers between them; write {{2-90}}"
             )
-    return Topic(**fields)
+    return SmalltalkTopic(**fields)

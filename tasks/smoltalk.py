@@ -5,9 +5,9 @@ https://arxiv.org/abs/2502.02737
 from collections.abc import Sequence
 
 from nanolab.data.chat_files import read_conversations
-from tasks.common import Example, Reader, Source, Task, hub_rows, local_path
+from tasks.common import Dataset, Example, RowReader, Task, hub_rows, local_path
 
-SOURCE = Source(
+SOURCE = Dataset(
     {"train": "smoltalk/train.jsonl", "test": "smoltalk/test.jsonl"},
     "HuggingFaceTB/smol-smoltalk",
     "",
@@ -22,7 +22,9 @@ class SmolTalk(Task):
             chats = read_conversations(local_path(self, SOURCE))
             return self.shuffled(len(chats), lambda i: Example(chats[i]))
         table = hub_rows(self, SOURCE)
-        return self.shuffled(len(table), lambda i: self.read(Reader(table[i], f"{SOURCE.repo} {self.split} row {i}")))
+        return self.shuffled(
+            len(table), lambda i: self.read(RowReader(table[i], f"{SOURCE.repo} {self.split} row {i}"))
+        )
 
-    def read(self, row: Reader) -> Example:
+    def read(self, row: RowReader) -> Example:
         return Example([{"role": m["role"], "content": m["content"]} for m in row.get("messages", list)])

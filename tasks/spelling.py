@@ -125,14 +125,14 @@ class SpellingBee(Task):
 
 
 def spell(word: str, draws: Draws) -> Example:
-    question = sentence(draws, SPELL, w=draws.pick(QUOTES).format(word))
+    question = filled_template(draws, SPELL, w=draws.pick(QUOTES).format(word))
     return Example([{"role": "user", "content": question}, {"role": "assistant", "content": spelled(word)}], word)
 
 
 def count(word: str, draws: Draws) -> Example:
     letter = asked_letter(word, draws)
     n = word.count(letter)
-    question = sentence(draws, COUNT, w=draws.pick(QUOTES).format(word), l=draws.pick(QUOTES).format(letter))
+    question = filled_template(draws, COUNT, w=draws.pick(QUOTES).format(word), l=draws.pick(QUOTES).format(letter))
     reply = [
         {"type": "text", "text": spelled(word) + "\n"},
         *tool_call(expression(word, letter), n),
@@ -167,7 +167,7 @@ def letters_of(text: str) -> list[str]:
     return found if all(len(x) == 1 and x.isalpha() for x in found) else []
 
 
-def sentence(draws: Draws, templates: Sequence[str], w: str, l: str = "") -> str:  # noqa: E741
+def filled_template(draws: Draws, templates: Sequence[str], w: str, l: str = "") -> str:  # noqa: E741
     """A template filled; one in five in lower case, one in five without its last mark."""
     text = draws.pick(templates)
     text = text[0].lower() + text[1:] if draws.below(5) == 0 else text

@@ -55,12 +55,12 @@ class Ours:
     def __init__(self, reader: GPTReader, tokenizer: Tokenizer, rt: runtime.Runtime):
         self.reader, self.tokenizer, self.rt = reader, tokenizer, rt
 
-    def groups(self, task: TaskSpec, items: list[icl.Item]) -> list[icl.Group]:
-        return list(icl.encode(task.kind, items, range(len(items)), task.shots, task.delimiter, self.tokenizer))
+    def groups(self, task: TaskSpec, items: list[icl.Question]) -> list[icl.ItemGroup]:
+        return list(icl.encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, self.tokenizer))
 
-    def outcomes(self, task: TaskSpec, items: list[icl.Item]) -> str:
+    def outcomes(self, task: TaskSpec, items: list[icl.Question]) -> str:
         right = icl.KINDS[task.kind].right
-        found = icl.judged(
+        found = icl.judge_groups(
             self.reader, self.groups(task, items), self.rt, lambda scores, group: right(scores, group.gold)
         )
         return "".join(str(int(ok)) for ok in found)
@@ -90,7 +90,7 @@ class Theirs:
 
 
 @torch.no_grad()
-def gap(model: GPT, reader: GPTReader, task: TaskSpec, group: icl.Group) -> float:
+def gap(model: GPT, reader: GPTReader, task: TaskSpec, group: icl.ItemGroup) -> float:
     """How far the decision is from a tie; below 0 where it is wrong."""
     if task.kind != "language_modeling":
         means = [s.nats / s.n_tokens for s in score(reader, [group.texts()])[0]]
@@ -119,7 +119,7 @@ def compare(
     theirs: Theirs,
     exact: GPT,
     tasks: dict[str, TaskSpec],
-    items: dict[str, list[icl.Item]],
+    items: dict[str, list[icl.Question]],
     rows: dict[str, list],
 ) -> dict[str, Any]:
     """Every decision of both, and how near to a tie those are on which they differ."""

@@ -122,7 +122,7 @@ class Documents:
             yield from filter(None, map(self.kept, format_of(block.path).scan(block)))
 
 
-def hold_out(sizes: dict[str, int]) -> set[str]:
+def hold_out_groups(sizes: dict[str, int]) -> set[str]:
     """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in
     bytes.
     """
@@ -143,7 +143,7 @@ def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list
     sizes = dict.fromkeys(names.values(), 0)
     for block in documents.blocks:
         sizes[names[block.path]] += block.length
-    files = hold_out(sizes)
+    files = hold_out_groups(sizes)
     if sum(sizes[f] for f in files) >= 0.5 * min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES):
         chosen = Documents(documents.name, [p for p in documents.paths if names[p] in files])
         return list({digest(t): t for t in chosen.iterate()}.values()), sorted(files)
@@ -219,8 +219,8 @@ def _key(where: Path) -> str:
 # name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation
 # files
 CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
-    "pydocs": lambda num_shards, workers: pydocs.ensure(workers, hold_out),
-    **{name: partial(hub.ensure, name) for name in hub.CORPORA},
+    "pydocs": lambda num_shards, workers: pydocs.ensure_pydocs(workers, hold_out_groups),
+    **{name: partial(hub.ensure_corpus, name) for name in hub.CORPORA},
 }
 
 

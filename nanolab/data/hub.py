@@ -215,7 +215,7 @@ def _complete(name: str, manifest: dict, folder: Path, wanted: list[str], worker
             _download(manifest, folder, names, workers)
 
 
-def ensure(name: str, num_shards: int, workers: int) -> tuple[list[Path], list[Path]]:
+def ensure_corpus(name: str, num_shards: int, workers: int) -> tuple[list[Path], list[Path]]:
     """Training and validation files of a hub corpus, downloading what is missing.
 
     num_shards: the first so many training files; -1: those that are there, at least the first DEFAULT_SHARDS. Raises

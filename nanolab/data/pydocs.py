@@ -172,7 +172,7 @@ def first_letters(text: str) -> str:
     return re.sub(r"[^a-z]", "", text[: 8 * SAME_LETTERS].lower())[:SAME_LETTERS]
 
 
-def gather(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
+def gather_documents(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
     """(group, text) of every document, in order, each text once. files: (group, units) in reading order."""
     docstrings, paragraphs, given = {""}, set(), {""}
 
@@ -231,10 +231,10 @@ def documents(workers: int = 2) -> tuple[list[tuple[str, str]], dict]:
         units = pool.map(_read_cleaned, [path for _, path in files], chunksize=64)
         units = list(progress(units, "reading documentation", total=len(files)))
     origin = {"python": sysconfig.get_python_version(), "distributions": versions, "left_out": left_out}
-    return list(gather([(group, u) for (group, _), u in zip(files, units)])), origin
+    return list(gather_documents([(group, u) for (group, _), u in zip(files, units)])), origin
 
 
-def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tuple[list[Path], list[Path]]:
+def ensure_pydocs(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tuple[list[Path], list[Path]]:
     """Training and validation files, built at the first use. hold_out: the groups for validation, given the bytes of
     each.
 

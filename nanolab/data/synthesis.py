@@ -221,7 +221,7 @@ class Collection:
 # --- all together -----------------------------------------------------------------------------------------------------
 
 
-class Event(NamedTuple):
+class Progress(NamedTuple):
     """What became of an answer. kind: kept | again (another one is asked for) | given up."""
 
     kind: str
@@ -238,7 +238,7 @@ class Job(NamedTuple):
 
 def generate(
     spec: Spec, collection: Collection, endpoint: Endpoint, *, num: int, workers: int, seed: int
-) -> Iterator[Event]:
+) -> Iterator[Progress]:
     """Fill the collection up to conversations 0 ... num - 1, `workers` requests at a time; yields what becomes of each
     answer.
 
@@ -288,7 +288,7 @@ def generate(
 
 def outcome_of(
     spec: Spec, collection: Collection, endpoint: Endpoint, seed: int, job: Job, outcome: Answer | Exception
-) -> Event:
+) -> Progress:
     """Keep the answer if it is of use. Raises what is no matter of one answer."""
     tokens = outcome.tokens if isinstance(outcome, Answer) else 0
     try:
@@ -298,9 +298,9 @@ def outcome_of(
         if like := collection.seen.like(messages):
             raise Refused(like)
     except Refused as reason:
-        return Event("again" if job.attempt + 1 < ATTEMPTS else "given up", job.index, str(reason), 0, tokens)
+        return Progress("again" if job.attempt + 1 < ATTEMPTS else "given up", job.index, str(reason), 0, tokens)
     collection.add(job.index, messages, spec.drawn(seed, job.index), endpoint.fields["model"])
-    return Event("kept", job.index, "", len(messages), tokens)
+    return Progress("kept", job.index, "", len(messages), tokens)
 
 
 def request_seed(seed: int, job: Job) -> int:

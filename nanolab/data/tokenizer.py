@@ -102,13 +102,13 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path | str, checked: bool = False) -> "Tokenizer":
         """Read a folder or file (tokenizer.json, or vocab.json + merges.txt). checked: it is a run's copy. Raises
-        UserError, see `tokenizer_files.read`.
+        UserError, see `tokenizer_files.read_tokenizer`.
         """
-        return cls(files.read(Path(path), checked))
+        return cls(files.read_tokenizer(Path(path), checked))
 
     def save(self, folder: Path | str) -> Path:
         """Write `folder`/tokenizer.json, whole or not at all, and return its path."""
-        return files.write(self._bpe, Path(folder))
+        return files.write_tokenizer(self._bpe, Path(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text; no bos is added."""

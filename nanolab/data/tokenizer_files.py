@@ -80,7 +80,7 @@ def to_bytes(token: str) -> bytes:
     return bytes(BYTE_OF_CHAR[c] for c in token)
 
 
-def to_json(bpe: BPE) -> dict[str, Any]:
+def tokenizer_json(bpe: BPE) -> dict[str, Any]:
     """tokenizer.json as `tokenizers` reads it. Its `encode_special_tokens` must be set for text to stay text there too.
 
     Special tokens are in the vocabulary as well: one that is only added gets the number of tokens before it as its id
@@ -133,14 +133,14 @@ def to_json(bpe: BPE) -> dict[str, Any]:
     }
 
 
-def write(bpe: BPE, folder: Path) -> Path:
+def write_tokenizer(bpe: BPE, folder: Path) -> Path:
     """Write `folder`/tokenizer.json, whole or not at all."""
     path = folder / "tokenizer.json"
-    write_text(path, json.dumps(to_json(bpe), ensure_ascii=False, indent=1))
+    write_text(path, json.dumps(tokenizer_json(bpe), ensure_ascii=False, indent=1))
     return path
 
 
-def read(path: Path, checked: bool = False) -> BPE:
+def read_tokenizer(path: Path, checked: bool = False) -> BPE:
     """Read a folder or file: tokenizer.json, or vocab.json beside merges.txt.
 
     checked: it is a run's copy, which was checked when it was made; its pattern and its special ids are taken as they

@@ -114,7 +114,7 @@ def bits_per_byte(
     return found
 
 
-def paired(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> tuple[float, Interval | None]:
+def paired_bpb(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> tuple[float, Interval | None]:
     """(bits per byte of `after` less those of `before`, its 95 % interval) from (nats, bytes) of the same rows; no
     interval of a single row.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanolab.cli import UserError, nearest
-from nanolab.evals.icl import KINDS, Item
+from nanolab.evals.icl import KINDS, Question
 from nanolab.files import sha256_file
 
 # Li et al., "DataComp-LM", arXiv 2406.11794, table 1 of the appendix on evaluation
@@ -197,7 +197,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def read_items(task: TaskSpec, max_items: int = -1) -> list[Item]:
+def read_items(task: TaskSpec, max_items: int = -1) -> list[Question]:
     """The task's items in the order of a fixed shuffle, the first `max_items` of it (-1: all). Raises UserError."""
     items = []
     for n, row in read_rows(task.path):
@@ -208,7 +208,7 @@ def read_items(task: TaskSpec, max_items: int = -1) -> list[Item]:
     return sample(items, max_items, task.shots, str(task.path))
 
 
-def sample(items: list[Item], max_items: int, shots: int, name: str) -> list[Item]:
+def sample(items: list[Question], max_items: int, shots: int, name: str) -> list[Question]:
     """The first `max_items` of a fixed shuffle. Raises UserError for fewer than `shots` need."""
     random.Random(SHUFFLE_SEED).shuffle(items)
     kept = items[:max_items] if max_items > 0 else items

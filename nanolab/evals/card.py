@@ -235,7 +235,7 @@ def effect(row: dict[str, Any], before: str, after: str, outcomes: dict[str, Any
         difference = row["stages"][after]["value"] - row["stages"][before]["value"]
         return {"on": before, "difference": difference, "interval": None, "verdict": None, "reason": reason}
     if row["unit"] == BPB:  # lower is better
-        difference, (low, high) = bpb.paired(outcomes[before][1], outcomes[after][1])
+        difference, (low, high) = bpb.paired_bpb(outcomes[before][1], outcomes[after][1])
         return {
             "on": before,
             "difference": difference,

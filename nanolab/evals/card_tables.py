@@ -147,17 +147,17 @@ def exchanges(tasks: dict[str, dict[str, Any]]) -> list[str]:
     for spec, example in [
         (spec, example) for spec, task in tasks.items() for example in task.get("examples", [])[:each]
     ][:EXCHANGES]:
-        mark = "right" if example["correct"] else f"wrong; expected: {shortened(example['reference'])}"
+        mark = "right" if example["correct"] else f"wrong; expected: {cropped(example['reference'])}"
         lines += [
-            f"> {shortened(example['question'])}",
-            f"  {shortened(example['reply']) or '(nothing)'}",
+            f"> {cropped(example['question'])}",
+            f"  {cropped(example['reply']) or '(nothing)'}",
             f"  -- {title(spec)}, {mark}",
             "",
         ]
     return lines[:-1]
 
 
-def shortened(text: str) -> str:
+def cropped(text: str) -> str:
     """Text on one line of a Markdown block: line ends as /, what is not printable as U+FFFD, cut where it is long."""
     flat = "".join(
         c if c.isprintable() else "\ufffd" for c in " / ".join(filter(None, map(str.strip, text.splitlines())))

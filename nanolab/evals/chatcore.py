@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 from nanolab.evals import generative, multiple_choice
 from nanolab.evals.generative import GREEDY
-from nanolab.evals.score import Interval, OnReply, Result, Task
+from nanolab.evals.score import GradedTask, Interval, OnReply, Result
 from nanolab.inference.engine import Engine, Request
 from nanolab.runtime import Stop
 
 MEMBERS = ("arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")  # as in karpathy/nanochat
 
 
-class Score(NamedTuple):
+class ChatScore(NamedTuple):
     label: str  # "ChatCORE", or "ChatCORE-k of n"
     value: float
     interval: Interval
@@ -30,7 +30,7 @@ def centred(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1 - baseline) if baseline < 1 else 0.0
 
 
-def mean_centred(tasks: Sequence[tuple[float, Interval, float]]) -> tuple[float, Interval]:
+def mean_above_chance(tasks: Sequence[tuple[float, Interval, float]]) -> tuple[float, Interval]:
     """The mean of centred accuracies and its interval, from (accuracy, its interval, baseline) of independent tasks.
 
     Zou & Donner, Statistics in Medicine 27 (2008), 1693.
@@ -41,7 +41,7 @@ def mean_centred(tasks: Sequence[tuple[float, Interval, float]]) -> tuple[float,
     return value, Interval(value - down, value + up)
 
 
-def chatcore_score(found: Sequence[tuple[str, float, float, Interval]]) -> Score | None:
+def chatcore_score(found: Sequence[tuple[str, float, float, Interval]]) -> ChatScore | None:
     """The score of (task name, baseline, accuracy, its interval) of each task; those that are not members do not count.
 
     None where fewer than two members are among them.
@@ -50,12 +50,12 @@ def chatcore_score(found: Sequence[tuple[str, float, float, Interval]]) -> Score
     if len(members) < 2:
         return None
     label = "ChatCORE" if len(members) == len(MEMBERS) else f"ChatCORE-{len(members)} of {len(MEMBERS)}"
-    return Score(label, *mean_centred(members))
+    return ChatScore(label, *mean_above_chance(members))
 
 
-def evaluate(
+def evaluate_task(
     engine: Engine,
-    task: Task,
+    task: GradedTask,
     limit: int = -1,
     request: Request = GREEDY,
     *,
@@ -70,15 +70,17 @@ def evaluate(
     all."""
     indices = range(len(task) if limit < 0 else min(limit, len(task)))
     if task.kind == "categorical":
-        return multiple_choice.evaluate(engine, task, indices, batch_size=batch_size, on_reply=on_reply, stop=stop)
-    return generative.evaluate(
+        return multiple_choice.evaluate_letters(
+            engine, task, indices, batch_size=batch_size, on_reply=on_reply, stop=stop
+        )
+    return generative.evaluate_sampled(
         engine, task, indices, request, num_samples=num_samples, batch_size=batch_size, on_reply=on_reply, stop=stop
     )
 
 
 def chatcore(
     engine: Engine,
-    tasks: Sequence[Task],
+    tasks: Sequence[GradedTask],
     limit_categorical: int = -1,
     limit_generative: int = -1,
     *,
@@ -95,7 +97,8 @@ def chatcore(
     limits = {"categorical": limit_categorical, "generative": limit_generative}
     request = replace(GREEDY, max_tokens=max_tokens, tools=tools)
     results = [
-        (task, evaluate(engine, task, limits[task.kind], request, batch_size=batch_size, stop=stop)) for task in tasks
+        (task, evaluate_task(engine, task, limits[task.kind], request, batch_size=batch_size, stop=stop))
+        for task in tasks
     ]
     score = chatcore_score([(task.name, task.baseline, r.accuracy, r.interval) for task, r in results])
     found = {f"chatcore/{task.name}": r.accuracy for task, r in results}

@@ -25,7 +25,7 @@ from nanolab.cli import UserError
 from nanolab.data.corpus import Documents
 from nanolab.data.formats import format_of
 from nanolab.evals.bundle import open_bundle, read_rows
-from nanolab.evals.ngrams import Index, batches, split
+from nanolab.evals.ngrams import RunIndex, batches, split
 from nanolab.evals.score import wilson
 from nanolab.runtime import progress
 
@@ -168,7 +168,7 @@ class Search:
         if n < 2:
             raise UserError(f"--ngram is {n}; expected at least 2 words, so that chance finds little; try --ngram 13")
         self.sets, items = list(sets), [item for s in sets for item in s.items]
-        self.index = Index([text for item in items for text in item], n)
+        self.index = RunIndex([text for item in items for text in item], n)
         self.n_items = len(items)
         self.text_item = np.repeat(np.arange(len(items)), [len(item) for item in items])
         sizes = np.diff(self.index.words.firsts)
@@ -221,7 +221,7 @@ class Search:
                     "long_enough": enough,
                     "longest": int(longest.max()),
                     "overlap": {
-                        name: share(int((column > 0).sum()), enough)
+                        name: overlap_share(int((column > 0).sum()), enough)
                         for name, column in (words | {EITHER: longest}).items()
                     },
                     "examples": list(shown.values())[: -EXAMPLES - 1 : -1],
@@ -248,6 +248,6 @@ class Search:
         return row | {"words": n, "split": name, "where": where, "text": shown}
 
 
-def share(hits: int, n: int) -> dict[str, Any]:
+def overlap_share(hits: int, n: int) -> dict[str, Any]:
     """How many of n items, what part of them, and its 95 % interval; of none, None."""
     return {"items": hits, "share": hits / n if n else None, "interval": list(wilson(hits / n, n)) if n else None}

@@ -18,8 +18,8 @@ from typing import Any
 from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
-from nanolab.evals.chatcore import centred, mean_centred
-from nanolab.evals.likelihood import Reader, Score
+from nanolab.evals.chatcore import centred, mean_above_chance
+from nanolab.evals.likelihood import Score, Scorer
 from nanolab.evals.score import Interval, wilson
 from nanolab.records.console import clock
 from nanolab.runtime import Runtime, Stop, Stopped
@@ -76,20 +76,20 @@ class Core:
                 self.items[task.label] = read_items(task, max_per_task)
             except UserError as error:
                 self.failed[task.label] = str(error)
-        self._groups: dict[str, list[icl.Group]] = {}
+        self._groups: dict[str, list[icl.ItemGroup]] = {}
 
-    def groups(self, task: TaskSpec) -> Iterator[icl.Group]:
+    def groups(self, task: TaskSpec) -> Iterator[icl.ItemGroup]:
         if task.label not in self._groups:
             items = self.items[task.label]
             mine = range(self.runtime.rank, len(items), self.runtime.world_size)
             self._groups[task.label] = list(
-                icl.encode(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer)
+                icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer)
             )
         yield from self._groups[task.label]
 
     def evaluate(
         self,
-        reader: Reader,
+        reader: Scorer,
         say: Say = lambda line: None,
         keep: Callable[[CoreScore], None] = lambda found: None,
         stop: Stop = lambda: False,
@@ -119,25 +119,25 @@ class Core:
             say(row(task.label, scores[task.label]) + (f"{clock(left)} left" if i + 1 < len(tasks) else ""))
             if i + 1 < len(tasks):
                 keep(
-                    summary(
+                    core_score(
                         dict(scores),
                         self.bundle.missing,
                         failed | {later.label: UNFINISHED for later in tasks[i + 1 :]},
                         reader.limit,
                     )
                 )
-        found = summary(scores, self.bundle.missing, failed, reader.limit)
+        found = core_score(scores, self.bundle.missing, failed, reader.limit)
         for line in closing(found):
             say(line)
         return found
 
-    def measure(self, reader: Reader, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
+    def measure(self, reader: Scorer, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
         began, right = time.perf_counter(), icl.KINDS[task.kind].right
 
-        def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, bool]:
+        def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, bool]:
             return right(scores, group.gold), any(score.cut for score in scores)
 
-        found = icl.judged(reader, self.groups(task), self.runtime, judge, task.label, stop)
+        found = icl.judge_groups(reader, self.groups(task), self.runtime, judge, task.label, stop)
         n, accuracy = len(found), sum(ok for ok, _ in found) / len(found)
         return TaskScore(
             task.kind,
@@ -153,24 +153,33 @@ class Core:
         )
 
 
-def characters(task: TaskSpec, items: Sequence[icl.Item]) -> float:
+def characters(task: TaskSpec, items: Sequence[icl.Question]) -> float:
     """About how many characters a model reads of a task where what an item's texts begin with is read once."""
     solved = sum(len(item.contexts[0]) + len(item.answers[0]) for item in items)
     return task.shots * solved + sum(len(text) for item in items for text in (*item.contexts, *item.answers))
 
 
-def summary(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str], context: int = 0) -> CoreScore:
+def core_score(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str], context: int = 0) -> CoreScore:
     """The mean over those scores whose tasks belong to CORE. context: tokens that the model reads."""
     members = [s for label, s in scores.items() if label in CORE]
     name = "CORE" if len(members) == len(CORE) else f"CORE-{len(members)} of {len(CORE)}"
-    value, interval = mean_centred([(s.accuracy, s.interval, s.baseline) for s in members]) if members else (None, None)
+    value, interval = (
+        mean_above_chance([(s.accuracy, s.interval, s.baseline) for s in members]) if members else (None, None)
+    )
     cut = sum(s.cut for s in members) / sum(s.n for s in members) if members else 0.0
     return CoreScore(
-        name + (f"@{context}, {share(cut)} cut" if cut else ""), value, interval, scores, missing, failed, context, cut
+        name + (f"@{context}, {percent_text(cut)} cut" if cut else ""),
+        value,
+        interval,
+        scores,
+        missing,
+        failed,
+        context,
+        cut,
     )
 
 
-def share(part: float) -> str:
+def percent_text(part: float) -> str:
     return "under 1 %" if part < 0.01 else f"{100 * part:.0f} %"
 
 
@@ -183,7 +192,7 @@ def header() -> str:
 
 def row(label: str, s: TaskScore) -> str:
     low, high = s.interval
-    note = f"  {s.cut:,} cut ({share(s.cut / s.n)})" if s.cut else ""
+    note = f"  {s.cut:,} cut ({percent_text(s.cut / s.n)})" if s.cut else ""
     return (
         f"  {label:<34}{s.shots:>5}{s.n:>8,}{s.accuracy:>10.4f} "
         f" {f'{low:.4f} to {high:.4f}':<18}{s.centred:>12.4f}{s.seconds:>9.1f}{note}"
@@ -199,8 +208,8 @@ def closing(found: CoreScore) -> list[str]:
     if cut := sum(s.cut for s in found.tasks.values()):
         n = sum(s.n for s in found.tasks.values())
         lines += [
-            f"  cut: {cut:,} of {n:,} items ({share(cut / n)}) are longer than the model reads; of their texts the last"
-            " tokens count"
+            f"  cut: {cut:,} of {n:,} items ({percent_text(cut / n)}) are longer than the model reads; of their texts"
+            " the last tokens count"
         ]
     if found.missing:
         lines += [f"  missing from the bundle: {', '.join(found.missing)}"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply
-from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
+from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import COLDEST
 from nanolab.runtime import Stop, progress
@@ -14,9 +14,9 @@ from nanolab.runtime import Stop, progress
 GREEDY = Request(max_tokens=512, temperature=0.0, top_k=50)
 
 
-def evaluate(
+def evaluate_sampled(
     engine: Engine,
-    task: Task,
+    task: GradedTask,
     indices: Sequence[int],
     request: Request = GREEDY,
     *,

@@ -17,7 +17,7 @@ from typing import Any
 from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
-from nanolab.evals.likelihood import Reader, Score, common
+from nanolab.evals.likelihood import Score, Scorer, common
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
 from nanolab.tables import interval_text, text_table
@@ -25,7 +25,7 @@ from nanolab.tables import interval_text, text_table
 RULES = ("sum", "per_token", "per_character", "per_byte")
 
 
-def original_items(path: Path, max_items: int = -1) -> list[icl.Item]:
+def original_items(path: Path, max_items: int = -1) -> list[icl.Question]:
     """Items of a file of the dataset's authors: objects with ctx, endings and label. Raises UserError."""
     items = []
     for n, row in read_rows(path):
@@ -47,14 +47,14 @@ def original_items(path: Path, max_items: int = -1) -> list[icl.Item]:
 
 
 def hellaswag(
-    reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item], runtime: Runtime, *, bos: bool = True
+    reader: Scorer, tokenizer: icl.Encoder, items: Sequence[icl.Question], runtime: Runtime, *, bos: bool = True
 ) -> dict[str, Any]:
     """{"n", rule: {"accuracy", "interval"} for each of RULES, "cut"}. bos: whether texts begin with that token. On
     every rank.
     """
-    groups = encode(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
+    groups = encode_ending(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
 
-    def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, ...]:
+    def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, ...]:
         answers = items[group.index].answers
         sizes = [
             (1, s.n_tokens, max(1, len(a)), max(1, len(a.encode("utf-8", "surrogatepass"))))
@@ -63,7 +63,7 @@ def hellaswag(
         losses = [[s.nats / size for s, size in zip(scores, of_rule)] for of_rule in zip(*sizes)]
         return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
 
-    found = icl.judged(reader, groups, runtime, judge, "hellaswag")
+    found = icl.judge_groups(reader, groups, runtime, judge, "hellaswag")
     n = len(found)
     right = {rule: sum(outcome[i] for outcome in found) / n for i, rule in enumerate(RULES)}
     return {
@@ -73,7 +73,9 @@ def hellaswag(
     }
 
 
-def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool) -> Iterator[icl.Group]:
+def encode_ending(
+    items: Sequence[icl.Question], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool
+) -> Iterator[icl.ItemGroup]:
     first = [tokenizer.bos] if bos else []
     before, behind, both = tokenizer.encode_batch(["a", " b", "a b"])
     alone = before + behind == both  # whether what stands behind a blank is encoded there as it is by itself
@@ -90,7 +92,7 @@ def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Enc
 
 
 def lambada(
-    reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1
+    reader: Scorer, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1
 ) -> dict[str, Any]:
     """{"n", "accuracy", "interval", "perplexity", "perplexity_interval", "cut"}, on every rank.
 
@@ -98,8 +100,8 @@ def lambada(
     word's nats, as lm-evaluation-harness has it; its interval by the standard error of that mean."""
     items = read_items(task, max_items)
     mine = range(runtime.rank, len(items), runtime.world_size)
-    groups = icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
-    found = icl.judged(reader, groups, runtime, lambda scores, group: scores[0], task.label)
+    groups = icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
+    found = icl.judge_groups(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
 
     def exp(x: float) -> float:

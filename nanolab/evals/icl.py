@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from nanolab.cli import UserError
-from nanolab.evals.likelihood import Reader, Score, Text, common, score
+from nanolab.evals.likelihood import Score, Scorer, Text, common, score
 from nanolab.runtime import Runtime, Stop, Stopped
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ SHOT_SEED = 1234
 CHUNK = 1 << 20  # tokens of texts that are lists at once: a list takes ten times the room of an array
 
 
-class Item(NamedTuple):
+class Question(NamedTuple):
     """A question; one of `contexts` and `answers` has several entries, of which number `gold` is the true one."""
 
     contexts: tuple[str, ...]
@@ -48,7 +48,7 @@ class Item(NamedTuple):
     gold: int = 0
 
 
-class Group(NamedTuple):
+class ItemGroup(NamedTuple):
     """The texts of one item in tokens: what they begin with in common, what each goes on with, and where the scored
     ones begin.
     """
@@ -71,7 +71,7 @@ class Group(NamedTuple):
 class Kind(NamedTuple):
     """A type of task."""
 
-    item: Callable[[dict[str, Any]], Item]  # of a row of the data; raises UserError
+    item: Callable[[dict[str, Any]], Question]  # of a row of the data; raises UserError
     starts: Callable[[list[list[int]]], list[int]]  # where the scored tokens of each text begin
     right: Callable[[Sequence[Score], int], bool]  # by the scores of the texts and the true one's number
     continues: bool = False  # the text without its answer is needed to find out where that begins
@@ -103,20 +103,20 @@ def _seen(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
 
 
-def _choice_item(row: dict[str, Any]) -> Item:
+def _choice_item(row: dict[str, Any]) -> Question:
     answers, gold = _options(row, "choices")
-    return Item((_text(row, "query"),), answers, gold)
+    return Question((_text(row, "query"),), answers, gold)
 
 
-def _schema_item(row: dict[str, Any]) -> Item:
+def _schema_item(row: dict[str, Any]) -> Question:
     contexts, gold = _options(row, "context_options")
-    return Item(contexts, (_text(row, "continuation"),), gold)
+    return Question(contexts, (_text(row, "continuation"),), gold)
 
 
-def _language_item(row: dict[str, Any]) -> Item:
+def _language_item(row: dict[str, Any]) -> Question:
     if not (answer := _text(row, "continuation")).strip():
         raise UserError("continuation is empty; expected text to predict")
-    return Item((_text(row, "context").strip(),), (answer,))
+    return Question((_text(row, "context").strip(),), (answer,))
 
 
 def _after_prefix(texts: list[list[int]]) -> list[int]:
@@ -159,7 +159,7 @@ def shots(i: int, n: int, k: int) -> list[int]:
     return [j + (j >= i) for j in random.Random(SHOT_SEED + i).sample(range(n - 1), k)]
 
 
-def prompts(item: Item, solved: Sequence[Item], delimiter: str) -> list[str]:
+def prompts(item: Question, solved: Sequence[Question], delimiter: str) -> list[str]:
     """One text for each context and answer of the item, after the solved ones."""
     head = "".join(
         f"{s.contexts[s.gold if s.contexts[1:] else 0]}{delimiter}{s.answers[s.gold if s.answers[1:] else 0]}\n\n"
@@ -168,7 +168,7 @@ def prompts(item: Item, solved: Sequence[Item], delimiter: str) -> list[str]:
     return [f"{head}{context}{delimiter}{answer}" for context in item.contexts for answer in item.answers]
 
 
-def rendered(kind: str, items: Sequence[Item], i: int, k: int, delimiter: str) -> list[str]:
+def rendered(kind: str, items: Sequence[Question], i: int, k: int, delimiter: str) -> list[str]:
     """What is encoded for item i: its texts, and where the kind asks for it the one without its answer, stripped."""
     solved = [items[j] for j in shots(i, len(items), k)] if k else []
     texts = prompts(items[i], solved, delimiter)
@@ -177,9 +177,9 @@ def rendered(kind: str, items: Sequence[Item], i: int, k: int, delimiter: str) -
     )
 
 
-def encode(
-    kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder
-) -> Iterator[Group]:
+def encode_groups(
+    kind: str, items: Sequence[Question], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder
+) -> Iterator[ItemGroup]:
     """The groups of items `indices`, each text after the beginning-of-text token.
 
     Texts are encoded whole: what a tokenizer joins across the seams of their parts is joined.
@@ -195,10 +195,10 @@ def encode(
             yield group(i, items[i].gold, encoded[: len(starts)], starts)
 
 
-def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> Group:
+def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> ItemGroup:
     """The texts with what they have in common held once."""
     shared = common(texts)
-    return Group(
+    return ItemGroup(
         index,
         gold,
         np.array(texts[0][:shared], np.int32),
@@ -207,11 +207,11 @@ def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[in
     )
 
 
-def judged(
-    reader: Reader,
-    groups: Iterable[Group],
+def judge_groups(
+    reader: Scorer,
+    groups: Iterable[ItemGroup],
     runtime: Runtime,
-    judge: Callable[[Sequence[Score], Group], T],
+    judge: Callable[[Sequence[Score], ItemGroup], T],
     label: str = "",
     stop: Stop = lambda: False,
 ) -> list[T]:
@@ -238,7 +238,7 @@ def judged(
     return [result for _, result in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
 
 
-def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
+def _chunks(groups: Sequence[ItemGroup]) -> Iterator[list[ItemGroup]]:
     chunk, size = [], 0
     for group in groups:
         if chunk and size + group.n_tokens > CHUNK:

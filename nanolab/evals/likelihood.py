@@ -47,7 +47,7 @@ class Reads(NamedTuple):
     columns: np.ndarray  # (K,)
 
 
-class Reader(Protocol):
+class Scorer(Protocol):
     """What scores texts."""
 
     limit: int  # tokens of a text
@@ -100,7 +100,7 @@ def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """Tokens to read, and the texts that are scored by reading them: a text without its last token, and those that it
     begins with.
     """
@@ -113,13 +113,13 @@ class Row(NamedTuple):
 class Item(NamedTuple):
     """Rows that begin with the same `shared` tokens, and have no place that counts among them."""
 
-    rows: list[Row]
+    rows: list[PackedRow]
     shared: int
 
 
 @torch.no_grad()
 def score(
-    reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "", stop: Stop = lambda: False
+    reader: Scorer, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "", stop: Stop = lambda: False
 ) -> list[list[Score]]:
     """The score of every text, in the order of `groups`, whatever is read with what.
 
@@ -132,7 +132,7 @@ def score(
     flat, numbers = [text for group in texts for text in group], iter(range(sum(map(len, texts))))
     items = [item for group in texts for item in arranged(group, [next(numbers) for _ in group], reader.shares)]
     nats, greedy = np.zeros(len(flat)), np.ones(len(flat), dtype=bool)
-    for batch in progress(list(batches(items, tokens or reader.tokens)), label):
+    for batch in progress(list(token_batches(items, tokens or reader.tokens)), label):
         if stop():
             raise Stopped
         measure(reader, batch, flat, nats, greedy)
@@ -144,8 +144,8 @@ def score(
     done = iter(zip(nats.tolist(), greedy.tolist()))
 
     def result(text: Text, whole: Text) -> Score:
-        lost, likeliest = next(done)
-        return Score(lost, len(text.ids) - text.start, likeliest, len(whole.ids) - len(text.ids))
+        lost, is_greedy = next(done)
+        return Score(lost, len(text.ids) - text.start, is_greedy, len(whole.ids) - len(text.ids))
 
     return [[result(*pair) for pair in zip(*both)] for both in zip(texts, groups)]
 
@@ -183,16 +183,16 @@ def arranged(group: Sequence[Text], numbers: Sequence[int], shares: bool) -> lis
     """An item for the rows that begin alike, where it is worth sharing what they begin with, and one for each of the
     others.
     """
-    alike: dict[tuple[int, ...], list[Row]] = {}
+    alike: dict[tuple[int, ...], list[PackedRow]] = {}
     for number, text in sorted(zip(numbers, group), key=lambda pair: -len(pair[1].ids)):
         ids = text.ids[:-1]
         rows = alike.setdefault(tuple(ids[:ALIKE]), [])
         for i, row in enumerate(rows):
             if row.ids[: len(ids)] == ids:
-                rows[i] = Row(row.ids, [*row.texts, number], min(row.first, text.start - 1))
+                rows[i] = PackedRow(row.ids, [*row.texts, number], min(row.first, text.start - 1))
                 break
         else:
-            rows.append(Row(ids, [number], text.start - 1))
+            rows.append(PackedRow(ids, [number], text.start - 1))
     items = []
     for rows in alike.values():
         shared = min(common([row.ids for row in rows]), *(row.first for row in rows)) if shares else 0
@@ -206,7 +206,7 @@ def common(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
+def token_batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
     """Items to read in one pass, the longest first: of each batch all prefixes are cut to the shortest one's length."""
     batch: list[Item] = []
     for item in sorted(items, key=lambda item: (item.shared, max(len(row.ids) for row in item.rows)), reverse=True):
@@ -225,7 +225,7 @@ def size(batch: Sequence[Item]) -> int:
     return len(batch) * shared + len(rows) * (max(rows) - shared)
 
 
-def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: np.ndarray, greedy: np.ndarray) -> None:
+def measure(reader: Scorer, batch: Sequence[Item], texts: Sequence[Text], nats: np.ndarray, greedy: np.ndarray) -> None:
     """Read a batch and enter what it says of its texts."""
     shared = batch[-1].shared
     prefixes = np.array([item.rows[0].ids[:shared] for item in batch], dtype=np.int64) if shared else None
@@ -252,11 +252,11 @@ def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: 
         mine = slice(*np.searchsorted(place, (done, done + len(logits))))
         at, wanted = (torch.from_numpy(x[mine]).to(logits.device) for x in (place - done, target))
         np.subtract.at(nats, number[mine], logits.log_softmax(-1)[at, wanted].double().cpu().numpy())
-        np.logical_and.at(greedy, number[mine], likeliest(logits, at, wanted).cpu().numpy())
+        np.logical_and.at(greedy, number[mine], is_greedy(logits, at, wanted).cpu().numpy())
         done += len(logits)
 
 
-def likeliest(logits: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
+def is_greedy(logits: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
     """Whether the tokens `wanted` are the first ones with the largest logit of rows `at`. Few are, and only of these
     argmax is taken, which is slow on CPUs.
     """

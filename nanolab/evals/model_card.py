@@ -54,7 +54,7 @@ def model_card(found: ModelRef, c: GPTConfig, tokenizer: Tokenizer, dtype: str, 
         *shape(c, tokenizer, dtype),
         *history(stages, gap),
         *quality(stages[-1], dtype),
-        *limits(c, chat, bool(code)),
+        *limit_lines(c, chat, bool(code)),
     ]
     return "\n".join(lines)
 
@@ -236,7 +236,7 @@ def quality(last: Stage, dtype: str) -> list[str]:
     if last.text:
         lines += [f"Bits per byte: on held-out text of {last_parts(last.text['data'])}; lower is better.", ""]
     if last.chat:
-        lines += [f"Tasks: right answers; n problems. {drawn(last.chat['settings'])}", ""]
+        lines += [f"Tasks: right answers; n problems. {sampling_text(last.chat['settings'])}", ""]
         lines += [
             "The first questions of each task, as they come:",
             "",
@@ -258,7 +258,7 @@ def quality(last: Stage, dtype: str) -> list[str]:
     return lines
 
 
-def drawn(settings: dict[str, Any]) -> str:
+def sampling_text(settings: dict[str, Any]) -> str:
     """How the replies came about, of which the tasks' shares are."""
     k = settings.get("num_samples", 1)
     said = ", ".join(
@@ -307,7 +307,7 @@ def interval(row: dict[str, Any], at: dict[str, Any]) -> str:
     return "-" if at["interval"] is None else " to ".join(number_text(end, row["unit"]) for end in at["interval"])
 
 
-def limits(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:
+def limit_lines(c: GPTConfig, chat: bool, own_code: bool) -> list[str]:
     end, stop = (
         "<|assistant_end|>",
         (

@@ -12,16 +12,16 @@ from torch import Tensor
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import logits_at, padded
-from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
+from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Stop, progress
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_letters(
     engine: Engine,
-    task: Task,
+    task: GradedTask,
     indices: Sequence[int],
     *,
     batch_size: int = 32,

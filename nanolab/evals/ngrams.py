@@ -110,7 +110,7 @@ def equal(a: Words, at_a: np.ndarray, b: Words, at_b: np.ndarray, n: int) -> np.
     return same
 
 
-class Index:
+class RunIndex:
     """Every run of n words of the texts, and where it is."""
 
     def __init__(self, texts: Sequence[str], n: int) -> None:

@@ -24,7 +24,7 @@ MOST_BYTES, MOST_FILES = 4 << 30, 10_000  # of the unpacked archive, many times 
 ELSE = "type --eval-bundle DIR with a copy of it"
 
 
-def ensure(where: str = "") -> Path:
+def ensure_bundle(where: str = "") -> Path:
     """The folder of the bundle: `where`, or eval_bundle in the base directory, downloaded if it is not there. Raises
     UserError.
     """
@@ -60,7 +60,7 @@ def _download(folder: Path) -> None:
         ) from None
     sha256 = sha256_file(archive)
     try:
-        root = unpack(archive, fresh)
+        root = unpack_bundle(archive, fresh)
     finally:
         archive.unlink()
     files = {path.relative_to(root).as_posix(): sha256_file(path) for path in sorted(root.rglob("*")) if path.is_file()}
@@ -75,7 +75,7 @@ def _download(folder: Path) -> None:
     )
 
 
-def unpack(archive: Path, folder: Path) -> Path:
+def unpack_bundle(archive: Path, folder: Path) -> Path:
     """Write the archive's files under `folder`; returns the folder of them that is the bundle. Raises UserError, and
     leaves nothing, where a file is damaged, is a link or would lie elsewhere."""
     try:

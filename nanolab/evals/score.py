@@ -23,7 +23,7 @@ from nanolab.data.turn import Part
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
-class Task(Protocol):
+class GradedTask(Protocol):
     """What is asked of a task; see tasks/common.py."""
 
     name: str
@@ -119,14 +119,16 @@ def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, Inte
     return mean, Interval(max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def readable_prompts(tokenizer: Tokenizer, task: Task, indices: Sequence[int], limit: int) -> dict[int, list[int]]:
+def readable_prompts(
+    tokenizer: Tokenizer, task: GradedTask, indices: Sequence[int], limit: int
+) -> dict[int, list[int]]:
     """index -> prompt ids, the shortest first, of the problems whose prompt leaves room for a token below `limit`."""
     prompts = {i: render_prompt(tokenizer, task.example(i).messages[:-1]) for i in indices}
     fitting = sorted((i for i, ids in prompts.items() if len(ids) < limit), key=lambda i: (len(prompts[i]), i))
     return {i: prompts[i] for i in fitting}
 
 
-def readable(content: str | Sequence[Part], tool: str = "") -> str:
+def readable_turn(content: str | Sequence[Part], tool: str = "") -> str:
     """A turn as people read it, calls in brackets: "[calculator: 12+34 = 46] It is 46." tool: the name that is
     shown.
     """
@@ -141,7 +143,7 @@ def readable(content: str | Sequence[Part], tool: str = "") -> str:
     return shown.strip()
 
 
-def check_problems(task: Task, indices: Sequence[int]) -> None:
+def check_problems(task: GradedTask, indices: Sequence[int]) -> None:
     """Raises UserError where there is nothing to grade."""
     if task.kind == "chat":
         raise UserError(
@@ -151,7 +153,7 @@ def check_problems(task: Task, indices: Sequence[int]) -> None:
     check_some(task, len(indices))
 
 
-def check_some(task: Task, n: int) -> None:
+def check_some(task: GradedTask, n: int) -> None:
     if not n:
         raise UserError(
             f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data",

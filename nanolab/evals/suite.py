@@ -12,8 +12,8 @@ from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.core import Core
 from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table, original_items
 from nanolab.evals.icl import Encoder
-from nanolab.evals.likelihood import Reader
-from nanolab.evals.published import ensure
+from nanolab.evals.likelihood import Scorer
+from nanolab.evals.published import ensure_bundle
 from nanolab.files import sha256_file
 from nanolab.runtime import Runtime, print0
 
@@ -37,11 +37,11 @@ class Suite:
         self._core: tuple[Any, Core] | None = None  # of the tokenizer that was last asked for
         if set(self.modes) - ({"hellaswag"} if cfg.hellaswag else set()):
             self.bundle = open_bundle(
-                ensure(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",)
+                ensure_bundle(cfg.eval_bundle), ("core.yaml", "extra.yaml") if cfg.extra else ("core.yaml",)
             )
 
     def __call__(
-        self, mode: str, reader: Reader, tokenizer: Encoder, dtype: str, keep: Keep = lambda result: None
+        self, mode: str, reader: Scorer, tokenizer: Encoder, dtype: str, keep: Keep = lambda result: None
     ) -> dict[str, Any]:
         """dtype: that the model computes in. keep: gets unfinished results of CORE, after each task.
 
@@ -69,26 +69,26 @@ class Suite:
             )
         return self.bundle.tasks[label]
 
-    def core(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
+    def core(self, reader: Scorer, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         key = getattr(tokenizer, "hash", tokenizer)  # the checkpoints of a run have equal tokenizers, each its own
         if self._core is None or self._core[0] != key:
             self._core = key, Core(self.bundle, tokenizer, self.runtime, self.cfg.max_per_task)
         return self._core[1].evaluate(reader, print0, lambda found: keep(found.to_json())).to_json()
 
-    def hellaswag(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
+    def hellaswag(self, reader: Scorer, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         path, limit = self.cfg.hellaswag, self.cfg.max_per_task
         items = original_items(Path(path), limit) if path else read_items(self.task("hellaswag_zeroshot"), limit)
         found = hellaswag(reader, tokenizer, items, self.runtime, bos=self.cfg.hellaswag_bos)
         print0(*hellaswag_table(found), sep="\n")
         return found
 
-    def lambada(self, reader: Reader, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
+    def lambada(self, reader: Scorer, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         found = lambada(reader, tokenizer, self.task("lambada_openai"), self.runtime, self.cfg.max_per_task)
         print0(*lambada_table(found), sep="\n")
         return found
 
 
-MODES: dict[str, Callable[[Suite, Reader, Encoder, Keep], dict[str, Any]]] = {
+MODES: dict[str, Callable[[Suite, Scorer, Encoder, Keep], dict[str, Any]]] = {
     "core": Suite.core,
     "hellaswag": Suite.hellaswag,
     "lambada": Suite.lambada,

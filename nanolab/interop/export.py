@@ -80,7 +80,7 @@ def export(
             f"{out} is the folder that {found.name} was imported from; expected another one, since that is the"
             " original; try another --out"
         )
-    gpt2.check_finite(
+    gpt2.check_weights(
         model.state_dict(),
         f"{found.name}@{found.step}",
         f"export a step saved before training broke: --model {found.name}@STEP",
@@ -90,9 +90,9 @@ def export(
     try:
         with writing(out, "another --out"):
             temp.mkdir(parents=True)
-            write(temp, model, tokenizer, meta["kind"], DTYPES[dtype])
+            write_export(temp, model, tokenizer, meta["kind"], DTYPES[dtype])
             (temp / "README.md").write_text(text, encoding="utf-8")
-        difference = check(temp, model, tokenizer)
+        difference = check_export(temp, model, tokenizer)
         with writing(out, "another --out"):
             put(temp, out)
     finally:
@@ -150,7 +150,7 @@ def writing(place: Path, instead: str) -> Iterator[None]:
         ) from None
 
 
-def write(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torch.dtype = torch.float32) -> None:
+def write_export(folder: Path, model: GPT, tokenizer: Tokenizer, kind: str, dtype: torch.dtype = torch.float32) -> None:
     """Everything but the card. kind: base, sft or rl. The model's own weights are rounded to `dtype`, so that it stays
     what is written.
     """
@@ -304,7 +304,7 @@ save_file({"logits": logits.contiguous(), "encoded": torch.tensor(encoded)}, wor
 
 
 @torch.no_grad()
-def check(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
+def check_export(folder: Path, model: GPT, tokenizer: Tokenizer) -> float | None:
     """The largest difference of a logit between the folder, read by transformers in a process of its own, and `model`.
 
     None where transformers is not installed. Raises UserError for a difference above TOLERANCE, other token ids, and a

@@ -235,11 +235,11 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise UserError(f"no {missing[0]} in {folder}; expected the weights{others}")
     tensors = {name: tensor for file in names for name, tensor in _weights(folder / file).items()}
     state = from_hf(tensors, c)
-    check_finite(tensors, folder, "copy or download it again, or take a step that was saved before training broke")
+    check_weights(tensors, folder, "copy or download it again, or take a step that was saved before training broke")
     return c, {name: tensor.float() for name, tensor in state.items()}
 
 
-def check_finite(tensors: Mapping[str, Tensor], of: Path | str, advice: str) -> None:
+def check_weights(tensors: Mapping[str, Tensor], of: Path | str, advice: str) -> None:
     """Raises UserError naming the tensors that hold NaN or infinity, and how many numbers of each do."""
     bad = {name: n for name, tensor in tensors.items() if not _is_mask(name) and (n := int((~tensor.isfinite()).sum()))}
     if bad:

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanolab.cli import UserError
 from nanolab.data.kinds import check_pointer
 from nanolab.files import sha256_file
-from nanolab.interop.gpt2 import check_finite
+from nanolab.interop.gpt2 import check_weights
 from nanolab.runtime import Runtime
 
 # what configs call the tokens of a text
@@ -30,7 +30,7 @@ LOGITS = 1 << 29  # numbers of one pass at most, which bounds the tokens of a pa
 TRY_SAVING = "save it again with model.save_pretrained and tokenizer.save_pretrained"
 
 
-def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple["HFReader", "HFTokenizer"]:
+def load_folder(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple["HFReader", "HFTokenizer"]:
     """The model, in eval mode on the runtime's device, and its tokenizer. trust_code: run code that the folder has.
 
     It computes in the dtype that it is saved in, or in NANOLAB_DTYPE.
@@ -76,11 +76,11 @@ def load(path: Path | str, runtime: Runtime, trust_code: bool = False) -> tuple[
             f"the tokenizer of {folder} has {ids} ids, its weights have rows for {rows}; expected one model's tokenizer"
             " and weights; put the model's own tokenizer there"
         )
-    check_finite(dict(model.named_parameters()), folder, TRY_SAVING)
+    check_weights(dict(model.named_parameters()), folder, TRY_SAVING)
     return HFReader(model.to(runtime.device).eval(), runtime), HFTokenizer(tokenizer, folder)
 
 
-def weights_of(folder: Path) -> str:
+def weights_hash(folder: Path) -> str:
     """sha256 of the weights' files."""
     return hashlib.sha256(
         json.dumps([sha256_file(path) for path in sorted(folder.glob("*.safetensors"))]).encode()

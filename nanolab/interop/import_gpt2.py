@@ -14,7 +14,7 @@ def import_folder(cfg: ImportConfig) -> list[str]:
     """Write the run; returns what a person should know of it, a line each. Raises UserError."""
     from nanolab import runtime
     from nanolab.data.tokenizer import Tokenizer
-    from nanolab.data.tokenizer_files import read
+    from nanolab.data.tokenizer_files import read_tokenizer
     from nanolab.interop import gpt2
     from nanolab.records.models import runs_dir
     from nanolab.records.run import check_name
@@ -34,7 +34,7 @@ def import_folder(cfg: ImportConfig) -> list[str]:
         )
     c, state = gpt2.read_folder(folder)
     try:
-        bpe = read(folder)
+        bpe = read_tokenizer(folder)
     except UserError as error:  # whose advice is for commands with --tokenizer
         seen = str(error).rpartition("; ")[0]
         raise UserError(

@@ -38,7 +38,7 @@ def seconds(work: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+def bench_train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
     from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT

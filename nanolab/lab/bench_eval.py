@@ -115,7 +115,7 @@ def encoded(
         groups = (
             (
                 task,
-                icl.encode(
+                icl.encode_groups(
                     task.kind, items[task.label], range(len(items[task.label])), task.shots, task.delimiter, tokenizer
                 ),
             )

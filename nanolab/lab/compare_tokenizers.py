@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from nanolab.data.config import TokEvalConfig
-from nanolab.tables import ruled_table, show
+from nanolab.tables import print_rich, ruled_table
 
 OTHERS = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 PATIENCE = 20  # seconds that a download may take
@@ -174,7 +174,7 @@ def print_comparison(document: dict[str, Any]) -> None:
     table.add_row(
         "vocabulary", "", *(f"{sizes[k]:,}" if k in sizes else "unreachable" for k in ("nanolab", *OTHERS.values())), ""
     )
-    show(table)
+    print_rich(table)
     for label, reason in document["unreachable"].items():
         print(
             f"{label}'s tokenizer is unreachable ({reason}); tiktoken downloads it, or finds it in TIKTOKEN_CACHE_DIR"

@@ -149,11 +149,11 @@ def name_and_split(spec: str) -> tuple[str, str]:
 
 def grade(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     """What one task gives, for the record."""
-    from nanolab.evals.chatcore import evaluate
+    from nanolab.evals.chatcore import evaluate_task
     from nanolab.inference.request import Request
 
     began = time.perf_counter()
-    result = evaluate(
+    result = evaluate_task(
         engine,
         task,
         cfg.max_problems,
@@ -245,13 +245,13 @@ def share_calling(replies) -> float:
 
 def as_people_read(task, reply, tool: str) -> dict:
     """A reply beside its question and the task's own answer, as people read them."""
-    from nanolab.evals.score import readable
+    from nanolab.evals.score import readable_turn
 
     *_, question, reference = task.example(reply.index).messages
     texts = {
         "question": question["content"],
-        "reply": readable(reply.content, tool),
-        "reference": readable(reference["content"], tool),
+        "reply": readable_turn(reply.content, tool),
+        "reference": readable_turn(reference["content"], tool),
     }
     return {"index": reply.index, **texts, "correct": reply.correct}
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nanolab.model.config import Architecture, GPTConfig, InspectConfig
-from nanolab.tables import ruled_table, show
+from nanolab.tables import print_rich, ruled_table
 
 # the first word of a parameter's name, after the block's -> what the table calls it, in this order; other words come
 # last
@@ -121,14 +121,16 @@ def totals(c: GPTConfig, context: int, device_type: str, bytes_per_value: int) -
 def print_model(document: dict[str, Any]) -> None:
     """Print what `describe_model` found; nothing is computed here but sums and shares."""
     c = document["model"]
-    show(
+    print_rich(
         f"[bold]{document['preset']}[/]: {c['n_layer']} layers, width {c['n_embd']:,}, {c['n_head']} heads of"
         f" {c['n_embd'] // c['n_head']}, rows of {c['sequence_len']:,} tokens, vocabulary {c['vocab_size']:,}"
     )
     changed = {f.name: c[f.name] for f in fields(Architecture) if c[f.name] != f.default}
-    show("other than by default: " + (" ".join(flag_text(name, value) for name, value in changed.items()) or "nothing"))
+    print_rich(
+        "other than by default: " + (" ".join(flag_text(name, value) for name, value in changed.items()) or "nothing")
+    )
     for table in (tensor_table(document), layer_table(document), total_table(document)):
-        show("", table)
+        print_rich("", table)
 
 
 def flag_text(name: str, value: Any) -> str:

@@ -56,7 +56,7 @@ def story(stages: list) -> list[str]:
     return [
         (
             f"A chat model of {parameters:,} parameters: {', then '.join(did)}. {took} of training on"
-            f" {machine(last['env'])}."
+            f" {hardware(last['env'])}."
         ),
         "",
     ]
@@ -67,7 +67,7 @@ def names(mixture: str) -> str:
     return ", ".join(re.sub(r"(@\d+)?(:[\d.e+-]+)?$", "", part.strip()) for part in mixture.split(","))
 
 
-def machine(env: dict[str, Any]) -> str:
+def hardware(env: dict[str, Any]) -> str:
     return f"{env['world_size']} x {env['device_name']}"
 
 
@@ -163,7 +163,7 @@ def trained(stages: list) -> list[str]:
     passes = f", which is {epochs[-1]:.2f} passes over it" if epochs else ""
     commits = dict.fromkeys(stage.meta["env"]["commit"] or "unknown" for stage in stages)
     machines = dict.fromkeys(
-        f"{machine(stage.meta['env'])}, {stage.meta['env']['dtype']}, torch {stage.meta['env']['torch']}"
+        f"{hardware(stage.meta['env'])}, {stage.meta['env']['dtype']}, torch {stage.meta['env']['torch']}"
         for stage in stages
     )
     return [

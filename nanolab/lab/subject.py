@@ -24,7 +24,7 @@ class Subject(NamedTuple):
 
 
 def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
-    from nanolab.evals.checkpoints import weights_of
+    from nanolab.evals.checkpoints import weights_hash
     from nanolab.evals.likelihood import GPTReader
     from nanolab.inference.prepare import prepare_for_inference
     from nanolab.records.models import load_model
@@ -33,7 +33,7 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
     about = {
         "model": found.name,
         "step": found.step,
-        "weights": weights_of(found.checkpoint),
+        "weights": weights_hash(found.checkpoint),
         "device": rt.device_name,
         "dtype": rt.dtype_name,
     }
@@ -54,17 +54,17 @@ def pretraining(found) -> dict[str, Any]:
 
 
 def of_folder(cfg: BaseEvalConfig, rt) -> Subject:
-    from nanolab.interop.hf_model import load, weights_of
+    from nanolab.interop.hf_model import load_folder, weights_hash
     from nanolab.runtime import base_dir, print0
 
     path = Path(cfg.hf).expanduser().resolve()
-    reader, tokenizer = load(path, rt, cfg.trust_code)
+    reader, tokenizer = load_folder(path, rt, cfg.trust_code)
     print0(f"model {path} in {reader.dtype_name}")
     about = {
         "model": path.name,
         "step": None,
         "hf": str(path),
-        "weights": weights_of(path),
+        "weights": weights_hash(path),
         "device": rt.device_name,
         "dtype": reader.dtype_name,
     }

@@ -16,7 +16,7 @@ from nanolab.evals.bundle import CORE, open_bundle
 from nanolab.evals.config import check_max_per_task
 from nanolab.evals.core import Core, metrics
 from nanolab.evals.likelihood import GPTReader
-from nanolab.evals.published import ensure
+from nanolab.evals.published import ensure_bundle
 from nanolab.evals.samples import print_samples
 from nanolab.model.accounting import peak_bytes
 from nanolab.model.fp8 import convert, full_precision
@@ -141,7 +141,7 @@ def validation(
 
 def open_core(cfg: BaseTrainConfig, tokenizer: Tokenizer, rt: Runtime) -> Core:
     """The tasks of CORE. What is wrong with them is said here, before the first step."""
-    core = Core(open_bundle(ensure(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
+    core = Core(open_bundle(ensure_bundle(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
     k = sum(label in CORE for label in core.items)
     missing = f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""
     print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}{missing}")

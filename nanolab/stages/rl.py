@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.generative import evaluate
+from nanolab.evals.generative import evaluate_sampled
 from nanolab.inference.engine import Engine
 from nanolab.inference.sandbox import walls
 from nanolab.inference.tools import find_tool
@@ -142,7 +142,7 @@ def passes(
     cfg: RLConfig, engine: Engine, task: Any, tools: Any, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """pass@k on the held-out examples, for k = 1, 2, 4, ... and --eval-samples; replies are drawn as for training."""
-    result = evaluate(
+    result = evaluate_sampled(
         engine,
         task,
         range(len(task)),

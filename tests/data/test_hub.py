@@ -116,7 +116,7 @@ def server(monkeypatch):
     monkeypatch.setattr(hub, "BACK_OFF", 0.01)
     toy = HubCorpus("me/data", REVISION, "data/shard_*.parquet", "data/shard_5.parquet", 5)
     monkeypatch.setitem(hub.CORPORA, "toy", toy)
-    monkeypatch.setitem(CORPORA, "toy", lambda num_shards, workers: hub.ensure("toy", num_shards, workers))
+    monkeypatch.setitem(CORPORA, "toy", lambda num_shards, workers: hub.ensure_corpus("toy", num_shards, workers))
     yield hub_
     hub_.shutdown()
     hub_.server_close()

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from nanolab.cli import UserError
 from nanolab.data import pydocs
 from nanolab.data.config import DataConfig
-from nanolab.data.corpus import hold_out, open_data
+from nanolab.data.corpus import hold_out_groups, open_data
 
 PROSE = (
     "The quick reader will note that this is a sentence of the kind that people write when they have to explain a"
@@ -136,15 +136,15 @@ def test_documents_are_long_enough_and_each_text_appears_once():
         ("c", [unit(("", "Alone."))]),
         ("d", [unit(("", long[2])), unit(("f()", "# " + "x = 1; " * 60))]),
     ]
-    assert list(pydocs.gather(files)) == [
+    assert list(pydocs.gather_documents(files)) == [
         ("a", f"f()\n\n{long[0]}"),
         ("b", f"class C\n\nTiny.\n\nC.h()\n\n{long[1]}"),
         ("d", long[2]),
     ]
     licence = "Permission is hereby granted to anybody who would like to read these words.\n\nBrief."
-    said = [*pydocs.gather([(g, [unit(("", f"{g}{g} {PROSE * 2}\n\n{licence}"))]) for g in ("a", "b")])]
+    said = [*pydocs.gather_documents([(g, [unit(("", f"{g}{g} {PROSE * 2}\n\n{licence}"))]) for g in ("a", "b")])]
     assert said == [("a", f"aa {PROSE * 2}\n\n{licence}"), ("b", f"bb {PROSE * 2}\n\nBrief.")]
-    joined = list(pydocs.gather([("a", [unit(("", "Words. " + PROSE)), unit(("g()", "Brief. " + PROSE))])]))
+    joined = list(pydocs.gather_documents([("a", [unit(("", "Words. " + PROSE)), unit(("g()", "Brief. " + PROSE))])]))
     assert joined == [("a", f"Words. {PROSE}\n\ng()\n\nBrief. {PROSE}")]
 
 
@@ -174,11 +174,11 @@ def test_sources_are_the_standard_library_and_required_distributions_only():
 
 def test_groups_held_out_fit_the_cap_and_do_not_depend_on_order():
     sizes = {f"p{i}": 100 * (i % 7 + 1) for i in range(200)} | {"huge": 50_000}
-    chosen = hold_out(sizes)
+    chosen = hold_out_groups(sizes)
     total = sum(sizes[g] for g in chosen)
     assert "huge" not in chosen and 0.04 * sum(sizes.values()) <= total <= 0.05 * sum(sizes.values())
-    assert hold_out(dict(reversed(sizes.items()))) == chosen
-    assert len(hold_out({str(i): 10**6 for i in range(1000)})) == 8  # of a gigabyte 10 MB at most
+    assert hold_out_groups(dict(reversed(sizes.items()))) == chosen
+    assert len(hold_out_groups({str(i): 10**6 for i in range(1000)})) == 8  # of a gigabyte 10 MB at most
 
 
 @pytest.fixture

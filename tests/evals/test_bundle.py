@@ -11,7 +11,7 @@ import yaml
 
 from nanolab.cli import UserError
 from nanolab.evals.bundle import CORE, fingerprint, open_bundle, read_items
-from nanolab.evals.icl import Item
+from nanolab.evals.icl import Question
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
 tiny = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -59,7 +59,7 @@ def test_items_are_shuffled_by_a_fixed_seed_and_then_cut(folder):
     task = open_bundle(folder).tasks["winograd"]
     rows = list(tiny.SCHEMAS)
     random.Random(1337).shuffle(rows)
-    want = [Item(tuple(row["context_options"]), (row["continuation"],), row["gold"]) for row in rows]
+    want = [Question(tuple(row["context_options"]), (row["continuation"],), row["gold"]) for row in rows]
     assert read_items(task) == want and read_items(task, 2) == want[:2] and rows != tiny.SCHEMAS
 
 

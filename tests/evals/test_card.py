@@ -16,7 +16,7 @@ import torch
 
 from nanolab.cli import UserError, to_json
 from nanolab.evals.card import card, chain
-from nanolab.evals.card_tables import cost_table, effects_table, exchanges, shortened, title, unmeasured
+from nanolab.evals.card_tables import cost_table, cropped, effects_table, exchanges, title, unmeasured
 from nanolab.evals.config import ReportConfig
 from nanolab.model.config import GPTConfig
 from nanolab.records import checkpoint
@@ -581,8 +581,8 @@ def test_exchanges_are_the_first_ones_and_at_most_eight():
 
 
 def test_what_a_model_says_cannot_leave_its_line():
-    assert shortened("a\n```\n\n b\x1b[31m") == "a / ``` / b\ufffd[31m"
-    assert len(shortened("long " * 100)) == 240 and shortened("long " * 100).endswith("...")
+    assert cropped("a\n```\n\n b\x1b[31m") == "a / ``` / b\ufffd[31m"
+    assert len(cropped("long " * 100)) == 240 and cropped("long " * 100).endswith("...")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanolab.evals import generative, multiple_choice
-from nanolab.evals.chatcore import MEMBERS, centred, chatcore, chatcore_score, evaluate
+from nanolab.evals.chatcore import MEMBERS, centred, chatcore, chatcore_score, evaluate_task
 from nanolab.evals.generative import GREEDY
 from nanolab.evals.score import Interval
 from nanolab.inference.request import Request
@@ -65,8 +65,8 @@ def tasks():
 def test_a_look_while_training_names_every_task_and_what_is_lacking():
     engine, (categorical, generated, other) = examples.engine(), tasks()
     found = chatcore(engine, tasks(), 3, 2, max_tokens=5)
-    a = multiple_choice.evaluate(engine, categorical, range(3)).accuracy
-    b = generative.evaluate(engine, generated, range(2), replace(GREEDY, max_tokens=5)).accuracy
+    a = multiple_choice.evaluate_letters(engine, categorical, range(3)).accuracy
+    b = generative.evaluate_sampled(engine, generated, range(2), replace(GREEDY, max_tokens=5)).accuracy
     assert found == pytest.approx(
         {
             "chatcore/mmlu": a,
@@ -80,11 +80,11 @@ def test_a_look_while_training_names_every_task_and_what_is_lacking():
 
 def test_the_kind_of_a_task_decides_how_it_is_answered_and_the_limit_how_often():
     engine, (categorical, generated, _) = examples.engine(), tasks()
-    assert evaluate(engine, categorical, -1) == multiple_choice.evaluate(engine, categorical, range(4))
+    assert evaluate_task(engine, categorical, -1) == multiple_choice.evaluate_letters(engine, categorical, range(4))
     assert (
-        evaluate(engine, categorical, 99).n == 4
-        and evaluate(engine, generated, 2, replace(GREEDY, max_tokens=3)).n == 2
+        evaluate_task(engine, categorical, 99).n == 4
+        and evaluate_task(engine, generated, 2, replace(GREEDY, max_tokens=3)).n == 2
     )
     request = Request(temperature=1.0, top_k=5, seed=9, max_tokens=6, tools=TOOLS["calculator"])
     two = dict(request=request, num_samples=2)
-    assert evaluate(engine, generated, **two) == generative.evaluate(engine, generated, range(3), **two)
+    assert evaluate_task(engine, generated, **two) == generative.evaluate_sampled(engine, generated, range(3), **two)

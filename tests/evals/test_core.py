@@ -18,8 +18,8 @@ import torch
 from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, open_bundle, read_items
-from nanolab.evals.core import Core, TaskScore, csv_lines, metrics, summary
-from nanolab.evals.hellaswag import encode, hellaswag, lambada, original_items
+from nanolab.evals.core import Core, TaskScore, core_score, csv_lines, metrics
+from nanolab.evals.hellaswag import encode_ending, hellaswag, lambada, original_items
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.score import wilson
 from nanolab.runtime import Runtime
@@ -54,7 +54,7 @@ def folder(tmp_path) -> Path:
 def by_hand(table, tokenizer, task, max_items: int = -1) -> str:
     """1 or 0 for each item, by the definitions of the three kinds."""
     items, out = read_items(task, max_items), ""
-    for group in icl.encode(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
+    for group in icl.encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
         if task.kind == "language_modeling":
             right = table.greedy(*group.texts()[0])
         else:
@@ -189,11 +189,11 @@ def test_a_mean_over_cut_items_says_so():
     """61 of 100 items of each task, in its label; and what nobody cut is CORE alone."""
     scores = {label: TaskScore("schema", 0, 100, 0.6, wilson(0.6, 100), 0.5, 0.2, 61, 1.0, "") for label in CORE}
     assert (
-        summary(scores, [], {}, 512).label == "CORE@512, 61 % cut"
-        and summary({k: replace(s, cut=0) for k, s in scores.items()}, [], {}, 512).label == "CORE"
+        core_score(scores, [], {}, 512).label == "CORE@512, 61 % cut"
+        and core_score({k: replace(s, cut=0) for k, s in scores.items()}, [], {}, 512).label == "CORE"
     )
     assert (
-        summary({k: replace(s, cut=int(k == "copa")) for k, s in scores.items()}, [], {}, 512).label
+        core_score({k: replace(s, cut=int(k == "copa")) for k, s in scores.items()}, [], {}, 512).label
         == "CORE@512, under 1 % cut"
     )
 
@@ -205,14 +205,14 @@ def score(centred: float, baseline: float = 0.5) -> TaskScore:
 
 def test_it_is_called_core_with_all_22_alone():
     scores = {label: score(i / 100) for i, label in enumerate(CORE)}
-    found = summary(scores, [], {})
+    found = core_score(scores, [], {})
     assert (found.label, found.value) == ("CORE", pytest.approx(sum(range(22)) / 2200)) and "core_tasks" not in metrics(
         found
     )
-    assert summary({**scores, "more": score(1.0)}, [], {}).value == found.value, "other tasks do not count"
+    assert core_score({**scores, "more": score(1.0)}, [], {}).value == found.value, "other tasks do not count"
     del scores["coqa"]
-    assert summary({**scores, "more": score(1.0)}, ["coqa"], {}).label == "CORE-21 of 22"
-    assert summary({"more": score(1.0)}, [], {}).value is None
+    assert core_score({**scores, "more": score(1.0)}, ["coqa"], {}).label == "CORE-21 of 22"
+    assert core_score({"more": score(1.0)}, [], {}).value is None
 
 
 def test_the_interval_is_narrower_than_a_tasks_and_holds_the_mean_of_draws():
@@ -228,7 +228,7 @@ def covered(alike: Sequence[str] = ()) -> int:
     for _ in range(400):
         drawn = {label: score((rng.binomial(100, 0.6) / 100 - 0.5) / 0.5) for label in CORE}
         drawn |= {label: drawn[alike[0]] for label in alike}
-        low, high = summary(drawn, [], {}).interval
+        low, high = core_score(drawn, [], {}).interval
         inside += low <= 0.2 <= high
     return inside
 
@@ -284,20 +284,20 @@ class Marked:
 def test_hellaswags_endings_have_one_blank_under_any_tokenizer(tokenizer):
     items = [icl.KINDS["multiple_choice"].item(row) for row in tiny.CHOICES]
     for encoder in (tokenizer, Marked()):
-        for group, item in zip(encode(items, range(7), encoder, True), items):
+        for group, item in zip(encode_ending(items, range(7), encoder, True), items):
             for text, answer in zip(group.texts(), item.answers):
                 whole = [encoder.bos, *encoder.encode_batch([f"{item.contexts[0]} {answer}"])[0]]
                 (context,) = encoder.encode_batch(item.contexts)
                 assert (list(text.ids), text.start) == (whole, 1 + len(context))
     # where whole texts are other tokens: as published
-    (group,) = encode([icl.Item(("cup ",), ("was", "and"))], [0], tokenizer, False)
+    (group,) = encode_ending([icl.Question(("cup ",), ("was", "and"))], [0], tokenizer, False)
     assert [list(text.ids) for text in group.texts()] == [
         tokenizer.encode("cup ") + tokenizer.encode(f" {word}") for word in ("was", "and")
     ]
 
 
 def test_half_a_surrogate_pair_is_three_bytes(table, tokenizer):
-    assert hellaswag(table, tokenizer, [icl.Item(("a",), ("\ud800 b", "c"))], CPU)["n"] == 1
+    assert hellaswag(table, tokenizer, [icl.Question(("a",), ("\ud800 b", "c"))], CPU)["n"] == 1
 
 
 def test_hellaswag_as_its_authors_publish_it(tmp_path):
@@ -308,7 +308,7 @@ def test_hellaswag_as_its_authors_publish_it(tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert sorted(original_items(path)) == [
-        icl.Item((f"A man {i}",), ("sits.", "runs.", "eats.", "is."), gold) for i, gold in enumerate((3, 1))
+        icl.Question((f"A man {i}",), ("sits.", "runs.", "eats.", "is."), gold) for i, gold in enumerate((3, 1))
     ]
     for change, text in (
         ({"label": ""}, "label is ''"),
@@ -325,7 +325,7 @@ def test_hellaswag_as_its_authors_publish_it(tmp_path):
 def test_lambada_by_its_words(table, tokenizer, folder):
     task = open_bundle(folder).tasks["lambada_openai"]
     items = read_items(task)
-    groups = icl.encode(task.kind, items, range(len(items)), 0, " ", tokenizer)
+    groups = icl.encode_groups(task.kind, items, range(len(items)), 0, " ", tokenizer)
     nats = [table.nats(*group.texts()[0]) for group in groups]
     found = lambada(table, tokenizer, task, CPU)
     assert found["perplexity"] == pytest.approx(math.exp(statistics.fmean(nats)))

@@ -10,7 +10,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
-from nanolab.evals.generative import GREEDY, evaluate, reply_seed
+from nanolab.evals.generative import GREEDY, evaluate_sampled, reply_seed
 from nanolab.evals.score import pass_at_k, wilson
 from nanolab.inference.request import Request
 
@@ -30,7 +30,9 @@ def prompt(engine, text: str) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_a_reply_is_what_it_would_be_alone(batch_size):
     engine, seen = examples.engine(), []
-    result = evaluate(engine, TASK, [0, 1, 2, 4], SAMPLED, num_samples=3, batch_size=batch_size, on_reply=seen.append)
+    result = evaluate_sampled(
+        engine, TASK, [0, 1, 2, 4], SAMPLED, num_samples=3, batch_size=batch_size, on_reply=seen.append
+    )
     assert [(r.index, r.sample) for r in result.replies] == [(i, s) for i in (0, 1, 2, 4) for s in range(3)]
     assert len({str(r.content) for r in result.replies}) > 6
     for r in result.replies:
@@ -50,7 +52,7 @@ def test_a_reply_is_what_it_would_be_alone(batch_size):
 @torch.no_grad()
 def test_without_temperature_replies_are_greedy():
     engine = examples.engine()
-    (reply,) = evaluate(engine, TASK, [3], replace(GREEDY, max_tokens=10)).replies
+    (reply,) = evaluate_sampled(engine, TASK, [3], replace(GREEDY, max_tokens=10)).replies
     ids = prompt(engine, "only")
     start, stops = len(ids), (engine.tokenizer.bos, engine.tokenizer.special("<|assistant_end|>"))
     while len(ids) < start + 10 and ids[-1] not in stops:
@@ -63,7 +65,7 @@ def test_a_problem_that_leaves_no_room_for_a_reply_counts_as_wrong():
     engine = examples.engine(sequence_len=16)
     rows = [("é", ""), ("words " * 20, "")]  # every reply holds the empty answer
     assert len(prompt(engine, rows[0][0])) < 16 < len(prompt(engine, rows[1][0]))
-    result = evaluate(engine, examples.ListTask(rows), [0, 1], replace(GREEDY, max_tokens=100))
+    result = evaluate_sampled(engine, examples.ListTask(rows), [0, 1], replace(GREEDY, max_tokens=100))
     assert (result.n, result.too_long, result.accuracy) == (2, 1, 0.5)
 
 
@@ -82,7 +84,9 @@ def test_calls_go_to_the_tool_and_come_back_in_the_reply():
 
     logits.config, logits.compute_dtype = engine.model.config, torch.float32
     engine.model = logits
-    (reply,) = evaluate(engine, TASK, [0], replace(GREEDY, max_tokens=8, tools=lambda code: f"<{code}>")).replies
+    (reply,) = evaluate_sampled(
+        engine, TASK, [0], replace(GREEDY, max_tokens=8, tools=lambda code: f"<{code}>")
+    ).replies
     call = [{"type": "python", "text": "7"}, {"type": "python_output", "text": "<7>"}]
     assert reply.content[:2] == call and not reply.ended
 
@@ -98,11 +102,11 @@ def test_calls_go_to_the_tool_and_come_back_in_the_reply():
 )
 def test_settings_without_meaning_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
-        evaluate(examples.engine(), TASK, [0], **settings)
+        evaluate_sampled(examples.engine(), TASK, [0], **settings)
 
 
 def on_rank(runtime, indices):
-    return evaluate(examples.engine(runtime), TASK, indices, SAMPLED, num_samples=3, batch_size=4)
+    return evaluate_sampled(examples.engine(runtime), TASK, indices, SAMPLED, num_samples=3, batch_size=4)
 
 
 @pytest.mark.parametrize("indices", [range(5), [2]], ids=["all", "fewer than ranks"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.evals.icl import KINDS, Item, encode, is_greedy, judged, lowest_mean, rendered, shots
+from nanolab.evals.icl import KINDS, Question, encode_groups, is_greedy, judge_groups, lowest_mean, rendered, shots
 from nanolab.evals.likelihood import Score
 from nanolab.runtime import Runtime
 
@@ -29,7 +29,7 @@ def tokenizer():
     return tiny.tokenizer()
 
 
-def items(kind: str, rows: list[dict]) -> list[Item]:
+def items(kind: str, rows: list[dict]) -> list[Question]:
     return [KINDS[kind].item(row) for row in rows]
 
 
@@ -77,7 +77,7 @@ def test_the_solved_ones_are_drawn_as_the_reference_draws_them(i, n, k):
 @pytest.mark.parametrize("delimiter", [" ", "\nAnswer: "])
 def test_tokens_are_those_of_the_whole_text_and_the_answers_alone_are_scored(tokenizer, kind, rows, delimiter):
     all_items = items(kind, rows)
-    groups = list(encode(kind, all_items, range(len(rows)), 2, delimiter, tokenizer))
+    groups = list(encode_groups(kind, all_items, range(len(rows)), 2, delimiter, tokenizer))
     for i, group in enumerate(groups):
         texts = rendered(kind, all_items, i, 2, delimiter)
         assert (group.index, group.gold) == (i, rows[i].get("gold", 0))
@@ -97,14 +97,14 @@ def test_tokens_are_those_of_the_whole_text_and_the_answers_alone_are_scored(tok
 
 
 def test_a_choice_that_begins_the_others_is_scored_at_its_last_token(tokenizer):
-    (group,) = encode("multiple_choice", [Item(("Is it?",), ("no", "no cup"))], [0], 0, " ", tokenizer)
+    (group,) = encode_groups("multiple_choice", [Question(("Is it?",), ("no", "no cup"))], [0], 0, " ", tokenizer)
     short, long = group.texts()
     assert short.start == long.start == len(short.ids) - 1
 
 
 def test_a_token_over_the_seam_is_scored(tokenizer):
     """With no blank between them, what ends the question and what begins the answer may be one token."""
-    (group,) = encode("language_modeling", [Item(("the c",), ("up was",))], [0], 0, "", tokenizer)
+    (group,) = encode_groups("language_modeling", [Question(("the c",), ("up was",))], [0], 0, "", tokenizer)
     (text,) = group.texts()
     assert (
         tokenizer.decode(text.ids[1 : text.start]) == "the" and tokenizer.decode(text.ids[text.start :]) == " cup was"
@@ -134,8 +134,8 @@ def test_every_kind_decides_as_sums_over_a_table_do(tokenizer, kind, rows):
         ]
         ids = tokenizer.encode("cup and the")
         table.table[ids[:-1], ids[1:]] += 99
-    groups = list(encode(kind, items(kind, rows), range(len(rows)), 1, " ", tokenizer))
-    found = judged(table, groups[::-1], CPU, lambda s, group: KINDS[kind].right(s, group.gold))
+    groups = list(encode_groups(kind, items(kind, rows), range(len(rows)), 1, " ", tokenizer))
+    found = judge_groups(table, groups[::-1], CPU, lambda s, group: KINDS[kind].right(s, group.gold))
     want = []
     for group in groups:
         if kind == "language_modeling":
@@ -149,11 +149,11 @@ def test_every_kind_decides_as_sums_over_a_table_do(tokenizer, kind, rows):
 def test_a_text_that_cannot_be_scored_is_named(tokenizer):
     table = tiny.Table(tokenizer.vocab_size)
     table.limit = 4
-    groups = list(encode("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
+    groups = list(encode_groups("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
     with pytest.raises(
         UserError, match="for a model that reads 4; expected at least one scored token, and one before it"
     ):
-        judged(table, groups, CPU, lambda s, group: s)
+        judge_groups(table, groups, CPU, lambda s, group: s)
 
 
 def test_a_group_that_cannot_be_made_is_an_error_of_all_ranks(tokenizer):
@@ -163,7 +163,7 @@ def test_a_group_that_cannot_be_made_is_an_error_of_all_ranks(tokenizer):
 
     said = []
     with pytest.raises(UserError, match="no bos"):
-        judged(tiny.Table(9), groups(), Gathers(said), lambda s, group: s)
+        judge_groups(tiny.Table(9), groups(), Gathers(said), lambda s, group: s)
     assert said == [([], "no bos")]
 
 
@@ -200,7 +200,7 @@ def test_ids_and_starts_are_those_that_the_reference_made(kind):
     both = [
         [
             [[list(t.ids), t.start] for t in group.texts()]
-            for group in encode(kind, rows, range(len(rows)), 2, d, Words())
+            for group in encode_groups(kind, rows, range(len(rows)), 2, d, Words())
         ]
         for d in (" ", "\nAnswer: ")
     ]

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from nanolab.evals.score import Graded, paired, pass_at_k, readable, summary, wilson
+from nanolab.evals.score import Graded, paired, pass_at_k, readable_turn, summary, wilson
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -129,7 +129,7 @@ def test_a_turn_is_readable():
         {"type": "python_output", "text": "46"},
         {"type": "text", "text": " It is 46. "},
     ]
-    assert readable(call, "calculator") == "[calculator: 12+34 = 46]  It is 46."
-    assert readable([{"type": "text", "text": "So "}, *call[:1]]) == "So [python: 12+34]"
-    assert readable([*call[:2], *call[:2]], "c") == "[c: 12+34 = 46] [c: 12+34 = 46]"
-    assert readable("plain") == "plain"
+    assert readable_turn(call, "calculator") == "[calculator: 12+34 = 46]  It is 46."
+    assert readable_turn([{"type": "text", "text": "So "}, *call[:1]]) == "So [python: 12+34]"
+    assert readable_turn([*call[:2], *call[:2]], "c") == "[c: 12+34 = 46] [c: 12+34 = 46]"
+    assert readable_turn("plain") == "plain"

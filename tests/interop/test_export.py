@@ -55,7 +55,7 @@ def written(folder, config, tokenizer, kind="base", dtype=torch.float32):
     """(the folder without a card, the model)."""
     model = build(config)
     folder.mkdir(parents=True, exist_ok=True)
-    export.write(folder, model, tokenizer, kind, dtype)
+    export.write_export(folder, model, tokenizer, kind, dtype)
     return folder, model
 
 
@@ -224,7 +224,7 @@ def test_the_check_compares_every_token(specials_first, tmp_path):
     raw["model"]["vocab"] = {s: i for s, i in raw["model"]["vocab"].items() if s not in ours.specials}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(UserError) as error:
-        export.check(folder, model, ours)
+        export.check_export(folder, model, ours)
     assert error.value.code == "export-tokens-differ"
 
 
@@ -448,17 +448,17 @@ def test_mistakes_are_said(tokenizer, tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_is_not_the_model_is_refused(tokenizer, tmp_path):
     folder, model = written(tmp_path / "a", SQUARE, tokenizer)
-    assert export.check(folder, model, tokenizer) < 1e-5
+    assert export.check_export(folder, model, tokenizer) < 1e-5
     model.wte.weight.data[:200] *= 1.01
     with pytest.raises(
         UserError, match="the logits of the folder differ by up to .* from the model's; expected at most 0.0001"
     ):
-        export.check(folder, model, tokenizer)
+        export.check_export(folder, model, tokenizer)
     with pytest.raises(UserError, match="transformers reads text as other ids than nanolab"):
-        export.check(folder, model, Tokenizer.train([TEXT.upper()], 285))
+        export.check_export(folder, model, Tokenizer.train([TEXT.upper()], 285))
     (folder / "model.safetensors").write_bytes(b"1234567890")
     with pytest.raises(UserError, match="transformers cannot read the folder that was written: .*nothing was kept"):
-        export.check(folder, model, tokenizer)
+        export.check_export(folder, model, tokenizer)
 
 
 def test_pushing_needs_a_name_and_a_token(monkeypatch, tmp_path):

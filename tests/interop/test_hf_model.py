@@ -12,7 +12,7 @@ import torch
 from nanolab.cli import UserError
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.likelihood import Text, score
-from nanolab.interop.hf_model import load, weights_of
+from nanolab.interop.hf_model import load_folder, weights_hash
 from nanolab.runtime import Runtime
 
 transformers = pytest.importorskip("transformers")
@@ -115,7 +115,7 @@ def alone(folder: Path, ids: list[int], start: int, limit: int) -> tuple[float, 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("tokens", [30, 4000])
 def test_scores_are_those_of_transformers(folders, family, tokens):
-    reader, _ = load(folders[family], CPU)
+    reader, _ = load_folder(folders[family], CPU)
     assert reader.limit == 40
     greedy = [*ids(6, 9), *reader.greedy(ids(6, 9), 5)]
     groups = [
@@ -133,7 +133,7 @@ def test_scores_are_those_of_transformers(folders, family, tokens):
 
 
 def test_a_model_that_cannot_pick_places_gives_the_same(folders):
-    reader, _ = load(folders["gpt2"], CPU)
+    reader, _ = load_folder(folders["gpt2"], CPU)
     groups = [[Text(ids(20, 1) + ids(n, n), 20) for n in (1, 4, 9)]]
     picked = score(reader, groups)
     assert reader.picks
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_pick_places_gives_the_same(folders):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_bits_per_byte_are_those_of_transformers_own_loss(folders, family):
-    reader, tokenizer = load(folders[family], CPU)
+    reader, tokenizer = load_folder(folders[family], CPU)
     rows = np.array(
         [[tokenizer.bos, *tokenizer.encode(TEXT)[:20]], [tokenizer.bos, *tokenizer.encode("mat " * 30)[:20]]]
     )
@@ -161,7 +161,7 @@ def test_bits_per_byte_are_those_of_transformers_own_loss(folders, family):
 @pytest.mark.parametrize("family, extra", [("gpt2", 0), ("llama", 1)])
 def test_tokens_are_as_long_as_the_text(folders, family, extra):
     """Llama's pieces begin with a blank that the text does not have."""
-    _, tokenizer = load(folders[family], CPU)
+    _, tokenizer = load_folder(folders[family], CPU)
     lengths = tokenizer.token_bytes()
     for text in (TEXT, *WORDS, "the the", "\x00 ü"):
         found = tokenizer.encode(text)
@@ -171,7 +171,7 @@ def test_tokens_are_as_long_as_the_text(folders, family, extra):
 
 
 def test_text_that_looks_special_is_text(folders):
-    _, tokenizer = load(folders["gpt2"], CPU)
+    _, tokenizer = load_folder(folders["gpt2"], CPU)
     assert tokenizer.bos == 0 and 0 not in tokenizer.encode(TEXT)
     assert tokenizer.encode_batch([TEXT, "", "cat"]) == [tokenizer.encode(TEXT), [], tokenizer.encode("cat")]
     assert tokenizer.encode_batch([]) == []
@@ -181,22 +181,22 @@ def test_text_that_looks_special_is_text(folders):
 def test_it_computes_in_the_dtype_that_it_is_saved_in_unless_another_is_asked_for(folders, monkeypatch):
     low = Runtime(torch.device("cpu"), torch.bfloat16)
     monkeypatch.delenv("NANOLAB_DTYPE", raising=False)
-    reader, _ = load(folders["gpt2"], low)
+    reader, _ = load_folder(folders["gpt2"], low)
     assert reader.model.dtype == torch.float32 and reader.dtype_name == "float32"
     monkeypatch.setenv("NANOLAB_DTYPE", "bfloat16")
-    assert load(folders["gpt2"], low)[0].dtype_name == "bfloat16"
+    assert load_folder(folders["gpt2"], low)[0].dtype_name == "bfloat16"
 
 
 def test_weights_are_told_apart_by_their_content(copy, folders):
-    assert weights_of(copy) == weights_of(folders["gpt2"]) != weights_of(folders["llama"])
+    assert weights_hash(copy) == weights_hash(folders["gpt2"]) != weights_hash(folders["llama"])
 
 
 def test_a_text_begins_with_eos_where_there_is_no_bos(copy):
     byte_level(copy, eos_token="<|end|>")
-    assert load(copy, CPU)[1].bos == 0
+    assert load_folder(copy, CPU)[1].bos == 0
     byte_level(copy)
     with pytest.raises(UserError, match="neither a bos nor an eos token"):
-        _ = load(copy, CPU)[1].bos
+        _ = load_folder(copy, CPU)[1].bos
 
 
 def test_bits_per_byte_need_tokens_that_are_bytes(copy):
@@ -204,7 +204,7 @@ def test_bits_per_byte_need_tokens_that_are_bytes(copy):
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(copy)
     with pytest.raises(UserError, match="bits per byte are not known"):
-        load(copy, CPU)[1].token_bytes()
+        load_folder(copy, CPU)[1].token_bytes()
 
 
 OWN_CODE = """
@@ -244,8 +244,8 @@ def test_the_folders_own_code_runs_only_when_asked_for(copy, tmp_path, monkeypat
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     own(copy)
     with pytest.raises(UserError, match="modeling_own.py, then add --trust-code"):
-        load(copy, CPU)
-    reader, _ = load(copy, CPU, trust_code=True)
+        load_folder(copy, CPU)
+    reader, _ = load_folder(copy, CPU, trust_code=True)
     assert not reader.picks and reader.limit == 40
     text = Text(ids(9, 1), 5)
     table, head = reader.model.table, reader.model.head
@@ -321,10 +321,10 @@ BROKEN = {
 def test_what_is_wrong_with_a_folder_is_named(copy, breaking, said):
     breaking(copy)
     with pytest.raises(UserError, match=said):
-        load(copy, CPU)
+        load_folder(copy, CPU)
 
 
 def test_without_transformers_it_says_what_to_install(copy, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UserError, match="bash runs/setup.sh hf"):
-        load(copy, CPU)
+        load_folder(copy, CPU)

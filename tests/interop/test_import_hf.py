@@ -120,7 +120,7 @@ def test_special_tokens_that_come_first_stay_first(folder, tmp_path):
     assert tokenizer.bos == model.config.bos == 0 and tokenizer.vocab_size == end + 10
     pinned = tokenizers.Tokenizer.from_file(str(find_model("g").run_dir / "tokenizer" / "tokenizer.json"))
     (tmp_path / "out").mkdir()
-    export.write(tmp_path / "out", model, tokenizer, "base")
+    export.write_export(tmp_path / "out", model, tokenizer, "base")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = original.encode("<|endoftext|>the dog isn't 345").ids
     assert (
@@ -337,7 +337,7 @@ def test_an_exported_folder_comes_back_as_what_it_was(kind, tmp_path, capsys, mo
     out, again = tmp_path / "out", tmp_path / "again"
     model, want, _ = load_model("m", CPU)
     out.mkdir()
-    export.write(out, model, want, kind)
+    export.write_export(out, model, want, kind)
     transformers.AutoModelForCausalLM.from_pretrained(out).save_pretrained(again)
     transformers.AutoTokenizer.from_pretrained(out).save_pretrained(again)
     for folder, name in ((out, "back"), (again, "again")):
@@ -433,7 +433,7 @@ def test_what_cannot_be_imported_is_named_as_the_file_has_it(damage, code, value
 def test_the_same_is_named_in_a_folder_that_is_evaluated(damage, code, folder):
     damage(folder)
     with pytest.raises(UserError) as error:
-        hf_model.load(folder, CPU)
+        hf_model.load_folder(folder, CPU)
     assert error.value.code == code
 
 

@@ -175,9 +175,9 @@ def test_sampling_is_seeded_and_settings_count(pairs):
 
 
 def test_our_own_evaluations_score_the_same_items_the_same(run, pairs):
-    items = [icl.Item((words(6, s),), ("the cat", "dog and mat", "12"), s % 3) for s in range(8)]
+    items = [icl.Question((words(6, s),), ("the cat", "dog and mat", "12"), s % 3) for s in range(8)]
     model, tokenizer, _ = load(run)
-    groups = list(icl.encode("multiple_choice", items, range(8), 0, " ", tokenizer))
+    groups = list(icl.encode_groups("multiple_choice", items, range(8), 0, " ", tokenizer))
     mine = score(GPTReader(model, Runtime(torch.device("cpu"), torch.float32)), [group.texts() for group in groups])
     requests = asked("loglikelihood", *[(item.contexts[0], f" {answer}") for item in items for answer in item.answers])
     got = pairs[True][0].loglikelihood(requests, disable_tqdm=True)
@@ -508,7 +508,7 @@ def test_odd_items_end_no_run(pairs, bos):
 
 @pytest.mark.fault("S9")
 def test_a_choice_that_shares_a_token_with_its_context_is_scored_from_there(pairs):
-    """By the own evaluation's rule and its numbers (icl.encode of a language_modeling item)."""
+    """By the own evaluation's rule and its numbers (icl.encode_groups of a language_modeling item)."""
     lm = pairs[True][0]
     joined = [
         (a, b)
@@ -517,8 +517,8 @@ def test_a_choice_that_shares_a_token_with_its_context_is_scored_from_there(pair
         if not lm.tokenizer.encode(a + b)[: len(lm.tokenizer.encode(a))] == lm.tokenizer.encode(a)
     ]
     assert joined
-    items = [icl.Item((context,), (answer,)) for context, answer in joined]
-    groups = list(icl.encode("language_modeling", items, range(len(items)), 0, "", lm.tokenizer))
+    items = [icl.Question((context,), (answer,)) for context, answer in joined]
+    groups = list(icl.encode_groups("language_modeling", items, range(len(items)), 0, "", lm.tokenizer))
     mine = score(GPTReader(lm.model, lm.runtime), [group.texts() for group in groups])
     got = lm.loglikelihood(asked("loglikelihood", *joined), disable_tqdm=True)
     assert [(pytest.approx(-one.nats, abs=1e-5), one.greedy) for (one,) in mine] == got

@@ -119,7 +119,7 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export.write(folder, model, tokenizer, "base")
+    export.write_export(folder, model, tokenizer, "base")
     return folder
 
 

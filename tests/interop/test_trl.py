@@ -41,7 +41,7 @@ def made(request, tmp_path):
             p.add_(0.2 * torch.randn(p.shape, generator=g))
 
     def folder(kind):
-        export.write(tmp_path, model, tokenizer, kind)
+        export.write_export(tmp_path, model, tokenizer, kind)
         return tmp_path
 
     return folder, model, tokenizer

@@ -80,7 +80,7 @@ def test_train_times_the_steps_and_nothing_else(monkeypatch):
         repeats=3,
         warmup=4,
     )
-    results = bench.train(cfg, start("cpu", "float32"))["results"]
+    results = bench.bench_train(cfg, start("cpu", "float32"))["results"]
     assert results["step"]["samples"] == [1000.0] * 3
     assert results["first_step"]["median"] == 1.0
     assert len(steps) == 4 + 3 * 2

@@ -13,7 +13,7 @@ import tasks
 from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
-from tasks.common import Draws, Reader, hold_out, multiple_choice, permutation, same_letter, share
+from tasks.common import Draws, RowReader, hold_out, multiple_choice, permutation, same_letter, share
 
 
 def chats(path: Path, n: int) -> Path:
@@ -57,7 +57,7 @@ def test_hold_out_is_stable_when_items_come():
 def test_the_letters_of_a_question_are_the_tokens_of_the_answers(text):
     tok = Tokenizer.train([text], 273)
     choices = ["one", "two.", "3", "a (b)"]
-    example = multiple_choice(Reader({}, "x:1"), "Which?", choices, 1, "Choose.")
+    example = multiple_choice(RowReader({}, "x:1"), "Which?", choices, 1, "Choose.")
     ids = render_prompt(tok, example.messages[:1])
     for choice, letter in zip(choices, example.letters):
         (token,) = tok.encode(letter)
@@ -72,7 +72,7 @@ def test_the_letters_of_a_question_are_the_tokens_of_the_answers(text):
     ("reply", "right"), [("B", 1), (" (B).", 1), ("**B**", 1), ("A", 0), ("", 0), ("AB", 0), ("b", 0), ("B or A", 0)]
 )
 def test_letters_are_compared(reply, right):
-    example = multiple_choice(Reader({}, "x:1"), "Which?", ["a", "b"], 1, "Choose.")
+    example = multiple_choice(RowReader({}, "x:1"), "Which?", ["a", "b"], 1, "Choose.")
     assert same_letter(example, reply) == bool(right)
 
 
@@ -82,7 +82,7 @@ def test_letters_are_compared(reply, right):
 )
 def test_options_that_do_not_fit_name_the_row(choices, answer):
     with pytest.raises(UserError, match="^x:1: "):
-        multiple_choice(Reader({}, "x:1"), "Which?", choices, answer, "Choose.")
+        multiple_choice(RowReader({}, "x:1"), "Which?", choices, answer, "Choose.")
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def replies(runtime, asked: int):
     model.init_weights(0)
     found, engine = [], Engine(model, tokenizer, runtime)
     try:
-        generative.evaluate(
+        generative.evaluate_sampled(
             engine,
             build("arithmetic@5", "test"),
             range(5),
