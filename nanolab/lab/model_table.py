@@ -72,12 +72,12 @@ def layers(c: GPTConfig, kernels: list[str]) -> list[dict[str, Any]]:
     from nanolab.model.accounting import cached_shapes, windows
     from nanolab.model.variants.positions import POSITIONS, rope_dim
 
-    turns = [POSITIONS[c.positions].turns(c, i) for i in range(c.n_layer)]
+    rotated = [POSITIONS[c.positions].uses_rope(c, i) for i in range(c.n_layer)]
     groups: list[dict[str, Any]] = []
     for i, (window, shapes, kernel) in enumerate(zip(windows(c), cached_shapes(c), kernels)):
         facts = dict(
             window=window if window < c.sequence_len else None,
-            positions=f"rope, {rope_dim(c)} channels" if turns[i] else "none" if any(turns) else c.positions,
+            positions=f"rope, {rope_dim(c)} channels" if rotated[i] else "none" if any(rotated) else c.positions,
             heads=c.n_head,
             kv_heads=c.n_kv_head,
             cached=[list(shape) for shape in shapes],

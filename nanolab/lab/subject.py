@@ -24,7 +24,7 @@ class Subject(NamedTuple):
 
 
 def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
-    from nanolab.evals.checkpoints import weights_hash
+    from nanolab.evals.checkpoints import weights_of
     from nanolab.evals.likelihood import GPTReader
     from nanolab.inference.prepare import prepare_for_inference
     from nanolab.records.models import load_model
@@ -33,7 +33,7 @@ def of_run(cfg: BaseEvalConfig, found, rt) -> Subject:
     about = {
         "model": found.name,
         "step": found.step,
-        "weights": weights_hash(found.checkpoint),
+        "weights": weights_of(found.checkpoint),
         "device": rt.device_name,
         "dtype": rt.dtype_name,
     }

@@ -82,7 +82,7 @@ x = "**"  # not bold
 
 The end: 5*3 = 15."""
 
-EACH = """([markdown, list(steps)]) => {
+EACH = """([markdown, steps]) => {
   const box = document.createElement("div");
   const seen = [];
   for (const length of steps) { showMarkdown(box, markdown.slice(0, length), true); seen.push(box.textContent); }

@@ -31,9 +31,10 @@ def elsewhere() -> Iterator[str]:
 
 ATTACK = """async ([url, body, kinds]) => {
     const seen = [];
-    for (const kind of kinds)
+    for (const kind of kinds) {
         const plain = {method: 'POST', mode: 'no-cors', body, headers: {'content-type': kind}};
         seen.push(await fetch(url, plain).then((answer) => answer.type, String));
+    }
     const json = {method: 'POST', body, headers: {'content-type': 'application/json'}};
     seen.push(await fetch(url, json).then((answer) => answer.type, () => 'refused'));
     for (const kind of kinds)
