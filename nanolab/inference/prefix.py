@@ -30,10 +30,9 @@ class PrefixCache:
 
     def __init__(self, room: int):
         self.room, self.used = room, 0
-        self.kept: dict[
-            tuple[int, ...], Snapshot
-        ] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
-        self.contained: set[tuple[int, ...]] = set()  # those with which a longer one begins
+        # The least recently used first. An OrderedDict would hash each key, all its tokens, when it is walked over.
+        self.kept: dict[tuple[int, ...], Snapshot] = {}
+        self.contained: set[int] = set()  # id() of those that a longer one begins with, so that no key is hashed
 
     def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
         """The longest snapshot that the prompt begins with; one of the whole prompt must have logits."""
@@ -41,6 +40,7 @@ class PrefixCache:
         for ids, found in self.kept.items():
             if (
                 len(best) < len(ids) <= len(prompt)
+                and prompt[len(ids) - 1] == ids[-1]
                 and begins(prompt, ids)
                 and (len(ids) < len(prompt) or found.logits is not None)
             ):
@@ -61,23 +61,28 @@ class PrefixCache:
         if nbytes > self.room:
             return
         while self.used + nbytes > self.room:
-            self.drop(next((old for old in self.kept if old in self.contained), next(iter(self.kept))))
+            oldest = next(iter(self.kept))
+            self.drop(next((old for old, found in self.kept.items() if id(found) in self.contained), oldest))
         try:
-            self.kept[ids] = Snapshot(*make())
+            new = self.kept[ids] = Snapshot(*make())
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             log.warning("no memory for a snapshot: all %d were dropped", len(self.kept))
             return self.clear()
-        self.used += self.kept[ids].nbytes
-        for old in self.kept:
-            for short, long in ((old, ids), (ids, old)):
-                if len(short) < len(long) and begins(long, short):
-                    self.contained.add(short)
+        self.used += new.nbytes
+        n, last = len(ids), ids[-1]
+        for old, found in self.kept.items():  # thousands, for each prompt: the last token decides, without a call
+            if len(old) < n:
+                if ids[len(old) - 1] == old[-1] and begins(ids, old):
+                    self.contained.add(id(found))
+            elif old[n - 1] == last and len(old) > n and begins(old, ids):
+                self.contained.add(id(new))
 
     def drop(self, ids: tuple[int, ...]) -> None:
-        self.used -= self.kept.pop(ids).nbytes
-        self.contained.discard(ids)
+        found = self.kept.pop(ids)
+        self.used -= found.nbytes
+        self.contained.discard(id(found))
 
     def forget(self, tokens: Sequence[int]) -> None:
         """Drop every snapshot that `tokens` begin with."""
