@@ -15,11 +15,12 @@ output is one JSON document.
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from paired import interval
 
 WORKER = """
 import importlib, json, sys, time
@@ -83,13 +84,6 @@ for _ in sys.stdin:
     sample()
     print(json.dumps([time.perf_counter() - clock[0], time.process_time() - clock[1]]), flush=True)
 """
-
-
-def interval(ratios: list[float], draws: int = 10_000) -> tuple[float, float]:
-    """95 % of the bootstrapped medians."""
-    random_ = random.Random(0)
-    medians = sorted(statistics.median(random_.choices(ratios, k=len(ratios))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def main() -> None:
