@@ -1,13 +1,13 @@
-"""Shows that every test marked fault(NAME) fails on the code in which the fault was found and passes now; writes dev/results/faults.md.
+"""Shows that every test marked fault(NAME) fails on the code in which the fault was found and passes now; writes
+dev/results/faults.md.
 
     python dev/faults.py                  all of them, on two processes
     python dev/faults.py F4 L2            only these entries; the rows of the others stay as they are
 
-dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a temporary worktree of COMMIT with
-today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are the old ones there too. A test that hangs fails after two
-minutes. The last line is a JSON document; the exit code is 1 if a test passes on the old code in all of its cases, fails now, or an entry has
-neither a test nor a reason.
-"""
+dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a
+temporary worktree of COMMIT with today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are
+the old ones there too. A test that hangs fails after two minutes. The last line is a JSON document; the exit code is 1
+if a test passes on the old code in all of its cases, fails now, or an entry has neither a test nor a reason."""
 
 import json
 import re
@@ -24,14 +24,29 @@ COMMIT = "9e9a9b1"
 OLD_TESTS = [f"tests/contracts/{name}.py" for name in ("axes", "contracts", "covering", "test_pairs")]
 sys.path.insert(0, str(ROOT))
 
-from nanolab.config import read_toml  # noqa: E402
+from nanolab.cli import read_toml  # noqa: E402
 
 
 def outcomes(tree: Path, only: list[str]) -> dict[str, dict[str, list[bool]]]:
     """{entry: {test: passed, by case}} of the marked tests in `tree`. A test that cannot be collected is absent."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "fault and not gpu", "-n", "2", "--dist", "loadfile", f"--junitxml={report}", "-p", "no:cacheprovider", "--tb=no", "--timeout=120"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "fault and not gpu",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            f"--junitxml={report}",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            "--timeout=120",
+        ]
         if only:
             command += ["--fault", ",".join(only)]
         subprocess.run(command, cwd=tree, stdout=sys.stderr, env=_environment(tree))
@@ -83,7 +98,10 @@ def main(only: list[str]) -> int:
         for test, passed in sorted(tests.items()):
             before = then.get(name, {}).get(test, [])
             short = test.removeprefix("tests.").replace(".", "/").replace("::", ".py::")
-            lines.append(f"{short} ({before.count(False)} of {len(before)} cases failed, {passed.count(True)} of {len(passed)} pass)")
+            lines.append(
+                f"{short} ({before.count(False)} of {len(before)} cases failed, {passed.count(True)} of {len(passed)}"
+                " pass)"
+            )
             if not all(passed) or False not in before:
                 wrong.append(f"{name}: {lines[-1]}")
         state = "open" if entry.get("open") else "not reproduced" if entry.get("not_reproduced") else "fixed"
@@ -91,8 +109,14 @@ def main(only: list[str]) -> int:
         if state == "open" and entry.get("now"):
             state, says = "partly fixed", f"{entry['now']} Open: {says}"
         rows[name] = f"| {name} | {entry.get('was', '')} | {state} | {says} | {'<br>'.join(lines) or '-'} |"
-    text = f"# Faults that users of other projects met, tried here on {COMMIT}\n\nWritten by `python dev/faults.py` from dev/faults.toml and two runs of the tests that are marked with the entry's\n"
-    text += f"name: on the code of {COMMIT} (how many cases failed) and on today's (how many pass).\n\n| entry | what happened | state | what happens now, or why not | tests |\n|---|---|---|---|---|\n"
+    text = (
+        f"# Faults that users of other projects met, tried here on {COMMIT}\n\nWritten by `python dev/faults.py` from"
+        " dev/faults.toml and two runs of the tests that are marked with the entry's\n"
+    )
+    text += (
+        f"name: on the code of {COMMIT} (how many cases failed) and on today's (how many pass).\n\n| entry | what"
+        " happened | state | what happens now, or why not | tests |\n|---|---|---|---|---|\n"
+    )
     order = sorted(entries.keys() & rows, key=lambda n: (n.rstrip("0123456789"), int(re.sub(r"\D", "", n) or 0)))
     path.write_text(text + "".join(rows[name] + "\n" for name in order), encoding="utf-8")
     for line in wrong:

@@ -1,6 +1,6 @@
-"""Write or check the "Reading order" table of README.md: python dev/reading_order.py [--check]
+"""Write or check the table of dev/READING.md: python dev/reading_order.py [--check]
 
-Line counts are rounded to tens. The check allows a quarter more or less, so that not every change has to touch README.
+Line counts are rounded to tens. The check allows a quarter more or less, so that not every change has to touch it.
 """
 
 import ast
@@ -11,19 +11,31 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
-nanolab/config.py nanolab/presets.py nanolab/runtime.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py nanolab/data/chat.py nanolab/data/conversations.py
-nanolab/model/blocks.py nanolab/model/positions.py nanolab/model/rules.py nanolab/model/banded.py nanolab/model/kernels.py
-nanolab/model/attention.py nanolab/model/latent.py nanolab/model/variants.py nanolab/model/accounting.py nanolab/model/gpt.py
-nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/loop.py nanolab/training/checkpoint.py nanolab/training/run.py
-nanolab/training/finetune.py nanolab/training/policy.py nanolab/training/rollout.py
-nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py nanolab/inference/request.py nanolab/inference/prefill.py
-nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/served.py nanolab/inference/recorded.py nanolab/inference/sandbox.py
+nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
+nanolab/data/turn.py nanolab/data/chat.py nanolab/data/chat_files.py
+nanolab/data/conversations.py
+nanolab/model/gpt.py nanolab/model/lookup.py nanolab/model/context.py nanolab/model/cpu.py
+nanolab/model/kernels/spec.py nanolab/model/kernels/reference.py nanolab/model/kernels/banded.py
+nanolab/model/kernels/choice.py
+nanolab/model/variants/tables.py nanolab/model/variants/positions.py nanolab/model/variants/mlp.py
+nanolab/model/variants/parts.py nanolab/model/variants/latent.py nanolab/model/accounting.py
+nanolab/training/schedule.py nanolab/training/recipes.py nanolab/training/optim.py nanolab/training/fit.py
+nanolab/records/checkpoint.py nanolab/records/run.py
+nanolab/training/policy.py
+nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache.py
+nanolab/inference/request.py nanolab/inference/prefill.py
+nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/prepare.py
+nanolab/inference/recorded.py nanolab/inference/sandbox.py
 nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
-nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py nanolab/evals/contamination.py
+nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py
+nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
-nanolab/serving/worker.py nanolab/serving/openai.py nanolab/serving/reply.py nanolab/serving/exchange.py nanolab/serving/api.py
-scripts/base_train.py scripts/chat_sft.py scripts/chat_rl.py scripts/chat_cli.py scripts/chat_web.py
+nanolab/serving/worker.py nanolab/serving/schemas.py nanolab/serving/reply.py nanolab/serving/stream.py
+nanolab/serving/api.py
+nanolab/stages/session.py nanolab/stages/pretrain.py nanolab/stages/base_run.py nanolab/stages/sft_plan.py
+nanolab/stages/sft.py nanolab/stages/rollout.py nanolab/stages/rl.py
+scripts/base_train.py scripts/chat_cli.py scripts/chat_web.py
 """.split()
 
 
@@ -42,8 +54,12 @@ def summary(path: str) -> str:
 
 
 def table() -> str:
-    rows = [f"| [{path}]({path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
-    total = sum(lines(str(p.relative_to(ROOT))) for folder in ("nanolab", "scripts", "tasks") for p in (ROOT / folder).rglob("*.py"))
+    rows = [f"| [{path}](../{path}) | {tens(lines(path))} | {summary(path)} |" for path in ORDER]
+    total = sum(
+        lines(str(p.relative_to(ROOT)))
+        for folder in ("nanolab", "scripts", "tasks")
+        for p in (ROOT / folder).rglob("*.py")
+    )
     body = "\n".join(["| file | lines | what it is |", "|---|---|---|", *rows])
     return f"{START}\n{body}\n\nAll of `nanolab/`, `scripts/` and `tasks/` together: {tens(total)} lines.\n{END}"
 
@@ -54,7 +70,7 @@ def check(text: str) -> list[str]:
     wrong = [f"{path} is listed but does not exist" for path, _ in rows if not (ROOT / path).exists()]
     wrong += [f"{path} is not listed" for path in ORDER if path not in dict(rows)]
     wrong += [
-        f"{path} has {lines(path)} lines, README says {said}"
+        f"{path} has {lines(path)} lines, dev/READING.md says {said}"
         for path, said in rows
         if (ROOT / path).exists() and abs(lines(path) - int(said)) > max(20, 0.25 * int(said))
     ]
@@ -62,18 +78,18 @@ def check(text: str) -> list[str]:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "dev" / "READING.md"
+    text = page.read_text()
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        print(f"README.md lacks the line {START!r} or {END!r}; put both where the table belongs", file=sys.stderr)
+        print(f"dev/READING.md lacks the line {START!r} or {END!r}; put both where the table belongs", file=sys.stderr)
         return 1
     if "--check" in sys.argv[1:]:
         wrong = check(text)
         print("\n".join([*wrong, "type: python dev/reading_order.py"] if wrong else ["the reading order is current"]))
         return bool(wrong)
-    readme.write_text(before + table() + after)
+    page.write_text(before + table() + after)
     return 0
 
 

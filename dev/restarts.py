@@ -1,11 +1,13 @@
-"""A rank killed under torchrun --max-restarts: python dev/restarts.py [--tries 12] [--only toy|toy-plain|product] writes dev/results/restarts.json.
+"""A rank killed under torchrun --max-restarts: python dev/restarts.py [--tries 12] [--only toy|toy-plain|product]
+writes dev/results/restarts.json.
 
-torchrun keeps one store over its restarts. What a killed attempt left there can hang the next one in init_process_group.
-Three cases of two gloo ranks on this machine, each tried so many times:
+torchrun keeps one store over its restarts. What a killed attempt left there can hang the next one in
+init_process_group. Three cases of two gloo ranks on this machine, each tried so many times:
 
   toy-plain   torch.distributed alone: rank 1 kills itself in the first attempt, the second one has to end
   toy         the same in the attempt's own part of the store, by nanolab.runtime.meeting_place
-  product     scripts.base_train --resume: rank 1 is killed after the first checkpoint, the run has to go on from one and finish
+  product     scripts.base_train --resume: rank 1 is killed after the first checkpoint, the run has to go on from one
+              and finish
 
 A try passes if torchrun ends with 0 within the limit. The last line of stdout is one JSON document.
 """
@@ -24,9 +26,9 @@ ROOT = Path(__file__).parents[1]
 LIMIT = {"toy-plain": 60, "toy": 60, "product": 150}  # seconds for a try
 STEPS = 300
 TRAIN = (
-    f"--run killed --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --device-batch-size 4 --total-batch-size 512 --num-iterations {STEPS} "
-    "--save-every 20 --keep all --eval-every -1 --device-type cpu --resume"
-).split()  # fmt: skip
+    "--run killed --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --device-batch-size 4 --total-batch-size"
+    f" 512 --num-iterations {STEPS} --save-every 20 --keep all --eval-every -1 --device-type cpu --resume"
+).split()
 
 
 def toy(own_part: bool) -> None:
@@ -36,7 +38,11 @@ def toy(own_part: bool) -> None:
 
     from nanolab.runtime import meeting_place
 
-    rank, world, first = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    rank, world, first = (
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        os.environ["TORCHELASTIC_RESTART_COUNT"] == "0",
+    )
     if rank == 0 and not first:
         time.sleep(1)  # the other one is at the store before it, as it may happen
     if own_part:
@@ -56,7 +62,10 @@ def prepare(base: Path) -> list[str]:
 
     from nanolab.data.tokenizer import Tokenizer
 
-    rng, words = random.Random(0), "the a fox crow grapes cheese saw took sour sweet and said that it was not hers".split()
+    rng, words = (
+        random.Random(0),
+        "the a fox crow grapes cheese saw took sour sweet and said that it was not hers".split(),
+    )
     (base / "texts").mkdir(parents=True)
     for i in range(60):
         (base / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=40)) + ".")
@@ -66,8 +75,20 @@ def prepare(base: Path) -> list[str]:
 
 def torchrun(*command: str, **environment: str) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | environment
-    elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3", *command]
-    return subprocess.Popen(elastic, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    elastic = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "3",
+        *command,
+    ]
+    return subprocess.Popen(
+        elastic, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def rank_pid(launcher: int, rank: int) -> int:
@@ -108,7 +129,11 @@ def product(limit: float) -> dict:
         base = Path(folder)
         process = torchrun("-m", "scripts.base_train", "--", *prepare(base), *TRAIN, NANOLAB_BASE_DIR=folder)
         began, run = time.monotonic(), base / "runs" / "killed"
-        while not list((run / "checkpoints").glob("step_*/meta.json")) and process.poll() is None and time.monotonic() - began < limit:
+        while (
+            not list((run / "checkpoints").glob("step_*/meta.json"))
+            and process.poll() is None
+            and time.monotonic() - began < limit
+        ):
             time.sleep(0.01)
         killed = process.poll() is None and not (run / "result.json").exists()
         if killed:
@@ -116,7 +141,12 @@ def product(limit: float) -> dict:
         code, said = ended(process, limit - (time.monotonic() - began))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] if code == 0 else []
         whole = [row["step"] for row in rows if "train/loss" in row] == list(range(STEPS))
-        return {"passed": killed and code == 0 and "resumed at step" in said and whole, "code": code, "said": said, "seconds": time.monotonic() - began}
+        return {
+            "passed": killed and code == 0 and "resumed at step" in said and whole,
+            "code": code,
+            "said": said,
+            "seconds": time.monotonic() - began,
+        }
 
 
 def attempt(case: str, limit: float) -> dict:
@@ -144,10 +174,19 @@ def main() -> int:
             tries = []
             for i in range(asked.tries):
                 tries.append(attempt(case, limit))
-                print(f"{case} {i + 1}: {'ended' if tries[-1]['passed'] else 'HUNG' if tries[-1]['code'] is None else 'FAILED'} after {tries[-1]['seconds']:.0f} s", flush=True)
+                print(
+                    f"{case} {i + 1}:"
+                    f" {'ended' if tries[-1]['passed'] else 'HUNG' if tries[-1]['code'] is None else 'FAILED'} after"
+                    f" {tries[-1]['seconds']:.0f} s",
+                    flush=True,
+                )
                 if tries[-1]["code"]:
                     print(tries[-1]["said"][-3000:], flush=True)
-            found[case] = {"passed": sum(t["passed"] for t in tries), "hung": sum(t["code"] is None for t in tries), "limit_seconds": limit}
+            found[case] = {
+                "passed": sum(t["passed"] for t in tries),
+                "hung": sum(t["code"] is None for t in tries),
+                "limit_seconds": limit,
+            }
     if not asked.only:
         (ROOT / "dev" / "results" / "restarts.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))

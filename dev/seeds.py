@@ -1,10 +1,10 @@
 """Several seeds' cards -> one table: python dev/seeds.py CARD.json CARD.json ... [--goal "METRIC>=0.98"] ...
 
-Cards are what scripts.report leaves in a run directory. Per metric and stage: the mean over the seeds with the range [min, max];
-below it the mean of what the stage changed with its 95 % interval over the seeds (Student's t; a point where all agree). A goal is about the last stage, in
-the units of card.json (shares, not per cent); "METRIC called<=0" is about the share of replies that called a tool, and
-"bits per byte<COMPRESSOR" compares with a compressor on the same text. The exit code is 1 where a goal is missed.
-"""
+Cards are what scripts.report leaves in a run directory. Per metric and stage: the mean over the seeds with the range
+[min, max]; below it the mean of what the stage changed with its 95 % interval over the seeds (Student's t; a point
+where all agree). A goal is about the last stage, in the units of card.json (shares, not per cent); "METRIC called<=0"
+is about the share of replies that called a tool, and "bits per byte<COMPRESSOR" compares with a compressor on the same
+text. The exit code is 1 where a goal is missed."""
 
 import argparse
 import json
@@ -23,7 +23,9 @@ def shown(value: float, unit: str, sign: str = "") -> str:
 
 
 def within(t: float, v: int) -> float:
-    """The probability that Student's t of v degrees of freedom lies in [-t, t]: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
+    """The probability that Student's t of v degrees of freedom lies in [-t, t]: Abramowitz & Stegun, 26.7.3 and
+    26.7.4.
+    """
     angle = math.atan(t / math.sqrt(v))
     terms, term = [], math.cos(angle) if v % 2 else 1.0
     for k in range(2 + v % 2, v + 1, 2):
@@ -59,7 +61,9 @@ def cell(rows: list[dict], label: str) -> str:
         text += f" of {len(values)}"
     if len(effects) > 1:
         low, high = interval(effects)
-        text += f"<br>{shown(statistics.fmean(effects), unit, '+')} ({shown(low, unit, '+')} to {shown(high, unit, '+')})"
+        text += (
+            f"<br>{shown(statistics.fmean(effects), unit, '+')} ({shown(low, unit, '+')} to {shown(high, unit, '+')})"
+        )
     return text
 
 
@@ -70,7 +74,10 @@ def table(cards: list[dict]) -> list[str]:
         n = row["n"] if row["unit"] == "share" else None  # other metrics' n is bytes of text
         by_metric.setdefault((row["metric"], row["unit"], n), []).append(row)
     head = [f"{len(cards)} seeds: {', '.join(str(card['seed']) for card in cards)}", *labels]
-    rows = [[f"{metric}{f' (%, n = {n})' if unit == 'share' else ''}", *(cell(rows, label) for label in labels)] for (metric, unit, n), rows in by_metric.items()]
+    rows = [
+        [f"{metric}{f' (%, n = {n})' if unit == 'share' else ''}", *(cell(rows, label) for label in labels)]
+        for (metric, unit, n), rows in by_metric.items()
+    ]
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
@@ -82,7 +89,10 @@ def reached(goal: str, card: dict) -> bool:
     metric, called, sign, value = match.groups()
     at = [row["stages"].get(card["stages"][-1]["label"]) for row in card["metrics"] if row["metric"] == metric]
     if not at:
-        sys.exit(f"goal {goal!r}: {card['model']} has no metric {metric!r}; there are: {', '.join(row['metric'] for row in card['metrics'])}")
+        sys.exit(
+            f"goal {goal!r}: {card['model']} has no metric {metric!r}; there are:"
+            f" {', '.join(row['metric'] for row in card['metrics'])}"
+        )
     bound = card["compressors"][value] if value in card["compressors"] else float(value)
     return all(a is not None and COMPARE[sign](a["called" if called else "value"], bound) for a in at)
 
@@ -94,9 +104,18 @@ def main() -> int:
     args = parser.parse_args()
     cards = [json.loads(path.read_text()) for path in args.cards]
     verdicts = {goal: [reached(goal, card) for card in cards] for goal in args.goal}
-    print(*table(cards), "", "Mean over seeds [least, largest]; below it the change from the stage before (95 % interval over seeds).", "", sep="\n")
+    print(
+        *table(cards),
+        "",
+        "Mean over seeds [least, largest]; below it the change from the stage before (95 % interval over seeds).",
+        "",
+        sep="\n",
+    )
     for goal, won in verdicts.items():
-        print(f"- {goal}: " + ", ".join(f"seed {card['seed']} {'reached' if ok else 'missed'}" for card, ok in zip(cards, won)))
+        print(
+            f"- {goal}: "
+            + ", ".join(f"seed {card['seed']} {'reached' if ok else 'missed'}" for card, ok in zip(cards, won))
+        )
     return 0 if all(map(all, verdicts.values())) else 1
 
 

@@ -10,15 +10,17 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
+from nanolab.files import write_text
 from nanolab.terminal import harmless
 
 T = TypeVar("T")
@@ -29,22 +31,40 @@ class Stopped(Exception):
     """An evaluation was ended before it had a result; raised on every rank."""
 
 
-WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which it gives the same numbers each time (its documentation, "Results reproducibility")
+# of cuBLAS, with which it gives the same numbers each time (its documentation, "Results reproducibility")
+WORKSPACES = (":4096:8", ":16:8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 FLOP/s and memory bytes/s by words of the lower-cased device name; the first row that matches counts.
 # Sources: vendors' data sheets.
 PEAKS: list[tuple[str, float, float | None]] = [
-    ("gb200", 2500e12, 8.0e12), ("grace blackwell", 2500e12, 8.0e12), ("b200", 2250e12, 8.0e12), ("b100", 1800e12, 8.0e12),
-    ("h200 nvl", 836e12, 4.8e12), ("h200", 989e12, 4.8e12),
-    ("h100 nvl", 835e12, 3.9e12), ("h100 pcie", 756e12, 2.0e12), ("h100", 989e12, 3.35e12),
-    ("h800 nvl", 989e12, 3.9e12), ("h800", 756e12, 2.0e12),
-    ("a100", 312e12, 2.0e12), ("a800", 312e12, 2.0e12), ("a40", 149.7e12, 0.696e12), ("a30", 165e12, 0.933e12),
-    ("l40s", 362e12, 0.864e12), ("l4", 121e12, 0.3e12),
-    ("mi355x", 2500e12, 8.0e12), ("mi325x", 1307.4e12, 6.0e12), ("mi300x", 1307.4e12, 5.3e12), ("mi300a", 980.6e12, 5.3e12),
-    ("mi250x", 383e12, 3.28e12), ("mi250", 362.1e12, 3.28e12),
-    ("5090", 209.5e12, 1.79e12), ("4090", 165.2e12, 1.01e12), ("3090", 71e12, 0.936e12),
-]  # fmt: skip
+    ("gb200", 2500e12, 8.0e12),
+    ("grace blackwell", 2500e12, 8.0e12),
+    ("b200", 2250e12, 8.0e12),
+    ("b100", 1800e12, 8.0e12),
+    ("h200 nvl", 836e12, 4.8e12),
+    ("h200", 989e12, 4.8e12),
+    ("h100 nvl", 835e12, 3.9e12),
+    ("h100 pcie", 756e12, 2.0e12),
+    ("h100", 989e12, 3.35e12),
+    ("h800 nvl", 989e12, 3.9e12),
+    ("h800", 756e12, 2.0e12),
+    ("a100", 312e12, 2.0e12),
+    ("a800", 312e12, 2.0e12),
+    ("a40", 149.7e12, 0.696e12),
+    ("a30", 165e12, 0.933e12),
+    ("l40s", 362e12, 0.864e12),
+    ("l4", 121e12, 0.3e12),
+    ("mi355x", 2500e12, 8.0e12),
+    ("mi325x", 1307.4e12, 6.0e12),
+    ("mi300x", 1307.4e12, 5.3e12),
+    ("mi300a", 980.6e12, 5.3e12),
+    ("mi250x", 383e12, 3.28e12),
+    ("mi250", 362.1e12, 3.28e12),
+    ("5090", 209.5e12, 1.79e12),
+    ("4090", 165.2e12, 1.01e12),
+    ("3090", 71e12, 0.936e12),
+]
 
 
 @dataclass(frozen=True)
@@ -122,10 +142,14 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         status = Path("/proc/self/status")
         if status.exists():  # ru_maxrss would begin at the size of the process that started this one
-            return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+            return (
+                next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                / 2**10
+            )
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+        # bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
@@ -142,10 +166,13 @@ def is_main_process() -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had too little memory: torch.OutOfMemoryError is a RuntimeError; CPU and MPS have no class of their own."""
+    """Whether the device or the machine had too little memory: torch.OutOfMemoryError is a RuntimeError; CPU and MPS
+    have no class of their own.
+    """
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(t in text for t in ("out of memory", "can't allocate memory", "alloc_failed"))
+        isinstance(error, RuntimeError)
+        and any(t in text for t in ("out of memory", "can't allocate memory", "alloc_failed"))
     )
 
 
@@ -176,12 +203,13 @@ def progress(items: Iterable[T], description: str, total: float | None = None) -
     return track(items, description=description, total=total, console=Console(stderr=True), transient=True)
 
 
-def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int = 0, deterministic: bool = False) -> Runtime:
+def start(
+    device_type: str = "", dtype: str = "", seed: int = 42, threads: int = 0, deterministic: bool = False
+) -> Runtime:
     """Choose device, dtype and threads, join the ranks of torchrun if there are any, seed everything.
 
-    dtype: "" chooses by hardware (NANOLAB_DTYPE overrides). threads: 0 keeps torch's own choice. deterministic: see `only_deterministic`.
-    Raises UserError for a device that is not there or an unknown dtype.
-    """
+    dtype: "" chooses by hardware (NANOLAB_DTYPE overrides). threads: 0 keeps torch's own choice. deterministic: see
+    `only_deterministic`. Raises UserError for a device that is not there or an unknown dtype."""
     only_deterministic(deterministic)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -196,7 +224,13 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group(backend, store=meeting_place(rank, world), rank=rank, world_size=world, device_id=device if kind == "cuda" else None)
+        dist.init_process_group(
+            backend,
+            store=meeting_place(rank, world),
+            rank=rank,
+            world_size=world,
+            device_id=device if kind == "cuda" else None,
+        )
     torch.manual_seed(seed)
     rt = Runtime(device, torch.float32, rank, local_rank, world, backend, torch.get_num_threads())
     name = dtype or os.environ.get("NANOLAB_DTYPE", "")
@@ -206,31 +240,34 @@ def start(device_type: str = "", dtype: str = "", seed: int = 42, threads: int =
 
 
 def meeting_place(rank: int, world: int) -> dist.Store:
-    """The store through which the ranks find one another: in each attempt of torchrun --max-restarts another part of it.
+    """The store through which the ranks find one another: in each attempt of torchrun --max-restarts another part of
+    it.
 
-    torchrun keeps one store, and the addresses that a killed attempt left there can hang the next one. Restarts are counted on each machine by
-    itself, so that those of several machines only agree on the whole store.
-    """
+    torchrun keeps one store, and the addresses that a killed attempt left there can hang the next one. Restarts are
+    counted on each machine by itself, so that those of several machines only agree on the whole store."""
     store, _, _ = next(rendezvous("env://", rank, world))
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
 
 
 def only_deterministic(on: bool) -> None:
-    """Let torch take only algorithms that give the same numbers each time, or let it choose again. Call before CUDA starts.
+    """Let torch take only algorithms that give the same numbers each time, or let it choose again. Call before CUDA
+    starts.
 
-    Without it GPUs add by atomics where a table's gradients are summed and in attention's backward pass, in another order each time. With it these are
-    sorted or serialised, Inductor tunes no kernel by its speed, and an operation that has no such algorithm is an error.
-    """
+    Without it GPUs add by atomics where a table's gradients are summed and in attention's backward pass, in another
+    order each time. With it these are sorted or serialised, Inductor tunes no kernel by its speed, and an operation
+    that has no such algorithm is an error."""
     if not on and not torch.are_deterministic_algorithms_enabled():
         return  # torch imports its compiler to turn it on or off
     if on:
         workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
         if workspace not in WORKSPACES:
             raise UserError(
-                f"CUBLAS_WORKSPACE_CONFIG is {workspace}, with which matrix products on GPUs may differ each time; --deterministic expects "
-                f"{' or '.join(WORKSPACES)}; type: unset CUBLAS_WORKSPACE_CONFIG", "workspace-not-deterministic", workspace=workspace,
-            )  # fmt: skip
+                f"CUBLAS_WORKSPACE_CONFIG is {workspace}, with which matrix products on GPUs may differ each time;"
+                f" --deterministic expects {' or '.join(WORKSPACES)}; type: unset CUBLAS_WORKSPACE_CONFIG",
+                "workspace-not-deterministic",
+                workspace=workspace,
+            )
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = not on  # it costs time, and nothing here reads such memory
 
@@ -241,31 +278,50 @@ def devices() -> list[str]:
 
 
 def device_kind(device_type: str = "", ranks: int = 1) -> str:
-    """cuda, mps or cpu: `device_type`, or the best there is. Raises UserError for one that is not there, or not for several ranks."""
+    """cuda, mps or cpu: `device_type`, or the best there is. Raises UserError for one that is not there, or not for
+    several ranks.
+    """
     there = devices()
     kind = device_type or there[0]
     if kind not in ("cuda", "mps", "cpu"):
-        raise UserError(f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu", "device-unknown", device_type=kind)
+        raise UserError(
+            f"device type {kind!r} is unknown; expected cuda, mps or cpu; try --device-type cpu",
+            "device-unknown",
+            device_type=kind,
+        )
     if kind not in there:
         raise UserError(
-            f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try --device-type cpu",
-            "device-not-there", device_type=kind, there=there,
-        )  # fmt: skip
+            f"--device-type {kind} was asked for, but torch {torch.__version__} sees no such device; try"
+            " --device-type cpu",
+            "device-not-there",
+            device_type=kind,
+            there=there,
+        )
     if kind == "mps" and ranks > 1:
-        raise UserError(f"{ranks} ranks on mps: there is one device and no backend for it; try --device-type cpu", "ranks-on-mps", ranks=ranks)
+        raise UserError(
+            f"{ranks} ranks on mps: there is one device and no backend for it; try --device-type cpu",
+            "ranks-on-mps",
+            ranks=ranks,
+        )
     return kind
 
 
 def check_dtype(name: str, kind: str) -> None:
     """Raise UserError for a compute dtype that is unknown, or that this kind of device is not for."""
     if name not in DTYPES:
-        raise UserError(f"compute dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}; try NANOLAB_DTYPE=float32")
+        raise UserError(
+            f"compute dtype {name!r} is unknown; expected one of {', '.join(DTYPES)}; try NANOLAB_DTYPE=float32"
+        )
     if name == "float16" and kind != "cuda":
-        raise UserError("compute dtype float16 needs a GPU (its loss scaling is only worth it there); try NANOLAB_DTYPE=float32")
+        raise UserError(
+            "compute dtype float16 needs a GPU (its loss scaling is only worth it there); try NANOLAB_DTYPE=float32"
+        )
 
 
 def choose_dtype(device: torch.device) -> str:
-    """bf16 on GPUs that have it (fp16 on older ones), on CPUs that compute it natively and measurably faster; else fp32."""
+    """bf16 on GPUs that have it (fp16 on older ones), on CPUs that compute it natively and measurably faster; else
+    fp32.
+    """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "mps":
@@ -275,16 +331,15 @@ def choose_dtype(device: torch.device) -> str:
 
 
 def cpu_gflops() -> dict[str, float]:
-    """Measured matrix-multiply GFLOP/s of this CPU by dtype, at the shapes of a small model; cached in the base directory."""
+    """Measured matrix-multiply GFLOP/s of this CPU by dtype, at the shapes of a small model; cached in the base
+    directory.
+    """
     path = base_dir() / "machine.json"
     key = f"{cpu_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
     known = json.loads(path.read_text()) if path.exists() else {}
     if key not in known:
         known[key] = _measure_gflops()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = path.with_suffix(f".tmp{os.getpid()}")
-        temp.write_text(json.dumps(known, indent=1))
-        temp.replace(path)
+        write_text(path, json.dumps(known, indent=1))
     return known[key]
 
 
@@ -337,7 +392,9 @@ def keep_freed_memory() -> None:
 
 
 def compiled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """What training and its evaluations call: `model` itself, on GPUs compiled at its first call with rows of one shape."""
+    """What training and its evaluations call: `model` itself, on GPUs compiled at its first call with rows of one
+    shape.
+    """
     return torch.compile(model, dynamic=False) if device.type == "cuda" else model
 
 

@@ -31,7 +31,8 @@ arguments=()
 for argument in "$@"; do
     if [ "$argument" = --all ]; then arguments+=(-m "not gpu"); else arguments+=("$argument"); fi
 done
-case $* in '' | --all) arguments+=(-n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile) ;; esac # everything: a process per core, a file at a time
+# Everything: a file at a time, by one process more than there are cores, since some tests wait for processes of their own.
+case $* in '' | --all) arguments+=(-n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --dist loadfile --no-loadscope-reorder) ;; esac
 
 if ! command -v chromium chromium-browser google-chrome >/dev/null; then
     echo "test.sh: there is no Chromium here, so the tests of the browser page (tests/browser) are skipped; on Debian: apt-get install chromium"

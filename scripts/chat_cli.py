@@ -1,9 +1,8 @@
 """Talk to a model in the terminal: python -m scripts.chat_cli [--model NAME] [-p "one prompt"].
 
-Replies go to stdout as they grow, everything else to stderr. A chat model answers and remembers the conversation, its calls
-of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. /help lists the commands; Ctrl-C stops
-a reply, Ctrl-D leaves.
-"""
+Replies go to stdout as they grow, everything else to stderr. A chat model answers and remembers the conversation, its
+calls of a tool are shown as [12*34 = 408]; a base model continues the text that it is given. /help lists the commands;
+Ctrl-C stops a reply, Ctrl-D leaves."""
 
 import contextlib
 import os
@@ -11,15 +10,22 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from nanolab.config import ChatConfig, UserError, check_given, main, parse
-from nanolab.flags import ANSWERING
+from nanolab.cli import UserError, check_given, main, parse
+from nanolab.serving.config import ANSWERING, ChatConfig
 from nanolab.terminal import harmless
 from scripts import GENERATING, spin
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-BASE = "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
-CHAT = "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D leaves."
-SNAPSHOTS = 1 << 30  # bytes for what was read; 20 layers of width 1280 in fp32 at 2048 tokens take 0.4 GB, and two are at hand
+BASE = (
+    "this is a base model: it continues your text instead of answering it. /help lists commands, Ctrl-C stops a reply,"
+    " Ctrl-D leaves."
+)
+CHAT = (
+    "the model remembers the conversation as far as it can read. /help lists commands, Ctrl-C stops a reply, Ctrl-D"
+    " leaves."
+)
+# bytes for what was read; 20 layers of width 1280 in fp32 at 2048 tokens take 0.4 GB, and two are at hand
+SNAPSHOTS = 1 << 30
 BLOCK = '"""'
 
 
@@ -29,16 +35,18 @@ def run(cfg: ChatConfig) -> int:
     from nanolab.inference.commands import Talk, tell
     from nanolab.inference.dialogue import Dialogue
     from nanolab.inference.engine import Engine, Request
+    from nanolab.inference.prepare import prepare_for_inference
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.sandbox import walls
-    from nanolab.inference.served import served
     from nanolab.inference.tools import find_tool
-    from nanolab.training.run import load_model
+    from nanolab.records.models import load_model
 
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
     tool = find_tool(cfg.tool)
     if cfg.chat and cfg.raw:
-        raise UserError("--chat and --raw at once; expected one of them, or neither: then it goes by how the model was trained")
+        raise UserError(
+            "--chat and --raw at once; expected one of them, or neither: then it goes by how the model was trained"
+        )
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     with contextlib.redirect_stdout(sys.stderr):  # which model it is; stdout is for the reply
         model, tokenizer, meta = load_model(cfg.model, rt)
@@ -47,11 +55,19 @@ def run(cfg: ChatConfig) -> int:
     for line in walls(cfg, answers and cfg.tool == "python"):
         tell(line)
     if cfg.system and not answers:
-        raise UserError("--system, but this model continues texts; expected one that answers; leave it out, or add --chat")
-    dialogue = Dialogue(Engine(served(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True), answers=answers, system=cfg.system)
-    request = Request((), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None)
-    marks = call_marks(tokenizer, tool) if answers else {}
-    talk = Talk(dialogue, request, lambda steps: stream(steps, tokenizer, marks))
+        raise UserError(
+            "--system requires a chat model; this is a base model, which continues text; leave it out, or add --chat"
+        )
+    dialogue = Dialogue(
+        Engine(prepare_for_inference(model), tokenizer, rt, max_rows=1, prefix_bytes=SNAPSHOTS, graphs=True),
+        answers=answers,
+        system=cfg.system,
+    )
+    request = Request(
+        (), cfg.max_tokens, cfg.temperature, cfg.top_k, cfg.top_p, seed=cfg.seed, tools=tool if answers else None
+    )
+    marks = call_marks(tool) if answers else {}
+    talk = Talk(dialogue, request, lambda steps: stream(steps, marks))
     if cfg.prompt:
         talk.answer(cfg.prompt)
     else:
@@ -81,7 +97,8 @@ def listen(talk) -> None:
 
 
 def typed(ask: Callable[[str], str]) -> str:
-    """A line; with those after it, where it ends with a backslash; or, after a line of three double quotes, all up to the next such.
+    """A line; with those after it, where it ends with a backslash; or, after a line of three double quotes, all up to
+    the next such.
 
     A block is a text even if it begins with a slash. Ctrl-C gives up what is not finished.
     """
@@ -102,25 +119,21 @@ def bare(line: str) -> str:
     return BLOCK if line.strip() == BLOCK else line
 
 
-def stream(steps: Iterator, tokenizer, marks: dict[int, str]) -> str:
+def stream(steps: Iterator, marks: dict[str, tuple[str, str]]) -> str:
     """Show a reply as it grows, with a line end after it; returns how it ended. Ctrl-C stops it, and is raised then."""
-    from nanolab.inference.text import TextStream
-
-    text = TextStream(tokenizer)
     try:
         with contextlib.closing(steps), interrupts() as stopped:
             for step in steps:
                 for new in step:
-                    if new.token in marks:
-                        show(text.flush())
-                        write(marks[new.token])
-                    show(text.push(new.token))
+                    for kind, text, part, cut in new.events:
+                        before, after = marks.get(kind, ("", ""))
+                        write(before if not text and part is None else "")
+                        show(text)
+                        write(after if part is not None and not cut else "")
                 if stopped:
                     raise KeyboardInterrupt
-        if new.finish == "stop":  # a text that was cut short may end inside a character, which is cut with it
-            show(text.flush())
     finally:
-        if DIM in "".join(marks.values()):  # it may have ended inside a call
+        if DIM in "".join(before for before, _ in marks.values()):  # it may have ended inside a call
             write(PLAIN)
     write("\n")
     return new.finish
@@ -128,7 +141,9 @@ def stream(steps: Iterator, tokenizer, marks: dict[int, str]) -> str:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list]:
-    """A list in which each Ctrl-C is noted: raised in the midst of a step it would leave half-written snapshots behind."""
+    """A list in which each Ctrl-C is noted: raised in the midst of a step it would leave half-written snapshots
+    behind.
+    """
     noted: list = []
     before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
     try:
@@ -137,11 +152,10 @@ def interrupts() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-def call_marks(tokenizer, tool) -> dict[int, str]:
-    """What is shown for the special tokens around a call and its output: [call = output], dimmed on a terminal."""
+def call_marks(tool) -> dict[str, tuple[str, str]]:
+    """What is shown before and after a call and its output: [call = output], dimmed on a terminal."""
     dim, plain = (DIM, PLAIN) if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else ("", "")
-    shown = {"python_start": dim + "[", "python_end": "" if tool else "]" + plain, "output_start": " = ", "output_end": "]" + plain}
-    return {tokenizer.special(f"<|{name}|>"): text for name, text in shown.items()}
+    return {"python": (dim + "[", "" if tool else "]" + plain), "python_output": (" = ", "]" + plain)}
 
 
 def show(piece: str) -> None:
@@ -150,8 +164,9 @@ def show(piece: str) -> None:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

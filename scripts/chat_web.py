@@ -1,8 +1,11 @@
-"""Serve a model: python -m scripts.chat_web [--model NAME[,NAME...]] [--port 8000]. A chat page in the browser, OpenAI's API under /v1."""
+"""Serve a model: python -m scripts.chat_web [--model NAME[,NAME...]] [--port 8000]. A chat page in the browser,
+OpenAI's API under /v1.
+"""
 
 import sys
 
-from nanolab.config import ServeConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.serving.config import ServeConfig
 from scripts import GENERATING, spin
 
 TOOL_THREADS = 4  # programs of `--tool python` that run at once beside each replica
@@ -14,7 +17,7 @@ def run(cfg: ServeConfig) -> int:
     from nanolab.inference.sampling import check_settings
     from nanolab.inference.sandbox import walls
     from nanolab.serving.api import create_app
-    from nanolab.serving.gate import LOOPBACK, find_key, own_names
+    from nanolab.serving.security import LOOPBACK, find_key, own_names
     from nanolab.serving.server import Server, bind
 
     check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
@@ -29,9 +32,17 @@ def run(cfg: ServeConfig) -> int:
     print(memory([replica.engine for served in models.values() for replica in served.replicas], cfg.prefix_mb << 20))
     if cfg.host not in LOOPBACK:
         known = ", ".join(sorted({*LOOPBACK, *own_names(cfg.host)} | {*filter(None, cfg.allowed_hosts.split(","))}))
-        print(f"note: answers to any IP address of this machine and to the names {known}; another name needs --allowed-hosts NAME", file=sys.stderr)
+        print(
+            f"note: answers to any IP address of this machine and to the names {known}; another name needs"
+            " --allowed-hosts NAME",
+            file=sys.stderr,
+        )
     if cfg.host not in LOOPBACK and not find_key(cfg):
-        print(f"note: whoever reaches {cfg.host} can use this server; a key keeps others out: {cfg.api_key_env}=SECRET in the environment", file=sys.stderr)
+        print(
+            f"warning: no API key is set; anyone who can reach {cfg.host} can use this server; set"
+            f" {cfg.api_key_env}=SECRET in the environment",
+            file=sys.stderr,
+        )
 
     def ready() -> None:
         host, port = listening.getsockname()[:2]
@@ -50,9 +61,14 @@ def memory(engines: list, prefix_bytes: int) -> str:
     shared = [engine for engine in engines if engine.runtime.device == device]
     full, snapshots, free = sum(engine.most_bytes for engine in shared), prefix_bytes * len(shared), free_bytes(device)
     gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
-    line = f"memory: up to {gib(full)} for keys and values (--max-rows {engines[0].max_rows}), {gib(snapshots)} for snapshots (--prefix-mb)"
+    line = (
+        f"memory: up to {gib(full)} for keys and values (--max-rows {engines[0].max_rows}), {gib(snapshots)} for"
+        " snapshots (--prefix-mb)"
+    )
     if free:
-        line += f"; {gib(free)} free" + ", which is less: replies may fail with 503; lower --max-rows" * (full + snapshots > free)
+        line += f"; {gib(free)} free" + ", which is less: replies may fail with 503; lower --max-rows" * (
+            full + snapshots > free
+        )
     return line
 
 
@@ -63,13 +79,16 @@ def load(cfg: ServeConfig, rt) -> list:
     import torch
 
     from nanolab.inference.engine import Engine
-    from nanolab.inference.served import served as ready_to_generate
-    from nanolab.serving.worker import Served
-    from nanolab.training.run import find_model, load_model
+    from nanolab.inference.prepare import prepare_for_inference
+    from nanolab.records.models import find_model, load_model
+    from nanolab.serving.worker import ModelServer
 
     cuda = rt.device.type == "cuda"
     if cuda and cfg.replicas > torch.cuda.device_count():
-        raise UserError(f"--replicas {cfg.replicas}, but there are {torch.cuda.device_count()} devices; expected at most one replica each")
+        raise UserError(
+            f"--replicas {cfg.replicas}, but there are {torch.cuda.device_count()} devices; expected at most one"
+            " replica each"
+        )
     if not cuda:
         torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
     served = []
@@ -84,10 +103,20 @@ def load(cfg: ServeConfig, rt) -> list:
             place = replace(rt, device=torch.device("cuda", i)) if cuda else rt
             if cuda or not engines:
                 model, tokenizer, meta = load_model(found, place)
-                model = ready_to_generate(model, int8=cfg.int8)
+                model = prepare_for_inference(model, int8=cfg.int8)
             slow = TOOL_THREADS if cfg.tool == "python" else 0
-            engines.append(Engine(model, tokenizer, place, max_rows=cfg.max_rows, prefix_bytes=cfg.prefix_mb << 20, graphs=True, tool_threads=slow))
-        served.append(Served(name, engines, cfg.queue, meta.get("kind", "base")))
+            engines.append(
+                Engine(
+                    model,
+                    tokenizer,
+                    place,
+                    max_rows=cfg.max_rows,
+                    prefix_bytes=cfg.prefix_mb << 20,
+                    graphs=True,
+                    tool_threads=slow,
+                )
+            )
+        served.append(ModelServer(name, engines, cfg.queue, meta.get("kind", "base")))
     return served
 
 

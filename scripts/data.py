@@ -5,7 +5,8 @@ Reads every document once, so that a corpus that passes is whole; hub corpora: -
 
 import json
 
-from nanolab.config import DataBuildConfig, main, parse
+from nanolab.cli import main, parse
+from nanolab.data.config import DataBuildConfig
 
 
 def run(cfg: DataBuildConfig) -> None:
@@ -20,10 +21,18 @@ def run(cfg: DataBuildConfig) -> None:
             sizes.append(len(text.encode()))
             marks += text.count("<|endoftext|>")
         folders = sorted({str(path.parent) for path in documents.paths})
-        rows.append({
-            "source": documents.name, "weight": weight, "documents": len(sizes), "bytes": sum(sizes),
-            "left_out": documents.n_documents - len(sizes), "files": len(documents.paths), "where": folders, "marks": marks,
-        })  # fmt: skip
+        rows.append(
+            {
+                "source": documents.name,
+                "weight": weight,
+                "documents": len(sizes),
+                "bytes": sum(sizes),
+                "left_out": documents.n_documents - len(sizes),
+                "files": len(documents.paths),
+                "where": folders,
+                "marks": marks,
+            }
+        )
     print(f"{'source':<16} {'weight':>7} {'documents':>11} {'bytes':>15} {'left out':>9} {'files':>6}  where")
     for row in rows:
         weight = "" if row["weight"] is None else f"{row['weight']:.3f}"

@@ -1,18 +1,20 @@
-"""Write a model as a folder for transformers: python -m scripts.export_hf --model NAME[@STEP|best] --out DIR [--push USER/NAME].
+"""Write a model as a folder for transformers: python -m scripts.export_hf --model NAME[@STEP|best] --out DIR [--push
+USER/NAME].
 
-AutoModelForCausalLM loads it: a gpt2-shaped model as GPT2LMHeadModel, every other with its own code (trust_remote_code=True). The
-folder is read back before it gets its name, and its logits compared with the model's.
-"""
+AutoModelForCausalLM loads it: a gpt2-shaped model as GPT2LMHeadModel, every other with its own code
+(trust_remote_code=True). The folder is read back before it gets its name, and its logits compared with the model's."""
 
 from pathlib import Path
 
-from nanolab.config import ExportConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.interop.config import ExportConfig
 
 
 def run(cfg: ExportConfig) -> int:
     from nanolab.evals.model_card import model_card
-    from nanolab.interop.export import TOLERANCE, check_place, check_push, export, push
-    from nanolab.training.models import find_model
+    from nanolab.interop.export import TOLERANCE, check_place, export
+    from nanolab.interop.push import check_push, push
+    from nanolab.records.models import find_model
 
     if not cfg.out:
         raise UserError("--out is missing; expected the folder to write; try --out exported")
@@ -21,12 +23,20 @@ def run(cfg: ExportConfig) -> int:
     if cfg.push:
         check_push(cfg.push)
     done = export(find_model(cfg.model), out, model_card, cfg.dtype, cfg.overwrite)
-    kind = "GPT2LMHeadModel" if done.native else "NanolabForCausalLM, with its code: load it with trust_remote_code=True"
+    kind = (
+        "GPT2LMHeadModel" if done.native else "NanolabForCausalLM, with its code: load it with trust_remote_code=True"
+    )
     print(f"exported        {done.folder}: {kind}; {done.bytes / 1e6:,.1f} MB")
     if done.difference is None:
-        print("checked         not: transformers is not installed; bash runs/setup.sh hf and export again with --overwrite")
+        print(
+            "checked         not: transformers is not installed; bash runs/setup.sh hf and export again with"
+            " --overwrite"
+        )
     else:
-        print(f"checked         transformers reads it: logits differ by {done.difference:.2g} at most (allowed {TOLERANCE:g}), token ids are equal")
+        print(
+            f"checked         transformers reads it: logits differ by {done.difference:.2g} at most (allowed"
+            f" {TOLERANCE:g}), token ids are equal"
+        )
     if cfg.push:
         print(f"uploaded        {push(out, cfg.push)}")
     return 0

@@ -1,14 +1,16 @@
-"""lm-evaluation-harness with nanolab's models: python -m scripts.lm_eval --model nanolab --model_args path=NAME --tasks hellaswag.
+"""lm-evaluation-harness with nanolab's models: python -m scripts.lm_eval --model nanolab --model_args path=NAME --tasks
+hellaswag.
 
 Every flag is the harness's own; --model_args are explained in nanolab/interop/lm_eval.py.
 """
 
-from nanolab.config import main
+from nanolab.cli import main
 
 
 def run() -> None:
-    import nanolab.interop.lm_eval  # noqa: F401  names the model
     from lm_eval.__main__ import cli_evaluate
+
+    import nanolab.interop.lm_eval  # noqa: F401  names the model
 
     cli_evaluate()
 

@@ -4,10 +4,11 @@ Reads the training documents in file order (a mixture in proportion to its weigh
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
-from nanolab.config import TokTrainConfig, UserError, main, parse
+from nanolab.cli import UserError, main, parse
+from nanolab.data.config import TokTrainConfig
 
 CHECK_CHARS = 4_000_000  # validation text to measure and to round-trip
 PART_CHARS = 1000  # of a document over the cap, parts of about this size are read
@@ -44,7 +45,11 @@ class Sample:
             parts = even_parts(text, min(self.doc_cap, self.max_chars - self.chars))
             n_chars = sum(map(len, parts))
             taken[i] += n_chars / self.sources[i][1]
-            self.documents, self.chars, self.bytes = self.documents + 1, self.chars + n_chars, self.bytes + sum(len(part.encode()) for part in parts)
+            self.documents, self.chars, self.bytes = (
+                self.documents + 1,
+                self.chars + n_chars,
+                self.bytes + sum(len(part.encode()) for part in parts),
+            )
             yield from parts
 
     @property
@@ -59,7 +64,10 @@ def run(cfg: TokTrainConfig) -> None:
     from nanolab.runtime import base_dir
 
     if cfg.max_chars < 1 or cfg.doc_cap < 1:
-        raise UserError(f"--max-chars {cfg.max_chars} and --doc-cap {cfg.doc_cap}; expected at least 1 of each; leave them out for the defaults")
+        raise UserError(
+            f"--max-chars {cfg.max_chars} and --doc-cap {cfg.doc_cap}; expected at least 1 of each; leave them out for"
+            " the defaults"
+        )
     folder = Path(cfg.tokenizer).expanduser() if cfg.tokenizer else base_dir() / "tokenizer"
     merges = max(cfg.vocab_size - MIN_VOCAB_SIZE, 0)
     print(f"tokenizer    {cfg.vocab_size:,} tokens: 256 bytes, {merges:,} merges, {len(SPECIAL_TOKENS)} special")
@@ -74,15 +82,29 @@ def run(cfg: TokTrainConfig) -> None:
     except UserError as error:
         if error.code != "too-few-merges" or not sample.capped_hard:
             raise
-        seen = f"the text that was read yields {error.values['merges']:,} merges, but a vocabulary of {cfg.vocab_size:,} tokens needs {error.values['needed']:,}"
-        read = f"{sample.capped:,} of {sample.documents:,} documents are longer than --doc-cap {cfg.doc_cap:,}, so that {sample.chars:,} of {sample.seen:,} characters were read"
+        seen = (
+            f"the text that was read yields {error.values['merges']:,} merges, but a vocabulary of {cfg.vocab_size:,}"
+            f" tokens needs {error.values['needed']:,}"
+        )
+        read = (
+            f"{sample.capped:,} of {sample.documents:,} documents are longer than --doc-cap {cfg.doc_cap:,}, so that"
+            f" {sample.chars:,} of {sample.seen:,} characters were read"
+        )
         advice = f"expected more of them; raise --doc-cap, or try --vocab-size {error.values['possible']}"
-        raise UserError(f"{seen}; {read}; {advice}", error.code, **error.values, capped=sample.capped, doc_cap=cfg.doc_cap) from error
+        raise UserError(
+            f"{seen}; {read}; {advice}", error.code, **error.values, capped=sample.capped, doc_cap=cfg.doc_cap
+        ) from error
     seconds = time.perf_counter() - start
-    print(f"trained      on {sample.bytes / 1e6:,.1f} MB of {sample.documents:,} documents in {seconds:.1f} s, {sample.bytes / 1e6 / seconds:.1f} MB/s")
+    print(
+        f"trained      on {sample.bytes / 1e6:,.1f} MB of {sample.documents:,} documents in {seconds:.1f} s,"
+        f" {sample.bytes / 1e6 / seconds:.1f} MB/s"
+    )
     if sample.capped_hard:
         share = f"{sample.chars / sample.seen:.1%} of their text was read, evenly spread; --doc-cap raises it"
-        print(f"capped       {sample.capped:,} of {sample.documents:,} documents are longer than {cfg.doc_cap:,} characters: {share}")
+        print(
+            f"capped       {sample.capped:,} of {sample.documents:,} documents are longer than {cfg.doc_cap:,}"
+            f" characters: {share}"
+        )
 
     path = tokenizer.save(folder)
     again, texts, chars = Tokenizer.load(path), [], 0

@@ -1,20 +1,20 @@
 """The only list of tasks; a task or a mixture of tasks from a line of text. Imports no torch.
 
 A spec is NAME, NAME=FILE, either with @COUNT: "gsm8k", "jsonl=chats.jsonl", "arithmetic@2000", "identity=me.toml@500".
-A mixture is specs with commas, each with a weight: how often its examples come: "smoltalk:1,gsm8k:4,arithmetic@3000:0.5".
-A colon or an at sign may also be part of a file's name.
-"""
+A mixture is specs with commas, each with a weight: how often its examples come:
+"smoltalk:1,gsm8k:4,arithmetic@3000:0.5". A colon or an at sign may also be part of a file's name."""
 
 import os
 from collections.abc import Mapping
 
 import numpy as np
 
-from nanolab.config import UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest
+from nanolab.data.mixture import positive, weighted
 from tasks.arc import Arc
 from tasks.arithmetic import Arithmetic
 from tasks.common import Example, Task, permutation
-from tasks.conversations import Conversations
+from tasks.conversations import ConversationFile
 from tasks.documentation import Documentation
 from tasks.gsm8k import GSM8K
 from tasks.hellaswag import HellaSwag
@@ -33,7 +33,7 @@ TASKS: dict[str, type[Task]] = {
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "smoltalk": SmolTalk,
-    "jsonl": Conversations,
+    "jsonl": ConversationFile,
     "spelling": SimpleSpelling,
     "spellingbee": SpellingBee,
     "arithmetic": Arithmetic,
@@ -43,8 +43,11 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Task:
-    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at most. versions: other than the newest.
+def build(
+    spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}
+) -> Task:
+    """The task that `spec` names. data: a local folder with published datasets, empty for the hub. limit: examples at
+    most. versions: other than the newest.
 
     Raises UserError for a spec, split or folder that is not there, and for malformed data.
     """
@@ -69,25 +72,26 @@ def _there(spec: str) -> bool:
     return os.path.exists(os.path.expanduser(argument)) if equals else name in TASKS
 
 
-def parse_mixture(spec: str) -> list[tuple[str, float]]:
-    """"a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
-    out = []
-    for part in filter(None, (p.strip() for p in spec.split(","))):
-        name, weight = split_weight(part, lambda name: _there(_counted(name)[0]))
-        try:
-            value = float(weight)
-        except ValueError:
-            value = -1.0
-        if not 0 < value < float("inf") or not name:
-            raise UserError(f"{part!r} in {spec!r} has the weight {weight!r}; expected a positive number after the colon; try {name if _there(_counted(name)[0]) else 'gsm8k'}:1", "bad-weight", name=name, weight=weight)
-        out.append((name, value))
+def tasks_of(spec: str) -> list[tuple[str, float]]:
+    """ "a:2,b" as [("a", 2.0), ("b", 1.0)]. Raises UserError for a weight that is not a positive number."""
+
+    def known(name: str) -> bool:
+        return _there(_counted(name)[0])
+
+    spec = ",".join(filter(str.strip, spec.split(",")))
+    out = [
+        (name, positive(weight if name else "", name, spec, f"{name if known(name) else 'gsm8k'}:1"))
+        for name, weight in (weighted(spec, known) if spec else ())
+    ]
     if not out:
         raise UserError("the mixture names no task; expected at least one; try arithmetic:1,identity:1")
     return out
 
 
 class Mixture:
-    """The examples of several tasks, shuffled together. A weight of 2 gives each example twice, of 0.5 the first half once."""
+    """The examples of several tasks, shuffled together. A weight of 2 gives each example twice, of 0.5 the first half
+    once.
+    """
 
     def __init__(self, tasks: list[tuple[Task, float]], seed: int = 42) -> None:
         """Raises UserError when nothing is in it."""
@@ -111,6 +115,8 @@ class Mixture:
         return self.tasks[t].example(int(place - self.ends[t] + self.counts[t]) % len(self.tasks[t]))
 
 
-def mixture(spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}) -> Mixture:
+def mixture(
+    spec: str, split: str, data: str = "", limit: int = -1, seed: int = 42, versions: Mapping[str, int] = {}
+) -> Mixture:
     """The mixture that `spec` names; limit: examples at most of each task. Raises UserError as `build` does."""
-    return Mixture([(build(name, split, data, limit, seed, versions), weight) for name, weight in parse_mixture(spec)], seed)
+    return Mixture([(build(name, split, data, limit, seed, versions), weight) for name, weight in tasks_of(spec)], seed)

@@ -1,39 +1,35 @@
-"""ARC, easy and challenge: grade-school science questions with three to five options. https://arxiv.org/abs/1803.05457"""
+"""ARC, easy and challenge: grade-school science questions with three to five options.
+https://arxiv.org/abs/1803.05457
+"""
 
-from typing import Sequence
-
-from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
 REPO, REVISION = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
 HUB = {"train": "train", "validation": "validation", "test": "test"}
 FOLDER = "eval_bundle/eval_data/world_knowledge"
 SOURCES = {
-    "arc-easy": Source({"test": f"{FOLDER}/arc_easy.jsonl"}, REPO, "ARC-Easy", REVISION, HUB),
-    "arc-challenge": Source({"test": f"{FOLDER}/arc_challenge.jsonl"}, REPO, "ARC-Challenge", REVISION, HUB),
+    "arc-easy": Dataset({"test": f"{FOLDER}/arc_easy.jsonl"}, REPO, "ARC-Easy", REVISION, HUB),
+    "arc-challenge": Dataset({"test": f"{FOLDER}/arc_challenge.jsonl"}, REPO, "ARC-Challenge", REVISION, HUB),
 }
 
 
-class Arc(Task):
-    kind = "categorical"
-    baseline = 0.25
+class Arc(Letters):
+    sources = SOURCES
     splits = ("train", "validation", "test")
 
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCES[self.name], parse)
-
-    def correct(self, example: Example, content: Content) -> bool:
-        return same_letter(example, content)
-
-
-def parse(row: Reader) -> Example:
-    """The hub's rows (question, choices with labels, answerKey), or the evaluation bundle's (query, choices, gold)."""
-    if row.has("query"):
-        question, choices, answer = row.get("query", str).removeprefix("Question:"), row.get("choices", list), row.get("gold", int)
-    else:
-        options = Reader(row.get("choices", dict), row.where)
-        question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
-        key = row.get("answerKey", str)
-        if key not in labels:
-            raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
-        answer = labels.index(key)
-    return multiple_choice(row, question, choices, answer, "Choose the right answer to this science question.")
+    def read(self, row: RowReader) -> Example:
+        """The hub's rows (question, choices with labels, answerKey) or the bundle's (query, choices, gold)."""
+        if row.has("query"):
+            question, choices, answer = (
+                row.get("query", str).removeprefix("Question:"),
+                row.get("choices", list),
+                row.get("gold", int),
+            )
+        else:
+            options = RowReader(row.get("choices", dict), row.where)
+            question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
+            key = row.get("answerKey", str)
+            if key not in labels:
+                raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
+            answer = labels.index(key)
+        return multiple_choice(row, question, choices, answer, "Choose the right answer to this science question.")

@@ -1,8 +1,8 @@
 """Arithmetic: sums, differences and products asked in many ways, answered through the calculator. Generated, offline.
 
-The drill that teaches the use of a tool, and a probe of it. A question is a frame (a verb phrase and an ending) around an
-expression, or one in four times a word problem (a setting, an event and a question). Splits, all but train with pairs of
-numbers that training never shows in any operation or order:
+The drill that teaches the use of a tool, and a probe of it. A question is a frame (a verb phrase and an ending) around
+an expression, or one in four times a word problem (a setting, an event and a question). Splits, all but train with
+pairs of numbers that training never shows in any operation or order:
 
     train     ordinary
     test      frames, expressions and problems as in training
@@ -10,7 +10,8 @@ numbers that training never shows in any operation or order:
     problems  word problems whose setting and event are never in training
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from nanolab.data.chat import parts_of
 from tasks.common import Content, Draws, Example, Task, share, tool_call
@@ -50,8 +51,10 @@ class Arithmetic(Task):
         return same_number(example.answer.value, content)
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
-        """correct; format: one call of the tool, its output, and a sentence; tool: the call's own value is the answer."""
-        from nanolab.inference.tools import calculator
+        """correct; format: one call of the tool, its output, and a sentence; tool: the call's own value is the
+        answer.
+        """
+        from nanolab.inference.calculator import calculator
 
         parts = parts_of(content)
         calls = [calculator(part["text"]) for part in parts if part["type"] == "python"]
@@ -79,7 +82,10 @@ def numbers(draws: Draws, held_out: bool) -> Sum:
     """An operation and a pair of the right kind; differences are not negative."""
     operation, low = draws.pick(OPERATIONS), 10 if held_out else LOW
     while True:
-        a, b = draws.between(low, HIGH), draws.between(LOW, FACTOR_HIGH) if operation == "*" else draws.between(low, HIGH)
+        a, b = (
+            draws.between(low, HIGH),
+            draws.between(LOW, FACTOR_HIGH) if operation == "*" else draws.between(low, HIGH),
+        )
         if is_held_out(a, b) == held_out:
             return Sum(max(a, b), "-", min(a, b)) if operation == "-" else Sum(a, operation, b)
 

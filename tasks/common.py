@@ -1,20 +1,24 @@
-"""What a task is, where its rows come from, and what several tasks share: draws, options with letters. Imports no torch.
+"""What a task is, where its rows come from, and what several tasks share: draws, options with letters. Imports no
+torch.
 
-Example i of a task depends on (name, version, split, seed, i) and its rows alone, never on how many examples are asked for.
-"""
+Example i of a task depends on (name, version, split, seed, i) and its rows alone, never on how many examples are asked
+for."""
 
 import json
 import os
 import random
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nanolab.config import UserError, nearest
-from nanolab.data.chat import Message, Part, read_jsonl, text_of
+from nanolab.cli import UserError, nearest
+from nanolab.data.chat import Message, text_of
+from nanolab.data.chat_files import read_jsonl
+from nanolab.data.turn import Part
 
 T = TypeVar("T")
 Content = str | list[Part]  # an assistant's message content
@@ -28,11 +32,12 @@ class Example(NamedTuple):
 
 
 class Task:
-    """A numbered set of conversations with a way to grade a reply. The class attributes are what the task table says of it.
+    """A numbered set of conversations with a way to grade a reply. The class attributes are what the task table says of
+    it.
 
-    kind: "categorical" (the reply is one of `letters`), "generative" (a reply is sampled and graded) or "chat" (not graded).
-    baseline: accuracy that blind guessing reaches, in [0, 1]. version: raised when the same index would give other text.
-    """
+    kind: "categorical" (the reply is one of `letters`), "generative" (a reply is sampled and graded) or "chat" (not
+    graded). baseline: accuracy that blind guessing reaches, in [0, 1]. version: raised when the same index would give
+    other text."""
 
     kind = "chat"
     baseline = 0.0
@@ -43,21 +48,45 @@ class Task:
     splits: tuple[str, ...] = ("train", "test")
     argument_is = ""  # what may follow "=" in a spec; ends with "?" where it may be left out; empty: nothing
 
-    def __init__(self, name: str, split: str = "train", data: str = "", limit: int = -1, seed: int = 42, argument: str = "", version: int = 0) -> None:
-        """limit: how many examples at most (of a generated task: how many), -1 for its own number. version: 0 for the newest. Raises UserError."""
+    def __init__(
+        self,
+        name: str,
+        split: str = "train",
+        data: str = "",
+        limit: int = -1,
+        seed: int = 42,
+        argument: str = "",
+        version: int = 0,
+    ) -> None:
+        """limit: how many examples at most (of a generated task: how many), -1 for its own number. version: 0 for the
+        newest. Raises UserError.
+        """
         if split not in self.splits:
-            raise UserError(f"task {name} has no split {split!r}; expected one of {', '.join(self.splits)}{nearest(split, list(self.splits))}")
+            raise UserError(
+                f"task {name} has no split {split!r}; expected one of"
+                f" {', '.join(self.splits)}{nearest(split, list(self.splits))}"
+            )
         if argument and not self.argument_is:
             raise UserError(f"task {name}={argument}: {name} takes nothing after '='; type {name}")
         if not argument and self.argument_is and not self.argument_is.endswith("?"):
             raise UserError(f"task {name} names no file; expected {name}={self.argument_is}")
         if version and version not in (self.version, *self.former):
             raise UserError(
-                f"task {name} has version {self.version} here, and version {version} was asked for; expected the nanolab that made it; use that one, or start a new --run",
-                "task-version", task=name, version=version,
-            )  # fmt: skip
+                f"task {name} has version {self.version} here, and version {version} was asked for; expected the"
+                " nanolab that made it; use that one, or start a new --run",
+                "task-version",
+                task=name,
+                version=version,
+            )
         self.version = version or self.version
-        self.name, self.split, self.data, self.limit, self.seed, self.argument = name, split, data, limit, seed, argument
+        self.name, self.split, self.data, self.limit, self.seed, self.argument = (
+            name,
+            split,
+            data,
+            limit,
+            seed,
+            argument,
+        )
         self.notes: list[str] = []  # what a reader of a plan should know of its data, a line each
         self.examples: Sequence[Example] = self.open()
 
@@ -76,7 +105,10 @@ class Task:
 
     def correct(self, example: Example, content: Content) -> bool:
         """Whether `content` answers `example`. Raises UserError for a chat task, which has no answers."""
-        raise UserError(f"task {self.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or arithmetic")
+        raise UserError(
+            f"task {self.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or"
+            " arithmetic"
+        )
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """Named parts of a reward, each in [0, 1]; "correct" is always one of them."""
@@ -112,7 +144,9 @@ class Lazy(Sequence[T]):
 
 
 class Draws:
-    """Random choices from a key, the same on every machine. Uses only random(), whose sequence Python promises to keep."""
+    """Random choices from a key, the same on every machine. Uses only random(), whose sequence Python promises to
+    keep.
+    """
 
     def __init__(self, *key: Any) -> None:
         self.random = random.Random(repr(key)).random
@@ -150,7 +184,7 @@ def hold_out(items: Sequence[str], n: int) -> tuple[list[str], list[str]]:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """Where the rows of a published dataset lie, by split: under a local folder, and on the Hugging Face hub."""
 
     files: dict[str, str]  # our split -> path under the folder
@@ -160,18 +194,24 @@ class Source:
     hub: dict[str, str]  # our split -> the hub's
 
 
-class Reader:
+class RowReader:
     """One row, read field by field; `where` heads every error."""
 
     def __init__(self, row: Any, where: str) -> None:
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a {type(row).__name__}; expected an object with named fields; mend or delete the line")
+            raise UserError(
+                f"{where}: a {type(row).__name__}; expected an object with named fields; mend or delete the line"
+            )
         self.row, self.where = row, where
 
     def get(self, field: str, kind: type[T]) -> T:
         value = self.row.get(field)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            seen = f"field {field} is a {type(value).__name__}" if field in self.row else f"no field {field} (there are: {', '.join(self.row) or 'none'})"
+            seen = (
+                f"field {field} is a {type(value).__name__}"
+                if field in self.row
+                else f"no field {field} (there are: {', '.join(self.row) or 'none'})"
+            )
             raise UserError(f"{self.where}: {seen}; expected a {kind.__name__}; mend or delete the line")
         return value
 
@@ -182,85 +222,104 @@ class Reader:
         return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
 
 
-def rows_of(task: Task, source: Source, parse: Callable[[Reader], Example]) -> Sequence[Example]:
-    """The shuffled examples of a published dataset; local rows are all read and checked now, the hub's when they are asked for."""
-    if task.data:
-        examples = [parse(Reader(row, where)) for where, row in read_jsonl(local_path(task, source))]
-        return task.shuffled(len(examples), examples.__getitem__)
-    table = hub_rows(task, source)
-    return task.shuffled(len(table), lambda i: parse(Reader(table[i], f"{source.repo} {source.hub[task.split]} row {i}")))
-
-
-def local_path(task: Task, source: Source) -> Path:
+def local_path(task: Task, source: Dataset) -> Path:
     """The file of the task's split in its folder. Raises UserError where there is none."""
     path = Path(task.data).expanduser() / source.files.get(task.split, "")
     if not path.is_file():
         have = [s for s, f in source.files.items() if (Path(task.data).expanduser() / f).is_file()]
-        seen = f"no file for split {task.split} of {task.name} under {task.data} (there are: {', '.join(have) or 'none'})"
-        raise UserError(f"{seen}; expected {source.files.get(task.split, 'another split')}; add it, or leave --data out to read it from the hub")
+        seen = (
+            f"no file for split {task.split} of {task.name} under {task.data} (there are: {', '.join(have) or 'none'})"
+        )
+        raise UserError(
+            f"{seen}; expected {source.files.get(task.split, 'another split')}; add it, or leave --data out to read it"
+            " from the hub"
+        )
     return path
 
 
-def revision_of(task: Task, source: Source) -> str | None:
-    """The commit of the dataset that is read: the one in the code, or the newest at the first use, kept in the base directory; None where the hub cannot say.
+def revision_of(task: Task, source: Dataset) -> str | None:
+    """The commit of the dataset that is read: the one in the code, or the newest at the first use, kept in the base
+    directory; None where the hub cannot say.
 
     One that is not in the code is a note of the task.
     """
     if source.revision:
         return source.revision
-    from nanolab.data.formats import locked, write_atomically
+    from nanolab.files import locked, write_text
     from nanolab.runtime import base_dir
 
     path = base_dir() / "revisions.json"
-    with locked("revisions"):
+    with locked(path):
         known = json.loads(path.read_text()) if path.exists() else {}
         if source.repo not in known:
             import huggingface_hub
             from huggingface_hub.errors import HTTPError
 
             try:
-                known[source.repo] = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT")).dataset_info(source.repo, timeout=30).sha
-                write_atomically(path, json.dumps(known, indent=1) + "\n")
+                known[source.repo] = (
+                    huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+                    .dataset_info(source.repo, timeout=30)
+                    .sha
+                )
+                write_text(path, json.dumps(known, indent=1) + "\n")
             except (OSError, ValueError, HTTPError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                task.notes.append(f"{task.name}: which revision of {source.repo} is read is not known ({reason}): what is on this machine, or the newest")
+                task.notes.append(
+                    f"{task.name}: which revision of {source.repo} is read is not known ({reason}): what is on this"
+                    " machine, or the newest"
+                )
                 return None
-    task.notes.append(f"{task.name}: {source.repo} at revision {known[source.repo]}, the newest at its first use here ({path})")
+    task.notes.append(
+        f"{task.name}: {source.repo} at revision {known[source.repo]}, the newest at its first use here ({path})"
+    )
     return known[source.repo]
 
 
-def hub_rows(task: Task, source: Source) -> Any:
+def hub_rows(task: Task, source: Dataset) -> Any:
     """The hub's table of the task's split, downloaded at the first use."""
     name, split = task.name, source.hub[task.split]
     try:
         import datasets
     except ImportError:
-        seen = f"task {name} reads {source.repo} from the hub, which needs the package datasets, and it is not installed"
+        seen = (
+            f"task {name} reads {source.repo} from the hub, which needs the package datasets, and it is not installed"
+        )
         raise UserError(f"{seen}; type: bash runs/setup.sh tasks (or give a local folder with --data)") from None
     try:
-        return datasets.load_dataset(source.repo, source.subset or None, split=split, revision=revision_of(task, source))
+        return datasets.load_dataset(
+            source.repo, source.subset or None, split=split, revision=revision_of(task, source)
+        )
     except (OSError, ValueError) as error:  # offline, unknown revision, unknown split
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"task {name}: {source.repo} could not be read from the hub ({reason}); expected a network; try a local folder with --data") from None
+        raise UserError(
+            f"task {name}: {source.repo} could not be read from the hub ({reason}); expected a network; try a local"
+            " folder with --data"
+        ) from None
 
 
 # --- parts of examples and of grading ---------------------------------------------------------------------------------
 
 
-def multiple_choice(row: Reader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
-    """A categorical example. Each option is followed by its letter in brackets. Raises UserError where `row` does not fit.
+def multiple_choice(row: RowReader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
+    """A categorical example. Each option is followed by its letter in brackets. Raises UserError where `row` does not
+    fit.
 
-    The letter comes after the option, where a small model finds it by looking back, and has no blank before it: " (" is a
-    piece of its own to every tokenizer of ours, so that the letter is the very token that the reply consists of.
-    """
-    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+    The letter comes after the option, where a small model finds it by looking back, and has no blank before it: " (" is
+    a piece of its own to every tokenizer of ours, so that the letter is the very token that the reply consists of."""
+    if not 2 <= len(choices) <= len(LETTERS) or not all(
+        isinstance(choice, str) and choice.strip() for choice in choices
+    ):
         raise row.refuse(f"the options {choices}", "at least two texts")
     if not 0 <= answer < len(choices):
         raise row.refuse(f"answer {answer} of {len(choices)} options", f"a number from 0 to {len(choices) - 1}")
     letters = LETTERS[: len(choices)]
     options = "\n".join(f"- {choice.strip()} ({letter})" for choice, letter in zip(choices, letters))
     prompt = f"{intro}\n\n{question.strip()}\n{options}\n\nReply with the letter alone."
-    return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}], letters[answer], letters)
+    return Example(
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[answer]}],
+        letters[answer],
+        letters,
+    )
 
 
 def tool_call(expression: str, output: Any) -> list[Part]:
@@ -271,3 +330,35 @@ def tool_call(expression: str, output: Any) -> list[Part]:
 def same_letter(example: Example, content: Content) -> bool:
     """Whether the reply is the right letter, with or without brackets, dots and blanks around it."""
     return re.sub(r"[\s().:*]", "", text_of(content)) == example.answer
+
+
+# --- tasks of published datasets --------------------------------------------------------------------------------------
+
+
+class Published(Task):
+    """A task whose rows are a published dataset; a subclass says where they lie and what an example of a row is."""
+
+    sources: dict[str, Dataset]  # name of the task -> where its rows lie
+
+    def open(self) -> Sequence[Example]:
+        """Shuffled; local rows are all read and checked now, the hub's when they are asked for."""
+        source = self.sources[self.name]
+        if self.data:
+            examples = [self.read(RowReader(row, where)) for where, row in read_jsonl(local_path(self, source))]
+            return self.shuffled(len(examples), examples.__getitem__)
+        table, where = hub_rows(self, source), f"{source.repo} {source.hub[self.split]} row"
+        return self.shuffled(len(table), lambda i: self.read(RowReader(table[i], f"{where} {i}")))
+
+    def read(self, row: RowReader) -> Example:
+        """The example of a row. Raises UserError for one that is not as expected."""
+        raise NotImplementedError
+
+
+class Letters(Published):
+    """Questions with four options: the reply is a letter, chosen by its logit."""
+
+    kind = "categorical"
+    baseline = 0.25
+
+    def correct(self, example: Example, content: Content) -> bool:
+        return same_letter(example, content)

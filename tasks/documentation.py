@@ -1,10 +1,12 @@
-"""Documentation: what does this function or class do, from the offline corpus pydocs. Question and first sentence of its docstring.
+"""Documentation: what does this function or class do, from the offline corpus pydocs. Question and first sentence of
+its docstring.
 
 The split test comes from the corpus's validation part, whose packages pretraining never reads.
 """
 
 import re
-from typing import Iterator, NamedTuple, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tasks.common import Draws, Example, Task
 
@@ -14,9 +16,17 @@ ENTRY = re.compile(r"^(class [\w.]+|[\w.]+\([^()\n]*\))\n\n(\S.*(?:\n\S.*)*)", r
 SENTENCE = re.compile(r"\A[A-Z](?:[^.!?]|[.!?](?! [A-Z]|\Z))*[.!?](?= [A-Z]|\Z)(?<!e\.g\.)(?<!i\.e\.)")
 LENGTH = (25, 160)  # characters of an answer
 QUESTIONS = (
-    "What does {it} do?", "What is {it} for?", "Explain {it}.", "Describe {it}.", "In Python, what does {it} do?", "What is {it}?",
-    "Tell me about {it}.", "I found {it} in a library. What does it do?", "What is the purpose of {it}?", "Document {it} in one sentence.",
-)  # fmt: skip
+    "What does {it} do?",
+    "What is {it} for?",
+    "Explain {it}.",
+    "Describe {it}.",
+    "In Python, what does {it} do?",
+    "What is {it}?",
+    "Tell me about {it}.",
+    "I found {it} in a library. What does it do?",
+    "What is the purpose of {it}?",
+    "Document {it} in one sentence.",
+)
 
 
 class Entry(NamedTuple):
@@ -53,5 +63,10 @@ def entries_of(text: str) -> Iterator[Entry]:
         name = "the " + heading if heading.startswith("class ") else heading.partition("(")[0]
         sentence = SENTENCE.match(" ".join(paragraph.split()))
         public = not any(part.startswith("_") for part in name.removeprefix("the class ").split("."))
-        if public and sentence and LENGTH[0] <= len(sentence.group()) <= LENGTH[1] and not re.search(r"[`:*<>|{}\[\]]|\\", sentence.group()):
+        if (
+            public
+            and sentence
+            and LENGTH[0] <= len(sentence.group()) <= LENGTH[1]
+            and not re.search(r"[`:*<>|{}\[\]]|\\", sentence.group())
+        ):
             yield Entry(name, sentence.group())

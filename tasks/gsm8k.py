@@ -1,29 +1,40 @@
 """GSM8K: grade-school word problems, solved step by step with the calculator. https://arxiv.org/abs/2110.14168
 
-The dataset marks each calculation as <<48/2=24>>; here that is a call of the tool and its output. The answer follows "####".
-"""
+The dataset marks each calculation as <<48/2=24>>; here that is a call of the tool and its output. The answer follows
+"####"."""
 
 import re
-from typing import Sequence
 
-from nanolab.data.chat import Part, parts_of, text_of
-from tasks.common import Content, Example, Reader, Source, Task, rows_of
+from nanolab.data.chat import parts_of, text_of
+from nanolab.data.turn import Part
+from tasks.common import Content, Dataset, Example, Published, RowReader
 from tasks.numbers import NUMBER, marked_number, same_number, to_number
 
-SOURCE = Source(
-    {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
-    "openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee",
-    {"train": "train", "test": "test"},
-)  # fmt: skip
+SOURCES = {
+    "gsm8k": Dataset(
+        {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
+        "openai/gsm8k",
+        "main",
+        "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        {"train": "train", "test": "test"},
+    )
+}
 CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 
-class GSM8K(Task):
+class GSM8K(Published):
+    sources = SOURCES
     kind = "generative"
     measures = "flexible extract: without #### the last number"
 
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCE, parse)
+    def read(self, row: RowReader) -> Example:
+        question, solution = row.get("question", str), row.get("answer", str)
+        answer = to_number(solution.rpartition("####")[2])
+        if "####" not in solution or answer is None:
+            raise row.refuse(f"the answer ends in {solution[-40:]!r}", "'#### ' and a number at its end")
+        return Example(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": with_calls(solution)}], answer
+        )
 
     def correct(self, example: Example, content: Content) -> bool:
         """The number after the last "####", or without one the last number of the text; compared as numbers."""
@@ -37,15 +48,10 @@ class GSM8K(Task):
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the reply ends with a line "#### number"."""
         last = text_of(content).strip().split("\n")[-1]
-        return {"correct": float(self.correct(example, content)), "format": float(last.startswith("####") and NUMBER.search(last) is not None)}
-
-
-def parse(row: Reader) -> Example:
-    question, solution = row.get("question", str), row.get("answer", str)
-    answer = to_number(solution.rpartition("####")[2])
-    if "####" not in solution or answer is None:
-        raise row.refuse(f"the answer ends in {solution[-40:]!r}", "'#### ' and a number at its end")
-    return Example([{"role": "user", "content": question}, {"role": "assistant", "content": with_calls(solution)}], answer)
+        return {
+            "correct": float(self.correct(example, content)),
+            "format": float(last.startswith("####") and NUMBER.search(last) is not None),
+        }
 
 
 def with_calls(solution: str) -> list[Part]:

@@ -4,42 +4,39 @@ The split test is the dataset's validation, because the answers of its test rows
 """
 
 import re
-from typing import Sequence
 
-from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
-SOURCE = Source(
-    {"test": "eval_bundle/eval_data/language_understanding/hellaswag.jsonl"},
-    "Rowan/hellaswag", "", "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-    {"train": "train", "test": "validation"},
-)  # fmt: skip
-
-
-class HellaSwag(Task):
-    kind = "categorical"
-    baseline = 0.25
-
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCE, parse)
-
-    def correct(self, example: Example, content: Content) -> bool:
-        return same_letter(example, content)
+SOURCES = {
+    "hellaswag": Dataset(
+        {"test": "eval_bundle/eval_data/language_understanding/hellaswag.jsonl"},
+        "Rowan/hellaswag",
+        "",
+        "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+        {"train": "train", "test": "validation"},
+    )
+}
 
 
-def parse(row: Reader) -> Example:
-    """The hub's rows (activity_label, ctx, endings, label), or the evaluation bundle's (query, choices, gold)."""
-    if row.has("query"):
-        text, choices, answer = row.get("query", str), row.get("choices", list), row.get("gold", int)
-    else:
-        text = f"{row.get('activity_label', str)}: {row.get('ctx', str)}"
-        choices, answer = row.get("endings", list), row.get("label", str)
-        if not answer.isdecimal():
-            raise row.refuse(f"the label {answer!r}", "the number of the right ending; the hub's test rows have none")
-        answer = int(answer)
-    text, *choices = [clean(x) if isinstance(x, str) else x for x in (text, *choices)]
-    return multiple_choice(row, text, choices, answer, "Choose the most likely way in which this goes on.")
+class HellaSwag(Letters):
+    sources = SOURCES
+
+    def read(self, row: RowReader) -> Example:
+        """The hub's rows (activity_label, ctx, endings, label), or the evaluation bundle's (query, choices, gold)."""
+        if row.has("query"):
+            text, choices, answer = row.get("query", str), row.get("choices", list), row.get("gold", int)
+        else:
+            text = f"{row.get('activity_label', str)}: {row.get('ctx', str)}"
+            choices, answer = row.get("endings", list), row.get("label", str)
+            if not answer.isdecimal():
+                raise row.refuse(
+                    f"the label {answer!r}", "the number of the right ending; the hub's test rows have none"
+                )
+            answer = int(answer)
+        text, *choices = [without_marks(x) if isinstance(x, str) else x for x in (text, *choices)]
+        return multiple_choice(row, text, choices, answer, "Choose the most likely way in which this goes on.")
 
 
-def clean(text: str) -> str:
+def without_marks(text: str) -> str:
     """Without the marks [header], [title], [step], [substeps] that the web pages behind some rows have left."""
     return re.sub(r" {2,}", " ", re.sub(r"\s*\[(header|title|step|substeps)\]\s*", " ", text)).strip()

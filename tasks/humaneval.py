@@ -1,17 +1,23 @@
-"""HumanEval: write a Python function from its head and docstring; hidden tests are run on it. https://arxiv.org/abs/2107.03374"""
+"""HumanEval: write a Python function from its head and docstring; hidden tests are run on it.
+https://arxiv.org/abs/2107.03374
+"""
 
 import ast
 import re
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from nanolab.data.chat import text_of
-from tasks.common import Content, Example, Reader, Source, Task, rows_of
+from tasks.common import Content, Dataset, Example, Published, RowReader
 
-SOURCE = Source(
-    {"test": "humaneval/HumanEval.jsonl"},
-    "openai/openai_humaneval", "", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-    {"test": "test"},
-)  # fmt: skip
+SOURCES = {
+    "humaneval": Dataset(
+        {"test": "humaneval/HumanEval.jsonl"},
+        "openai/openai_humaneval",
+        "",
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        {"test": "test"},
+    )
+}
 FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)  # a block that was cut off counts
 
 
@@ -21,13 +27,22 @@ class Problem(NamedTuple):
     checks: str  # code that raises where the function is wrong
 
 
-class HumanEval(Task):
+class HumanEval(Published):
+    sources = SOURCES
     kind = "generative"
     splits = ("test",)
     runs_code = True
 
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCE, parse)
+    def read(self, row: RowReader) -> Example:
+        prompt, name = row.get("prompt", str), row.get("entry_point", str)
+        solution, test = row.get("canonical_solution", str), row.get("test", str)
+        helpers = prompt[
+            : prompt.rindex(f"def {name}(")
+        ]  # the checks use the prompt's own: a reply may have replaced them
+        problem = Problem(prompt, name, f"{helpers}\n\n{test}\n\ncheck({name})\n")
+        question = f"Complete this Python function. Reply with the whole function.\n\n```python\n{prompt.strip()}\n```"
+        reply = f"```python\n{(prompt + solution).strip()}\n```"
+        return Example([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], problem)
 
     def correct(self, example: Example, content: Content) -> bool:
         """Runs the reply in the sandbox: passed only with proof that every check was reached and held."""
@@ -38,17 +53,10 @@ class HumanEval(Task):
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the code of the reply parses and defines the function."""
         tree = parsed(code_of(content))
-        return {"correct": float(self.correct(example, content)), "format": float(tree is not None and defines(tree, example.answer.name))}
-
-
-def parse(row: Reader) -> Example:
-    prompt, name = row.get("prompt", str), row.get("entry_point", str)
-    solution, test = row.get("canonical_solution", str), row.get("test", str)
-    helpers = prompt[: prompt.rindex(f"def {name}(")]  # the checks use the prompt's own: a reply may have replaced them
-    problem = Problem(prompt, name, f"{helpers}\n\n{test}\n\ncheck({name})\n")
-    question = f"Complete this Python function. Reply with the whole function.\n\n```python\n{prompt.strip()}\n```"
-    reply = f"```python\n{(prompt + solution).strip()}\n```"
-    return Example([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], problem)
+        return {
+            "correct": float(self.correct(example, content)),
+            "format": float(tree is not None and defines(tree, example.answer.name)),
+        }
 
 
 def code_of(content: Content) -> str:
@@ -59,7 +67,8 @@ def code_of(content: Content) -> str:
 
 
 def program_of(problem: Problem, content: Content) -> str:
-    """The program to check: the prompt, so that its imports and helpers are there, and the reply's function in place of its stub.
+    """The program to check: the prompt, so that its imports and helpers are there, and the reply's function in place of
+    its stub.
 
     A reply that does not define the function is taken for the rest of the prompt's.
     """
@@ -73,7 +82,12 @@ def program_of(problem: Problem, content: Content) -> str:
 def parsed(code: str) -> ast.Module | None:
     try:
         return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a null byte; the others: nested too deep
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # ValueError: a null byte; the others: nested too deep
         return None
 
 

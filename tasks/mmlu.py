@@ -3,30 +3,30 @@
 The split train is the dataset's auxiliary_train: questions of other exams, without a subject.
 """
 
-from typing import Sequence
+from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
 
-from tasks.common import Content, Example, Reader, Source, Task, multiple_choice, rows_of, same_letter
+SOURCES = {
+    "mmlu": Dataset(
+        {"dev": "mmlu/dev.jsonl.gz", "test": "mmlu/test.jsonl.gz"},
+        "cais/mmlu",
+        "all",
+        "c30699e8356da336a370243923dbaf21066bb9fe",
+        {"train": "auxiliary_train", "validation": "validation", "dev": "dev", "test": "test"},
+    )
+}
 
-SOURCE = Source(
-    {"dev": "mmlu/dev.jsonl.gz", "test": "mmlu/test.jsonl.gz"},
-    "cais/mmlu", "all", "c30699e8356da336a370243923dbaf21066bb9fe",
-    {"train": "auxiliary_train", "validation": "validation", "dev": "dev", "test": "test"},
-)  # fmt: skip
 
-
-class MMLU(Task):
-    kind = "categorical"
-    baseline = 0.25
+class MMLU(Letters):
+    sources = SOURCES
     splits = ("train", "validation", "dev", "test")
 
-    def open(self) -> Sequence[Example]:
-        return rows_of(self, SOURCE, parse)
-
-    def correct(self, example: Example, content: Content) -> bool:
-        return same_letter(example, content)
-
-
-def parse(row: Reader) -> Example:
-    subject = row.get("subject", str).replace("_", " ")
-    about = f"about {subject}" if subject else "of an exam"
-    return multiple_choice(row, row.get("question", str), row.get("choices", list), row.get("answer", int), f"Choose the right answer to this question {about}.")
+    def read(self, row: RowReader) -> Example:
+        subject = row.get("subject", str).replace("_", " ")
+        about = f"about {subject}" if subject else "of an exam"
+        return multiple_choice(
+            row,
+            row.get("question", str),
+            row.get("choices", list),
+            row.get("answer", int),
+            f"Choose the right answer to this question {about}.",
+        )

@@ -20,7 +20,9 @@ def to_number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The answer of a reply: the number after the last "####" that has one, else the last number of the text, else None."""
+    """The answer of a reply: the number after the last "####" that has one, else the last number of the text, else
+    None.
+    """
     text = text.replace("\u2212", "-")
     found = _marked(text) or list(NUMBER.finditer(text))
     return _value(found[-1].group()) if found else None
@@ -41,7 +43,11 @@ def _value(text: str) -> Fraction | None:
     if len(bare) > MAX_DIGITS:
         return None
     try:
-        return Fraction(bare) if "/" not in bare or "." not in bare else Fraction(bare.split("/")[0]) / int(bare.split("/")[1])
+        return (
+            Fraction(bare)
+            if "/" not in bare or "." not in bare
+            else Fraction(bare.split("/")[0]) / int(bare.split("/")[1])
+        )
     except ZeroDivisionError:
         return None
 

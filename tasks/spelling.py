@@ -1,18 +1,19 @@
-"""Spelling: SimpleSpelling (write a word letter by letter) and SpellingBee (count a letter in a word, spelling it first).
+"""Spelling: SimpleSpelling (write a word letter by letter) and SpellingBee (count a letter in a word, spelling it
+first).
 
-spelling, spelling=FILE (one word per line) or spelling=COUNT (so many of the commonest words of the offline corpus; 2,000
-without). One word in ten is held out by the hash of its letters. Splits: train; seen (training words in other sentences);
-test (held-out words). Counting has a guess that is often right, the count 1: it is right about half of the time, and not
-nine times in ten, because repeated letters are asked for more often than chance would.
-"""
+spelling, spelling=FILE (one word per line) or spelling=COUNT (so many of the commonest words of the offline corpus;
+2,000 without). One word in ten is held out by the hash of its letters. Splits: train; seen (training words in other
+sentences); test (held-out words). Counting has a guess that is often right, the count 1: it is right about half of the
+time, and not nine times in ten, because repeated letters are asked for more often than chance would."""
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parts_of, text_of
 from tasks.common import Content, Draws, Example, Task, permutation, share, tool_call
 from tasks.numbers import same_number
@@ -22,19 +23,45 @@ COMMON_WORDS = 2000
 SIZES = {"train": 20_000, "seen": 500, "test": 500}
 # {w}: the word, with or without quotes; {l}: the letter.
 SPELL = (
-    "Spell the word {w}.", "Spell {w}.", "Please spell {w}.", "How do you spell {w}?", "How is {w} spelled?", "Can you spell {w}?",
-    "Spell {w} letter by letter.", "Write {w} one letter at a time.", "What are the letters of {w}?", "Which letters make up {w}?",
-    "Give me the letters of {w}.", "Tell me how to spell {w}.", "Take {w} apart into letters.", "I need the spelling of {w}.",
-    "Write out the letters in {w}, please.", "Could you spell {w} for me?", "List the letters of the word {w}.", "{w}: spell it.",
-)  # fmt: skip
+    "Spell the word {w}.",
+    "Spell {w}.",
+    "Please spell {w}.",
+    "How do you spell {w}?",
+    "How is {w} spelled?",
+    "Can you spell {w}?",
+    "Spell {w} letter by letter.",
+    "Write {w} one letter at a time.",
+    "What are the letters of {w}?",
+    "Which letters make up {w}?",
+    "Give me the letters of {w}.",
+    "Tell me how to spell {w}.",
+    "Take {w} apart into letters.",
+    "I need the spelling of {w}.",
+    "Write out the letters in {w}, please.",
+    "Could you spell {w} for me?",
+    "List the letters of the word {w}.",
+    "{w}: spell it.",
+)
 COUNT = (
-    "How many {l} are in {w}?", "How many {l} are there in {w}?", "How many times does {l} occur in {w}?", "Count the {l} in {w}.",
-    "How often does the letter {l} appear in {w}?", "Please count how often {l} is in {w}.", "What is the number of {l} in the word {w}?",
-    "In {w}, how many letters are {l}?", "How many of the letters of {w} are {l}?", "Tell me how many {l} the word {w} has.",
-    "Count the letter {l} in {w}, please.", "Look at {w}: how many {l} do you see?", "How many times is the letter {l} used in {w}?",
-    "Find every {l} in {w} and count them.", "The word {w} has how many {l}?", "Can you count the {l} in {w}?",
-    "I want to know how many {l} are in {w}.", "Give the number of times that {l} occurs in {w}.",
-)  # fmt: skip
+    "How many {l} are in {w}?",
+    "How many {l} are there in {w}?",
+    "How many times does {l} occur in {w}?",
+    "Count the {l} in {w}.",
+    "How often does the letter {l} appear in {w}?",
+    "Please count how often {l} is in {w}.",
+    "What is the number of {l} in the word {w}?",
+    "In {w}, how many letters are {l}?",
+    "How many of the letters of {w} are {l}?",
+    "Tell me how many {l} the word {w} has.",
+    "Count the letter {l} in {w}, please.",
+    "Look at {w}: how many {l} do you see?",
+    "How many times is the letter {l} used in {w}?",
+    "Find every {l} in {w} and count them.",
+    "The word {w} has how many {l}?",
+    "Can you count the {l} in {w}?",
+    "I want to know how many {l} are in {w}.",
+    "Give the number of times that {l} occurs in {w}.",
+)
 QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'")
 
 
@@ -54,7 +81,9 @@ class SimpleSpelling(Task):
         return self.generated(SIZES[self.split], lambda i: spell(words(i), self.draws(i)))
 
     def correct(self, example: Example, content: Content) -> bool:
-        """The letters one by one, after the last colon if there is one; blanks, commas and dashes between them do not matter."""
+        """The letters one by one, after the last colon if there is one; blanks, commas and dashes between them do not
+        matter.
+        """
         return letters_of(text_of(content)) == list(example.answer)
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
@@ -81,7 +110,9 @@ class SpellingBee(Task):
         return same_number(example.answer.n, content)
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
-        """correct; format: one call of the tool; spelling: the first line spells the word; call: the tool is asked the right thing."""
+        """correct; format: one call of the tool; spelling: the first line spells the word; call: the tool is asked the
+        right thing.
+        """
         parts = parts_of(content)
         calls = [part["text"] for part in parts if part["type"] == "python"]
         first = parts[0]["text"].strip().split("\n")[0] if parts and parts[0]["type"] == "text" else ""
@@ -94,27 +125,35 @@ class SpellingBee(Task):
 
 
 def spell(word: str, draws: Draws) -> Example:
-    question = sentence(draws, SPELL, w=draws.pick(QUOTES).format(word))
+    question = filled_template(draws, SPELL, w=draws.pick(QUOTES).format(word))
     return Example([{"role": "user", "content": question}, {"role": "assistant", "content": spelled(word)}], word)
 
 
 def count(word: str, draws: Draws) -> Example:
     letter = asked_letter(word, draws)
     n = word.count(letter)
-    question = sentence(draws, COUNT, w=draws.pick(QUOTES).format(word), l=draws.pick(QUOTES).format(letter))
-    reply = [{"type": "text", "text": spelled(word) + "\n"}, *tool_call(expression(word, letter), n), {"type": "text", "text": f"It is {n}."}]
-    return Example([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], Count(word, letter, n))
+    question = filled_template(draws, COUNT, w=draws.pick(QUOTES).format(word), l=draws.pick(QUOTES).format(letter))
+    reply = [
+        {"type": "text", "text": spelled(word) + "\n"},
+        *tool_call(expression(word, letter), n),
+        {"type": "text", "text": f"It is {n}."},
+    ]
+    return Example(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": reply}], Count(word, letter, n)
+    )
 
 
 def asked_letter(word: str, draws: Draws) -> str:
-    """One that is repeated in two of five cases where there is one, a letter of the alphabet in one of five, else one of the word's."""
+    """One that is repeated in two of five cases where there is one, a letter of the alphabet in one of five, else one
+    of the word's.
+    """
     repeated = sorted({c for c in word if word.count(c) > 1})
     kind = draws.below(5)
     return draws.pick(repeated if kind < 2 and repeated else "abcdefghijklmnopqrstuvwxyz" if kind == 4 else word)
 
 
 def spelled(word: str) -> str:
-    """"tree: t r e e": after a blank each letter is a token of its own to nearly every tokenizer."""
+    """ "tree: t r e e": after a blank each letter is a token of its own to nearly every tokenizer."""
     return f"{word}: {' '.join(word)}"
 
 
@@ -128,7 +167,7 @@ def letters_of(text: str) -> list[str]:
     return found if all(len(x) == 1 and x.isalpha() for x in found) else []
 
 
-def sentence(draws: Draws, templates: Sequence[str], w: str, l: str = "") -> str:  # noqa: E741
+def filled_template(draws: Draws, templates: Sequence[str], w: str, l: str = "") -> str:  # noqa: E741
     """A template filled; one in five in lower case, one in five without its last mark."""
     text = draws.pick(templates)
     text = text[0].lower() + text[1:] if draws.below(5) == 0 else text
@@ -142,27 +181,39 @@ def words_of(task: Task) -> Callable[[int], str]:
     words = common_words(int(argument)) if argument.isdecimal() else read_words(argument)
     words = [w for w in words if (share("word", w) < HELD_OUT) == (task.split == "test")]
     if not words:
-        raise UserError(f"no word of {argument} falls into the split {task.split} of {task.name}; expected at least one; give more words")
+        raise UserError(
+            f"no word of {argument} falls into the split {task.split} of {task.name}; expected at least one; give more"
+            " words"
+        )
     orders = lru_cache(4)(lambda turn: permutation(len(words), task.name, task.version, task.split, task.seed, turn))
     return lambda i: words[orders(i // len(words))[i % len(words)]]
 
 
 def read_words(path: str) -> list[str]:
-    """The words of a file, one per line, in lower case, each once; single letters are left out. Raises UserError naming the line."""
+    """The words of a file, one per line, in lower case, each once; single letters are left out. Raises UserError naming
+    the line.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path} is not a file; expected one with a word per line, or a number of words; try spelling=2000")
+        raise UserError(
+            f"{path} is not a file; expected one with a word per line, or a number of words; try spelling=2000"
+        )
     words = []
     for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         word = line.strip().lower()
         if word and not word.isalpha():
-            raise UserError(f"{file}:{n}: {line[:40]!r} is not a word; expected letters only, one word per line; mend or delete the line")
+            raise UserError(
+                f"{file}:{n}: {line[:40]!r} is not a word; expected letters only, one word per line; mend or delete the"
+                " line"
+            )
         words += [word] if len(word) > 1 else []
     return list(dict.fromkeys(words))
 
 
 def common_words(n: int) -> list[str]:
-    """The n commonest words of 3 to 12 letters in the training part of the corpus pydocs, which is built if it is not there."""
+    """The n commonest words of 3 to 12 letters in the training part of the corpus pydocs, which is built if it is not
+    there.
+    """
     import pyarrow.parquet as pq
 
     from nanolab.data.corpus import CORPORA

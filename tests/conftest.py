@@ -12,19 +12,38 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
+# The files that take longest, begun first: a process that gets one of them last would finish long after the others.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/contracts",
+    "tests/browser",
+    "tests/training",
+    "tests/interop",
+    "tests/test_flags.py",
+    "tests/inference",
+)
+
 
 def pytest_addoption(parser):
-    parser.addoption("--fault", default="", help="only tests of these entries of dev/results/faults.md, joined by commas")
+    parser.addoption(
+        "--fault", default="", help="only tests of these entries of dev/results/faults.md, joined by commas"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     only = set(filter(None, config.getoption("--fault").split(",")))
     for item in items:
-        item.user_properties += [("fault", name) for mark in item.iter_markers("fault") for name in mark.args]  # read by dev/faults.py
+        # read by dev/faults.py
+        item.user_properties += [("fault", name) for mark in item.iter_markers("fault") for name in mark.args]
     if only:
-        other = [item for item in items if not only & {value for name, value in item.user_properties if name == "fault"}]
+        other = [
+            item for item in items if not only & {value for name, value in item.user_properties if name == "fault"}
+        ]
         config.hook.pytest_deselected(items=other)
         items[:] = [item for item in items if item not in other]
+    items.sort(
+        key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +56,9 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """A function (fn, world_size, *args) -> results of fn(runtime, *args) by rank, on gloo processes of this machine."""
+    """A function (fn, world_size, *args) -> results of fn(runtime, *args) by rank, on gloo processes of this
+    machine.
+    """
     spec = importlib.util.spec_from_file_location("nanolab_tests_distributed", Path(__file__).parent / "distributed.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,9 +69,8 @@ def run_ranks():
 def make_gpt():
     """A function (config, **GPT arguments) -> GPT with every weight moved off its initial value.
 
-    At initialisation the projections into the residual stream, the smear weight and the gates' effects are zero, so that
-    a fresh model would hide most mistakes.
-    """
+    At initialisation the projections into the residual stream, the smear weight and the gates' effects are zero, so
+    that a fresh model would hide most mistakes."""
     import torch
 
     from nanolab.model.gpt import GPT
@@ -71,21 +91,33 @@ def make_gpt():
 
 @pytest.fixture(scope="module")
 def in_checkout(tmp_path_factory):
-    """A function (bash text, **environment) -> CompletedProcess, run in a copy of this tree with a base directory of its own.
+    """A function (bash text, **environment) -> CompletedProcess, run in a copy of this tree with a base directory of
+    its own.
 
     One copy for all tests of a file; its folder is the function's `.path`, the base directory its `.base`.
     """
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns(".git", ".venv", ".venv-newest", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", ".venv-newest", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md"
+    )
     path, base = shutil.copytree(root, folder / "nanolab", ignore=ignore), folder / "base"
 
     def run(text: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(path), "NANOLAB_PYTHON": sys.executable,
-            "NANOLAB_BASE_DIR": str(base), "NANOLAB_SCALE": "toy",
-        } | environment  # fmt: skip
+        env = (
+            os.environ
+            | {
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PYTHONPATH": str(path),
+                "NANOLAB_PYTHON": sys.executable,
+                "NANOLAB_BASE_DIR": str(base),
+                "NANOLAB_SCALE": "toy",
+            }
+            | environment
+        )
         command = ["bash", "-euo", "pipefail", "-c", text]
-        return subprocess.run(command, cwd=path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, cwd=path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
 
     run.path, run.base = path, base
     return run

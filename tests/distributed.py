@@ -30,16 +30,28 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, dtype: str = "float32",
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
         (job / "job").write_bytes(pickle.dumps((fn.__code__.co_filename, fn.__name__, args, dtype)))
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+        }
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         ranks = []
         for r in range(world_size):
             with open(job / f"err{r}", "wb") as err:
                 command = [sys.executable, __file__, folder]
-                ranks.append(subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=err, cwd=ROOT))
+                ranks.append(
+                    subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=err, cwd=ROOT)
+                )
         try:
             deadline = time.monotonic() + timeout
-            while any(p.poll() is None for p in ranks) and not any(p.poll() for p in ranks) and time.monotonic() < deadline:
+            while (
+                any(p.poll() is None for p in ranks)
+                and not any(p.poll() for p in ranks)
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
             codes = [p.poll() for p in ranks]  # before the others are ended: None is "still running"
         finally:

@@ -5,26 +5,41 @@ import json
 import pickle
 
 import pytest
+from helpers import configs
 
-from nanolab import config
-from nanolab.config import BaseTrainConfig, ChatConfig, GPTConfig, UserError, chosen, from_json, from_preset, main, parse, to_json
+from nanolab.cli import UserError, from_json, from_preset, main, parse, to_json
+from nanolab.model.config import GPTConfig, chosen
+from nanolab.serving.config import ChatConfig
+from nanolab.stages.config import BaseTrainConfig
 
-ALL = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+ALL = list(configs().values())
 
 
 def test_every_kind_of_value_is_parsed():
     cfg = parse(
         BaseTrainConfig,
-        "--run a-b --depth=4 --max_seq_len 512 --num-iterations -1 --target-flops 1e15 --resume --no-log-grad-norm --data pydocs:0.7,x:0.3".split(),
+        "--run a-b --depth=4 --max_seq_len 512 --num-iterations -1 --target-flops 1e15 --resume --no-log-grad-norm"
+        " --data pydocs:0.7,x:0.3".split(),
     )
-    want = dict(run="a-b", depth=4, max_seq_len=512, num_iterations=-1, target_flops=1e15, resume=True, log_grad_norm=False, data="pydocs:0.7,x:0.3")
+    want = dict(
+        run="a-b",
+        depth=4,
+        max_seq_len=512,
+        num_iterations=-1,
+        target_flops=1e15,
+        resume=True,
+        log_grad_norm=False,
+        data="pydocs:0.7,x:0.3",
+    )
     assert cfg == BaseTrainConfig(**want)
     assert parse(BaseTrainConfig, []) == BaseTrainConfig()
     assert parse(ChatConfig, ["-p", "Once upon"]).prompt == "Once upon"
     assert parse(ChatConfig, ["--prompt=a=b"]).prompt == "a=b"
 
 
-@pytest.mark.parametrize("argv", [["--preset", "gpt2", "--depth", "3", "--no-tied-head"], ["--depth=3", "--no-tied-head", "--preset=gpt2"]])
+@pytest.mark.parametrize(
+    "argv", [["--preset", "gpt2", "--depth", "3", "--no-tied-head"], ["--depth=3", "--no-tied-head", "--preset=gpt2"]]
+)
 def test_a_preset_is_a_row_of_defaults_wherever_it_stands(argv):
     cfg = parse(BaseTrainConfig, argv)
     assert cfg == from_preset(BaseTrainConfig, "gpt2", depth=3, tied_head=False)
@@ -33,10 +48,17 @@ def test_a_preset_is_a_row_of_defaults_wherever_it_stands(argv):
 
 def test_chosen_flags_are_those_that_differ():
     assert chosen(GPTConfig(vocab_size=5, n_layer=3)) == []
-    assert chosen(BaseTrainConfig(depth=3, mlp="swiglu", smear=False, positions="nope")) == ["positions nope", "smear False", "mlp swiglu"]
+    assert chosen(BaseTrainConfig(depth=3, mlp="swiglu", smear=False, positions="nope")) == [
+        "positions nope",
+        "smear False",
+        "mlp swiglu",
+    ]
 
 
-@pytest.mark.parametrize("flag,value", [("num_iterations", 5), ("target_flops", 1e12), ("target_param_data_ratio", 2.0), ("max_seconds", 30.0)])
+@pytest.mark.parametrize(
+    "flag,value",
+    [("num_iterations", 5), ("target_flops", 1e12), ("target_param_data_ratio", 2.0), ("max_seconds", 30.0)],
+)
 def test_a_horizon_given_beside_a_preset_is_the_only_one(flag, value):
     for preset in ("gpt2", "labels39m"):
         cfg = parse(BaseTrainConfig, ["--preset", preset, f"--{flag.replace('_', '-')}", str(value)])
@@ -47,10 +69,27 @@ def test_a_horizon_given_beside_a_preset_is_the_only_one(flag, value):
 def test_fingers_of_the_reference_harness():
     """Its flags exist under its names and with its defaults, except for those that mean something else here."""
     theirs = dict(
-        depth=20, aspect_ratio=64, head_dim=128, max_seq_len=2048, window_pattern="SSSL", num_iterations=-1, target_flops=-1.0,
-        device_batch_size=32, total_batch_size=-1, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5, weight_decay=0.28,
-        warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05, eval_every=250, sample_every=2000, device_type="",
-    )  # fmt: skip
+        depth=20,
+        aspect_ratio=64,
+        head_dim=128,
+        max_seq_len=2048,
+        window_pattern="SSSL",
+        num_iterations=-1,
+        target_flops=-1.0,
+        device_batch_size=32,
+        total_batch_size=-1,
+        embedding_lr=0.3,
+        unembedding_lr=0.008,
+        matrix_lr=0.02,
+        scalar_lr=0.5,
+        weight_decay=0.28,
+        warmup_steps=40,
+        warmdown_ratio=0.65,
+        final_lr_frac=0.05,
+        eval_every=250,
+        sample_every=2000,
+        device_type="",
+    )
     ours = to_json(BaseTrainConfig())
     assert {name: ours.get(name) for name in theirs} == theirs
     assert {"run", "target_param_data_ratio", "eval_tokens", "save_every"} <= set(ours)
@@ -91,7 +130,9 @@ def test_help_shows_the_comments(capsys):
 @pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
 def test_json_round_trip(cls):
     """Defaults and changed values survive a trip through text."""
-    changed = {f.name: not f.default if f.type == "bool" or f.type is bool else f.default for f in dataclasses.fields(cls)}
+    changed = {
+        f.name: not f.default if f.type == "bool" or f.type is bool else f.default for f in dataclasses.fields(cls)
+    }
     for cfg in (cls(), cls(**changed)):
         again = from_json(cls, json.loads(json.dumps(to_json(cfg))))
         assert again == cfg and type(again) is cls
@@ -161,7 +202,9 @@ def test_main_interrupt_and_bugs(capsys):
 
 def test_an_error_carries_its_code_and_values(capsys):
     def command():
-        raise UserError("--learning-rate is not read by --recipe dial", "flag-not-read", flag="learning_rate", by="dial")
+        raise UserError(
+            "--learning-rate is not read by --recipe dial", "flag-not-read", flag="learning_rate", by="dial"
+        )
 
     with pytest.raises(UserError) as e:
         command()
@@ -175,7 +218,24 @@ def test_an_error_carries_its_code_and_values(capsys):
 
 
 @pytest.mark.fault("S17")
-@pytest.mark.parametrize("text", ["--find me", "--help", "-p", "--prompt", "--prompt=x", "--temperature=0", "-5+3", "-", "--", "-p=x", "a=b", "--no-chat", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--find me",
+        "--help",
+        "-p",
+        "--prompt",
+        "--prompt=x",
+        "--temperature=0",
+        "-5+3",
+        "-",
+        "--",
+        "-p=x",
+        "a=b",
+        "--no-chat",
+        "",
+    ],
+)
 def test_a_prompt_may_begin_like_a_flag(text):
     for typed in (["-p", text], [f"-p={text}"], ["--prompt", text], [f"--prompt={text}"]):
         cfg = parse(ChatConfig, ["--max-tokens", "5", *typed, "--temperature", "0.5"])

@@ -1,4 +1,6 @@
-"""A flag that was typed and is not read is refused, and so is a number out of its bounds. The tables say nothing that the code does not do."""
+"""A flag that was typed and is not read is refused, and so is a number out of its bounds. The tables say nothing that
+the code does not do.
+"""
 
 import ast
 import dataclasses
@@ -11,28 +13,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import configs
 
-from nanolab import config
-from nanolab.config import (
-    BaseEvalConfig, BaseTrainConfig, BenchConfig, ChatConfig, ChatEvalConfig, DataBuildConfig, GPTConfig, InspectConfig, RLConfig, ServeConfig, SFTConfig,
-    UserError, from_json, parse, to_json,
-)  # fmt: skip
-from nanolab.model.variants import AXES
+from nanolab.cli import UserError, from_json, parse, to_json
+from nanolab.data.config import DataBuildConfig, GenChatConfig
+from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
+from nanolab.lab.config import BenchConfig
+from nanolab.model.config import GPTConfig, InspectConfig
+from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
+from nanolab.serving.config import ChatConfig, ServeConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 
 ROOT = Path(__file__).parents[1]
 
 
 def neighbour(path: str):
     """A file of tests as a module."""
-    spec = importlib.util.spec_from_file_location(f"nanolab_tests_{Path(path).stem}_of_flags", Path(__file__).parent / path)
+    spec = importlib.util.spec_from_file_location(
+        f"nanolab_tests_{Path(path).stem}_of_flags", Path(__file__).parent / path
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-CONFIGS = [c for c in vars(config).values() if dataclasses.is_dataclass(c) and c.__module__ == "nanolab.config"]
+CONFIGS = list(configs().values())
 BASE, BENCH = BaseTrainConfig, BenchConfig
 
 
@@ -118,8 +125,17 @@ def test_a_typed_flag_that_is_not_read_is_refused(cls, line, by):
 @pytest.mark.parametrize(
     "cls,line",
     [
-        (BASE, "--recipe adamw_cosine --learning-rate 1e-3 --beta1 0.8 --beta2 0.9 --eps 1e-9 --weight-decay 0.1 --warmup-steps 3 --final-lr-frac 0.1"),
-        (BASE, "--preset gpt2 --learning-rate 1e-3 --max-seconds 30 --num-iterations -1"),  # a horizon that is off is no horizon
+        (
+            BASE,
+            (
+                "--recipe adamw_cosine --learning-rate 1e-3 --beta1 0.8 --beta2 0.9 --eps 1e-9 --weight-decay 0.1"
+                " --warmup-steps 3 --final-lr-frac 0.1"
+            ),
+        ),
+        (
+            BASE,
+            "--preset gpt2 --learning-rate 1e-3 --max-seconds 30 --num-iterations -1",
+        ),  # a horizon that is off is no horizon
         (BASE, "--positions rnope --position-pattern R,R,N --rope-base 1000 --rope-fraction 0.5"),
         (BASE, "--attention mla --no-value-embeds --mla-rope-dim 8 --normaliser softmax_n --softmax-n 2"),
         (BASE, "--window-pattern rope --window-size 9"),
@@ -158,7 +174,10 @@ def test_values_that_were_not_typed_are_not_refused():
         *[(BASE, f"--weight-decay {x}", "weight_decay") for x in ("nan", "-0.1")],
         *[(cls, f"--final-lr-frac {x}", "final_lr_frac") for cls in (BASE, SFTConfig, RLConfig) for x in (-1, 1.5)],
         *[(cls, f"--warmdown-ratio {x}", "warmdown_ratio") for cls in (BASE, SFTConfig, RLConfig) for x in (-0.1, 1.1)],
-        *[(BASE, f"--{name.replace('_', '-')} -1", name) for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "warmup_steps")],
+        *[
+            (BASE, f"--{name.replace('_', '-')} -1", name)
+            for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "warmup_steps")
+        ],
         (BASE, "--recipe adamw_cosine --learning-rate -1", "learning_rate"),
         (BASE, "--recipe adamw_cosine --beta2 1", "beta2"),
         (BASE, "--target-flops 0", "target_flops"),
@@ -204,9 +223,15 @@ def test_zeros_of_chat_rl_are_refused_by_their_own_names(flag):
     [
         (BASE, "--num-iterations -1 --max-seconds 0.5 --lr-scale -1 --grad-clip -1 --eval-every -1 --warmup-steps 0"),
         (BASE, "--recipe adamw_cosine --learning-rate 0 --final-lr-frac 0"),
-        (SFTConfig, "--num-iterations -1 --embedding-lr -1 --learning-rate 0 --max-seq-len -1 --device-batch-size -1 --warmdown-ratio 1 --final-lr-frac 1"),
+        (
+            SFTConfig,
+            (
+                "--num-iterations -1 --embedding-lr -1 --learning-rate 0 --max-seq-len -1 --device-batch-size -1"
+                " --warmdown-ratio 1 --final-lr-frac 1"
+            ),
+        ),
         (RLConfig, "--kl 0 --rollout-batch-size 0 --top-k 0 --log-every -1 --eval-examples -1"),
-        (config.GenChatConfig, "--max-tokens 0"),
+        (GenChatConfig, "--max-tokens 0"),
         (ServeConfig, "--port 0 --prefix-mb 0"),
         (InspectConfig, "--context 0"),
     ],
@@ -225,17 +250,17 @@ def test_a_record_with_no_number_is_refused(value):
 
 @pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
 def test_every_number_has_bounds_that_hold_its_default(cls):
-    """A new flag needs a line in flags.BOUNDS. None is free: what is not finite never is a value."""
-    from nanolab.config import bounds_of
+    """A flag's type says its bounds. None is free: what is not finite never is a value."""
+    from nanolab.cli import bounds_of
 
     numbers = [f for f in dataclasses.fields(cls) if type(f.default) in (int, float)]
-    assert [f.name for f in numbers if bounds_of(cls, f.name) is None] == []
-    assert [f.name for f in numbers if not bounds_of(cls, f.name).holds(f.default)] == []
-    assert not any(bounds_of(cls, f.name).holds(x) for f in numbers for x in (math.nan, math.inf, -math.inf))
+    assert [f.name for f in numbers if bounds_of(f) is None] == []
+    assert [f.name for f in numbers if not bounds_of(f).holds(f.default)] == []
+    assert not any(bounds_of(f).holds(x) for f in numbers for x in (math.nan, math.inf, -math.inf))
 
 
 def test_presets_are_within_bounds():
-    from nanolab.config import check_bounds, from_preset
+    from nanolab.cli import check_bounds, from_preset
 
     for name in PRESETS:
         for cls in (BaseTrainConfig, InspectConfig, BenchConfig):
@@ -243,27 +268,35 @@ def test_presets_are_within_bounds():
 
 
 def test_the_tables_name_flags_that_exist():
-    from nanolab.flags import BOUNDS, CONDITIONS
-
     by_name = {c.__name__: {f.name for f in dataclasses.fields(c)} for c in CONFIGS}
-    everywhere = set().union(*by_name.values())
-    for name, rows in CONDITIONS.items():
-        words = {word for row in rows for word in (*row.flags.split(), row.by)}
-        below = set().union(*(by_name[c.__name__] for c in CONFIGS if name in [k.__name__ for k in c.__mro__]))
-        assert {word for word in words if not word[0].isupper()} <= below, name
+    for c in CONFIGS:
+        words = {word for row in vars(c).get("CONDITIONS", ()) for word in (*row.flags.split(), row.by)}
+        below = set().union(*(by_name[k.__name__] for k in CONFIGS if c in k.__mro__))
+        assert {word for word in words if not word[0].isupper()} <= below, c
         assert {word for word in words if word[0].isupper()} <= set(by_name)
-    for name, row in BOUNDS.items():
-        assert set(row) <= (by_name[name] if name else everywhere), name
 
 
-# The tables beside the code: changing a flag that is unread changes nothing, changing one that is read changes something.
+# The tables beside the code: changing a flag that is unread changes nothing, changing one that is read changes
+# something.
 
 CHANGED = dict(
-    rope_base=50.0, rope_layout="interleaved", rope_fraction=0.5, rope_scaling="linear:2", position_pattern="N,R", mla_kv_rank=12, mla_q_rank=20, mla_rope_dim=2,
-    window_size=3, softmax_n=3.0,
-)  # fmt: skip
+    rope_base=50.0,
+    rope_layout="interleaved",
+    rope_fraction=0.5,
+    rope_scaling="linear:2",
+    position_pattern="N,R",
+    mla_kv_rank=12,
+    mla_q_rank=20,
+    mla_rope_dim=2,
+    window_size=3,
+    softmax_n=3.0,
+)
 SHAPES = {
-    **{f"{p}, {a}": dict(positions=p, attention=a) for p in ("rope", "nope", "rnope", "learned", "sinusoidal", "alibi") for a in ("mha", "mla")},
+    **{
+        f"{p}, {a}": dict(positions=p, attention=a)
+        for p in ("rope", "nope", "rnope", "learned", "sinusoidal", "alibi")
+        for a in ("mha", "mla")
+    },
     **{n: dict(normaliser=n) for n in ("softmax1", "softmax_n", "sink")},
     **{f"windows {w}": dict(window_pattern=w) for w in ("L", "SL", "LLLS", "rope")},
     "windows rope, rnope": dict(window_pattern="rope", positions="rnope"),
@@ -276,10 +309,22 @@ SHAPES = {
 def test_architecture_flags_are_read_where_the_table_says(shape):
     import torch
 
-    from nanolab.config import not_read
+    from nanolab.cli import not_read
     from nanolab.model.gpt import GPT
 
-    base = GPTConfig(**dict(sequence_len=16, vocab_size=40, n_layer=4, n_head=2, n_embd=32, value_embeds=False, window_pattern="SL", bos=0) | shape)
+    base = GPTConfig(
+        **dict(
+            sequence_len=16,
+            vocab_size=40,
+            n_layer=4,
+            n_head=2,
+            n_embd=32,
+            value_embeds=False,
+            window_pattern="SL",
+            bos=0,
+        )
+        | shape
+    )
     idx = torch.arange(16)[None] % 40
 
     def logits(c: GPTConfig):
@@ -302,26 +347,59 @@ def test_architecture_flags_are_read_where_the_table_says(shape):
 
 
 RATES = dict(
-    learning_rate=0.1, beta1=0.5, beta2=0.6, eps=1e-3, embedding_lr=0.11, unembedding_lr=0.12, matrix_lr=0.13, scalar_lr=0.14, weight_decay=0.15,
-    lr_scale=0.16, warmup_steps=7, warmdown_ratio=0.17, final_lr_frac=0.18,
-)  # fmt: skip
+    learning_rate=0.1,
+    beta1=0.5,
+    beta2=0.6,
+    eps=1e-3,
+    embedding_lr=0.11,
+    unembedding_lr=0.12,
+    matrix_lr=0.13,
+    scalar_lr=0.14,
+    weight_decay=0.15,
+    lr_scale=0.16,
+    warmup_steps=7,
+    warmdown_ratio=0.17,
+    final_lr_frac=0.18,
+)
 MODELS = {
-    "default": {}, "tied": dict(tied_head=True, value_embeds=False), "tied, value embeds": dict(tied_head=True),
-    "tied, learned": dict(tied_head=True, value_embeds=False, positions="learned"), "no scalars": dict(residual_scalars=False),
-    **{f"no scalars, {k}": dict(residual_scalars=False, **v) for k, v in {
-        "gain": dict(norm_gain=True), "bias": dict(bias="out"), "head bias": dict(bias="head"), "sink": dict(normaliser="sink"), "softmax1": dict(normaliser="softmax1"),
-        "layernorm": dict(norm="layernorm"), "qk l2": dict(qk_norm="l2"), "qk layernorm": dict(qk_norm="layernorm"), "gate": dict(gate="head"),
-    }.items()}, "no fall": dict(warmdown_ratio=0.0),
-}  # fmt: skip
+    "default": {},
+    "tied": dict(tied_head=True, value_embeds=False),
+    "tied, value embeds": dict(tied_head=True),
+    "tied, learned": dict(tied_head=True, value_embeds=False, positions="learned"),
+    "no scalars": dict(residual_scalars=False),
+    **{
+        f"no scalars, {k}": dict(residual_scalars=False, **v)
+        for k, v in {
+            "gain": dict(norm_gain=True),
+            "bias": dict(bias="out"),
+            "head bias": dict(bias="head"),
+            "sink": dict(normaliser="sink"),
+            "softmax1": dict(normaliser="softmax1"),
+            "layernorm": dict(norm="layernorm"),
+            "qk l2": dict(qk_norm="l2"),
+            "qk layernorm": dict(qk_norm="layernorm"),
+            "gate": dict(gate="head"),
+        }.items()
+    },
+    "no fall": dict(warmdown_ratio=0.0),
+}
 
 
-ENTRIES = {f"{flag} {name}": {flag: getattr(entry, "example", name)} for flag, table in AXES.items() for name, entry in table.items()}
+ENTRIES = {
+    f"{flag} {name}": {flag: "gqa:2" if name == "gqa" else name}
+    for flag, table in AXES.items()
+    for name, entry in table.items()
+}
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_rates_of_every_entry_are_read_where_the_table_says(entry):
-    """An entry with vectors belongs into flags.has_vectors: without the stream's weights, nothing else is at --scalar-lr."""
-    test_rates_are_read_where_the_table_says("dial", entry | dict(residual_scalars=False, value_embeds=False, tied_head=True), ("scalar_lr", "embedding_lr"))
+    """An entry with vectors belongs into training.config.has_vectors: without the stream's weights, nothing else is at
+    --scalar-lr.
+    """
+    test_rates_are_read_where_the_table_says(
+        "dial", entry | dict(residual_scalars=False, value_embeds=False, tied_head=True), ("scalar_lr", "embedding_lr")
+    )
 
 
 @pytest.mark.parametrize("recipe", ["dial", "adamw_cosine", "adam_constant"])
@@ -329,19 +407,36 @@ def test_rates_of_every_entry_are_read_where_the_table_says(entry):
 def test_rates_are_read_where_the_table_says(recipe, model, names=tuple(RATES)):
     import torch
 
-    from nanolab.config import not_read
+    from nanolab.cli import not_read
     from nanolab.model.gpt import GPT
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan
 
-    cfg = BaseTrainConfig(**dict(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=32, device_batch_size=1, total_batch_size=32, num_iterations=40, warmup_steps=5, recipe=recipe) | model)
+    cfg = BaseTrainConfig(
+        **dict(
+            depth=2,
+            aspect_ratio=32,
+            head_dim=32,
+            max_seq_len=32,
+            device_batch_size=1,
+            total_batch_size=32,
+            num_iterations=40,
+            warmup_steps=5,
+            recipe=recipe,
+        )
+        | model
+    )
 
     def all_numbers(c: BaseTrainConfig) -> list:
         plan = make_plan(c, 64, 1, 0)
         with torch.device("meta"):
             groups = param_groups(GPT(plan.model), c, plan)
         shown = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        return [shown, [plan.lr_multiplier(step, step / 40) for step in range(41)], [plan.muon_momentum(step, step / 40) for step in range(41)] if recipe == "dial" else 0]
+        return [
+            shown,
+            [plan.lr_multiplier(step, step / 40) for step in range(41)],
+            [plan.muon_momentum(step, step / 40) for step in range(41)] if recipe == "dial" else 0,
+        ]
 
     before, told = all_numbers(cfg), not_read(BaseTrainConfig, vars(cfg))
     for name in names:
@@ -349,7 +444,9 @@ def test_rates_are_read_where_the_table_says(recipe, model, names=tuple(RATES)):
 
 
 def written() -> list:
-    """(file, script, its words) of every command in README, the guides and the shell scripts; what is unknown before they run is 1."""
+    """(file, script, its words) of every command in README, the guides and the shell scripts; what is unknown before
+    they run is 1.
+    """
     readme, found = neighbour("test_readme.py"), []
     for name in [*readme.NAMES, *readme.SHELL]:
         text = (ROOT / name).read_text()
@@ -369,17 +466,23 @@ def test_written_commands_give_no_flag_that_is_not_read():
         if where.endswith("gpu.sh") or "--tasks" in words and words[words.index("--tasks") + 1].startswith("--"):
             continue  # what is measured, or what the flag gets, is known when it runs
         path = ROOT / (module.replace(".", "/") + ".py")
-        call = next(n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse")
+        call = next(
+            n
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"
+        )
         if len(call.args) > 1 and words and not words[0].startswith("-"):
             words = [{"bench": "--what", "import_hf": "--folder"}[path.stem], *words]
         try:
-            parse(getattr(config, call.args[0].id), words)
+            parse(configs()[call.args[0].id], words)
         except (UserError, SystemExit) as error:
             raise AssertionError(f"{where}: {module} {' '.join(words)}: {error}") from error
 
 
 @pytest.mark.fault("F5", "F6")
-@pytest.mark.parametrize("flags,code", [("--learning-rate 3e-4", "flag-not-read"), ("--num-iterations 0", "flag-out-of-bounds")])
+@pytest.mark.parametrize(
+    "flags,code", [("--learning-rate 3e-4", "flag-not-read"), ("--num-iterations 0", "flag-out-of-bounds")]
+)
 def test_a_script_names_the_code(flags, code, tmp_path):
     command = [sys.executable, "-m", "scripts.base_train", "--depth", "2", "--dry-run", *flags.split()]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -388,7 +491,7 @@ def test_a_script_names_the_code(flags, code, tmp_path):
 
 def test_a_run_that_was_given_unread_flags_resumes_without_them():
     """The older version took them, and kept them in its record."""
-    runs = neighbour("training/test_run.py")
+    runs = neighbour("records/test_run.py")
     save, start = runs.save, runs.start
     run = start(learning_rate=3e-4, softmax_n=7.0, data="x", data_dir="texts")
     save(run, 2)
@@ -409,33 +512,35 @@ def test_a_run_that_was_given_unread_flags_resumes_without_them():
     ],
 )
 def test_flags_and_fields_that_no_stage_reads_are_refused(line, stages, flag, by, tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text("".join(f'[[stage]]\ntasks = "identity"\n{text}\n' for text in stages))
     with pytest.raises(UserError) as error:
-        stages_of(parse(SFTConfig, ["--stages", str(path), *line.split()]))
+        read_stages(parse(SFTConfig, ["--stages", str(path), *line.split()]))
     assert (error.value.code, error.value.values) == ("flag-not-read", {"flag": flag, "by": by})
 
 
 @pytest.mark.fault("F6", "P4")
-@pytest.mark.parametrize("field,value", [("init_lr_frac", "nan"), ("num_iterations", "0"), ("replay", "-0.5"), ("init_lr_frac", "inf")])
+@pytest.mark.parametrize(
+    "field,value", [("init_lr_frac", "nan"), ("num_iterations", "0"), ("replay", "-0.5"), ("init_lr_frac", "inf")]
+)
 def test_numbers_of_a_stage_have_the_same_bounds(field, value, tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text(f'[[stage]]\ntasks = "identity"\n{field} = {value}\n')
     with pytest.raises(UserError) as error:
-        stages_of(SFTConfig(stages=str(path)))
+        read_stages(SFTConfig(stages=str(path)))
     assert (error.value.code, error.value.values["flag"]) == ("flag-out-of-bounds", field)
 
 
 def test_a_flag_that_serves_one_stage_is_read(tmp_path):
-    from nanolab.training.finetune import stages_of
+    from nanolab.stages.sft_plan import read_stages
 
     path = tmp_path / "s.toml"
     path.write_text('[[stage]]\ntasks = "identity"\nreplay = 0.2\n[[stage]]\ntasks = "identity"\nnum_iterations = 3\n')
-    first, second = stages_of(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
+    first, second = read_stages(parse(SFTConfig, ["--stages", str(path), "--replay", "0.1", "--epochs", "4"]))
     assert (first.epochs, second.replay, second.num_iterations) == (4, 0.1, 3)
 
 
@@ -445,7 +550,24 @@ def test_a_flag_that_serves_one_stage_is_read(tmp_path):
 def plan_lines(capsys, **flags) -> str:
     from scripts.base_train import run
 
-    assert run(BaseTrainConfig(**dict(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=8, total_batch_size=512, device_type="cpu", dry_run=True) | flags)) == 0
+    assert (
+        run(
+            BaseTrainConfig(
+                **dict(
+                    depth=2,
+                    aspect_ratio=32,
+                    head_dim=32,
+                    max_seq_len=64,
+                    device_batch_size=8,
+                    total_batch_size=512,
+                    device_type="cpu",
+                    dry_run=True,
+                )
+                | flags
+            )
+        )
+        == 0
+    )
     return capsys.readouterr().out
 
 
@@ -454,10 +576,18 @@ def plan_lines(capsys, **flags) -> str:
     "flags,rates,peak",
     [
         (dict(num_iterations=2000), "warm-up over 40 steps, constant, then to 0.05 over the last 65%", None),
-        (dict(num_iterations=30, warmup_steps=500), "warm-up over 500 steps", 0.02),  # the product of the rise and the fall, by a plain loop
+        (
+            dict(num_iterations=30, warmup_steps=500),
+            "warm-up over 500 steps",
+            0.02,
+        ),  # the product of the rise and the fall, by a plain loop
         (dict(num_iterations=20), "warm-up over 40 steps", 0.21),
         (dict(num_iterations=2000, warmup_steps=0), " constant, then to 0.05", None),
-        (dict(recipe="adamw_cosine", num_iterations=100, final_lr_frac=0.1), "warm-up over 40 steps, half a cosine to 0.1", None),
+        (
+            dict(recipe="adamw_cosine", num_iterations=100, final_lr_frac=0.1),
+            "warm-up over 40 steps, half a cosine to 0.1",
+            None,
+        ),
         (dict(recipe="adamw_cosine", num_iterations=20), "warm-up over 40 steps, half a cosine", 0.50),
         (dict(recipe="adam_constant", num_iterations=20), "constant", None),
     ],

@@ -1,4 +1,6 @@
-"""dev/bench/gpu.py: what is kept of each piece, and where the next call goes on. The pieces themselves: gpu.sh --rehearse."""
+"""dev/bench/gpu.py: what is kept of each piece, and where the next call goes on. The pieces themselves: gpu.sh
+--rehearse.
+"""
 
 import importlib.util
 import json
@@ -8,10 +10,11 @@ from pathlib import Path
 import pytest
 
 
-
 @pytest.fixture
 def gpu(monkeypatch):
-    spec = importlib.util.spec_from_file_location("nanolab_dev_gpu", Path(__file__).parents[1] / "dev" / "bench" / "gpu.py")
+    spec = importlib.util.spec_from_file_location(
+        "nanolab_dev_gpu", Path(__file__).parents[1] / "dev" / "bench" / "gpu.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.git_commit = lambda: "abc"
@@ -47,6 +50,10 @@ def test_each_piece_is_kept_as_it_ends_and_a_later_call_goes_on(gpu, monkeypatch
 
 
 def test_what_does_not_fit_is_left_and_failed_tests_are_told(gpu, monkeypatch, tmp_path):
-    assert run(gpu, monkeypatch, tmp_path, "--seconds", "5") == 3 and gpu.called == [] and not list(tmp_path.glob("*.json"))
+    assert (
+        run(gpu, monkeypatch, tmp_path, "--seconds", "5") == 3
+        and gpu.called == []
+        and not list(tmp_path.glob("*.json"))
+    )
     monkeypatch.setattr(gpu.Pieces, "recorded_steps", lambda self: {"passed": 1, "failed": ["test_x"]})
     assert run(gpu, monkeypatch, tmp_path) == 1

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import HORIZONS, Architecture, BaseTrainConfig, BenchConfig, GPTConfig, InspectConfig, UserError, from_preset
+from nanolab.cli import HORIZONS, UserError, from_preset
+from nanolab.lab.config import BenchConfig
 from nanolab.model.accounting import n_params
+from nanolab.model.config import Architecture, GPTConfig, InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import PRESETS
 from nanolab.runtime import Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 from nanolab.training.schedule import gpt_config, make_plan
@@ -56,7 +59,7 @@ def test_the_vocabulary_of_the_label_study_is_1014_or_1024():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_rows_hold_fields_of_commands_and_everything_that_a_training_needs(name):
-    fields = {f.name: f.type for cls in (BaseTrainConfig, InspectConfig) for f in dataclasses.fields(cls)}
+    fields = {f.name: type(f.default) for cls in (BaseTrainConfig, InspectConfig) for f in dataclasses.fields(cls)}
     row = PRESETS[name]
     assert set(row) <= set(fields) and "preset" not in row
     assert all(type(value) is fields[key] for key, value in row.items())
@@ -66,12 +69,47 @@ def test_rows_hold_fields_of_commands_and_everything_that_a_training_needs(name)
         assert row["recipe"] == "dial" or {"learning_rate", "beta1", "beta2", "eps"} <= set(row)
 
 
-# preset: (tokens a step, micro-batch, horizon), (recipe, rate, last rate's share, warm-up, betas, decay, clip), (four dropouts), init
+# preset: (tokens a step, micro-batch, horizon), (recipe, rate, last rate's share, warm-up, betas, decay, clip), (four
+# dropouts), init
 STUDIES = {
     "gpt2": (524288, 32, 19073, "adamw_cosine", 6e-4, 0.1, 715, 0.9, 0.95, 0.1, 1.0, 0.0, 0.0, 0.0, 0.0, "gpt2"),
-    "odyssey16m": (131072, 32, 10_000, "adamw_cosine", 6e-4, 0.1, 20, 0.9, 0.95, 1e-3, 1.0, 0.05, 0.05, 0.05, 0.05, "gpt2"),
+    "odyssey16m": (
+        131072,
+        32,
+        10_000,
+        "adamw_cosine",
+        6e-4,
+        0.1,
+        20,
+        0.9,
+        0.95,
+        1e-3,
+        1.0,
+        0.05,
+        0.05,
+        0.05,
+        0.05,
+        "gpt2",
+    ),
     "baby": (16384, 64, 100_000, "adamw_cosine", 1e-3, 0.1, 100, 0.9, 0.99, 0.1, 1.0, 0.2, 0.2, 0.2, 0.2, "gpt2"),
-    "labels39m": (67584, 132, None, "adam_constant", 3e-4, None, None, 0.9, 0.999, 0.0, -1.0, 0.0, 0.2, 0.2, 0.2, "normal02"),
+    "labels39m": (
+        67584,
+        132,
+        None,
+        "adam_constant",
+        3e-4,
+        None,
+        None,
+        0.9,
+        0.999,
+        0.0,
+        -1.0,
+        0.0,
+        0.2,
+        0.2,
+        0.2,
+        "normal02",
+    ),
 }
 
 
@@ -81,7 +119,16 @@ def test_studies_train_as_they_were_published(name):
     plan = make_plan(cfg, from_preset(InspectConfig, name).vocab_size, 1)
     (matrices, vectors), m = param_groups(on_meta(plan.model), cfg, plan), plan.model
     shape = (cfg.final_lr_frac, cfg.warmup_steps) if plan.recipe == "adamw_cosine" else (None, None)
-    got = (plan.total_batch_size, plan.device_batch_size, plan.num_iterations, plan.recipe, matrices["lr"], *shape, *matrices["betas"], matrices["weight_decay"])
+    got = (
+        plan.total_batch_size,
+        plan.device_batch_size,
+        plan.num_iterations,
+        plan.recipe,
+        matrices["lr"],
+        *shape,
+        *matrices["betas"],
+        matrices["weight_decay"],
+    )
     assert (*got, plan.grad_clip, m.embed_dropout, m.attn_dropout, m.resid_dropout, m.mlp_dropout, m.init) == want
     assert matrices["eps"] == 1e-8 and vectors["weight_decay"] == 0.0
     assert plan.max_seconds == (23_400 if name == "labels39m" else None)
@@ -93,7 +140,13 @@ def test_the_modern_default_is_the_empty_row():
 
 def test_changes_win_and_a_horizon_replaces_the_rows_own():
     cfg = from_preset(BaseTrainConfig, "gpt2", positions="rope", warmup_steps=3)
-    assert (cfg.preset, cfg.positions, cfg.warmup_steps, cfg.norm, cfg.num_iterations) == ("gpt2", "rope", 3, "layernorm", 19073)
+    assert (cfg.preset, cfg.positions, cfg.warmup_steps, cfg.norm, cfg.num_iterations) == (
+        "gpt2",
+        "rope",
+        3,
+        "layernorm",
+        19073,
+    )
     timed = from_preset(BaseTrainConfig, "gpt2", max_seconds=60.0)
     assert (timed.num_iterations, timed.max_seconds) == (-1, 60.0)
     stepped = from_preset(BaseTrainConfig, "labels39m", num_iterations=7)
@@ -102,7 +155,9 @@ def test_changes_win_and_a_horizon_replaces_the_rows_own():
 
 def test_a_command_takes_what_it_has():
     inspect, bench = from_preset(InspectConfig, "baby"), from_preset(BenchConfig, "baby")
-    assert (inspect.vocab_size, inspect.mlp, inspect.max_seq_len) == (50257, "gelu", 256) and not hasattr(inspect, "learning_rate")
+    assert (inspect.vocab_size, inspect.mlp, inspect.max_seq_len) == (50257, "gelu", 256) and not hasattr(
+        inspect, "learning_rate"
+    )
     assert (bench.recipe, bench.grad_clip, bench.device_batch_size) == ("adamw_cosine", 1.0, 64)
 
 
@@ -117,7 +172,16 @@ LEARNERS = ["nanolab", "gpt2", "odyssey16m", "baby", "labels39m", "tiny"]  # the
 @pytest.mark.parametrize("name", LEARNERS)
 def test_fifty_steps_at_toy_width_learn(name):
     """Bytes of this package's source, each preset's own architecture, recipe, rates, dropout and clip."""
-    toy = dict(depth=2, aspect_ratio=32, head_dim=16, max_seq_len=64, device_batch_size=8, total_batch_size=512, num_iterations=50, warmup_steps=10)
+    toy = dict(
+        depth=2,
+        aspect_ratio=32,
+        head_dim=16,
+        max_seq_len=64,
+        device_batch_size=8,
+        total_batch_size=512,
+        num_iterations=50,
+        warmup_steps=10,
+    )
     cfg = from_preset(BaseTrainConfig, name, **toy)
     plan = make_plan(cfg, 256, 1)
     model = GPT(plan.model)

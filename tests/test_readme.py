@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers import configs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "dev" / "guides").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "dev" / "PROMISES.md",
+    ROOT / "dev" / "READING.md",
+    *sorted((ROOT / "dev" / "guides").glob("*.md")),
+]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 VARIANT = "dev/guides/a-new-variant.md"
 SHELL = [str(path.relative_to(ROOT)) for folder in ("runs", "dev") for path in sorted((ROOT / folder).rglob("*.sh"))]
@@ -44,7 +50,11 @@ def blocks(name: str, text: str) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         comments = dict(re.findall(r"<!--\s*(not run|toy):\s*(.*?)\s*-->", match["comments"], re.S))
-        pairs = [tuple(part.strip() for part in pair.split("=>")) for pair in comments.get("toy", "").split(";") if pair.strip()]
+        pairs = [
+            tuple(part.strip() for part in pair.split("=>"))
+            for pair in comments.get("toy", "").split(";")
+            if pair.strip()
+        ]
         line = text[: match.start("code")].count("\n") + 1
         found.append(Block(f"{name}:{line}", match["code"], comments.get("not run", ""), pairs))
     return found
@@ -89,12 +99,14 @@ def test_flags_and_scripts_exist(name):
 
 def flags_of(module: str) -> set[str]:
     """The flags of a script: the fields of the config that it parses, switches also with no_ in front."""
-    import nanolab.config
-
     path = ROOT / (module.replace(".", "/") + ".py")
     assert path.exists(), f"{path} does not exist"
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"]
-    fields = [f for call in calls for f in dataclasses.fields(getattr(nanolab.config, call.args[0].id))]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"
+    ]
+    fields = [f for call in calls for f in dataclasses.fields(configs()[call.args[0].id])]
     return {f.name for f in fields} | {f"no_{f.name}" for f in fields if f.type is bool} | {"help"}
 
 
@@ -111,8 +123,8 @@ def test_links_and_named_tests_exist(name):
 
 
 def test_the_dial_is_what_the_plan_says():
-    from nanolab.config import BaseTrainConfig
     from nanolab.model.accounting import n_params
+    from nanolab.stages.config import BaseTrainConfig
     from nanolab.training.schedule import make_plan
 
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
@@ -126,7 +138,7 @@ def test_the_dial_is_what_the_plan_says():
 
 
 def test_reading_order_is_current():
-    """Every file of the reading order exists and has about the lines that README says; dev/reading_order.py writes it."""
+    """Every file of the reading order exists and has about the lines that dev/READING.md says."""
     done = subprocess.run([sys.executable, "dev/reading_order.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -141,14 +153,20 @@ def test_bash_blocks_run(name, in_checkout):
 @pytest.mark.slow
 @pytest.mark.fault("V7")
 def test_the_guides_variant_keeps_every_contract(in_checkout):
-    """Its blocks as they stand run the contracts on what uses the new entry (-k centred); the models that do not are those of before, as
-    test_covering.py says, here with the entry in its table and its rows written down."""
+    """Its blocks as they stand run the contracts on what uses the new entry (-k centred); the models that do not are
+    those of before, as test_covering.py says, here with the entry in its table and its rows written down."""
     run_blocks(VARIANT, in_checkout)
-    done = in_checkout("python dev/variants.py && python dev/variants.py --check && python -m pytest tests/contracts/test_covering.py")
+    done = in_checkout(
+        "python dev/variants.py && python dev/variants.py --check && python -m pytest tests/contracts/test_covering.py"
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     path = Path("tests") / "contracts" / "rows.txt"
     before, after = ((root / path).read_text().splitlines() for root in (ROOT, in_checkout.path))
-    assert after[: len(before)] == before and all("mlp:centred" in row for row in after[len(before) :]) and len(after) > len(before)
+    assert (
+        after[: len(before)] == before
+        and all("mlp:centred" in row for row in after[len(before) :])
+        and len(after) > len(before)
+    )
     done = in_checkout("python -m pytest tests/contracts/test_pairs.py --collect-only -q -k centred")
     assert f"test_pairs.py: {len(after) - len(before)}\n" in done.stdout, done.stdout
 
@@ -158,7 +176,9 @@ def run_blocks(name, in_checkout):
         if block.reason:
             continue
         done = in_checkout(block.small())
-        assert done.returncode == 0, f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, (
+            f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         if block.code.strip() == "bash runs/quickstart.sh":
             check_quickstart(done, in_checkout)
 
@@ -171,7 +191,9 @@ def check_quickstart(first, in_checkout):
     assert report in first.stdout
 
     # The card's numbers are those of the runs' records.
-    text, chat = ([json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json"))
+    text, chat = (
+        [json.loads((run / file).read_text()) for run in runs] for file in ("eval_base.json", "eval_chat.json")
+    )
     row = re.search(r"^\| bits per byte .*", report, re.M)[0]
     assert [float(x) for x in re.findall(r"\| (\d\.\d{4})", row)] == [round(one["val"]["bpb"], 4) for one in text]
     for name in ("gzip -9", "bz2 -9", "xz -9e"):
@@ -181,9 +203,15 @@ def check_quickstart(first, in_checkout):
 
     # The replies that chat_cli writes after each of the three stages.
     def replies(shown):
-        return re.findall(r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S)
+        return re.findall(
+            r"^> (This function returns|What is 37 \+ 58\?|Who are you\?)\n(.+?)\n(?=\n==)", shown, re.M | re.S
+        )
 
-    assert [question for question, _ in replies(first.stdout)] == ["This function returns", "What is 37 + 58?", "Who are you?"]
+    assert [question for question, _ in replies(first.stdout)] == [
+        "This function returns",
+        "What is 37 + 58?",
+        "Who are you?",
+    ]
 
     weights = sorted((in_checkout.base / "runs").rglob("model.safetensors"))
     before = [path.stat().st_mtime_ns for path in weights]
@@ -194,16 +222,25 @@ def check_quickstart(first, in_checkout):
     assert replies(second.stdout) == replies(first.stdout)  # the same seed, the same words
 
 
+def test_the_page_and_the_glossary_are_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    assert len(re.findall(r"^\| (?!word |---)", (ROOT / "dev" / "GLOSSARY.md").read_text(), re.M)) <= 40
+
+
 @pytest.mark.fault("core D5")
 def test_equal_to_the_bit_is_said_of_cpus_only():
     """Of what is computed: training, and logits. GPT-2's weights are copied, on any device."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    said = [line for line in lines if re.search(r"to the (last )?bit", line, re.I) and "import and export" not in line]
+    lines = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "dev/PROMISES.md")).splitlines()
+    words = re.compile(r"to the (last )?bit|bit[- ](for bit|identical)", re.I)
+    said = [line for line in lines if words.search(line) and "import and export" not in line]
     assert len(said) >= 4 and not [line for line in said if "CPUs" not in line]
 
 
 def test_blocks_are_read_as_written():
-    text = "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU -->\n```bash\nnvidia-smi\n```\n"
+    text = (
+        "a\n<!-- toy: --depth 4 => --depth 2; x=>y -->\n```bash\nx --depth 4\n```\n\n<!-- not run: no GPU"
+        " -->\n```bash\nnvidia-smi\n```\n"
+    )
     first, second = blocks("f.md", text)
     assert (first.small(), first.reason, first.where) == ("y --depth 2\n", "", "f.md:4")
     assert (second.code, second.reason) == ("nvidia-smi\n", "no GPU")

@@ -31,7 +31,9 @@ def program(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def setup(in_checkout, tmp_path):
-    """A function (argument, **environment) -> (exit code, output, what Python was asked to do), in a tree without .venv."""
+    """A function (argument, **environment) -> (exit code, output, what Python was asked to do), in a tree without
+    .venv.
+    """
     python, calls = program(tmp_path / "python3", FAKE_PYTHON), tmp_path / "calls"
     in_checkout("rm -rf .venv .venv-newest")
 
@@ -75,14 +77,22 @@ def test_setup_locks_the_cuda_build_where_there_is_a_gpu(setup, in_checkout, tmp
     program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
     path = f"{tmp_path}/bin:/usr/bin:/bin"
     code, output, calls = setup("test", PATH=path)
-    assert code == 0 and [call.split()[2:] for call in installs(calls)] == [["torch", "setuptools>=70.1"], ["--no-build-isolation", "-e", ".[test,gpu]"]]
+    assert code == 0 and [call.split()[2:] for call in installs(calls)] == [
+        ["torch", "setuptools>=70.1"],
+        ["--no-build-isolation", "-e", ".[test,gpu]"],
+    ]
     assert "NVIDIA H100" in output and "locked by runs/lock.txt and runs/lock-gpu.txt" in output
-    assert constraints(in_checkout) == "".join((in_checkout.path / "runs" / name).read_text() for name in ("lock.txt", "lock-gpu.txt"))
+    assert constraints(in_checkout) == "".join(
+        (in_checkout.path / "runs" / name).read_text() for name in ("lock.txt", "lock-gpu.txt")
+    )
     assert setup("test", PATH=path) == setup("gpu") == (0, "", [])
 
 
 def test_setup_says_when_torch_does_not_see_the_gpu(setup, tmp_path):
-    program(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA H100' ;; *) echo 535.1 ;; esac\n")
+    program(
+        tmp_path / "bin" / "nvidia-smi",
+        "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA H100' ;; *) echo 535.1 ;; esac\n",
+    )
     code, output, _ = setup(PATH=f"{tmp_path}/bin:/usr/bin:/bin", SEES_GPU="1")
     assert code == 0 and "torch does not see it" not in output
     code, output, _ = setup("plots", PATH=f"{tmp_path}/bin:/usr/bin:/bin", SEES_GPU="")
@@ -113,9 +123,13 @@ def test_setup_newest_leaves_the_environment_alone(setup, in_checkout):
     before = {path: path.read_bytes() for path in sorted((in_checkout.path / ".venv").rglob("*")) if path.is_file()}
     code, output, calls = setup("--newest test", PATH=no_gpu_path())
     assert code == 0 and "versions: the newest" in output, output
-    assert any(call == "-m venv --clear .venv-newest" for call in calls) and all("--constraint .venv-newest/" in call for call in installs(calls))
+    assert any(call == "-m venv --clear .venv-newest" for call in calls) and all(
+        "--constraint .venv-newest/" in call for call in installs(calls)
+    )
     assert (in_checkout.path / ".venv-newest" / "constraints.txt").read_text() == "torch==2.13.0\n"
-    assert {path: path.read_bytes() for path in sorted((in_checkout.path / ".venv").rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted((in_checkout.path / ".venv").rglob("*")) if path.is_file()
+    } == before
 
 
 def test_setup_does_only_what_is_missing(setup, in_checkout):
@@ -128,7 +142,8 @@ def test_setup_does_only_what_is_missing(setup, in_checkout):
     assert installs(setup("plots test int8", PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks,plots,int8]")
     with open(in_checkout.path / "pyproject.toml", "a") as file:
         file.write("# another dependency\n")
-    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks,plots,int8]")  # what was asked for before stays
+    # what was asked for before stays
+    assert installs(setup(PATH=no_gpu_path())[2])[-1].endswith("-e .[test,tasks,plots,int8]")
 
 
 @pytest.mark.fault("LOCK")
@@ -209,9 +224,26 @@ def test_speedrun_dry_run_plans_every_stage_and_touches_nothing(in_checkout):
     done = in_checkout("bash runs/speedrun.sh --dry-run")
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^\$ .*-m scripts\.(\w+)", done.stdout, re.M)
-    assert stages == ["data", "data", "tok_train", "tok_eval", "base_train", "base_eval", "base_eval", "chat_sft", "chat_eval", "chat_rl", "chat_eval", "base_eval", "base_eval", "report"]
-    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 9  # torchrun has flags that --run could mean
-    # The reference's depth-24 run: 2^20 tokens a step on 8 ranks of 16 rows of 2048, and 8 tokens per scaling parameter.
+    assert stages == [
+        "data",
+        "data",
+        "tok_train",
+        "tok_eval",
+        "base_train",
+        "base_eval",
+        "base_eval",
+        "chat_sft",
+        "chat_eval",
+        "chat_rl",
+        "chat_eval",
+        "base_eval",
+        "base_eval",
+        "report",
+    ]
+    # torchrun has flags that --run could mean
+    assert len(re.findall(r"--nproc_per_node 8 -m scripts\.\w+ -- --", done.stdout)) == 9
+    # The reference's depth-24 run: 2^20 tokens a step on 8 ranks of 16 rows of 2048, and 8 tokens per scaling
+    # parameter.
     assert "8 x H100, bfloat16" in done.stdout
     assert "1,048,576 tokens = 16 rows x 2048 x 8 ranks x 4 accumulation" in done.stdout
     scaling = int(re.search(r"scaling parameters ([\d,]+)", done.stdout)[1].replace(",", ""))

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from nanolab import runtime
-from nanolab.config import BaseTrainConfig, UserError
-from nanolab.model import flash3
+from nanolab.cli import UserError
+from nanolab.model.kernels import fa3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
+from nanolab.stages import pretrain_plan
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.guards import undisturbed
-from scripts import base_train
 
 CPU = torch.device("cpu")
 NAMES = {  # as drivers spell them: bf16 TFLOP/s, TB/s
@@ -41,7 +42,9 @@ def test_peaks_of_known_devices(name):
     assert (flops / 1e12, bandwidth / 1e12) == pytest.approx(NAMES[name])
 
 
-@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA RTX A4000", "Tesla T4", "AMD EPYC", ""])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA RTX A4000", "Tesla T4", "AMD EPYC", ""]
+)
 def test_an_unknown_device_is_unknown(name):
     """Also one whose name only contains a known one's."""
     assert device_peaks(name) == (None, None)
@@ -66,7 +69,10 @@ def test_base_dir(monkeypatch, tmp_path):
     "arguments,said",
     [
         (dict(device_type="tpu"), "'tpu' is unknown; expected cuda, mps or cpu; try --device-type cpu"),
-        (dict(device_type="cpu", dtype="bf16"), "'bf16' is unknown; expected one of float32, bfloat16, float16; try NANOLAB_DTYPE=float32"),
+        (
+            dict(device_type="cpu", dtype="bf16"),
+            "'bf16' is unknown; expected one of float32, bfloat16, float16; try NANOLAB_DTYPE=float32",
+        ),
         (dict(device_type="cpu", dtype="float16"), "float16 needs a GPU.*try NANOLAB_DTYPE=float32"),
     ],
 )
@@ -79,12 +85,23 @@ def test_refusals(arguments, said):
 @pytest.mark.parametrize(
     "cuda, mps, asked, ranks, chosen",
     [
-        (True, False, "", 1, "cuda"), (True, True, "", 1, "cuda"), (False, True, "", 1, "mps"), (False, False, "", 1, "cpu"),
-        (True, False, "", 8, "cuda"), (False, False, "", 8, "cpu"), (False, True, "", 8, "ranks-on-mps"), (False, True, "cpu", 8, "cpu"),
-        (True, True, "cpu", 1, "cpu"), (True, True, "mps", 1, "mps"), (True, True, "mps", 2, "ranks-on-mps"), (False, True, "mps", 1, "mps"),
-        (False, True, "cuda", 1, "device-not-there"), (True, False, "mps", 1, "device-not-there"), (True, True, "tpu", 1, "device-unknown"),
+        (True, False, "", 1, "cuda"),
+        (True, True, "", 1, "cuda"),
+        (False, True, "", 1, "mps"),
+        (False, False, "", 1, "cpu"),
+        (True, False, "", 8, "cuda"),
+        (False, False, "", 8, "cpu"),
+        (False, True, "", 8, "ranks-on-mps"),
+        (False, True, "cpu", 8, "cpu"),
+        (True, True, "cpu", 1, "cpu"),
+        (True, True, "mps", 1, "mps"),
+        (True, True, "mps", 2, "ranks-on-mps"),
+        (False, True, "mps", 1, "mps"),
+        (False, True, "cuda", 1, "device-not-there"),
+        (True, False, "mps", 1, "device-not-there"),
+        (True, True, "tpu", 1, "device-unknown"),
     ],
-)  # fmt: skip
+)
 def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chosen):
     """Of a run and of its dry run alike."""
     seen = {}
@@ -100,13 +117,20 @@ def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chose
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     for name, value in (("get_device_name", "NVIDIA H200"), ("get_device_capability", (9, 0)), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(flash3, "probed", lambda *_: (None, "not here"))
+    monkeypatch.setattr(fa3, "probed", lambda *_: (None, "not here"))
     monkeypatch.setattr(runtime, "meeting_place", lambda *_: None, raising=False)
     monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(base_train, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
+    monkeypatch.setattr(pretrain_plan, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    for what, start in (("dry run", lambda: base_train.dry_run(BaseTrainConfig(depth=2, device_type=asked))), ("run", lambda: runtime.start(asked))):
-        monkeypatch.setattr(runtime, "choose_dtype", stop if what == "run" else lambda device: "bfloat16" if device.type == "cuda" else "float32")
+    for what, start in (
+        ("dry run", lambda: pretrain_plan.dry_run(BaseTrainConfig(depth=2, device_type=asked))),
+        ("run", lambda: runtime.start(asked)),
+    ):
+        monkeypatch.setattr(
+            runtime,
+            "choose_dtype",
+            stop if what == "run" else lambda device: "bfloat16" if device.type == "cuda" else "float32",
+        )
         try:
             start()
         except Chosen:
@@ -128,7 +152,9 @@ def undone(monkeypatch):
 
 @pytest.mark.fault("core D5")
 def test_deterministic_is_all_that_torch_asks_for(undone, monkeypatch):
-    """torch's page on reproducibility, and cuBLAS's. Set before the device is looked for, since cuBLAS reads it when CUDA starts."""
+    """torch's page on reproducibility, and cuBLAS's. Set before the device is looked for, since cuBLAS reads it when
+    CUDA starts.
+    """
     order = []
     monkeypatch.setattr(runtime, "devices", lambda: order.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")) or ["cpu"])
     runtime.start("cpu", "float32", deterministic=True)
@@ -140,7 +166,9 @@ def test_deterministic_is_all_that_torch_asks_for(undone, monkeypatch):
 
 
 @pytest.mark.fault("core D5")
-@pytest.mark.parametrize("workspace, refused", [(":16:8", False), (":4096:8", False), (":0:0", True), (":4096:2:16:8", True)])
+@pytest.mark.parametrize(
+    "workspace, refused", [(":16:8", False), (":4096:8", False), (":0:0", True), (":4096:2:16:8", True)]
+)
 def test_a_workspace_that_is_set_already_counts(undone, monkeypatch, workspace, refused):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
     if refused:
@@ -178,10 +206,19 @@ def test_start_seeds_and_takes_the_named_dtype(monkeypatch):
         rt = runtime.start("cpu", "bfloat16", seed)
         draws.append(torch.rand(1).item())
     assert draws[0] == draws[1] != draws[2]
-    assert (rt.device, rt.dtype, rt.dtype_name, rt.backend, rt.world_size, rt.is_main) == (CPU, torch.bfloat16, "bfloat16", "none", 1, True)
+    assert (rt.device, rt.dtype, rt.dtype_name, rt.backend, rt.world_size, rt.is_main) == (
+        CPU,
+        torch.bfloat16,
+        "bfloat16",
+        "none",
+        1,
+        True,
+    )
     monkeypatch.setenv("NANOLAB_DTYPE", "float32")
     assert runtime.start("cpu").dtype == torch.float32
-    assert runtime.start("cpu", "bfloat16").dtype == torch.bfloat16, "what is asked for in so many words goes before the environment"
+    assert runtime.start("cpu", "bfloat16").dtype == torch.bfloat16, (
+        "what is asked for in so many words goes before the environment"
+    )
 
 
 def test_probe_is_cached_on_disk(base_dir):

@@ -10,29 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseEvalConfig, BaseTrainConfig, ChatConfig, main, parse
+from nanolab.cli import main, parse
+from nanolab.evals.config import BaseEvalConfig
 from nanolab.runtime import Runtime
-from scripts import base_eval, base_train, chat_cli
+from nanolab.serving.config import ChatConfig
+from scripts import base_eval, chat_cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__")
 SAMPLE = ["--modes", "sample", "--device-type", "cpu"]
 TRAIN = (
-    "--run new --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --device-batch-size 8 --total-batch-size 512 --num-iterations 2 "
-    "--eval-every -1 --sample-every 1 --device-type cpu"
-).split()  # fmt: skip
+    "--run new --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --device-batch-size 8 --total-batch-size 512"
+    " --num-iterations 2 --eval-every -1 --sample-every 1 --device-type cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A base directory with the run "young", which writes any byte."""
-    spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", ROOT / "tests" / "training" / "pretrained.py")
+    spec = importlib.util.spec_from_file_location(
+        "nanolab_tests_pretrained", ROOT / "tests" / "training" / "pretrained.py"
+    )
     pretrained = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pretrained)
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLAB_BASE_DIR", str(folder))
-        pretrained.pretrain("young", pretrained.write_text(folder / "texts"), Runtime(torch.device("cpu"), torch.float32))
+        pretrained.pretrain(
+            "young", pretrained.write_text(folder / "texts"), Runtime(torch.device("cpu"), torch.float32)
+        )
     return folder
 
 
@@ -50,9 +56,21 @@ def written(world, encoding: str, command, capsys, monkeypatch) -> str:
 @pytest.mark.fault("F18")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_text_of_a_young_model_goes_to_any_stdout(world, encoding, capsys, monkeypatch):
-    shown = written(world, encoding, lambda: base_eval.run(parse(BaseEvalConfig, ["--model", "young", *SAMPLE])), capsys, monkeypatch)
+    shown = written(
+        world,
+        encoding,
+        lambda: base_eval.run(parse(BaseEvalConfig, ["--model", "young", *SAMPLE])),
+        capsys,
+        monkeypatch,
+    )
     assert "Monday, Tuesday, Wednesday, ..." in shown and "?" in shown
-    shown = written(world, encoding, lambda: chat_cli.run(parse(ChatConfig, ["--model", "young", "-p", "a fox", "--device-type", "cpu"])), capsys, monkeypatch)
+    shown = written(
+        world,
+        encoding,
+        lambda: chat_cli.run(parse(ChatConfig, ["--model", "young", "-p", "a fox", "--device-type", "cpu"])),
+        capsys,
+        monkeypatch,
+    )
     assert "?" in shown
 
 
@@ -62,9 +80,12 @@ def test_text_of_a_young_model_goes_to_any_stdout(world, encoding, capsys, monke
 def test_samples_of_a_training_go_to_any_stdout(world, encoding, capsys, monkeypatch):
     data = ["--data-dir", str(world / "texts"), "--tokenizer", str(world / "runs" / "young" / "tokenizer")]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.base_train", *data, *TRAIN, "--run", encoding], cwd=ROOT, capture_output=True, timeout=120,
+        [sys.executable, "-m", "scripts.base_train", *data, *TRAIN, "--run", encoding],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
         env=os.environ | {"NANOLAB_BASE_DIR": str(world), "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert "Monday, Tuesday, Wednesday, ..." in done.stdout.decode(encoding)
 
@@ -75,9 +96,14 @@ def unread(world, name: str, *flags: str) -> subprocess.Popen:
     os.close(read)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", f"scripts.{name}", *flags], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=write, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", f"scripts.{name}", *flags],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
             env=os.environ | {"NANOLAB_BASE_DIR": str(world), "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        )
     finally:
         os.close(write)
 
@@ -93,7 +119,8 @@ def ends_quietly(process: subprocess.Popen, codes: tuple[int, ...] = (141,)) -> 
 def test_help_that_nobody_reads(tmp_path):
     for first in range(0, len(SCRIPTS), 3):
         for process in [unread(tmp_path, name, "--help") for name in SCRIPTS[first : first + 3]]:
-            ends_quietly(process, (0, 141) if "scripts.lm_eval" in process.args else (141,))  # the harness's parser takes no notice
+            # the harness's parser takes no notice
+            ends_quietly(process, (0, 141) if "scripts.lm_eval" in process.args else (141,))
 
 
 @pytest.mark.fault("S16")
@@ -113,7 +140,7 @@ def test_output_that_nobody_reads(world, name, flags):
 
 @pytest.mark.fault("S16")
 def test_a_closed_stdout_ends_quietly_and_another_pipe_is_a_bug(capfd):
-    code = "from nanolab.config import main; import sys; main(lambda: print('x' * 9))"
+    code = "from nanolab.cli import main; import sys; main(lambda: print('x' * 9))"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, text=True)

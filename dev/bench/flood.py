@@ -1,9 +1,13 @@
-"""Reliability of the server: crowd it, leave it, look at its memory: python dev/bench/flood.py [--model NAME] > flood.json
+"""Reliability of the server: crowd it, leave it, look at its memory: python dev/bench/flood.py [--model NAME] >
+flood.json
 
-Starts scripts.chat_web as a process of its own, with a queue of 8 and 8 rows at once, on --model or on a tiny one made for it:
-  flood    200 clients at once with timeouts of 50 to 500 ms ask for long replies, every second one as a stream, and leave
+Starts scripts.chat_web as a process of its own, with a queue of 8 and 8 rows at once, on --model or on a tiny one made
+for it:
+  flood    200 clients at once with timeouts of 50 to 500 ms ask for long replies, every second one as a stream, and
+           leave
   normal   at once afterwards: a short request, and how long it takes
-  memory   2,000 short requests, 8 at a time, every tenth given up half way; resident memory before, on the way and after
+  memory   2,000 short requests, 8 at a time, every tenth given up half way; resident memory before, on the way and
+           after
   end      SIGTERM while a reply is being streamed: it has to arrive whole, and the process to leave with 0
 The last line of stdout is one JSON document. The exit code is 1 if one of the promises is broken (see PROMISES).
 """
@@ -26,7 +30,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 QUEUE = ROWS = 8
 PROMISES = {
-    "nobody met an error of the server": lambda r: {*r["flood"]["outcomes"], *r["memory"]["outcomes"]} <= {"200", "429", "left"},
+    "nobody met an error of the server": lambda r: (
+        {*r["flood"]["outcomes"], *r["memory"]["outcomes"]} <= {"200", "429", "left"}
+    ),
     "a normal request is answered within a second": lambda r: (r["normal_seconds"] or 60) < 1,
     "memory is flat (within 3 % or 8 MiB)": lambda r: r["memory"]["grown_mib"] < max(8, 0.03 * r["memory"]["mib"][0]),
     "SIGTERM lets a reply finish": lambda r: r["end"] == {"whole": True, "exit_code": 0},
@@ -37,19 +43,30 @@ def make_model(base: Path) -> str:
     """A run with a small base model of random weights whose logits are all equal: greedy, it never ends."""
     import torch
 
-    from nanolab.config import GPTConfig, to_json
+    from nanolab.cli import to_json
     from nanolab.data.tokenizer import Tokenizer
+    from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
+    from nanolab.records import checkpoint
     from nanolab.runtime import Runtime
-    from nanolab.training import checkpoint
 
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     model = GPT(GPTConfig(sequence_len=2048, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64))
     model.init_weights(0)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    folder, meta = base / "runs" / "endless", {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": "base"}
-    checkpoint.save(folder / "checkpoints", 1, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=Runtime(torch.device("cpu"), torch.float32))
+    folder, meta = (
+        base / "runs" / "endless",
+        {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": "base"},
+    )
+    checkpoint.save(
+        folder / "checkpoints",
+        1,
+        weights=dict(model.state_dict()),
+        optimizer=None,
+        meta=meta,
+        runtime=Runtime(torch.device("cpu"), torch.float32),
+    )
     tokenizer.save(folder / "tokenizer")
     return "endless"
 
@@ -61,9 +78,16 @@ def mib(process: subprocess.Popen) -> float:
 
 
 async def ask(port: int, tokens: int, timeout: float, stream: bool = False) -> str:
-    """One completion on a connection of its own; its HTTP status, or left, for a client that waited no longer, or error."""
-    body = json.dumps({"prompt": "x" * (1 + tokens % 40), "max_tokens": tokens, "temperature": 0, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    """One completion on a connection of its own; its HTTP status, or left, for a client that waited no longer, or
+    error.
+    """
+    body = json.dumps(
+        {"prompt": "x" * (1 + tokens % 40), "max_tokens": tokens, "temperature": 0, "stream": stream}
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type:"
+        f" application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
 
     async def talk() -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -86,7 +110,9 @@ async def ask(port: int, tokens: int, timeout: float, stream: bool = False) -> s
 
 async def flood(port: int, clients: int) -> Counter:
     rng = random.Random(1)
-    return Counter(await asyncio.gather(*(ask(port, 1500, rng.uniform(0.05, 0.5), stream=i % 2 == 0) for i in range(clients))))
+    return Counter(
+        await asyncio.gather(*(ask(port, 1500, rng.uniform(0.05, 0.5), stream=i % 2 == 0) for i in range(clients)))
+    )
 
 
 async def many(port: int, requests: int, clients: int = ROWS) -> Counter:
@@ -95,7 +121,11 @@ async def many(port: int, requests: int, clients: int = ROWS) -> Counter:
 
     async def one_client() -> None:
         for i in numbers:
-            outcomes[await (ask(port, 1500, 0.05, stream=True) if i % 10 == 9 else ask(port, 1 + i % 16, 30, stream=i % 2 == 0))] += 1
+            outcomes[
+                await (
+                    ask(port, 1500, 0.05, stream=True) if i % 10 == 9 else ask(port, 1 + i % 16, 30, stream=i % 2 == 0)
+                )
+            ] += 1
 
     await asyncio.gather(*(one_client() for _ in range(clients)))
     return outcomes
@@ -103,10 +133,17 @@ async def many(port: int, requests: int, clients: int = ROWS) -> Counter:
 
 async def crowd(port: int, process: subprocess.Popen, clients: int, requests: int) -> dict:
     for n in range(1, ROWS + 1):
-        await many(port, 60, n)  # warm: with every number of rows, since steps of few are recorded when they have come up often
+        # warm: with every number of rows, since steps of few are recorded when they have come up often
+        await many(port, 60, n)
     start = time.monotonic()
     outcomes = await flood(port, clients)
-    flooded = {"clients": clients, "queue": QUEUE, "rows": ROWS, "seconds": round(time.monotonic() - start, 3), "outcomes": dict(outcomes)}
+    flooded = {
+        "clients": clients,
+        "queue": QUEUE,
+        "rows": ROWS,
+        "seconds": round(time.monotonic() - start, 3),
+        "outcomes": dict(outcomes),
+    }
     start = time.monotonic()
     status = await ask(port, 8, 30)
     normal = time.monotonic() - start if status == "200" else None
@@ -114,7 +151,12 @@ async def crowd(port: int, process: subprocess.Popen, clients: int, requests: in
     for _ in range(4):
         total += await many(port, requests // 4)
         memory.append(mib(process))
-    kept = {"requests": requests, "outcomes": dict(total), "mib": [round(m, 1) for m in memory], "grown_mib": round(memory[-1] - memory[0], 1)}
+    kept = {
+        "requests": requests,
+        "outcomes": dict(total),
+        "mib": [round(m, 1) for m in memory],
+        "grown_mib": round(memory[-1] - memory[0], 1),
+    }
     return {"flood": flooded, "normal_seconds": normal and round(normal, 4), "memory": kept}
 
 
@@ -131,7 +173,7 @@ def end(port: int, process: subprocess.Popen) -> dict:
 
 def machine() -> dict:
     from nanolab import runtime
-    from nanolab.training.environment import environment
+    from nanolab.records.environment import environment
 
     return environment(runtime.start("cpu", "float32"))
 
@@ -151,7 +193,9 @@ def main() -> None:
             try:
                 line = next(line for line in process.stdout if line.startswith("nanolab serves"))
                 port = int(re.search(r"127\.0\.0\.1:([0-9]+)", line)[1])
-                result = {"model": args.model or "tiny"} | asyncio.run(crowd(port, process, args.clients, args.requests))
+                result = {"model": args.model or "tiny"} | asyncio.run(
+                    crowd(port, process, args.clients, args.requests)
+                )
                 result["end"] = end(port, process)
             finally:
                 process.kill()

@@ -2,10 +2,9 @@
 
     python dev/bench/gpu.py --out FOLDER [--seconds 600] [--rehearse]
 
-Each piece writes FOLDER/NAME.json as it ends and what it said to FOLDER/NAME.log. Called again it goes on: pieces that this commit has done are left
-out, so what did not fit into --seconds is for the next call. --rehearse runs the same commands on a CPU in toy sizes. The exit code is 1 if a piece
-failed, 3 if some are left.
-"""
+Each piece writes FOLDER/NAME.json as it ends and what it said to FOLDER/NAME.log. Called again it goes on: pieces that
+this commit has done are left out, so what did not fit into --seconds is for the next call. --rehearse runs the same
+commands on a CPU in toy sizes. The exit code is 1 if a piece failed, 3 if some are left."""
 
 import argparse
 import json
@@ -21,10 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from nanolab.training.checkpoint import write_text  # noqa: E402
-from nanolab.training.environment import git_commit  # noqa: E402
-from nanolab.training.models import read_metrics  # noqa: E402
-
+from nanolab.files import write_text  # noqa: E402
+from nanolab.records.environment import git_commit  # noqa: E402
+from nanolab.records.models import read_metrics  # noqa: E402
 
 ORDER = ("kernel", "recorded_steps", "feeding", "twice", "other_tests", "speed")
 
@@ -36,10 +34,18 @@ class Pieces:
         self.out, self.until, self.toy = out, until, toy
         self.device = "cpu" if toy else "cuda"
         self.depths = (1,) if toy else (4, 12)
-        self.shape = ["--max-seq-len", "64", "--device-batch-size", "2"] if toy else ["--max-seq-len", "2048", "--device-batch-size", os.environ.get("GPU_BATCH", "32")]
+        self.shape = (
+            ["--max-seq-len", "64", "--device-batch-size", "2"]
+            if toy
+            else ["--max-seq-len", "2048", "--device-batch-size", os.environ.get("GPU_BATCH", "32")]
+        )
         self.vocab_size = 512 if toy else 32768
         base = out / "base"
-        self.env = os.environ | {"NANOLAB_BASE_DIR": str(base), "PYTHONPATH": str(ROOT)} | ({} if toy else {"NANOLAB_DTYPE": "bfloat16"})
+        self.env = (
+            os.environ
+            | {"NANOLAB_BASE_DIR": str(base), "PYTHONPATH": str(ROOT)}
+            | ({} if toy else {"NANOLAB_DTYPE": "bfloat16"})
+        )
         self.batch = ["--total-batch-size", 256] if toy else []
         self.runs, self.tokenizer = base / "runs", base / "tokenizer"
 
@@ -49,7 +55,15 @@ class Pieces:
         with open(self.log, "a") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
-            done = subprocess.run(command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=log, text=True, timeout=max(1, self.until - time.monotonic()))
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=self.env,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                timeout=max(1, self.until - time.monotonic()),
+            )
             log.write(done.stdout)
         done.check_returncode()
         return done.stdout
@@ -72,23 +86,68 @@ class Pieces:
         return found
 
     def bench(self, what: str, *flags: Any) -> dict[str, Any]:
-        return json.loads(self.call("-m", "scripts.bench", what, "--json", "--device-type", self.device, "--vocab-size", self.vocab_size, *flags).splitlines()[-1])
+        return json.loads(
+            self.call(
+                "-m",
+                "scripts.bench",
+                what,
+                "--json",
+                "--device-type",
+                self.device,
+                "--vocab-size",
+                self.vocab_size,
+                *flags,
+            ).splitlines()[-1]
+        )
 
     def base_train(self, depth: int, steps: int, *flags: Any) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of a fresh run on real text."""
         if not self.tokenizer.exists():
             self.call("-m", "scripts.data", "--data", "pydocs")
-            self.call("-m", "scripts.tok_train", "--data", "pydocs", "--vocab-size", self.vocab_size, "--max-chars", 10**5 if self.toy else 2 * 10**7)
+            self.call(
+                "-m",
+                "scripts.tok_train",
+                "--data",
+                "pydocs",
+                "--vocab-size",
+                self.vocab_size,
+                "--max-chars",
+                10**5 if self.toy else 2 * 10**7,
+            )
         name = f"run-{time.time_ns()}"
-        self.call("-m", "scripts.base_train", "--run", name, "--data", "pydocs", "--depth", depth, "--num-iterations", steps, "--eval-every", -1, "--log-every", 1,
-                  "--save-every", -1, "--device-type", self.device, *self.shape, *self.batch, *flags)  # fmt: skip
+        self.call(
+            "-m",
+            "scripts.base_train",
+            "--run",
+            name,
+            "--data",
+            "pydocs",
+            "--depth",
+            depth,
+            "--num-iterations",
+            steps,
+            "--eval-every",
+            -1,
+            "--log-every",
+            1,
+            "--save-every",
+            -1,
+            "--device-type",
+            self.device,
+            *self.shape,
+            *self.batch,
+            *flags,
+        )
         return [row for row in read_metrics(self.runs / name) if "train/loss" in row]
 
     # The pieces of ORDER.
 
     def kernel(self) -> dict[str, Any]:
         """FlashAttention 3: is it there, is it right, and if not, why."""
-        code = "import json; from nanolab.model import flash3; attend, why = flash3.probed('%s'); print(json.dumps({'fa3': attend is not None, 'why_not': why}))"
+        code = (
+            "import json; from nanolab.model.kernels import fa3; attend, why = fa3.probed('%s'); print(json"
+            ".dumps({'fa3': attend is not None, 'why_not': why}))"
+        )
         return json.loads(self.call("-c", code % self.device).splitlines()[-1])
 
     def recorded_steps(self) -> dict[str, Any]:
@@ -99,16 +158,37 @@ class Pieces:
         """Steps on real text beside steps on synthetic tokens: what the loader and the loop cost."""
         depth, steps = self.depths[-1], 4 if self.toy else 40
         rows = self.base_train(depth, steps)
-        bench = self.bench("train", "--depth", depth, *self.shape, "--repeats", 2, "--steps", 2 if self.toy else 10, "--warmup", 2 if self.toy else 10)
+        bench = self.bench(
+            "train",
+            "--depth",
+            depth,
+            *self.shape,
+            "--repeats",
+            2,
+            "--steps",
+            2 if self.toy else 10,
+            "--warmup",
+            2 if self.toy else 10,
+        )
         rates = [row["train/tok_per_sec"] for row in rows[len(rows) // 2 :]]
-        return {"depth": depth, "tok_per_sec": statistics.median(rates), "n": len(rates), "bench_tok_per_sec": bench["results"]["tokens"]["median"], "rows": rows}
+        return {
+            "depth": depth,
+            "tok_per_sec": statistics.median(rates),
+            "n": len(rates),
+            "bench_tok_per_sec": bench["results"]["tokens"]["median"],
+            "rows": rows,
+        }
 
     def twice(self) -> dict[str, Any]:
         """The same ten steps two times, plainly and with --deterministic."""
         found = {}
         for name, flags in (("plain", ()), ("deterministic", ("--deterministic",))):
             one, two = ([row["train/loss"] for row in self.base_train(self.depths[0], 10, *flags)] for _ in range(2))
-            found[name] = {"equal": one == two, "largest_difference": max(abs(a - b) for a, b in zip(one, two, strict=True)), "losses": one}
+            found[name] = {
+                "equal": one == two,
+                "largest_difference": max(abs(a - b) for a, b in zip(one, two, strict=True)),
+                "losses": one,
+            }
         return found
 
     def other_tests(self) -> dict[str, Any]:
@@ -120,10 +200,28 @@ class Pieces:
         few = ["--repeats", 2] if self.toy else ["--repeats", 5]
         found = {}
         for depth in self.depths:
-            found[f"train-d{depth}"] = self.bench("train", "--depth", depth, *self.shape, *few, "--steps", 2 if self.toy else 10, "--warmup", 2 if self.toy else 10)
-            tokens = ["--prompt-tokens", 16, "--decode-tokens", 8, "--batch-sizes", "1,2", "--clients", 2] if self.toy else ["--prompt-tokens", 512, "--decode-tokens", 256]
-            found[f"infer-d{depth}"] = self.bench("infer", "--depth", depth, "--max-seq-len", self.shape[1], *few, *tokens)
-            found[f"eval-d{depth}"] = self.bench("eval", "--depth", depth, "--max-seq-len", 2048, *few, "--max-per-task", 1 if self.toy else 20)
+            found[f"train-d{depth}"] = self.bench(
+                "train",
+                "--depth",
+                depth,
+                *self.shape,
+                *few,
+                "--steps",
+                2 if self.toy else 10,
+                "--warmup",
+                2 if self.toy else 10,
+            )
+            tokens = (
+                ["--prompt-tokens", 16, "--decode-tokens", 8, "--batch-sizes", "1,2", "--clients", 2]
+                if self.toy
+                else ["--prompt-tokens", 512, "--decode-tokens", 256]
+            )
+            found[f"infer-d{depth}"] = self.bench(
+                "infer", "--depth", depth, "--max-seq-len", self.shape[1], *few, *tokens
+            )
+            found[f"eval-d{depth}"] = self.bench(
+                "eval", "--depth", depth, "--max-seq-len", 2048, *few, "--max-per-task", 1 if self.toy else 20
+            )
         return found
 
 

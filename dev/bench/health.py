@@ -1,9 +1,9 @@
-"""How long /health takes while clients come and leave at once: python dev/bench/health.py [--tree CHECKOUT] [--clients 200] [--probes 1000] > health.json
+"""How long /health takes while clients come and leave at once: python dev/bench/health.py [--tree CHECKOUT] [--clients
+200] [--probes 1000] > health.json
 
-Starts scripts.chat_web of --tree (default: this one) with a model of --depth 4, random weights and room for all clients, and lets these ask for long
-replies and leave all at once, wave after wave, from a process of their own. Each probe is a GET of /health on a connection of its own, from
-another. The last line of stdout is one JSON document.
-"""
+Starts scripts.chat_web of --tree (default: this one) with a model of --depth 4, random weights and room for all
+clients, and lets these ask for long replies and leave all at once, wave after wave, from a process of their own. Each
+probe is a GET of /health on a connection of its own, from another. The last line of stdout is one JSON document."""
 
 import argparse
 import asyncio
@@ -27,25 +27,47 @@ def make_model(base: Path) -> str:
     """A run with a base model of depth 4 and random weights."""
     import torch
 
-    from nanolab.config import GPTConfig, to_json
+    from nanolab.cli import to_json
     from nanolab.data.tokenizer import Tokenizer
+    from nanolab.model.config import GPTConfig
     from nanolab.model.gpt import GPT
+    from nanolab.records import checkpoint
     from nanolab.runtime import Runtime
-    from nanolab.training import checkpoint
 
-    tokenizer = Tokenizer.train([path.read_text() for folder in ("nanolab", "tests") for path in sorted((ROOT / folder).rglob("*.py"))], 8192)
-    model = GPT(GPTConfig(sequence_len=2048, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=2, n_embd=256))  # as --depth 4 makes it
+    tokenizer = Tokenizer.train(
+        [path.read_text() for folder in ("nanolab", "tests") for path in sorted((ROOT / folder).rglob("*.py"))], 8192
+    )
+    # as --depth 4 makes it
+    model = GPT(GPTConfig(sequence_len=2048, vocab_size=tokenizer.vocab_size, n_layer=4, n_head=2, n_embd=256))
     model.init_weights(0)
-    folder, meta = base / "runs" / "d4", {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": "base"}
-    checkpoint.save(folder / "checkpoints", 1, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=Runtime(torch.device("cpu"), torch.float32))
+    folder, meta = (
+        base / "runs" / "d4",
+        {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": "base"},
+    )
+    checkpoint.save(
+        folder / "checkpoints",
+        1,
+        weights=dict(model.state_dict()),
+        optimizer=None,
+        meta=meta,
+        runtime=Runtime(torch.device("cpu"), torch.float32),
+    )
     tokenizer.save(folder / "tokenizer")
     return "d4"
 
 
 async def crowd(port: int, clients: int) -> None:
-    """A wave of clients every five seconds: all ask for a long reply, half of them as a stream, and four seconds later all leave at once."""
-    body = [json.dumps({"prompt": "def f(x):" * (1 + i % 40), "max_tokens": 1500, "stream": i % 2 == 0}).encode() for i in range(clients)]
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+    """A wave of clients every five seconds: all ask for a long reply, half of them as a stream, and four seconds later
+    all leave at once.
+    """
+    body = [
+        json.dumps({"prompt": "def f(x):" * (1 + i % 40), "max_tokens": 1500, "stream": i % 2 == 0}).encode()
+        for i in range(clients)
+    ]
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:"
+        " {}\r\n\r\n"
+    )
 
     async def one(i: int) -> asyncio.StreamWriter:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -88,7 +110,13 @@ def measure(port: int, clients: int, probes: int) -> dict:
     times = sorted(ms for ms, _ in answers)
     at = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "worst": 1}
     ms = {name: round(times[min(len(times) - 1, int(share * len(times)))], 2) for name, share in at.items()}
-    return {"n": len(times), "clients": clients, "waves": waves, "answers": dict(Counter(status for _, status in answers)), "ms": ms}
+    return {
+        "n": len(times),
+        "clients": clients,
+        "waves": waves,
+        "answers": dict(Counter(status for _, status in answers)),
+        "ms": ms,
+    }
 
 
 def main() -> None:
@@ -101,7 +129,19 @@ def main() -> None:
     if args.crowd:
         return asyncio.run(crowd(args.crowd, args.clients))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "scripts.chat_web", "--model", make_model(Path(folder)), "--port", "0", "--queue", str(args.clients), "--device-type", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.chat_web",
+            "--model",
+            make_model(Path(folder)),
+            "--port",
+            "0",
+            "--queue",
+            str(args.clients),
+            "--device-type",
+            "cpu",
+        ]
         env = os.environ | {"NANOLAB_BASE_DIR": folder, "PYTHONPATH": str(args.tree)}
         with subprocess.Popen(command, cwd=args.tree, env=env, stdout=subprocess.PIPE, text=True) as process:
             try:
@@ -109,7 +149,9 @@ def main() -> None:
                 result = measure(int(re.search(r"127\.0\.0\.1:([0-9]+)", line)[1]), args.clients, args.probes)
             finally:
                 process.kill()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.tree, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=args.tree, capture_output=True, text=True
+    ).stdout.strip()
     print(json.dumps({"model": "depth 4, random weights, vocabulary 8192, context 2048", "commit": commit} | result))
 
 

@@ -1,10 +1,11 @@
-"""Generation beside the reference's: python dev/bench/infer_pairs.py --reference CHECKOUT --pairs 5 [--size d12] [flags of both] > pairs.json
+"""Generation beside the reference's: python dev/bench/infer_pairs.py --reference CHECKOUT --pairs 5 [--size d12] [flags
+of both] > pairs.json
 
-Each side is a fresh process, `scripts.bench infer` (batch 1 and the clients) and `reference_infer.py`, with the same flags; the
-order turns round after every pair, so that a drift of the machine hits both sides alike. Both compute in their default dtype:
-NANOLAB_DTYPE=float32 for nanolab and NANOCHAT_DTYPE=bfloat16 for the reference change that. A ratio is nanolab's tokens/s over
-the reference's in the same pair, each the median of its process. The last line of output is one JSON document.
-"""
+Each side is a fresh process, `scripts.bench infer` (batch 1 and the clients) and `reference_infer.py`, with the same
+flags; the order turns round after every pair, so that a drift of the machine hits both sides alike. Both compute in
+their default dtype: NANOLAB_DTYPE=float32 for nanolab and NANOCHAT_DTYPE=bfloat16 for the reference change that. A
+ratio is nanolab's tokens/s over the reference's in the same pair, each the median of its process. The last line of
+output is one JSON document."""
 
 import argparse
 import json
@@ -51,11 +52,23 @@ def main() -> None:
     for what in WHAT:
         ours, theirs = ([median(r, what) for r in runs[name]] for name in sides)
         each = [a / b for a, b in zip(ours, theirs)]
-        ratios[what] = {"median": round(statistics.median(each), 3), "lowest": round(min(each), 3), "highest": round(max(each), 3), "each": each}
-        print(f"{what}: {ratios[what]['median']} times the reference, {ratios[what]['lowest']} to {ratios[what]['highest']} in {len(each)} pairs")
+        ratios[what] = {
+            "median": round(statistics.median(each), 3),
+            "lowest": round(min(each), 3),
+            "highest": round(max(each), 3),
+            "each": each,
+        }
+        print(
+            f"{what}: {ratios[what]['median']} times the reference, {ratios[what]['lowest']} to"
+            f" {ratios[what]['highest']} in {len(each)} pairs"
+        )
     slowest = [median(r, "slowest_over_median") for r in runs["nanolab"]]
-    print(f"slowest client of nanolab over the median one: {statistics.median(slowest)}, {min(slowest)} to {max(slowest)}")
-    print(json.dumps({"size": args.size, "flags": flags, "ratios": ratios, "slowest_over_median": slowest, "runs": runs}))
+    print(
+        f"slowest client of nanolab over the median one: {statistics.median(slowest)}, {min(slowest)} to {max(slowest)}"
+    )
+    print(
+        json.dumps({"size": args.size, "flags": flags, "ratios": ratios, "slowest_over_median": slowest, "runs": runs})
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Peak memory of reading data: python dev/bench/memory.py [--base CHECKOUT] [--only NAME,...] [--json FILE]
 
-Each case is a fresh process, and its figure the peak resident memory that the kernel counted for it, in MiB; `imports` is a process that only
-imports what the loader does. The text is made up: words drawn from a fixed seed. `rowgroup` is a parquet file with 248 MB of text in one row group,
-`line` a .txt file of 1 GB without a line end, `row` a .jsonl file whose one row is a document of 60 MB. `data` is `scripts.data`, `loader` the
-first 200 micro-batches of the 16 streams, `train` `scripts.base_train` for ten steps of a small model; `few train` is the same on 5,000 short
-documents. With --base the cases of `rowgroup` run in that checkout too. The last line is one JSON document.
-"""
+Each case is a fresh process, and its figure the peak resident memory that the kernel counted for it, in MiB; `imports`
+is a process that only imports what the loader does. The text is made up: words drawn from a fixed seed. `rowgroup` is a
+parquet file with 248 MB of text in one row group, `line` a .txt file of 1 GB without a line end, `row` a .jsonl file
+whose one row is a document of 60 MB. `data` is `scripts.data`, `loader` the first 200 micro-batches of the 16 streams,
+`train` `scripts.base_train` for ten steps of a small model; `few train` is the same on 5,000 short documents. With
+--base the cases of `rowgroup` run in that checkout too. The last line is one JSON document."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LOADER = """
 import sys
-from nanolab.config import DataConfig
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
@@ -31,7 +31,10 @@ if len(sys.argv) > 1:
     for _ in range(200):
         batches.next()
 """
-SMALL = "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 512 --device-batch-size 8 --total-batch-size 8192 --num-iterations 10 --eval-tokens 4096 --device-type cpu --sample-every -1"
+SMALL = (
+    "--depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 512 --device-batch-size 8 --total-batch-size 8192"
+    " --num-iterations 10 --eval-tokens 4096 --device-type cpu --sample-every -1"
+)
 
 
 def words(rng: random.Random, n: int) -> str:
@@ -43,7 +46,9 @@ VOCABULARY = ["".join(_rng.choices("etaoinshrdlucmfwyp", k=_rng.randint(1, 10)))
 
 
 def make(folder: Path) -> None:
-    """Write the files. In a process of its own: what the kernel counts of a process begins with what its parent held when it forked."""
+    """Write the files. In a process of its own: what the kernel counts of a process begins with what its parent held
+    when it forked.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,7 +83,11 @@ def main() -> None:
             """(MiB, seconds) of one process of a checkout."""
             base_dir = folder / f"base-{len(list(folder.iterdir()))}"  # of its own: nothing is indexed yet
             base_dir.mkdir()
-            env = os.environ | {"PYTHONPATH": str(checkout.resolve()), "NANOLAB_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"}
+            env = os.environ | {
+                "PYTHONPATH": str(checkout.resolve()),
+                "NANOLAB_BASE_DIR": str(base_dir),
+                "OMP_NUM_THREADS": "1",
+            }
             start = time.perf_counter()
             process = subprocess.Popen([sys.executable, *command], cwd=checkout, env=env, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
@@ -87,24 +96,65 @@ def main() -> None:
             return round(usage.ru_maxrss / 1024, 1), round(time.perf_counter() - start, 1)
 
         tokenizer, val = str(folder / "tok"), str(folder / "val.jsonl")
-        peak("-m", "scripts.tok_train", "--data-dir", str(folder / "few.jsonl"), "--vocab-size", "4096", "--tokenizer", tokenizer)
+        peak(
+            "-m",
+            "scripts.tok_train",
+            "--data-dir",
+            str(folder / "few.jsonl"),
+            "--vocab-size",
+            "4096",
+            "--tokenizer",
+            tokenizer,
+        )
         cases = {"imports": ["-c", LOADER]}
         for name in ("rowgroup.parquet", "line.txt", "row.jsonl"):
             path, kind = str(folder / name), name.partition(".")[0]
             cases[f"{kind} data"] = ["-m", "scripts.data", "--data-dir", path, "--val-data", val]
             cases[f"{kind} loader"] = ["-c", LOADER, path, val, tokenizer]
-            cases[f"{kind} train"] = ["-m", "scripts.base_train", "--run", kind, "--data-dir", path, "--val-data", val, "--tokenizer", tokenizer, *SMALL.split()]
-        cases["few train"] = ["-m", "scripts.base_train", "--run", "few", "--data-dir", str(folder / "few.jsonl"), "--val-data", val, "--tokenizer", tokenizer, *SMALL.split()]
+            cases[f"{kind} train"] = [
+                "-m",
+                "scripts.base_train",
+                "--run",
+                kind,
+                "--data-dir",
+                path,
+                "--val-data",
+                val,
+                "--tokenizer",
+                tokenizer,
+                *SMALL.split(),
+            ]
+        cases["few train"] = [
+            "-m",
+            "scripts.base_train",
+            "--run",
+            "few",
+            "--data-dir",
+            str(folder / "few.jsonl"),
+            "--val-data",
+            val,
+            "--tokenizer",
+            tokenizer,
+            *SMALL.split(),
+        ]
         found = []
         for checkout in [ROOT, args.base] if args.base else [ROOT]:
             command = ["git", "rev-parse", "--short=7", "HEAD"]
-            commit = subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip() if checkout != ROOT else "here"
+            commit = (
+                subprocess.run(command, cwd=checkout, capture_output=True, text=True).stdout.strip()
+                if checkout != ROOT
+                else "here"
+            )
             for name, command in cases.items():
-                if (not args.only or name in args.only.split(",")) and (checkout == ROOT or name.startswith(("imports", "rowgroup"))):
+                if (not args.only or name in args.only.split(",")) and (
+                    checkout == ROOT or name.startswith(("imports", "rowgroup"))
+                ):
                     mib, seconds = peak(*command, checkout=checkout)
                     found.append({"checkout": commit, "case": name, "peak_mib": mib, "seconds": seconds})
                     print(f"{commit} {name:<16} {mib:>9,.1f} MiB {seconds:>7.1f} s", flush=True)
-    line = json.dumps({"bench": "memory", "python": platform.python_version(), "processors": os.cpu_count(), "cases": found})
+    line = json.dumps(
+        {"bench": "memory", "python": platform.python_version(), "processors": os.cpu_count(), "cases": found}
+    )
     if args.json:
         args.json.write_text(line + "\n")
     print(line)

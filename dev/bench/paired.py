@@ -1,4 +1,5 @@
-"""Compare speed in alternating pairs: python dev/bench/paired.py [--what WHAT] --pairs 8 'NAME[@CHECKOUT]: FLAGS' 'NAME[@CHECKOUT]: FLAGS' ...
+"""Compare speed in alternating pairs: python dev/bench/paired.py [--what WHAT] --pairs 8 'NAME[@CHECKOUT]: FLAGS'
+'NAME[@CHECKOUT]: FLAGS' ...
 
 Each arm is a fresh process in its checkout (default: this one), by --what:
 
@@ -6,12 +7,13 @@ Each arm is a fresh process in its checkout (default: this one), by --what:
     data     `scripts.bench data FLAGS`, microseconds of the whole loader for one token
     decode   `scripts.bench infer FLAGS`, microseconds for one token of one row
     clients  the same, microseconds for one token of several clients together
-    start    `scripts.base_train FLAGS --run NEW`, milliseconds from the start of the process to the first step's line; it is ended then
+    start    `scripts.base_train FLAGS --run NEW`, milliseconds from the start of the process to the first step's line;
+             it is ended then
 
-The order turns round after every pair, so that a drift of the machine hits both sides alike. The first arm is the base; a
-ratio is an arm's time over the base's in the same pair, of the fastest sample of each process: other work on the machine
-only ever adds time. The interval is a bootstrap of the median. The last line of output is one JSON document with every sample.
-"""
+The order turns round after every pair, so that a drift of the machine hits both sides alike. The first arm is the base;
+a ratio is an arm's time over the base's in the same pair, of the fastest sample of each process: other work on the
+machine only ever adds time. The interval is a bootstrap of the median. The last line of output is one JSON document
+with every sample."""
 
 import argparse
 import json
@@ -28,8 +30,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-UNITS = {"train": "ms a step", "data": "us a token", "decode": "us a token", "clients": "us a token", "start": "ms to the first step"}
-RESULTS = {"train": ("train", "step"), "data": ("data", "loader"), "decode": ("infer", "decode_b1"), "clients": ("infer", "clients_total")}  # of scripts.bench
+UNITS = {
+    "train": "ms a step",
+    "data": "us a token",
+    "decode": "us a token",
+    "clients": "us a token",
+    "start": "ms to the first step",
+}
+# of scripts.bench
+RESULTS = {
+    "train": ("train", "step"),
+    "data": ("data", "loader"),
+    "decode": ("infer", "decode_b1"),
+    "clients": ("infer", "clients_total"),
+}
 
 
 def run(what: str, checkout: Path, flags: str) -> list[float]:
@@ -39,7 +53,11 @@ def run(what: str, checkout: Path, flags: str) -> list[float]:
         return [start(checkout, flags, env)]
     bench, name = RESULTS[what]
     command = [sys.executable, "-m", "scripts.bench", bench, "--json", *shlex.split(flags)]
-    results = json.loads(subprocess.run(command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])["results"]
+    results = json.loads(
+        subprocess.run(
+            command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()[-1]
+    )["results"]
     return results[name]["samples"] if what == "train" else [1e6 / rate for rate in results[name]["samples"]]
 
 
@@ -47,7 +65,14 @@ def start(checkout: Path, flags: str, env: dict[str, str]) -> float:
     """Milliseconds from the start of the process to the line of its first step."""
     command = [sys.executable, "-m", "scripts.base_train", "--run", f"start-{time.time_ns()}", *shlex.split(flags)]
     begun = time.perf_counter()
-    with subprocess.Popen(command, cwd=checkout, env=env | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=checkout,
+        env=env | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
         for line in process.stdout:
             if line.startswith("step 00000/"):
                 taken = 1000 * (time.perf_counter() - begun)
@@ -79,7 +104,11 @@ def main() -> None:
     for i in range(args.pairs):
         for name in list(arms)[:: 1 if i % 2 == 0 else -1]:
             samples[name].append(run(args.what, *arms[name]))
-        print(f"pair {i + 1} of {args.pairs}: " + ", ".join(f"{name} {min(s[-1]):.4g} {UNITS[args.what]}" for name, s in samples.items()), flush=True)
+        print(
+            f"pair {i + 1} of {args.pairs}: "
+            + ", ".join(f"{name} {min(s[-1]):.4g} {UNITS[args.what]}" for name, s in samples.items()),
+            flush=True,
+        )
     base, *others = arms
     ratios = {}
     for name in others:
@@ -87,7 +116,17 @@ def main() -> None:
         low, high = interval(each)
         ratios[name] = {"median": statistics.median(each), "low": low, "high": high, "each": each}
         print(f"{name} / {base}: {ratios[name]['median']:.4f} [{low:.4f}, {high:.4f}] from {len(each)} pairs")
-    print(json.dumps({"arms": {name: flags for name, (_, flags) in arms.items()}, "base": base, "unit": UNITS[args.what], "samples": samples, "ratios": ratios}))
+    print(
+        json.dumps(
+            {
+                "arms": {name: flags for name, (_, flags) in arms.items()},
+                "base": base,
+                "unit": UNITS[args.what],
+                "samples": samples,
+                "ratios": ratios,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""In-context tasks beside the reference's: python dev/bench/reference_eval.py --reference CHECKOUT --model NAME --eval-bundle DIR [flags]
+"""In-context tasks beside the reference's: python dev/bench/reference_eval.py --reference CHECKOUT --model NAME
+--eval-bundle DIR [flags]
 
-CHECKOUT is a checkout of karpathy/nanochat, whose model and core_eval are imported; nothing is copied. It gets the weights of NAME, a
-run whose architecture is its own, the run's tokenizer and the bundle's items in our order. Its model has no max_seq_len and reads long texts
-whole; here it is given one, the run's sequence length, so that it cuts texts as we do: "same decisions" is about a reference changed in
-this. It computes in fp32 on CPUs unless NANOCHAT_DTYPE says otherwise, nanolab in its
-default dtype unless NANOLAB_DTYPE does. Freed memory is kept as nanolab keeps it. Measured:
-  decisions  right or wrong, item by item. Where the two differ, the gap says how near to a tie the item is, from fp64: between the
+CHECKOUT is a checkout of karpathy/nanochat, whose model and core_eval are imported; nothing is copied. It gets the
+weights of NAME, a run whose architecture is its own, the run's tokenizer and the bundle's items in our order. Its model
+has no max_seq_len and reads long texts whole; here it is given one, the run's sequence length, so that it cuts texts as
+we do: "same decisions" is about a reference changed in this. It computes in fp32 on CPUs unless NANOCHAT_DTYPE says
+otherwise, nanolab in its default dtype unless NANOLAB_DTYPE does. Freed memory is kept as nanolab keeps it. Measured:
+  decisions  right or wrong, item by item. Where the two differ, the gap says how near to a tie the item is, from fp64:
+  between the
              mean nats of the true text and of the best other one, or in logits between the tokens and the best others
   examples   examples/s of each task, with rendering and encoding, alternating in pairs of whole tasks
 The last line of stdout is one JSON document.
@@ -28,10 +30,10 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
 from nanolab.evals.bundle import SHUFFLE_SEED, TaskSpec, open_bundle, read_items, read_rows
 from nanolab.evals.likelihood import GPTReader, score
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT
-from nanolab.training.environment import environment
-from nanolab.training.models import load_model
+from nanolab.records.environment import environment
+from nanolab.records.models import load_model
 
 
 class TheirTokenizer:
@@ -53,12 +55,14 @@ class Ours:
     def __init__(self, reader: GPTReader, tokenizer: Tokenizer, rt: runtime.Runtime):
         self.reader, self.tokenizer, self.rt = reader, tokenizer, rt
 
-    def groups(self, task: TaskSpec, items: list[icl.Item]) -> list[icl.Group]:
-        return list(icl.encode(task.kind, items, range(len(items)), task.shots, task.delimiter, self.tokenizer))
+    def groups(self, task: TaskSpec, items: list[icl.Question]) -> list[icl.ItemGroup]:
+        return list(icl.encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, self.tokenizer))
 
-    def outcomes(self, task: TaskSpec, items: list[icl.Item]) -> str:
+    def outcomes(self, task: TaskSpec, items: list[icl.Question]) -> str:
         right = icl.KINDS[task.kind].right
-        found = icl.judged(self.reader, self.groups(task, items), self.rt, lambda scores, group: right(scores, group.gold))
+        found = icl.judge_groups(
+            self.reader, self.groups(task, items), self.rt, lambda scores, group: right(scores, group.gold)
+        )
         return "".join(str(int(ok)) for ok in found)
 
 
@@ -79,11 +83,14 @@ class Theirs:
         from nanochat.core_eval import evaluate_example
 
         about = {"task_type": task.kind, "num_fewshot": task.shots, "continuation_delimiter": task.delimiter}
-        return "".join(str(int(evaluate_example(i, self.model, self.tokenizer, rows, self.device, about))) for i in range(len(rows)))
+        return "".join(
+            str(int(evaluate_example(i, self.model, self.tokenizer, rows, self.device, about)))
+            for i in range(len(rows))
+        )
 
 
 @torch.no_grad()
-def gap(model: GPT, reader: GPTReader, task: TaskSpec, group: icl.Group) -> float:
+def gap(model: GPT, reader: GPTReader, task: TaskSpec, group: icl.ItemGroup) -> float:
     """How far the decision is from a tie; below 0 where it is wrong."""
     if task.kind != "language_modeling":
         means = [s.nats / s.n_tokens for s in score(reader, [group.texts()])[0]]
@@ -107,7 +114,14 @@ def spread(ratios: list[float]) -> dict[str, Any]:
     return {"median": round(statistics.median(ratios), 3), "lowest": min(each), "highest": max(each), "each": each}
 
 
-def compare(ours: Ours, theirs: Theirs, exact: GPT, tasks: dict[str, TaskSpec], items: dict[str, list[icl.Item]], rows: dict[str, list]) -> dict[str, Any]:
+def compare(
+    ours: Ours,
+    theirs: Theirs,
+    exact: GPT,
+    tasks: dict[str, TaskSpec],
+    items: dict[str, list[icl.Question]],
+    rows: dict[str, list],
+) -> dict[str, Any]:
     """Every decision of both, and how near to a tie those are on which they differ."""
     differ, n, right = [], 0, {}
     reader = GPTReader(exact, ours.rt)
@@ -115,12 +129,27 @@ def compare(ours: Ours, theirs: Theirs, exact: GPT, tasks: dict[str, TaskSpec], 
         both = ours.outcomes(task, items[label]), theirs.outcomes(task, rows[label])
         n += len(both[0])
         right[label] = {"n": len(both[0]), "nanolab": both[0].count("1"), "reference": both[1].count("1")}
-        print(f"{label:34s} right: {right[label]['nanolab']} for nanolab, {right[label]['reference']} for the reference, of {len(both[0])}", flush=True)
+        print(
+            f"{label:34s} right: {right[label]['nanolab']} for nanolab, {right[label]['reference']} for the reference,"
+            f" of {len(both[0])}",
+            flush=True,
+        )
         groups = ours.groups(task, items[label])
         for i in [i for i, (a, b) in enumerate(zip(*both, strict=True)) if a != b]:
-            differ.append({"task": label, "item": i, "nanolab": int(both[0][i]), "reference": int(both[1][i]), "gap": gap(exact, reader, task, groups[i])})
+            differ.append(
+                {
+                    "task": label,
+                    "item": i,
+                    "nanolab": int(both[0][i]),
+                    "reference": int(both[1][i]),
+                    "gap": gap(exact, reader, task, groups[i]),
+                }
+            )
             print(f"  differs: {differ[-1]}", flush=True)
-    print(f"decisions: {len(differ)} of {n} differ, the farthest from a tie by {max((abs(d['gap']) for d in differ), default=0):.2g}")
+    print(
+        f"decisions: {len(differ)} of {n} differ, the farthest from a tie by"
+        f" {max((abs(d['gap']) for d in differ), default=0):.2g}"
+    )
     return {"n": n, "differ": differ, "right": right}
 
 
@@ -132,12 +161,17 @@ def race(sides: dict[str, Callable[[str], str]], counts: dict[str, int], pairs: 
             for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
                 spent[name][label].append(seconds(lambda: sides[name](label)))
         total = {name: sum(of[label][-1] for label in counts) for name, of in spent.items()}
-        print(f"pair {i + 1} of {pairs}, seconds: {', '.join(f'{name} {t:.1f}' for name, t in total.items())}", flush=True)
+        print(
+            f"pair {i + 1} of {pairs}, seconds: {', '.join(f'{name} {t:.1f}' for name, t in total.items())}", flush=True
+        )
     ours, theirs = spent["nanolab"], spent["reference"]
     ratios = {label: spread([b / a for a, b in zip(ours[label], theirs[label])]) for label in counts}
     each = [sum(theirs[label][i] for label in counts) / sum(ours[label][i] for label in counts) for i in range(pairs)]
     for label, ratio in {**ratios, "all": spread(each)}.items():
-        print(f"{label:34s} {ratio['median']:6.2f} times the reference's examples/s, {ratio['lowest']} to {ratio['highest']}")
+        print(
+            f"{label:34s} {ratio['median']:6.2f} times the reference's examples/s, {ratio['lowest']} to"
+            f" {ratio['highest']}"
+        )
     return {"seconds": spent, "ratios": ratios, "all": spread(each)}
 
 
@@ -146,7 +180,9 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="a checkout of karpathy/nanochat")
     parser.add_argument("--model", required=True, help="NAME[@STEP|best]")
     parser.add_argument("--eval-bundle", type=Path, required=True)
-    parser.add_argument("--max-per-task", type=int, default=20, help="items of each task; more than 10, of which some are shown solved")
+    parser.add_argument(
+        "--max-per-task", type=int, default=20, help="items of each task; more than 10, of which some are shown solved"
+    )
     parser.add_argument("--pairs", type=int, default=3, help="times that both do every task; 0: only the decisions")
     parser.add_argument("--tasks", default="", help="labels joined by commas; default: all")
     parser.add_argument("--device-type", default="")
@@ -158,17 +194,26 @@ def main() -> None:
     exact = GPT(model.config, torch.float64)
     exact.load_state_dict(model.state_dict())
     theirs = Theirs(args.reference, model, tokenizer, rt.device)
-    ours = Ours(GPTReader(served(model), rt), tokenizer, rt)
-    tasks = {label: task for label, task in open_bundle(args.eval_bundle).tasks.items() if not args.tasks or label in args.tasks.split(",")}
+    ours = Ours(GPTReader(prepare_for_inference(model), rt), tokenizer, rt)
+    tasks = {
+        label: task
+        for label, task in open_bundle(args.eval_bundle).tasks.items()
+        if not args.tasks or label in args.tasks.split(",")
+    }
     items = {label: read_items(task, args.max_per_task) for label, task in tasks.items()}
     rows = {label: theirs.rows(task, len(items[label])) for label, task in tasks.items()}
 
     document = {
-        "bench": "reference_eval", "dtypes": {"nanolab": rt.dtype_name, "reference": str(theirs.dtype).removeprefix("torch.")},
-        "max_per_task": args.max_per_task, "decisions": compare(ours, theirs, exact.double().to(rt.device).eval(), tasks, items, rows),
-    }  # fmt: skip
+        "bench": "reference_eval",
+        "dtypes": {"nanolab": rt.dtype_name, "reference": str(theirs.dtype).removeprefix("torch.")},
+        "max_per_task": args.max_per_task,
+        "decisions": compare(ours, theirs, exact.double().to(rt.device).eval(), tasks, items, rows),
+    }
     if args.pairs:
-        sides = {"nanolab": lambda label: ours.outcomes(tasks[label], items[label]), "reference": lambda label: theirs.outcomes(tasks[label], rows[label])}
+        sides = {
+            "nanolab": lambda label: ours.outcomes(tasks[label], items[label]),
+            "reference": lambda label: theirs.outcomes(tasks[label], rows[label]),
+        }
         document["examples"] = race(sides, {label: len(of) for label, of in items.items()}, args.pairs)
     print(json.dumps(document | {"env": environment(rt)}))
 

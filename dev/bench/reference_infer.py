@@ -1,14 +1,16 @@
-"""Speed of the reference's engine: python dev/bench/reference_infer.py --reference CHECKOUT [flags of scripts.bench infer]
+"""Speed of the reference's engine: python dev/bench/reference_infer.py --reference CHECKOUT [flags of scripts.bench
+infer]
 
-CHECKOUT is a checkout of karpathy/nanochat, of which the model and the engine are imported and nothing is copied. The model has
-the shape that the flags say and the weights of nanolab's model of that shape, moved off their initial values; on the way it is
-compared with that one. Measured as `scripts.bench infer` measures nanolab's engine, with the same prompts and lengths:
+CHECKOUT is a checkout of karpathy/nanochat, of which the model and the engine are imported and nothing is copied. The
+model has the shape that the flags say and the weights of nanolab's model of that shape, moved off their initial values;
+on the way it is compared with that one. Measured as `scripts.bench infer` measures nanolab's engine, with the same
+prompts and lengths:
   decode_b1       tokens/s of one reply, from its first token to its last
-  clients_total   tokens/s of --clients requests that wait from the start: one after another, since it batches only samples of one
+  clients_total   tokens/s of --clients requests that wait from the start: one after another, since it batches only
+                  samples of one
                   prompt
-It computes in its own default dtype, fp32 on CPUs and bf16 on GPUs that have it; NANOCHAT_DTYPE=bfloat16 changes that. Freed
-memory is kept as nanolab keeps it. The last line of stdout is one JSON document.
-"""
+It computes in its own default dtype, fp32 on CPUs and bf16 on GPUs that have it; NANOCHAT_DTYPE=bfloat16 changes that.
+Freed memory is kept as nanolab keeps it. The last line of stdout is one JSON document."""
 
 import argparse
 import json
@@ -20,12 +22,13 @@ from types import ModuleType
 import torch
 
 from nanolab import runtime
-from nanolab.config import BenchConfig, parse
+from nanolab.cli import parse
 from nanolab.inference.engine import Request
 from nanolab.lab.bench import measured
 from nanolab.lab.bench_infer import Prompts
+from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
-from nanolab.training.environment import environment
+from nanolab.records.environment import environment
 from nanolab.training.schedule import gpt_config
 
 THEIR_NAMES = {
@@ -38,7 +41,9 @@ THEIR_NAMES = {
 
 
 class NoStops:
-    """What its engine asks of a tokenizer: special tokens, here ids that no model gives, so that every reply has full length."""
+    """What its engine asks of a tokenizer: special tokens, here ids that no model gives, so that every reply has full
+    length.
+    """
 
     def encode_special(self, text: str) -> int:
         return -1
@@ -55,7 +60,8 @@ def their_name(name: str) -> str:
 def reference(path: Path, model: GPT) -> tuple[torch.nn.Module, type, torch.dtype]:
     """Its model with the weights of `model`, its Engine, and the dtype that it computes in."""
     sys.path.insert(0, str(path))
-    sys.modules.setdefault("rustbpe", ModuleType("rustbpe"))  # trains its tokenizers; imported, not used, by what is needed here
+    # trains its tokenizers; imported, not used, by what is needed here
+    sys.modules.setdefault("rustbpe", ModuleType("rustbpe"))
     from nanochat.common import COMPUTE_DTYPE
     from nanochat.engine import Engine
     from nanochat.gpt import GPT as Reference
@@ -63,7 +69,9 @@ def reference(path: Path, model: GPT) -> tuple[torch.nn.Module, type, torch.dtyp
 
     c = model.config
     with torch.device("meta"):
-        theirs = Reference(GPTConfig(c.sequence_len, c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.window_pattern))
+        theirs = Reference(
+            GPTConfig(c.sequence_len, c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.window_pattern)
+        )
     theirs.to_empty(device=model.wte.weight.device)
     theirs.init_weights()  # fills what is no weight, too
     theirs.load_state_dict({their_name(name): weight for name, weight in model.state_dict().items()}, strict=True)
@@ -107,7 +115,7 @@ def main() -> None:
 
     engine = Engine(theirs, NoStops())
     decode, total = [], []
-    for i in range(1 + cfg.repeats):  # the first does not count
+    for _ in range(1 + cfg.repeats):  # the first does not count
         ticks = reply(engine, prompts.request(cfg.prompt_tokens, cfg.decode_tokens), rt)
         decode.append((len(ticks) - 1) / (ticks[-1] - ticks[0]))
         crowd = prompts.crowd(cfg)
@@ -115,7 +123,12 @@ def main() -> None:
         tokens = sum(len(reply(engine, request, rt)) for request in crowd)
         total.append(tokens / (time.perf_counter() - start))
     results = {"decode_b1": measured(decode[1:], "tokens/s"), "clients_total": measured(total[1:], "tokens/s")}
-    facts = {"bench": "reference_infer", "reference_dtype": str(dtype).removeprefix("torch."), "largest_logit_difference": apart, "tokens": tokens}
+    facts = {
+        "bench": "reference_infer",
+        "reference_dtype": str(dtype).removeprefix("torch."),
+        "largest_logit_difference": apart,
+        "tokens": tokens,
+    }
     for name, result in results.items():
         print(f"reference {name:24s} {result['median']:>12g} {result['unit']}")
     print(json.dumps(facts | {"n": cfg.repeats, "results": results, "env": environment(rt)}))

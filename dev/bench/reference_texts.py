@@ -1,9 +1,10 @@
-"""Texts, tokens and starts of in-context items beside the reference's: python dev/bench/reference_texts.py --reference CHECKOUT --eval-bundle DIR --tokenizer DIR
+"""Texts, tokens and starts of in-context items beside the reference's: python dev/bench/reference_texts.py --reference
+CHECKOUT --eval-bundle DIR --tokenizer DIR
 
-A check by hand. CHECKOUT is a checkout of karpathy/nanochat, whose core_eval is imported; nothing is copied. Of every task in the bundle 30 items
-are rendered and encoded by both. What the tests compare with is the hash of its output on a tiny bundle (tests/evals/test_icl.py, GOLDEN).
-The last line of stdout is one JSON document; the exit code is 1 if a text differs.
-"""
+A check by hand. CHECKOUT is a checkout of karpathy/nanochat, whose core_eval is imported; nothing is copied. Of every
+task in the bundle 30 items are rendered and encoded by both. What the tests compare with is the hash of its output on a
+tiny bundle (tests/evals/test_icl.py, GOLDEN). The last line of stdout is one JSON document; the exit code is 1 if a
+text differs."""
 
 import argparse
 import importlib.util
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import SHUFFLE_SEED, open_bundle, read_items
-from nanolab.evals.icl import encode
+from nanolab.evals.icl import encode_groups
 
 SHORT = {"multiple_choice": "mc", "schema": "schema", "language_modeling": "lm"}
 
@@ -45,7 +46,7 @@ def main() -> int:
         random.Random(SHUFFLE_SEED).shuffle(rows)
         items = read_items(task, 30)
         rows, differ = rows[: len(items)], 0
-        for group in encode(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
+        for group in encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
             solved = [j for j in range(len(rows)) if j != group.index]
             few = [rows[j] for j in random.Random(1234 + group.index).sample(solved, task.shots)]
             texts = getattr(reference, f"render_prompts_{SHORT[task.kind]}")(rows[group.index], task.delimiter, few)

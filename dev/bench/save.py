@@ -2,9 +2,9 @@
 
     python dev/bench/save.py [MB] [PAIRS]
 
-Each pair makes the same steps (matrix products, and an update of the state in place) after a save of either kind, in turn: seconds of the call,
-and of call and steps together until the checkpoint is on the disk. The last line is a JSON document.
-"""
+Each pair makes the same steps (matrix products, and an update of the state in place) after a save of either kind, in
+turn: seconds of the call, and of call and steps together until the checkpoint is on the disk. The last line is a JSON
+document."""
 
 import json
 import statistics
@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
+from nanolab.records import checkpoint  # noqa: E402
 from nanolab.runtime import Runtime, keep_freed_memory  # noqa: E402
-from nanolab.training import checkpoint  # noqa: E402
 
 STEPS = 40
 
@@ -32,10 +32,13 @@ def steps(state: dict[str, torch.Tensor]) -> None:
 
 
 def main() -> None:
-    mb, pairs = (int(arg) for arg in (sys.argv[1:] + ["200", "9"][len(sys.argv) - 1 :]))
+    mb, pairs = (int(arg) for arg in sys.argv[1:] + ["200", "9"][len(sys.argv) - 1 :])
     torch.set_num_threads(1)
     keep_freed_memory()
-    alone, weights = Runtime(torch.device("cpu"), torch.float32), {f"w{i}": torch.randn(1 << 20) for i in range(mb // 8)}
+    alone, weights = (
+        Runtime(torch.device("cpu"), torch.float32),
+        {f"w{i}": torch.randn(1 << 20) for i in range(mb // 8)},
+    )
     optimizer = {f"m{i}@0:{1 << 20}": torch.randn(1 << 20) for i in range(mb // 8)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:

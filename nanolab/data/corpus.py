@@ -7,21 +7,28 @@ directory: no training file that comes later can change it, and training skips e
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from nanolab.config import DataConfig, UserError, nearest, split_weight
+from nanolab.cli import UserError, nearest
 from nanolab.data import hub, pydocs
-from nanolab.data.formats import CUT_BYTES, LONG_LINE, SUFFIXES, find_files, index_file, iter_block, locked, read_block, write_atomically, write_documents
+from nanolab.data.config import DataConfig
+from nanolab.data.formats import FORMATS, find_files, format_of, index_file
 from nanolab.data.kept import Pinned
+from nanolab.data.lines import CUT_BYTES, LONG_LINE
+from nanolab.data.mixture import positive, weighted
+from nanolab.data.parquet import write_documents
+from nanolab.files import locked, write_text
 from nanolab.runtime import base_dir, print0, progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
-SPLIT_SHARE, SPLIT_BYTES = 0.05, 10e6  # a corpus without a validation file gives up this share of its text, and at most so much
+# a corpus without a validation file gives up this share of its text, and at most so much
+SPLIT_SHARE, SPLIT_BYTES = (0.05, 10e6)
 
 
 def digest(text: str) -> bytes:
@@ -36,8 +43,12 @@ class Documents:
     block, by (seed, epoch): neighbouring n lie in the same block, so that reading in order decodes each block once.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], seed: int = 0, held_out: frozenset[bytes] = frozenset()) -> None:
-        """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be read."""
+    def __init__(
+        self, name: str, paths: Sequence[Path], seed: int = 0, held_out: frozenset[bytes] = frozenset()
+    ) -> None:
+        """held_out: digests of documents that `get` and `iterate` leave out. Raises UserError for files that cannot be
+        read.
+        """
         self.name, self.paths, self.seed, self.held_out = name, list(paths), int(seed), held_out
         indexed = [index_file(path) for path in progress(self.paths, f"indexing {name}")]
         self.hashes = [index.identity for index in indexed]
@@ -65,8 +76,9 @@ class Documents:
         if b in self._decoded:
             self._decoded.move_to_end(b)
             return self._decoded[b][0]
-        texts = read_block(self.blocks[b])
-        chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4  # on the disk: four at a time
+        texts = format_of(self.blocks[b].path).read(self.blocks[b])
+        # on the disk: four at a time
+        chars = sum(len(t) for t in texts if t) if isinstance(texts, list) else CACHE_CHARS // 4
         self._decoded[b] = texts, chars
         self._cached_chars += chars
         while self._cached_chars > CACHE_CHARS and len(self._decoded) > 1:
@@ -82,7 +94,9 @@ class Documents:
         return b, int(self._inside(epoch, b)[i - (int(ends[place - 1]) if place else 0)])
 
     def get(self, n: int) -> str | None:
-        """Document n, or None where it is blank or held out. Raises UserError when nothing at all is left to train on."""
+        """Document n, or None where it is blank or held out. Raises UserError when nothing at all is left to train
+        on.
+        """
         b, i = self._find(n)
         text = self.kept(self._texts(b)[i])
         self._skipped = self._skipped + 1 if text is None else 0
@@ -95,7 +109,7 @@ class Documents:
         """File and place of document n, for messages."""
         b, i = self._find(n)
         block = self.blocks[b]
-        return f"{block.path} {'row group' if block.kind == 'parquet' else 'byte'} {block.start}, document {i}"
+        return f"{block.path} {format_of(block.path).unit} {block.start}, document {i}"
 
     def kept(self, text: str | None) -> str | None:
         """`text`, or None where it is blank or held out."""
@@ -105,11 +119,13 @@ class Documents:
     def iterate(self) -> Iterator[str]:
         """One pass in file order, without blank and held-out documents."""
         for block in self.blocks:
-            yield from filter(None, map(self.kept, iter_block(block)))
+            yield from filter(None, map(self.kept, format_of(block.path).scan(block)))
 
 
-def hold_out(sizes: dict[str, int]) -> set[str]:
-    """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in bytes."""
+def hold_out_groups(sizes: dict[str, int]) -> set[str]:
+    """The groups (files, packages) that become validation text: in order of their hash, while they fit the cap in
+    bytes.
+    """
     cap = min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES)
     chosen: set[str] = set()
     taken = 0
@@ -121,11 +137,13 @@ def hold_out(sizes: dict[str, int]) -> set[str]:
 
 
 def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list[str]]:
-    """(validation texts, names of the files they come from): whole files where small ones are many, single documents otherwise."""
+    """(validation texts, names of the files they come from): whole files where small ones are many, single documents
+    otherwise.
+    """
     sizes = dict.fromkeys(names.values(), 0)
     for block in documents.blocks:
         sizes[names[block.path]] += block.length
-    files = hold_out(sizes)
+    files = hold_out_groups(sizes)
     if sum(sizes[f] for f in files) >= 0.5 * min(SPLIT_SHARE * sum(sizes.values()), SPLIT_BYTES):
         chosen = Documents(documents.name, [p for p in documents.paths if names[p] in files])
         return list({digest(t): t for t in chosen.iterate()}.values()), sorted(files)
@@ -133,7 +151,7 @@ def _draw(documents: Documents, names: dict[Path, str]) -> tuple[list[str], list
     first: dict[bytes, str] = {}  # for a corpus so small that chance takes nothing
     taken = 0
     for b in progress(documents.block_order(0)[0], "drawing validation text"):
-        for text in filter(None, map(documents.kept, iter_block(documents.blocks[b]))):
+        for text in filter(None, map(documents.kept, format_of(documents.blocks[b].path).scan(documents.blocks[b]))):
             key = digest(text)
             if len(first) < 1000:
                 first[key] = text
@@ -157,10 +175,11 @@ def _drawn_before(wanted: str) -> Path | None:
 
 
 def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
-    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer fits.
+    """The validation file of local text at `where`: drawn once, checked ever after. Raises UserError if it no longer
+    fits.
 
-    wanted: the fingerprint of a split that a run was trained beside; it is taken wherever the text was when it was drawn.
-    """
+    wanted: the fingerprint of a split that a run was trained beside; it is taken wherever the text was when it was
+    drawn."""
     root = where if where.is_dir() else where.parent
     documents = Documents(where.name, files)
     names = {path: path.relative_to(root).as_posix() for path in files}
@@ -170,8 +189,13 @@ def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
     if not manifest.exists():
         texts, drawn_from = _draw(documents, names)
         sha = write_documents(val, sorted(texts, key=digest))  # in order of hash: any beginning is a fair sample
-        pinned = {"source": str(where), "sha256": sha, "documents": len(texts), "drawn_from": {f: hashes[f] for f in drawn_from}}
-        write_atomically(manifest, json.dumps(pinned, indent=1))
+        pinned = {
+            "source": str(where),
+            "sha256": sha,
+            "documents": len(texts),
+            "drawn_from": {f: hashes[f] for f in drawn_from},
+        }
+        write_text(manifest, json.dumps(pinned, indent=1))
     pinned = json.loads(manifest.read_text())
     advice = f"to draw new validation text type: rm -r {folder} (or name a file with --val-data)"
     if not val.exists() or index_file(val)[0] != pinned["sha256"]:
@@ -182,7 +206,9 @@ def _pinned_split(where: Path, files: list[Path], wanted: str = "") -> Path:
     changed = [f for f, sha in pinned["drawn_from"].items() if hashes.get(f, sha) != sha]
     if changed or not hashes.keys() & pinned["drawn_from"].keys():
         seen = f"{changed[0]} has changed" if changed else "none of the files are left"
-        raise UserError(f"{seen} since the validation text of {where} was drawn; expected the same text, or more files; {advice}")
+        raise UserError(
+            f"{seen} since the validation text of {where} was drawn; expected the same text, or more files; {advice}"
+        )
     return val
 
 
@@ -190,29 +216,37 @@ def _key(where: Path) -> str:
     return f"local-{where.stem}-{hashlib.sha256(str(where).encode()).hexdigest()[:8]}"
 
 
-# name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation files
+# name -> function of (training shards or -1, workers) that makes the corpus and returns its training and validation
+# files
 CORPORA: dict[str, Callable[[int, int], tuple[list[Path], list[Path]]]] = {
-    "pydocs": lambda num_shards, workers: pydocs.ensure(workers, hold_out),
-    **{name: partial(hub.ensure, name) for name in hub.CORPORA},
+    "pydocs": lambda num_shards, workers: pydocs.ensure_pydocs(workers, hold_out_groups),
+    **{name: partial(hub.ensure_corpus, name) for name in hub.CORPORA},
 }
 
 
-def parse_mixture(data: str) -> list[tuple[str, float]]:
-    """"a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash). Raises UserError."""
+def corpora_of(data: str) -> list[tuple[str, float]]:
+    """ "a" or "a:0.7,b:0.3" as [(name, weight)], weights summing to 1. A name is a corpus or a path (has a slash).
+    Raises UserError.
+    """
     out: dict[str, float] = {}
-    for part in data.split(","):
-        name, weight = split_weight(part.strip(), lambda name: name in CORPORA or Path(name).expanduser().exists())
-        if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in SUFFIXES:
+    for name, weight in weighted(data, lambda name: name in CORPORA or Path(name).expanduser().exists()):
+        if name not in CORPORA and "/" not in name and Path(name).suffix.lower() not in FORMATS:
             near = nearest(name, list(CORPORA), prefix="--data ") or "; try --data pydocs"
             hint = f"; try --data ./{name}" if name and Path(name).exists() else near
-            raise UserError(f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}", "unknown-corpus", name=name, try_=hint)
-        try:
-            value = float(weight)
-        except ValueError:
-            value = -1.0
-        if not 0 < value < float("inf") or name in out:
-            seen = f"{name} in --data {data} " + ("appears twice" if name in out else f"has the weight {weight!r}")
-            raise UserError(f"{seen}; expected each corpus once, with a positive weight; try --data pydocs:0.7,tinystories:0.3", "twice" if name in out else "bad-weight", name=name, weight=weight)
+            raise UserError(
+                f"corpus {name!r} is unknown; expected one of {', '.join(CORPORA)}, or a path with a slash{hint}",
+                "unknown-corpus",
+                name=name,
+                try_=hint,
+            )
+        value = positive(weight, name, data, "--data pydocs:0.7,tinystories:0.3")
+        if name in out:
+            raise UserError(
+                f"{name} in --data {data} appears twice; expected each corpus once; add its weights",
+                "twice",
+                name=name,
+                weight=weight,
+            )
         out[name] = value
     return [(name, weight / sum(out.values())) for name, weight in out.items()]
 
@@ -227,10 +261,13 @@ class Data:
     val_fingerprint: str
     val_bytes: int
     val_from: str  # where the validation text comes from
-    drawn: dict[int, Path] = field(default_factory=dict)  # place in `train` -> the validation file that was drawn from it
+    # place in `train` -> the validation file that was drawn from it
+    drawn: dict[int, Path] = field(default_factory=dict)
 
     def describe(self, tokenizer: Any = None, tokens: int | None = None) -> list[tuple[str, str]]:
-        """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the passes it makes."""
+        """(label, facts) of each source and of the validation text; with a tokenizer and the tokens of a run, the
+        passes it makes.
+        """
         out = []
         for documents, weight in self.train:
             share = f", weight {weight:.3g}" if len(self.train) > 1 else ""
@@ -243,7 +280,10 @@ class Data:
 def _sizes(documents: Documents, n_bytes: int) -> str:
     names = [path.name for path in documents.paths]
     shown = ", ".join(names if len(names) <= 4 else [*names[:3], "...", names[-1]])
-    return f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown}), {documents.n_documents:,} documents, {n_bytes:,} bytes"
+    return (
+        f"{len(names):,} {'file' if len(names) == 1 else 'files'} ({shown}), {documents.n_documents:,} documents,"
+        f" {n_bytes:,} bytes"
+    )
 
 
 def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
@@ -256,14 +296,15 @@ def _tokens_per_byte(documents: Documents, tokenizer: Any) -> float:
     return n_tokens / max(n_bytes, 1)
 
 
-def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned = Pinned()) -> Data:
+def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned | None = None) -> Data:
     """Make, download or find the text that `cfg` asks for. seed: of the shuffle. pinned: of a run that goes on.
 
     Raises UserError for what is missing or damaged.
     """
+    pinned = pinned or Pinned()
     if cfg.num_shards < 1 and cfg.num_shards != -1:
         raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
-    mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else parse_mixture(cfg.data)
+    mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else corpora_of(cfg.data)
     declared = {p.resolve(): p for p in _local_files(cfg.val_data)} if cfg.val_data else {}
     sources, validation, drawn = [], list(declared.values()), {}
     origins = [f"of --val-data {cfg.val_data}"] if declared else []
@@ -272,15 +313,23 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned =
         train, val = (_local_files(local), []) if local else CORPORA[name](cfg.num_shards, workers)
         train = [p for p in train if p.resolve() not in declared]
         if not train:
-            raise UserError(f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files")
-        with locked(f"corpora/{_key(local) if local else name}.index"):  # ranks of one job take turns: the first does the work
+            raise UserError(
+                f"every file of {name} is in --val-data {cfg.val_data}; expected others to train on; add files"
+            )
+        with locked(
+            base_dir() / "corpora" / f"{_key(local) if local else name}.index"
+        ):  # ranks of one job take turns: the first does the work
             for path in progress(train, f"indexing {name}"):
                 index_file(path)
             if not declared:
                 if not val:
-                    drawn[len(sources)] = pinned.splits.get(len(sources)) or _pinned_split(local, train, pinned.val_fingerprint)
+                    drawn[len(sources)] = pinned.splits.get(len(sources)) or _pinned_split(
+                        local, train, pinned.val_fingerprint
+                    )
                 validation += val or [drawn[len(sources)]]
-                origins.append(f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on")
+                origins.append(
+                    f"the validation file of {name}" if val else f"drawn once from {local.name} and not trained on"
+                )
         sources.append((local.name if local else name, train, weight))
     val = Documents("validation", validation, seed)
     digests, val_bytes = set(), 0
@@ -292,7 +341,9 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned =
     for documents in [*(documents for documents, _ in out), val]:
         _print_notes(documents)
     parts = json.dumps([val.fingerprint, *([documents.fingerprint, weight] for documents, weight in out)])
-    return Data(out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn)
+    return Data(
+        out, val, hashlib.sha256(parts.encode()).hexdigest(), val.fingerprint, val_bytes, "; ".join(origins), drawn
+    )
 
 
 def validation_only(pinned: Pinned) -> Data:
@@ -311,6 +362,12 @@ def _local_files(where: str | Path) -> list[Path]:
 def _print_notes(documents: Documents) -> None:
     """What in the files of a source might be meant otherwise than it is read."""
     if documents.marks:
-        print0(f"{documents.name}: {documents.marks:,} marks <|endoftext|> are not alone on a line and stay text; to divide documents there, put each on a line of its own")
+        print0(
+            f"{documents.name}: {documents.marks:,} marks <|endoftext|> are not alone on a line and stay text; to"
+            " divide documents there, put each on a line of its own"
+        )
     if cut := len({block.path for block in documents.blocks if block.kind.endswith("-cut")}):
-        print0(f"{documents.name}: {cut} .txt files have a line of {LONG_LINE // 1024} KiB or more; their lines are cut at blanks into documents of about {CUT_BYTES:,} bytes")
+        print0(
+            f"{documents.name}: {cut} .txt files have a line of {LONG_LINE // 1024} KiB or more; their lines are cut at"
+            f" blanks into documents of about {CUT_BYTES:,} bytes"
+        )

@@ -4,24 +4,34 @@ import os
 import shlex
 from pathlib import Path
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 # first bytes, kind, its suffix, command that unpacks NAME.SUFFIX to NAME
 PACKED = [
-    (b"\x1f\x8b",                                       "gzip",  ".gz",  "gunzip -k"),
-    (b"\x28\xb5\x2f\xfd",                               "zstd",  ".zst", "zstd -d"),
-    *[(bytes([0x50 + i]) + b"\x2a\x4d\x18",             "zstd",  ".zst", "zstd -d") for i in range(16)],  # a skippable frame: pzstd begins with one
-    *[(b"BZh%d1AY&SY" % i,                              "bzip2", ".bz2", "bunzip2 -k") for i in range(1, 10)],
-    (b"\xfd7zXZ\x00",                                   "xz",    ".xz",  "unxz -k"),
-    (b"\x04\x22\x4d\x18",                               "lz4",   ".lz4", "lz4 -d"),
-    (b"PK\x03\x04",                                     "zip",   ".zip", "unzip"),
-]  # fmt: skip
-ARROW = "import sys, pyarrow, pyarrow.parquet; pyarrow.parquet.write_table(pyarrow.ipc.open_file(sys.argv[1]).read_all(), sys.argv[2])"
-ROWS = "import sys, json, pyarrow.parquet as p; [print(json.dumps(row, default=str)) for b in p.ParquetFile(sys.argv[1]).iter_batches() for row in b.to_pylist()]"
+    (b"\x1f\x8b", "gzip", ".gz", "gunzip -k"),
+    (b"\x28\xb5\x2f\xfd", "zstd", ".zst", "zstd -d"),
+    *[
+        (bytes([0x50 + i]) + b"\x2a\x4d\x18", "zstd", ".zst", "zstd -d") for i in range(16)
+    ],  # a skippable frame: pzstd begins with one
+    *[(b"BZh%d1AY&SY" % i, "bzip2", ".bz2", "bunzip2 -k") for i in range(1, 10)],
+    (b"\xfd7zXZ\x00", "xz", ".xz", "unxz -k"),
+    (b"\x04\x22\x4d\x18", "lz4", ".lz4", "lz4 -d"),
+    (b"PK\x03\x04", "zip", ".zip", "unzip"),
+]
+ARROW = (
+    "import sys, pyarrow, pyarrow.parquet; pyarrow.parquet.write_table(pyarrow.ipc.open_file(sys.argv[1]).read_all(),"
+    " sys.argv[2])"
+)
+ROWS = (
+    "import sys, json, pyarrow.parquet as p; [print(json.dumps(row, default=str)) for b in"
+    " p.ParquetFile(sys.argv[1]).iter_batches() for row in b.to_pylist()]"
+)
 
 
 def recognise(path: Path, suffix: str = "", reads_parquet: bool = True) -> tuple[str, str] | None:
-    """(kind, command that makes a readable file of it) of a file that is packed or binary; None for text, and for what `suffix` promises."""
+    """(kind, command that makes a readable file of it) of a file that is packed or binary; None for text, and for what
+    `suffix` promises.
+    """
     with open(path, "rb") as file:
         head = file.read(64)
         file.seek(max(os.path.getsize(path) - 4, 0))
@@ -46,13 +56,27 @@ def recognise(path: Path, suffix: str = "", reads_parquet: bool = True) -> tuple
 def check_pointer(path: Path) -> None:
     """Raises UserError for a git-lfs pointer in the place of a file."""
     if path.is_file() and (known := recognise(path)) and known[0] == "git-lfs pointer":
-        raise UserError(f"{path} is a git-lfs pointer; expected the file that it points to; type: {known[1]}", "git-lfs-pointer", path=str(path), command=known[1])
+        raise UserError(
+            f"{path} is a git-lfs pointer; expected the file that it points to; type: {known[1]}",
+            "git-lfs-pointer",
+            path=str(path),
+            command=known[1],
+        )
 
 
 def check_kind(path: Path, suffix: str, reads_parquet: bool = True) -> None:
-    """Raises UserError for a file that holds another kind of data than `suffix` says, naming the kind and a command that converts it."""
+    """Raises UserError for a file that holds another kind of data than `suffix` says, naming the kind and a command
+    that converts it.
+    """
     if known := recognise(path, suffix, reads_parquet):
         kind, command = known
         whole = "not a whole parquet file" if suffix == ".parquet" else f"not a {suffix} file"
         seen = f"{path} is {whole}: by its first bytes it is {kind}"
-        raise UserError(f"{seen}; expected what its name says; type: {command}", "file-kind", path=str(path), kind=kind, suffix=suffix, command=command)
+        raise UserError(
+            f"{seen}; expected what its name says; type: {command}",
+            "file-kind",
+            path=str(path),
+            kind=kind,
+            suffix=suffix,
+            command=command,
+        )

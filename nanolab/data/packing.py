@@ -1,38 +1,39 @@
-"""Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an epoch.
+"""Documents -> rows of T+1 tokens: each starts with bos, none has padding, every token of the corpus is used once an
+epoch.
 
 Rows come from V virtual streams (V = gcd(rows per step, 16)), whatever the number of ranks. Stream s reads documents s,
 s + V, s + 2V, ... of each source into a small pool; row g of the run comes from stream g mod V. The rows of a step are
-dealt to any number of ranks, to some one more than to others (`deal`), and a rank holds the streams that its rows come from. So
-all numbers of ranks see the same global batches, and the state (per stream: where each source stands, and which documents
-lie in the pool) is a few kB of JSON that any of them can continue. Where W ranks divide V each stream is on one rank. Elsewhere a
-stream can be on several: each packs all of its rows and keeps its own, at most two streams more per rank than V / W.
+dealt to any number of ranks, to some one more than to others (`deal`), and a rank holds the streams that its rows come
+from. So all numbers of ranks see the same global batches, and the state (per stream: where each source stands, and
+which documents lie in the pool) is a few kB of JSON that any of them can continue. Where W ranks divide V each stream
+is on one rank. Elsewhere a stream can be on several: each packs all of its rows and keeps its own, at most two streams
+more per rank than V / W.
 
-A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits, the
-shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document longer
-than a row is cut likewise, one row at a time. Starting with the oldest bounds the wait: nothing stays longer than the pool
-has places. Cutting the shortest costs least context. Simulated on documents of 775 tokens in the mean, T = 2048, 32 places:
-a token sees 666 tokens of its document before it, as many as with documents cut at multiples of T alone; starting with the
-best fit and cutting the longest gives 585, and leaves documents waiting for 1,900 rows.
-"""
+A row takes the oldest document of the pool, then again and again the longest that fits the room left; when none fits,
+the shortest is cut to fill it, and its rest goes to the back of the queue as a piece of its own, bos first. A document
+longer than a row is cut likewise, one row at a time. Starting with the oldest bounds the wait: nothing stays longer
+than the pool has places. Cutting the shortest costs least context. Simulated on documents of 775 tokens in the mean, T
+= 2048, 32 places: a token sees 666 tokens of its document before it, as many as with documents cut at multiples of T
+alone; starting with the best fit and cutting the longest gives 585, and leaves documents waiting for 1,900 rows."""
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
-from itertools import chain, islice
-from typing import Any, Callable, NamedTuple, Protocol, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
+from nanolab.data.bestfit import BestFit
+from nanolab.data.shares import Turns, share_rows
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime
 
 POOL = 32  # places per stream; 16 do almost as well, 128 no better
 AHEAD = 16  # documents per stream and source that are tokenised in one go
 AHEAD_CHARS = 4_000_000  # and the text at which to stop sooner
-LOT = 64  # validation documents that a rank tokenises at a time
-ARRIVAL_BITS = 48
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie as far apart as can be
 
 Label = tuple[int, int]  # (source, document)
@@ -58,47 +59,31 @@ class Packer:
     def __init__(self, bos: int, supply: Callable[[], tuple[Any, np.ndarray]], places: int = POOL) -> None:
         self._supply, self._places = supply, places
         self._bos = np.array([bos])
-        # A key is (text tokens, arrival) in one integer: sorted it finds the best fit, and _pieces keeps it by arrival.
-        self._keys: list[int] = []
-        self._pieces: dict[int, Piece] = {}
+        self._pool: BestFit[Piece] = BestFit()  # sizes: text tokens
         self._held = 0  # text tokens in the pool
-        self._arrivals = 0
 
     def add(self, label: Any, start: int, tokens: np.ndarray) -> None:
         """Put a piece at the back of the queue: bos and the text tokens of document `label` from `start` on."""
-        n = len(tokens) - 1
-        key = n << ARRIVAL_BITS | self._arrivals
-        self._arrivals += 1
-        self._held += n
-        insort(self._keys, key)
-        self._pieces[key] = label, start, tokens
+        self._pool.add(len(tokens) - 1, (label, start, tokens))
+        self._held += len(tokens) - 1
 
-    def pool(self) -> list["Piece"]:
+    def pool(self) -> list[Piece]:
         """The pieces as `add` takes them, oldest first."""
-        return list(self._pieces.values())
+        return self._pool.pieces()
 
     def fill(self, row: np.ndarray) -> list[Any]:
         """Fill `row` (T+1,) and return the labels of the documents in it."""
-        keys, pieces, enough = self._keys, self._pieces, self._places * len(row)
-        room = len(row)
+        pool, enough, room = self._pool, self._places * len(row), len(row)
         parts: list[np.ndarray] = []
         labels = []
         while True:
-            while len(keys) < self._places and self._held < enough:
+            while len(pool) < self._places and self._held < enough:
                 label, tokens = self._supply()
                 self.add(label, 0, tokens)
-            if parts:
-                place = max(bisect_left(keys, room << ARRIVAL_BITS) - 1, 0)
-                key = keys[place]
-            else:
-                key = next(iter(pieces))
-                place = bisect_left(keys, key)
-            del keys[place]
-            label, start, tokens = pieces.pop(key)
-            n = len(tokens)
-            self._held -= n - 1
+            n, (label, start, tokens) = (pool.largest(room - 1) or pool.smallest()) if parts else pool.oldest()
+            self._held -= n
             labels.append(label)
-            if n > room:
+            if n >= room:
                 parts.append(tokens[:room])
                 np.concatenate(parts, out=row)
                 rest = tokens[room - 1 :]  # its first token has just been copied: bos takes that place
@@ -106,7 +91,7 @@ class Packer:
                 self.add(label, start + room - 1, rest)
                 return labels
             parts.append(tokens)
-            room -= n
+            room -= n + 1
             if room <= 1:  # one place has room for no text: a lone bos, a target like that of any next document
                 np.concatenate(parts + [self._bos] * room, out=row)
                 return labels
@@ -122,76 +107,13 @@ class Cursor:
         self.ready: deque[tuple[int, np.ndarray]] = deque()  # tokenised ahead: no part of the state
 
 
-def share_rows(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> list[int]:
-    """Rows of one optimizer step for each rank, the larger shares first. The only judge of batches: plans, dry runs and loaders ask it.
+class Position(Protocol):
+    """Where the batches of a rank stand after one of them. It does not change when further ones are made."""
 
-    A batch that one rank takes, any number takes that has a row for each. Raises UserError with a total batch that is accepted.
-    """
-    B, T = device_batch_size, seq_len
-    rows, least = total_batch_size // T, -(-ranks // B) * B * T
-    if total_batch_size < 1 or total_batch_size % (B * T):
-        fewer = next((n for n in range(min(B, rows), 0, -1) if rows % n == 0), 0) if total_batch_size % T == 0 and rows >= ranks else 0
-        raise UserError(
-            f"total batch size {total_batch_size} is not a multiple of {B * T} (device batch size {B} x row {T}); "
-            f"try --total-batch-size {max(least, round(total_batch_size / (B * T)) * B * T)}{f' or --device-batch-size {fewer}' * (fewer > 0)}",
-            "batch-not-a-multiple", total_batch_size=total_batch_size, unit=B * T,
-        )  # fmt: skip
-    if rows < ranks:
-        raise UserError(
-            f"{ranks} ranks cannot share {rows} rows (total batch size {total_batch_size} / row {T}); expected at least a row for each; "
-            f"try --total-batch-size {least}",
-            "fewer-rows-than-ranks", rows=rows, ranks=ranks,
-        )  # fmt: skip
-    return [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
-
-
-def batch_text(total_batch_size: int, seq_len: int, device_batch_size: int, ranks: int) -> str:
-    """The batch of one step and each rank's share of it, for the plan; and the time that ranks with smaller shares wait."""
-    shares = share_rows(total_batch_size, seq_len, device_batch_size, ranks)
-    most, rows, accumulation = shares[0], sum(shares), -(-shares[0] // device_batch_size)
-    text = f"{total_batch_size:,} tokens = {device_batch_size} rows x {seq_len} x {ranks} ranks x {accumulation} accumulation"
-    if device_batch_size * ranks * accumulation != rows:
-        text = f"{total_batch_size:,} tokens = {rows} rows x {seq_len} on {ranks} ranks, at most {device_batch_size} rows at a time"
-    if ranks == 1:
-        return text
-    counts = ", ".join(f"{n} on {shares.count(n)}" for n in dict.fromkeys(shares))
-    idle = f" ({1 - rows / (ranks * most):.1%} of their time is waiting)" if rows < ranks * most else ""
-    return f"{text}; rows per step {rows}: {' '.join(map(str, shares)) if ranks <= 8 else counts + ' ranks'}{idle}"
-
-
-def deal(rows: int, ranks: int, rank: int, streams: int) -> list[int]:
-    """The places in a step of the rows of `rank`: neighbours in the order of streams, so that a rank needs few of them.
-
-    Streams are taken in the order r, r + W, ... for r = 0, 1, ...: where W divides their number, rank r has just those.
-    """
-    order = sorted(range(rows), key=lambda g: (g % streams % ranks, g % streams, g))
-    share, more = divmod(rows, ranks)
-    first = rank * share + min(rank, more)
-    return sorted(order[first : first + share + (rank < more)])
-
-
-class Turns:
-    """Which rows of a step each micro-batch of one rank takes. A place in the run is the number of rows handed out by all ranks together.
-
-    Every rank makes as many micro-batches in a step as the one with the largest share; its last ones may be smaller, or empty.
-    """
-
-    def __init__(self, rows_per_step: int, device_batch_size: int, rank: int, ranks: int, streams: int) -> None:
-        self.rows_per_step, self.device_batch_size, self.unit = rows_per_step, device_batch_size, device_batch_size * ranks
-        self.mine = deal(rows_per_step, ranks, rank, streams)
-        # whether what all ranks have handed out inside a step are its first rows, so that other ranks can go on there
-        self.in_order = streams % ranks == 0 or streams == rows_per_step
-
-    def after(self, done: int) -> tuple[list[int], int]:
-        """(places in the step of the rows of the micro-batch after `done` rows, the rows done with it)."""
-        inside = done % self.rows_per_step
-        first = inside // self.unit * self.device_batch_size
-        return self.mine[first : first + self.device_batch_size], done - inside + min(inside + self.unit, self.rows_per_step)
-
-    def fits(self, done: int) -> bool:
-        """Whether these ranks can go on after `done` rows."""
-        inside = done % self.rows_per_step
-        return inside == 0 or (self.in_order and inside % self.unit == 0)
+    @property
+    def epoch(self) -> float: ...  # passes over the data
+    def json(self, runtime: Runtime | None = None) -> dict[str, Any]: ...  # what a checkpoint keeps; a collective call
+    def where(self) -> str: ...  # what the batch was made of, for messages
 
 
 class Batch(NamedTuple):
@@ -200,15 +122,75 @@ class Batch(NamedTuple):
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64; -1 is not a target
     n_targets: int
+    position: Position  # after it
+
+
+class PackedPosition(NamedTuple):
+    """Where one rank's `PackedBatches` stand after a batch."""
+
+    source: "PackedBatches"  # of which only what never changes is read
+    rows: int  # handed out so far by all ranks together
+    streams: dict[int, tuple[list[int], list[int], list[Piece]]]  # next documents, tokens taken, pool
+    labels: list[list[Label]]  # the documents in each row of the batch
+
+    def mine(self) -> dict[int, dict[str, Any]]:
+        """The state of this rank's streams as JSON."""
+        return {
+            s: {
+                "next": nexts,
+                "taken": taken,
+                "pool": [[*label, start, len(tokens) - 1] for label, start, tokens in pool],
+            }
+            for s, (nexts, taken, pool) in self.streams.items()
+        }
+
+    def json(self, runtime: Runtime | None = None) -> dict[str, Any]:
+        """The state of all streams, the same on every rank, which any number of ranks can continue. A collective call;
+        runtime: of several ranks.
+        """
+        if not self.source.turns.fits(self.rows):
+            raise ValueError("the ranks stand inside a step, where their streams differ; ask between two steps")
+        streams = {
+            s: stream
+            for part in (runtime.gather_objects(self.mine()) if runtime else [self.mine()])
+            for s, stream in part.items()
+        }
+        n = self.source.n_streams
+        sources = self.source.source_names()
+        return {"rows": self.rows, "sources": sources, "n_streams": n, "streams": [streams[s] for s in range(n)]}
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source that is furthest ahead, as this rank sees it: documents that have entered the pools of
+        this rank, less the share of text that is still there, for all ranks.
+        """
+        sources, n_streams = self.source.sources, self.source.n_streams
+        passed = [0.0] * len(sources)
+        for s, (nexts, taken, pool) in self.streams.items():
+            held = [0] * len(sources)
+            for (source, _), _, tokens in pool:
+                held[source] += len(tokens) - 1
+            for i, (n, tokens) in enumerate(zip(nexts, taken)):
+                passed[i] += (n - s) / n_streams * (1 - held[i] / tokens if tokens else 0)
+        share = n_streams / len(self.source.mine)
+        return max(p * share / documents.n_documents for p, (documents, _) in zip(passed, sources))
+
+    def where(self) -> str:
+        by_source: dict[int, set[int]] = {}
+        for source, n in (label for row in self.labels for label in row):
+            by_source.setdefault(source, set()).add(n)
+        return "; ".join(
+            f"{self.source.sources[i][0].name} documents {', '.join(map(str, sorted(ns)))}"
+            for i, ns in by_source.items()
+        )
 
 
 class PackedBatches:
     """The training batches of one rank, for ever.
 
-    sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of one
-    optimizer step over all ranks. threads: for tokenising. Raises UserError where `share_rows` does, and, when documents are first
-    read, where a source holds no text.
-    """
+    sources: (documents, weight) pairs; tokens are drawn from them in proportion to the weights. rows_per_step: rows of
+    one optimizer step over all ranks. threads: for tokenising. Raises UserError where `share_rows` does, and, when
+    documents are first read, where a source holds no text."""
 
     def __init__(
         self,
@@ -226,7 +208,8 @@ class PackedBatches:
         self.n_streams = math.gcd(rows_per_step, 16)
         self.turns = Turns(rows_per_step, device_batch_size, rank, world_size, self.n_streams)
         self.mine = sorted({g % self.n_streams for g in self.turns.mine})  # the streams that this rank holds
-        self.held = [g for g in range(rows_per_step) if g % self.n_streams in self.mine]  # and all of their rows in a step
+        # and all of their rows in a step
+        self.held = [g for g in range(rows_per_step) if g % self.n_streams in self.mine]
         self.sources, self.tokenizer, self.seq_len, self.threads = list(sources), tokenizer, seq_len, threads
         self.rank, self.world_size, self.device_batch_size = rank, world_size, device_batch_size
         self._reset()
@@ -238,6 +221,18 @@ class PackedBatches:
         self._cursors = {s: [Cursor(s) for _ in self.sources] for s in self.mine}
         self._packers = {s: Packer(self.tokenizer.bos, lambda s=s: self._next_document(s)) for s in self.mine}
         self._labels: list[list[Label]] = []
+
+    @property
+    def position(self) -> PackedPosition:
+        """After the last batch; quick enough to be asked after each."""
+        streams = {}
+        for s in self.mine:
+            cursors = self._cursors[s]
+            streams[s] = [c.n for c in cursors], [c.taken for c in cursors], self._packers[s].pool()
+        return PackedPosition(self, self.rows, streams, self._labels)
+
+    def source_names(self) -> list[list[Any]]:
+        return [[documents.name, documents.n_documents] for documents, _ in self.sources]
 
     def next(self) -> Batch:
         """The next micro-batch of this rank."""
@@ -256,7 +251,7 @@ class PackedBatches:
         self._held = self._held if done % self.turns.rows_per_step else 0
         self.rows = done
         inputs, targets = (torch.from_numpy(np.ascontiguousarray(half)) for half in (rows[:, :-1], rows[:, 1:]))
-        return Batch(inputs, targets, targets.numel())
+        return Batch(inputs, targets, targets.numel(), self.position)
 
     def _next_document(self, s: int) -> tuple[Label, np.ndarray]:
         """The document that enters the pool of stream s: of the source that is furthest behind its weight."""
@@ -273,7 +268,9 @@ class PackedBatches:
         return (source, n), tokens
 
     def _tokenize(self, source: int) -> None:
-        """Read and tokenise the next documents of `source` for all streams of this rank, neighbouring documents together."""
+        """Read and tokenise the next documents of `source` for all streams of this rank, neighbouring documents
+        together.
+        """
         found: list[tuple[Cursor, int, str]] = []
         chars = 0
         for depth in range(AHEAD):
@@ -285,7 +282,8 @@ class PackedBatches:
                     chars += len(text)
             if chars > AHEAD_CHARS:
                 break
-        last = {id(text): i for i, (_, _, text) in enumerate(found)}  # a text that several streams read is tokenised once, and its ids are dropped then
+        # a text that several streams read is tokenised once, and its ids are dropped then
+        last = {id(text): i for i, (_, _, text) in enumerate(found)}
         encoded: dict[int, np.ndarray] = {}
         for i, (cursor, n, text) in enumerate(found):
             if id(text) not in encoded:
@@ -310,12 +308,13 @@ class PackedBatches:
             skipped += 1
             if skipped == documents.n_documents + 1 and not any(documents.get(i) for i in range(documents.n_documents)):
                 raise UserError(
-                    f"{documents.name} holds no text to train on: its {documents.n_documents} documents are empty or in the "
-                    f"validation set; expected at least one; check --data-dir and --val-data"
+                    f"{documents.name} holds no text to train on: its {documents.n_documents} documents are empty or in"
+                    " the validation set; expected at least one; check --data-dir and --val-data"
                 )
 
     def _document(self, n: int, ids: np.ndarray) -> np.ndarray:
-        """bos + ids. A document of a pool's size or more is begun at a page that depends on n, its beginning after its end.
+        """bos + ids. A document of a pool's size or more is begun at a page that depends on n, its beginning after its
+        end.
 
         For when the corpus is one book, or a few: streams that read it side by side then read different pages.
         """
@@ -325,52 +324,32 @@ class PackedBatches:
         parts = [bos, ids[middle:], bos, ids[:middle]] if middle else [bos, ids]
         return np.concatenate(parts, dtype=np.int32)
 
-    def snapshot(self) -> "Snapshot":
-        """Where this rank stands now; quick enough to be taken after every batch."""
-        streams = {}
-        for s in self.mine:
-            cursors = self._cursors[s]
-            streams[s] = [c.n for c in cursors], [c.taken for c in cursors], self._packers[s].pool()
-        return Snapshot(self.rows, streams, self._labels)
-
-    def local_state(self, at: "Snapshot") -> dict[str, Any]:
-        """The state of this rank's streams as JSON; `merge_states` makes one state of those of all ranks."""
-        streams = {
-            s: {"next": nexts, "taken": taken, "pool": [[*label, start, len(tokens) - 1] for label, start, tokens in pool]}
-            for s, (nexts, taken, pool) in at.streams.items()
-        }
-        sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
-        return {"rows": at.rows, "sources": sources, "n_streams": self.n_streams, "streams": streams}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of all streams. With more ranks than one ask `loader.Prefetch`, which gathers it."""
-        return self.merge([self.local_state(self.snapshot())])
-
-    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """One state of all streams, the same on every rank, of the `local_state` of each rank."""
-        if not self.turns.fits(states[0]["rows"]):
-            raise ValueError(f"{len(states)} ranks stand inside a step, where their streams differ; ask for the state between two steps")
-        return merge_states(states)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batch that `state` was taken at, whatever the number of ranks then and now.
 
         Raises UserError for a state of other sources, another number of streams, or a place inside a micro-batch.
         """
-        sources = [[documents.name, documents.n_documents] for documents, _ in self.sources]
-        if [n for _, n in state["sources"]] != [n for _, n in sources]:  # names may differ: a run compares the contents by fingerprint
+        sources = self.source_names()
+        if [n for _, n in state["sources"]] != [
+            n for _, n in sources
+        ]:  # names may differ: a run compares the contents by fingerprint
             raise UserError(
                 f"the checkpoint was trained on {state['sources']} (name, documents), but the data is now {sources}; "
-                f"expected the same data; give the former --data or --data-dir, or start a new --run",
-                "data-changed", then=state["sources"], now=sources,
-            )  # fmt: skip
+                "expected the same data; give the former --data or --data-dir, or start a new --run",
+                "data-changed",
+                then=state["sources"],
+                now=sources,
+            )
         micro = self.device_batch_size * self.world_size
         if state["n_streams"] != self.n_streams or not self.turns.fits(state["rows"]):
             raise UserError(
-                f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit {self.n_streams} streams "
-                f"and {micro} rows at a time; expected the former batch; give the --total-batch-size and --device-batch-size it had",
-                "other-batch", rows=state["rows"], n_streams=state["n_streams"],
-            )  # fmt: skip
+                f"the checkpoint's data state ({state['n_streams']} streams, {state['rows']} rows read) does not fit"
+                f" {self.n_streams} streams and {micro} rows at a time; expected the former batch; give the"
+                " --total-batch-size and --device-batch-size it had",
+                "other-batch",
+                rows=state["rows"],
+                n_streams=state["n_streams"],
+            )
         self._reset()
         self.rows = state["rows"]
         self._held = bisect_left(self.held, self.rows % self.turns.rows_per_step)
@@ -385,110 +364,9 @@ class PackedBatches:
             tokens = self._document(n, ids)
             if start + length >= len(tokens):
                 raise UserError(
-                    f"document {n} of {self.sources[source][0].name} has {len(tokens) - 1} tokens, but the checkpoint has yet to read "
-                    f"those from {start} to {start + length}; the text or the tokenizer has changed; start a new --run"
+                    f"document {n} of {self.sources[source][0].name} has {len(tokens) - 1} tokens, but the checkpoint"
+                    f" has yet to read those from {start} to {start + length}; the text or the tokenizer has changed;"
+                    " start a new --run"
                 )
             tokens[start] = self.tokenizer.bos
             self._packers[s].add((source, n), start, tokens[start : start + length + 1])
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the source that is furthest ahead, as this rank sees it."""
-        return self.epoch_at(self.snapshot())
-
-    def epoch_at(self, at: "Snapshot") -> float:
-        """Documents that have entered the pools of this rank, less the share of text that is still there, for all ranks."""
-        passed = [0.0] * len(self.sources)
-        for s, (nexts, taken, pool) in at.streams.items():
-            held = [0] * len(self.sources)
-            for (source, _), _, tokens in pool:
-                held[source] += len(tokens) - 1
-            for i, (n, tokens) in enumerate(zip(nexts, taken)):
-                passed[i] += (n - s) / self.n_streams * (1 - held[i] / tokens if tokens else 0)
-        return max(p * (self.n_streams / len(self.mine)) / documents.n_documents for p, (documents, _) in zip(passed, self.sources))
-
-    def where(self) -> str:
-        """The documents in the last batch, for messages."""
-        return self.where_at(self.snapshot())
-
-    def where_at(self, at: "Snapshot") -> str:
-        by_source: dict[int, set[int]] = {}
-        for source, n in (label for row in at.labels for label in row):
-            by_source.setdefault(source, set()).add(n)
-        return "; ".join(f"{self.sources[i][0].name} documents {', '.join(map(str, sorted(ns)))}" for i, ns in by_source.items())
-
-
-class Snapshot(NamedTuple):
-    """Where one rank stands after a batch."""
-
-    rows: int  # handed out so far by all ranks together
-    streams: dict[int, tuple[list[int], list[int], list[Piece]]]  # next documents, tokens taken, pool
-    labels: list[list[Label]]  # the documents in each row of the last batch
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state, the same on every rank, of the `local_state` of each."""
-    streams = {s: stream for state in states for s, stream in state["streams"].items()}
-    return states[0] | {"streams": [streams[s] for s in range(states[0]["n_streams"])]}
-
-
-def validation_rows(
-    documents: Any, tokenizer: Tokenizer, seq_len: int, max_tokens: int = -1, runtime: Runtime | None = None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows to evaluate on: (inputs (N, T), targets (N, T), bytes of text), int32; every text token is a target exactly once.
-
-    documents: texts, or an object whose iterate() gives them. The first `max_tokens` text tokens count (-1: all). Documents
-    of up to T tokens stay whole, so that each token has the context it would have alone; longer ones are cut at multiples
-    of T. Places left over have the target -1. Raises UserError where there is no text.
-
-    runtime: of several ranks each tokenises its share of the documents and gets its share of the rows, r, r + W, ... of those that one rank would
-    get, and as many of them as the others: the last one may have no target. A collective call.
-    """
-    rank, world = (runtime.rank, runtime.world_size) if runtime else (0, 1)
-    texts = iter(documents.iterate() if hasattr(documents, "iterate") else documents)
-    lengths: list[int] = []  # of all documents
-    mine: dict[int, np.ndarray] = {}  # the text of this rank's, by its number
-    left = max_tokens if max_tokens >= 0 else 1 << 62
-    while left and (lot := list(islice(texts, LOT * world))):
-        arrays = tokenizer.encode_arrays(lot[rank * LOT : (rank + 1) * LOT], threads=2)
-        first = len(lengths) + rank * LOT
-        for length in chain(*_gathered(runtime, [len(ids) for ids in arrays])):
-            lengths.append(min(length, left))
-            left -= lengths[-1]
-        mine |= {n: ids[: lengths[n]] for n, ids in enumerate(arrays, first)}
-    pieces = [(n, i) for n, length in enumerate(lengths) for i in range(0, length, seq_len)]
-    if not pieces:
-        raise UserError("the validation documents hold no text; expected at least one token; check --val-data")
-    sizes = [min(seq_len, lengths[n] - i) for n, i in pieces]
-    place_of, n_rows = _best_fit(sizes, seq_len + 1)
-    rows = np.full((-(-n_rows // world), seq_len + 1), -1, dtype=np.int32)
-    for turn in range(world):  # the ranks exchange their documents a part at a time
-        part = {p: mine[n][i : i + seq_len] for p, (n, i) in enumerate(pieces) if n in mine and p % world == turn}
-        for p, ids in chain(*(found.items() for found in _gathered(runtime, part))):
-            row, at = place_of[p]
-            if row % world == rank:
-                rows[row // world, at] = tokenizer.bos
-                rows[row // world, at + 1 : at + 1 + len(ids)] = ids
-    n_bytes = sum(_gathered(runtime, sum(int(tokenizer.token_bytes()[ids].sum(dtype=np.int64)) for ids in mine.values())))
-    return np.where(rows[:, :-1] < 0, tokenizer.bos, rows[:, :-1]), rows[:, 1:], n_bytes
-
-
-def _best_fit(sizes: Sequence[int], room: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """(piece -> (row, place in it), rows): a row takes, again and again, the longest piece that fits with its bos."""
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-    lengths = [sizes[p] for p in order]
-    place_of: dict[int, tuple[int, int]] = {}
-    row = 0
-    while order:
-        at = 0
-        while place := bisect_left(lengths, room - at):  # order[:place] fit
-            del lengths[place - 1]
-            p = order.pop(place - 1)
-            place_of[p] = row, at
-            at += 1 + sizes[p]
-        row += 1
-    return place_of, row
-
-
-def _gathered(runtime: Runtime | None, mine: Any) -> list[Any]:
-    return runtime.gather_objects(mine) if runtime else [mine]

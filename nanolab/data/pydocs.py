@@ -1,11 +1,11 @@
 """The offline corpus: the English documentation that lies in every Python installation.
 
-Sources are a fixed list: the standard library and the distributions that nanolab requires (with what those require; never
-extras). Files are read as text and parsed with `ast`; nothing is imported or run. A document is a module's docstring with
-those of its short functions, a long function, a class with its methods, a long string that is prose (`add_docstr` calls,
-pydoc's topics), the long comments of a file, a documentation file, or a distribution's description. Doctest sessions, fenced
-code and paragraphs that were there before (licences, parameters that a hundred functions share) are left out.
-"""
+Sources are a fixed list: the standard library and the distributions that nanolab requires (with what those require;
+never extras). Files are read as text and parsed with `ast`; nothing is imported or run. A document is a module's
+docstring with those of its short functions, a long function, a class with its methods, a long string that is prose
+(`add_docstr` calls, pydoc's topics), the long comments of a file, a documentation file, or a distribution's
+description. Doctest sessions, fenced code and paragraphs that were there before (licences, parameters that a hundred
+functions share) are left out."""
 
 import ast
 import gc
@@ -14,30 +14,35 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import sysconfig
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from inspect import cleandoc
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterator
 
 FORMAT = 1  # raised when the same installation would give other text
 MIN_CHARS, MAX_CHARS = 200, 16_000  # shorter documents are dropped, longer ones are cut between paragraphs
 SAME_LETTERS = 160  # texts that agree in this many letters count as one
 SAME_PARAGRAPH = 40  # a paragraph of fewer letters may come again
 SHARD_DOCUMENTS = 8192
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}  # test suites are not prose
-NOT_PROSE = re.compile(r"licen[sc]e|copying|notice|authors|top_level|record|entry_points|cmakelists|requirements|vendor", re.I)
+# test suites are not prose
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+NOT_PROSE = re.compile(
+    r"licen[sc]e|copying|notice|authors|top_level|record|entry_points|cmakelists|requirements|vendor", re.I
+)
 STOP_WORDS = frozenset(
-    "the of to a and is in for be that this it with as or if are by on from an not can will which when you at has have was".split()
+    "the of to a and is in for be that this it with as or if are by on from an not can will which when you at has"
+    " have was".split()
 )
 Unit = list[tuple[str, str]]  # (heading, docstring) pairs that belong together
 
 
 def required_distributions(root: str = "nanolab") -> tuple[dict[str, importlib.metadata.Distribution], list[str]]:
-    """The installed distributions `root` requires, directly or not, by name; and the names required but not installed."""
+    """The installed distributions `root` requires, directly or not, by name; and the names required but not
+    installed.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -133,7 +138,9 @@ def _docstrings(node: ast.stmt, prefix: str) -> Iterator[tuple[str, str]]:
             if not isinstance(child, (ast.Expr, ast.Assign, ast.AnnAssign)):
                 yield from _docstrings(child, name + ".")
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        arguments = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")]
+        arguments = [
+            a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs if a.arg not in ("self", "cls")
+        ]
         yield f"{name}({', '.join(arguments)})", ast.get_docstring(node) or ""
 
 
@@ -159,11 +166,13 @@ def is_prose(text: str) -> bool:
 
 
 def first_letters(text: str) -> str:
-    """What makes two texts the same: the first SAME_LETTERS letters, whatever their case and what stands between them."""
+    """What makes two texts the same: the first SAME_LETTERS letters, whatever their case and what stands between
+    them.
+    """
     return re.sub(r"[^a-z]", "", text[: 8 * SAME_LETTERS].lower())[:SAME_LETTERS]
 
 
-def gather(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
+def gather_documents(files: list[tuple[str, list[Unit]]]) -> Iterator[tuple[str, str]]:
     """(group, text) of every document, in order, each text once. files: (group, units) in reading order."""
     docstrings, paragraphs, given = {""}, set(), {""}
 
@@ -222,21 +231,23 @@ def documents(workers: int = 2) -> tuple[list[tuple[str, str]], dict]:
         units = pool.map(_read_cleaned, [path for _, path in files], chunksize=64)
         units = list(progress(units, "reading documentation", total=len(files)))
     origin = {"python": sysconfig.get_python_version(), "distributions": versions, "left_out": left_out}
-    return list(gather([(group, u) for (group, _), u in zip(files, units)])), origin
+    return list(gather_documents([(group, u) for (group, _), u in zip(files, units)])), origin
 
 
-def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tuple[list[Path], list[Path]]:
-    """Training and validation files, built at the first use. hold_out: the groups for validation, given the bytes of each.
+def ensure_pydocs(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tuple[list[Path], list[Path]]:
+    """Training and validation files, built at the first use. hold_out: the groups for validation, given the bytes of
+    each.
 
     Once built the corpus stays as it is, whatever is installed later. Raises UserError when its files are damaged.
     """
-    from nanolab.config import UserError
-    from nanolab.data.formats import index_file, locked
+    from nanolab.cli import UserError
+    from nanolab.data.formats import index_file
+    from nanolab.files import locked
     from nanolab.runtime import base_dir
 
     folder = base_dir() / "corpora" / "pydocs"
     if not (folder / "manifest.json").exists():
-        with locked("corpora/pydocs"):
+        with locked(folder):
             _build(folder, workers, hold_out)
     files = json.loads((folder / "manifest.json").read_text())["files"]
     for name, sha in files.items():
@@ -247,7 +258,8 @@ def ensure(workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> tupl
 
 
 def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[str]]) -> None:
-    from nanolab.data.formats import write_documents
+    from nanolab.data.parquet import write_documents
+    from nanolab.files import replacing
     from nanolab.runtime import print0
 
     if (folder / "manifest.json").exists():  # another process was faster
@@ -263,11 +275,14 @@ def _build(folder: Path, workers: int, hold_out: Callable[[dict[str, int]], set[
     train = [d for d in found if d[0] not in validation]
     for i in range(0, len(train), SHARD_DOCUMENTS):
         parts[f"shard_{i // SHARD_DOCUMENTS:05d}.parquet"] = train[i : i + SHARD_DOCUMENTS]
-    temporary = folder.with_name(f".pydocs.{os.getpid()}")
-    try:
-        files = {name: write_documents(temporary / name, [t for _, t in p], group=[g for g, _ in p]) for name, p in parts.items()}
-        manifest = {"format": FORMAT, "documents": len(found), "bytes": sum(sizes.values()), "validation": sorted(validation)}
-        (temporary / "manifest.json").write_text(json.dumps({**manifest, **origin, "files": files}, indent=1))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(folder) as fresh:
+        files = {
+            name: write_documents(fresh / name, [t for _, t in p], group=[g for g, _ in p]) for name, p in parts.items()
+        }
+        manifest = {
+            "format": FORMAT,
+            "documents": len(found),
+            "bytes": sum(sizes.values()),
+            "validation": sorted(validation),
+        }
+        (fresh / "manifest.json").write_text(json.dumps({**manifest, **origin, "files": files}, indent=1))

@@ -7,17 +7,17 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers, trainers
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import tokenizer_files as files
 
 # In the order in which they follow the ordinary tokens. A document starts with bos; the others mark up conversations.
@@ -32,7 +32,8 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-BEGINNINGS = ("<|bos|>", "<|endoftext|>")  # what a document starts with: the one that the vocabulary had first, since GPT-2's weights know theirs
+# what a document starts with: the one that the vocabulary had first, since GPT-2's weights know theirs
+BEGINNINGS = ("<|bos|>", "<|endoftext|>")
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 # tiktoken's regex engine dies on a run of a million blanks; runs longer than this are encoded in parts.
 MAX_BLANKS = 500_000
@@ -67,8 +68,8 @@ class Tokenizer:
         """
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
-                f"vocabulary of {vocab_size} tokens; expected at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
-                f"special tokens); try --vocab-size 4096"
+                f"vocabulary of {vocab_size} tokens; expected at least {MIN_VOCAB_SIZE} (256 bytes and"
+                f" {len(SPECIAL_TOKENS)} special tokens); try --vocab-size 4096"
             )
         split = pre_tokenizers.Split(tokenizers.Regex(files.PATTERN), "isolated")
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -87,22 +88,27 @@ class Tokenizer:
         found = len(tokens) + len(SPECIAL_TOKENS)
         if found < vocab_size:
             raise UserError(
-                f"the text yields {len(tokens) - 256} merges (pairs that occur twice), but a vocabulary of {vocab_size} tokens needs "
-                f"{vocab_size - MIN_VOCAB_SIZE}; train on more text or try --vocab-size {found}",
-                "too-few-merges", merges=len(tokens) - 256, needed=vocab_size - MIN_VOCAB_SIZE, possible=found,
-            )  # fmt: skip
+                f"the text yields {len(tokens) - 256} merges (pairs that occur twice), but a vocabulary of {vocab_size}"
+                f" tokens needs {vocab_size - MIN_VOCAB_SIZE}; train on more text or try --vocab-size {found}",
+                "too-few-merges",
+                merges=len(tokens) - 256,
+                needed=vocab_size - MIN_VOCAB_SIZE,
+                possible=found,
+            )
         bpe = files.BPE(files.PATTERN, {token: i for i, token in enumerate(tokens)}, merges, {})
         files.check_reachable(bpe, "the trained tokenizer")
         return cls(bpe)
 
     @classmethod
     def load(cls, path: Path | str, checked: bool = False) -> "Tokenizer":
-        """Read a folder or file (tokenizer.json, or vocab.json + merges.txt). checked: it is a run's copy. Raises UserError, see `tokenizer_files.read`."""
-        return cls(files.read(Path(path), checked))
+        """Read a folder or file (tokenizer.json, or vocab.json + merges.txt). checked: it is a run's copy. Raises
+        UserError, see `tokenizer_files.read_tokenizer`.
+        """
+        return cls(files.read_tokenizer(Path(path), checked))
 
     def save(self, folder: Path | str) -> Path:
         """Write `folder`/tokenizer.json, whole or not at all, and return its path."""
-        return files.write(self._bpe, Path(folder))
+        return files.write_tokenizer(self._bpe, Path(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ordinary text; no bos is added."""
@@ -138,7 +144,9 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
     def name(self, i: int) -> str:
-        """A unique name: a token's text or a special token's name; where that is no whole text, or another's name, its bytes as bytes:\\xe2."""
+        """A unique name: a token's text or a special token's name; where that is no whole text, or another's name, its
+        bytes as bytes:\\xe2.
+        """
         data = self._bytes[i]
         text = data.decode("utf-8", errors="ignore")
         plain = text and text.encode() == data and not text.startswith("bytes:") and self.specials.get(text, i) == i

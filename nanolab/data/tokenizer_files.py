@@ -1,23 +1,20 @@
 """Tokenizer files: byte-level BPE to and from tokenizer.json (Hugging Face), and from vocab.json + merges.txt (GPT-2).
 
-Two programs read these files and must give the same ids: `tokenizers`, which merges the listed pairs in the order of the
-list, and `tiktoken`, which merges whichever neighbours spell the token of lowest rank, listed as a pair or not. They agree
-on every text if each token, spelled out in bytes, is merged back into that one token by the list:
+Two programs read these files and must give the same ids: `tokenizers`, which merges the listed pairs in the order of
+the list, and `tiktoken`, which merges whichever neighbours spell the token of lowest rank, listed as a pair or not.
+They agree on every text if each token, spelled out in bytes, is merged back into that one token by the list:
 
   Merging in list order, what happens between two token borders never depends on what lies outside them. So wherever
-  neighbours a, b spell a token w, they came about as they do when w is encoded alone. There the list reaches w itself at
-  its own turn; hence a, b is the listed pair of w and its turn has not passed. The neighbours of lowest rank are therefore
-  always the next listed pair, and both programs take the same step.
+  neighbours a, b spell a token w, they came about as they do when w is encoded alone. There the list reaches w itself
+  at its own turn; hence a, b is the listed pair of w and its turn has not passed. The neighbours of lowest rank are
+  therefore always the next listed pair, and both programs take the same step.
 
 `read` checks this for every token it loads, and refuses a file that fails: a proof costs 0.1 s where a comparison on
-samples would prove nothing. Patterns other than the two below must cut all kinds of characters alike (`_check_pattern`).
-"""
+samples would prove nothing. Patterns other than the two below must cut all kinds of characters alike
+(`_check_pattern`)."""
 
 import json
-import os
 import re
-import unicodedata
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +22,16 @@ import tiktoken
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.kinds import check_pointer
+from nanolab.data.tokenizer_checks import first_difference, probe_texts
+from nanolab.files import write_text
 
-# Text is cut into pieces by the first alternative that matches; tokens never span pieces. In order: English contractions;
-# a run of letters with at most one other character before it (a space, a bracket); digits in groups of at most two, which
-# measured better at 32k tokens than one or three; punctuation with a space before and line ends after; white space up to
-# and with its last line end; white space except the last blank, which goes with the next word; any other white space.
+# Text is cut into pieces by the first alternative that matches; tokens never span pieces. In order: English
+# contractions; a run of letters with at most one other character before it (a space, a bracket); digits in groups of at
+# most two, which measured better at 32k tokens than one or three; punctuation with a space before and line ends after;
+# white space up to and with its last line end; white space except the last blank, which goes with the next word; any
+# other white space.
 PATTERN = "|".join(
     [
         r"'(?i:s|d|m|t|ll|ve|re)",
@@ -48,7 +48,9 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 
 
 class BPE(NamedTuple):
-    """What a tokenizer file says. `vocab` and `merges` hold raw bytes; `specials` are texts that only code can insert."""
+    """What a tokenizer file says. `vocab` and `merges` hold raw bytes; `specials` are texts that only code can
+    insert.
+    """
 
     pattern: str
     vocab: dict[bytes, int]
@@ -57,7 +59,9 @@ class BPE(NamedTuple):
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte: itself where printable in Latin-1, else the next one from U+0100 on."""
+    """GPT-2's printable character for each byte: itself where printable in Latin-1, else the next one from U+0100
+    on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -76,21 +80,31 @@ def to_bytes(token: str) -> bytes:
     return bytes(BYTE_OF_CHAR[c] for c in token)
 
 
-def to_json(bpe: BPE) -> dict[str, Any]:
+def tokenizer_json(bpe: BPE) -> dict[str, Any]:
     """tokenizer.json as `tokenizers` reads it. Its `encode_special_tokens` must be set for text to stay text there too.
 
-    Special tokens are in the vocabulary as well: one that is only added gets the number of tokens before it as its id there, not the id in the file.
-    Raises UserError for a special token that is written like an ordinary one, whose id it would get.
-    """
+    Special tokens are in the vocabulary as well: one that is only added gets the number of tokens before it as its id
+    there, not the id in the file. Raises UserError for a special token that is written like an ordinary one, whose id
+    it would get."""
     vocab = {to_chars(t): i for t, i in bpe.vocab.items()}
     if shared := [s for s in bpe.specials if s in vocab]:
         raise UserError(
-            f"the special token {shared[0]!r} ({bpe.specials[shared[0]]}) is written like the ordinary token {vocab[shared[0]]}, so `tokenizers` would take one for the other; "
-            f"expected special tokens that no text is; pass another --tokenizer or train one with scripts.tok_train",
-            "special-token-is-ordinary", token=shared[0],
-        )  # fmt: skip
+            f"the special token {shared[0]!r} ({bpe.specials[shared[0]]}) is written like the ordinary token"
+            f" {vocab[shared[0]]}, so `tokenizers` would take one for the other; expected special tokens that no text"
+            " is; pass another --tokenizer or train one with scripts.tok_train",
+            "special-token-is-ordinary",
+            token=shared[0],
+        )
     added = [
-        {"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": i,
+            "content": s,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for s, i in sorted(bpe.specials.items(), key=lambda item: item[1])
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -119,23 +133,18 @@ def to_json(bpe: BPE) -> dict[str, Any]:
     }
 
 
-def write(bpe: BPE, folder: Path) -> Path:
+def write_tokenizer(bpe: BPE, folder: Path) -> Path:
     """Write `folder`/tokenizer.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
-    temp = folder / f".tokenizer.json.{os.getpid()}"
-    with open(temp, "w", encoding="utf-8") as file:
-        json.dump(to_json(bpe), file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
+    write_text(path, json.dumps(tokenizer_json(bpe), ensure_ascii=False, indent=1))
     return path
 
 
-def read(path: Path, checked: bool = False) -> BPE:
+def read_tokenizer(path: Path, checked: bool = False) -> BPE:
     """Read a folder or file: tokenizer.json, or vocab.json beside merges.txt.
 
-    checked: it is a run's copy, which was checked when it was made; its pattern and its special ids are taken as they are.
+    checked: it is a run's copy, which was checked when it was made; its pattern and its special ids are taken as they
+    are.
 
     Raises UserError for a file that is missing, damaged, not byte-level BPE, or not certain to give the ids that
     `tokenizers` gives.
@@ -157,7 +166,9 @@ def read(path: Path, checked: bool = False) -> BPE:
         merges = [line for i, line in enumerate(lines) if line.strip() and not (i == 0 and line.startswith("#version"))]
         bpe = _build(GPT2_PATTERN, raw, merges, {}, path)
     else:
-        raise UserError(f"{path} is a plain vocabulary; expected merges.txt beside it, or a tokenizer.json; pass --tokenizer FOLDER")
+        raise UserError(
+            f"{path} is a plain vocabulary; expected merges.txt beside it, or a tokenizer.json; pass --tokenizer FOLDER"
+        )
     check_reachable(bpe, path)
     if not checked:
         _check_pattern(bpe.pattern, path)
@@ -170,14 +181,23 @@ def _load_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; brackets nested too deep
-        raise UserError(f"{path} is not JSON ({error}); expected a tokenizer.json; write it again or pass another --tokenizer") from None
+        raise UserError(
+            f"{path} is not JSON ({error}); expected a tokenizer.json; write it again or pass another --tokenizer"
+        ) from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}; expected the object of a tokenizer.json or vocab.json")
+        raise UserError(
+            f"{path} holds a JSON {type(raw).__name__}; expected the object of a tokenizer.json or vocab.json"
+        )
     return raw
 
 
 def _refuse(path: Path | str, seen: str, code: str = "", **values: Any) -> UserError:
-    return UserError(f"{path} {seen}; expected plain byte-level BPE, as GPT-2's; pass another --tokenizer or train one with scripts.tok_train", code, **values)
+    return UserError(
+        f"{path} {seen}; expected plain byte-level BPE, as GPT-2's; pass another --tokenizer or train one with"
+        " scripts.tok_train",
+        code,
+        **values,
+    )
 
 
 def _from_tokenizer_json(raw: dict[str, Any], path: Path) -> BPE:
@@ -191,7 +211,12 @@ def _from_tokenizer_json(raw: dict[str, Any], path: Path) -> BPE:
             raise _refuse(path, f"sets {option} = {model[option]!r}")
     plain = [t["content"] for t in raw.get("added_tokens") or [] if not t["special"]]
     if plain:
-        raise _refuse(path, f"cuts text at added tokens that are not special ({', '.join(map(repr, plain[:3]))})", "added-tokens", tokens=plain)
+        raise _refuse(
+            path,
+            f"cuts text at added tokens that are not special ({', '.join(map(repr, plain[:3]))})",
+            "added-tokens",
+            tokens=plain,
+        )
     specials = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
     bpe = _build(_pattern(raw.get("pre_tokenizer"), path), model["vocab"], model["merges"], specials, path)
     orphans = [s for s in bpe.specials if s not in specials]
@@ -213,8 +238,12 @@ def _pattern(pre: dict[str, Any] | None, path: Path) -> str:
         raise _refuse(path, "cuts text twice or not at all (use_regex of ByteLevel)")
     if split is None:
         return GPT2_PATTERN
-    if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)) or "Regex" not in split["pattern"]:
-        raise _refuse(path, f"has a Split that does more than cut (behavior {split['behavior']}, pattern {split['pattern']})")
+    if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)) or "Regex" not in split[
+        "pattern"
+    ]:
+        raise _refuse(
+            path, f"has a Split that does more than cut (behavior {split['behavior']}, pattern {split['pattern']})"
+        )
     return split["pattern"]["Regex"]
 
 
@@ -260,7 +289,8 @@ def encoding(bpe: BPE) -> tuple[tiktoken.Encoding, list[int] | None]:
     else:
         tokens = [bytes([b]) for b in range(256)] + merged
         ranks, id_of_rank = {token: rank for rank, token in enumerate(tokens)}, [bpe.vocab[token] for token in tokens]
-    never = {"<|bos|>": max(ranks.values()) + 1}  # tiktoken is slow without any special token; this one is never allowed
+    # tiktoken is slow without any special token; this one is never allowed
+    never = {"<|bos|>": max(ranks.values()) + 1}
     return tiktoken.Encoding("nanolab", pat_str=bpe.pattern, mergeable_ranks=ranks, special_tokens=never), id_of_rank
 
 
@@ -270,15 +300,23 @@ def check_reachable(bpe: BPE, path: Path | str) -> None:
     model = tokenizers.models.BPE(vocab=vocab, merges=[(to_chars(a), to_chars(b)) for a, b in bpe.merges])
     lost = [s for s, i in vocab.items() if [t.id for t in model.tokenize(s)] != [i]]
     if lost:
-        raise _refuse(path, f"has {len(lost)} tokens that its own merges do not reach (first {lost[0]!r}), so two encoders could differ")
+        raise _refuse(
+            path,
+            f"has {len(lost)} tokens that its own merges do not reach (first {lost[0]!r}), so two encoders could"
+            " differ",
+        )
 
 
 def _check_pattern(pattern: str, path: Path) -> None:
-    """tiktoken and `tokenizers` use different regex engines: a pattern that the tests do not know must cut all probes alike in both."""
+    """tiktoken and `tokenizers` use different regex engines: a pattern that the tests do not know must cut all probes
+    alike in both.
+    """
     if pattern in (PATTERN, GPT2_PATTERN):  # compared on every code point in the tests
         return
     try:
-        tiktoken.Encoding("pattern", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+        tiktoken.Encoding(
+            "pattern", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
+        )
     except ValueError as error:
         raise _refuse(path, f"cuts text by a pattern that tiktoken does not know ({error})") from None
     try:
@@ -288,32 +326,18 @@ def _check_pattern(pattern: str, path: Path) -> None:
     cut = [[piece.encode() for piece, _ in theirs.pre_tokenize_str(text)] for text in probe_texts()]
     if (at := first_difference(pattern, cut)) is not None:
         seen = b"|".join(at).decode(errors="replace")
-        why = " (X{1,3}+ repeats X{1,3} in `tokenizers` and is possessive in tiktoken, whose cl100k_base has it)" if re.search(r"\{\d*,?\d*\}\+", pattern) else ""
-        raise _refuse(path, f"cuts text by a pattern that loses text or is read differently by tiktoken, near {seen!r} as `tokenizers` cuts it{why}", "pattern-differs", pattern=pattern)
-
-
-def first_difference(pattern: str, cut: list[list[bytes]]) -> list[bytes] | None:
-    """Of texts cut by `tokenizers`, the first pieces that tiktoken cuts otherwise; None: there are none.
-
-    tiktoken tells its cuts by its tokens alone: a piece that is a token becomes that token, any other is merged from bytes. Without a token of two
-    bytes nothing is merged, so each longer token found is a piece. If every part of the text between those is a token too, what tiktoken cuts there
-    has at most two bytes; and given that, a second vocabulary, with all pairs, tells single bytes from pairs.
-    """
-    long = {piece for pieces in cut for piece in pieces if len(piece) > 2}
-    between = {b"".join(run) for pieces in cut for is_long, run in groupby(pieces, lambda piece: len(piece) > 2) if not is_long}
-    parts = {run[i:j] for run in between for i in range(len(run)) for j in range(i + 3, len(run) + 1)}
-    pairs = {run[i : i + 2] for run in between for i in range(len(run) - 1)}
-    bytewise = [[part for piece in pieces for part in ([piece] if len(piece) > 2 else [bytes([b]) for b in piece])] for pieces in cut]
-    texts = [b"".join(pieces).decode() for pieces in cut]
-    for tokens, expected in ((long | parts, bytewise), (long | pairs, cut)):
-        vocab = [*(bytes([b]) for b in range(256)), *(tokens - {b""})]
-        ours = tiktoken.Encoding("cuts", pat_str=pattern, mergeable_ranks={token: i for i, token in enumerate(vocab)}, special_tokens={"<|bos|>": len(vocab)})
-        for text, pieces in zip(texts, expected):
-            found = [vocab[i] for i in ours.encode_ordinary(text)]
-            if found != pieces:
-                at = next((i for i, (a, b) in enumerate(zip(found, pieces)) if a != b), min(len(found), len(pieces)))
-                return pieces[max(0, at - 1) : at + 8]
-    return None
+        why = (
+            " (X{1,3}+ repeats X{1,3} in `tokenizers` and is possessive in tiktoken, whose cl100k_base has it)"
+            if re.search(r"\{\d*,?\d*\}\+", pattern)
+            else ""
+        )
+        raise _refuse(
+            path,
+            f"cuts text by a pattern that loses text or is read differently by tiktoken, near {seen!r} as `tokenizers`"
+            f" cuts it{why}",
+            "pattern-differs",
+            pattern=pattern,
+        )
 
 
 def _note_other_ids(bpe: BPE, raw: dict[str, Any], path: Path) -> None:
@@ -329,15 +353,7 @@ def _note_other_ids(bpe: BPE, raw: dict[str, Any], path: Path) -> None:
         from nanolab.runtime import print0
 
         s = other[0]
-        print0(f"note: {len(other)} special tokens of {path} have other ids in `tokenizers` (first {s!r}: {bpe.specials[s]} in the file, {theirs.token_to_id(s)} there); the file's are used")
-
-
-def probe_texts(every: int = 16) -> list[str]:
-    """Text with characters of every category in contexts that patterns look at; one in `every` of the many letters; and runs."""
-    chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs", "Lo")]
-    chars += [c for c in map(chr, range(0, 0x110000, every)) if unicodedata.category(c) == "Lo"]
-    block = 16  # short texts, for the number of their parts
-    blocks = [chars[i : i + block] for i in range(0, len(chars), block)]
-    contexts = ("a{0}b{0}{0}1", "12{0}345 {0} ", "\'{0}s I\'LL{0}", "!{0}?\n{0}\r\n\n", "  {0}\t \n  {0}   x")
-    runs = [(unit * 30)[:n] for unit in ("1234567890", "\u0663\u0664", "\u00bd", "aB", "\u00e9", "!", " ", "\n", "\t ") for n in range(1, 31)]
-    return [*runs, *(f"in {run} a{run}b" for run in runs), *("".join(context.format(c) for c in part) for part in blocks for context in contexts)]
+        print0(
+            f"note: {len(other)} special tokens of {path} have other ids in `tokenizers` (first {s!r}:"
+            f" {bpe.specials[s]} in the file, {theirs.token_to_id(s)} there); the file's are used"
+        )

@@ -5,28 +5,32 @@
 Cross entropy per token is lower for a model with shorter tokens; per byte of text, models with any tokenizer compare
 with one another and with compressors. Dims: N rows, T tokens, V vocabulary.
 
-A ratio of two sums over rows has a standard error (Cochran, Sampling Techniques, 3rd ed. 1977, section 6.4, of a large population):
+A ratio of two sums over rows has a standard error (Cochran, Sampling Techniques, 3rd ed. 1977, section 6.4, of a large
+population):
 
-    error(sum x / sum b)^2 = n / (n - 1) * sum (x - R b)^2 / (sum b)^2        x nats and b bytes of a row, R the ratio, n rows that count
+    error(sum x / sum b)^2 = n / (n - 1) * sum (x - R b)^2 / (sum b)^2        x nats and b bytes of a row, R the ratio,
+    n rows that count
 
-so the interval says how far other text of this kind, as much of it, would lie. It takes rows as independent, which those cut from
-one book or site are not: for such text it is too narrow.
-"""
+so the interval says how far other text of this kind, as much of it, would lie. It takes rows as independent, which
+those cut from one book or site are not: for such text it is too narrow."""
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.score import Z95, Interval
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop
 
 
 class BPB(NamedTuple):
-    """bpb, the three sums it is made of (tokens are those that were counted), and its standard error, None of a single row."""
+    """bpb, the three sums it is made of (tokens are those that were counted), and its standard error, None of a single
+    row.
+    """
 
     bpb: float
     nats: float
@@ -42,25 +46,36 @@ class BPB(NamedTuple):
 
 @torch.no_grad()
 def bits_per_byte(
-    model: GPT, rows: Sequence[np.ndarray], token_bytes: np.ndarray, runtime: Runtime, batch_size: int = 32, stop: Stop | None = None,
-    keep: list[tuple[float, int]] | None = None, shared: bool = False, full: bool = False,
+    model: GPT,
+    rows: Sequence[np.ndarray],
+    token_bytes: np.ndarray,
+    runtime: Runtime,
+    batch_size: int = 32,
+    stop: Stop | None = None,
+    keep: list[tuple[float, int]] | None = None,
+    shared: bool = False,
+    full: bool = False,
 ) -> BPB:
     """Bits per byte of the model on rows, the same ones on every rank.
 
-    rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives.
-    token_bytes: (V,) bytes that each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither
-    as nats nor as bytes. Rank r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of
-    `batch_size` but for rounding. keep: gets (nats, bytes) of each row, on every rank. stop: asked before each batch; Stopped is raised where a rank says so.
-    shared: each rank's rows are its own share, N of them on each. full: the last batch is filled up with rows that do not count, since a compiled model is
-    compiled again for a batch of another size. Raises UserError when no byte is left to count.
-    """
+    rows: inputs (N, T) and targets (N, T), the first two of what `validation_rows` gives. token_bytes: (V,) bytes that
+    each id stands for. Targets of -1, and targets of 0 bytes (special tokens), count neither as nats nor as bytes. Rank
+    r evaluates rows r, r + W, ...; the sums are exact over ranks and independent of `batch_size` but for rounding.
+    keep: gets (nats, bytes) of each row, on every rank. stop: asked before each batch; Stopped is raised where a rank
+    says so. shared: each rank's rows are its own share, N of them on each. full: the last batch is filled up with rows
+    that do not count, since a compiled model is compiled again for a batch of another size. Raises UserError when no
+    byte is left to count."""
     n_rows = len(rows[0]) * (runtime.world_size if shared else 1)
-    inputs, targets = (np.asarray(half) if shared else np.asarray(half)[runtime.rank :: runtime.world_size] for half in rows)
+    inputs, targets = (
+        np.asarray(half) if shared else np.asarray(half)[runtime.rank :: runtime.world_size] for half in rows
+    )
     # float64, which mps has not: its sums are made on the CPU
     device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")
     nats, n_bytes = (torch.zeros(len(inputs), dtype=torch.float64, device=device) for _ in range(2))  # of each row
     n_counted = 0
-    for first in range(0, -(-n_rows // runtime.world_size), batch_size):  # as many on each rank, since they agree on `stop`
+    for first in range(
+        0, -(-n_rows // runtime.world_size), batch_size
+    ):  # as many on each rank, since they agree on `stop`
         if stop:
             runtime.check_stop(stop())
         batch = slice(first, first + batch_size)
@@ -73,11 +88,24 @@ def bits_per_byte(
         y = np.where(counted, y, -1)
         n_bytes[batch] = torch.from_numpy(np.where(counted, token_bytes[y], 0).sum(1, dtype=np.float64)).to(device)
         if full and n < batch_size:
-            x, y = (np.concatenate((half, np.full((batch_size - n, half.shape[1]), fill))) for half, fill in ((x, 0), (y, -1)))
+            x, y = (
+                np.concatenate((half, np.full((batch_size - n, half.shape[1]), fill)))
+                for half, fill in ((x, 0), (y, -1))
+            )
         x, y = (torch.from_numpy(half).to(runtime.device) for half in (x, y))
         nats[batch] = model(x, y, reduction="none")[:n].to(device).double().sum(1)
     n_tokens = torch.tensor(float(n_counted), dtype=torch.float64, device=device)
-    sums = torch.stack([nats.sum(), n_bytes.sum(), n_tokens, (n_bytes > 0).sum(), (nats**2).sum(), (nats * n_bytes).sum(), (n_bytes**2).sum()])
+    sums = torch.stack(
+        [
+            nats.sum(),
+            n_bytes.sum(),
+            n_tokens,
+            (n_bytes > 0).sum(),
+            (nats**2).sum(),
+            (nats * n_bytes).sum(),
+            (n_bytes**2).sum(),
+        ]
+    )
     found = _of_sums(*runtime.all_reduce_(sums).tolist())
     if keep is not None:
         keep += [(0.0, 0)] * n_rows
@@ -86,8 +114,9 @@ def bits_per_byte(
     return found
 
 
-def paired(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> tuple[float, Interval | None]:
-    """(bits per byte of `after` less those of `before`, its 95 % interval) from (nats, bytes) of the same rows; no interval of a single row.
+def paired_bpb(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> tuple[float, Interval | None]:
+    """(bits per byte of `after` less those of `before`, its 95 % interval) from (nats, bytes) of the same rows; no
+    interval of a single row.
 
     The ratio's error, above, of the differences of a row's nats: what is hard in a row is hard for both.
     """
@@ -100,10 +129,15 @@ def paired(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) 
     return ratio / math.log(2), Interval((ratio - half) / math.log(2), (ratio + half) / math.log(2))
 
 
-def _of_sums(nats: float, n_bytes: float, n_tokens: float, n: float, nats2: float, product: float, n_bytes2: float) -> BPB:
+def _of_sums(
+    nats: float, n_bytes: float, n_tokens: float, n: float, nats2: float, product: float, n_bytes2: float
+) -> BPB:
     """The score from sums over rows; n: rows that count."""
     if not n_bytes:
-        raise UserError("no byte to count in the evaluation rows; expected text after the first token of a document; try more --split-tokens or other --val-data")
+        raise UserError(
+            "no byte to count in the evaluation rows; expected text after the first token of a document; try more"
+            " --split-tokens or other --val-data"
+        )
     ratio = nats / n_bytes
     squares = max(0.0, nats2 - 2 * ratio * product + ratio**2 * n_bytes2)  # 0 up to rounding where all rows are alike
     error = math.sqrt(n / (n - 1) * squares) / n_bytes / math.log(2) if n > 1 else None

@@ -1,4 +1,5 @@
-"""The evaluation bundle on disk: which tasks there are, their items, and how right a guess is. Downloaded where it is missing.
+"""The evaluation bundle on disk: which tasks there are, their items, and how right a guess is. Downloaded where it is
+missing.
 
   core.yaml            icl_tasks: label, icl_task_type, dataset_uri, num_fewshot, continuation_delimiter
   extra.yaml           more of them, which are not part of CORE
@@ -17,16 +18,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import UserError, nearest
-from nanolab.data.formats import sha256_file
-from nanolab.evals.icl import KINDS, Item
+from nanolab.cli import UserError, nearest
+from nanolab.evals.icl import KINDS, Question
+from nanolab.files import sha256_file
 
 # Li et al., "DataComp-LM", arXiv 2406.11794, table 1 of the appendix on evaluation
 CORE = (
-    "hellaswag_zeroshot", "jeopardy", "bigbench_qa_wikidata", "arc_easy", "arc_challenge", "copa", "commonsense_qa", "piqa", "openbook_qa",
-    "lambada_openai", "hellaswag", "winograd", "winogrande", "bigbench_dyck_languages", "agi_eval_lsat_ar", "bigbench_cs_algorithms",
-    "bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa", "boolq", "bigbench_language_identification",
-)  # fmt: skip
+    "hellaswag_zeroshot",
+    "jeopardy",
+    "bigbench_qa_wikidata",
+    "arc_easy",
+    "arc_challenge",
+    "copa",
+    "commonsense_qa",
+    "piqa",
+    "openbook_qa",
+    "lambada_openai",
+    "hellaswag",
+    "winograd",
+    "winogrande",
+    "bigbench_dyck_languages",
+    "agi_eval_lsat_ar",
+    "bigbench_cs_algorithms",
+    "bigbench_operators",
+    "bigbench_repeat_copy_logic",
+    "squad",
+    "coqa",
+    "boolq",
+    "bigbench_language_identification",
+)
 SHUFFLE_SEED = 1337
 FIELDS = {"label": str, "icl_task_type": str, "dataset_uri": str, "num_fewshot": list}
 
@@ -54,11 +74,16 @@ class Bundle:
 
 
 def open_bundle(folder: str | Path, lists: Sequence[str] = ("core.yaml",)) -> Bundle:
-    """The tasks of these lists. Raises UserError where the folder is not a bundle; mistakes in a task are in `broken`."""
+    """The tasks of these lists. Raises UserError where the folder is not a bundle; mistakes in a task are in
+    `broken`.
+    """
     folder = Path(folder).expanduser()
     for name in (*lists, "eval_meta_data.csv"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; expected an evaluation bundle: core.yaml, eval_meta_data.csv and eval_data/; type --eval-bundle DIR")
+            raise UserError(
+                f"{folder} has no {name}; expected an evaluation bundle: core.yaml, eval_meta_data.csv and eval_data/;"
+                " type --eval-bundle DIR"
+            )
     baselines = _baselines(folder / "eval_meta_data.csv")
     tasks: dict[str, TaskSpec] = {}
     broken: dict[str, str] = {}
@@ -80,10 +105,16 @@ def _entries(path: Path) -> list[Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}); expected a list icl_tasks; mend it or copy the bundle again") from None
+        raise UserError(
+            f"{path} is not YAML ({' '.join(str(error).split())}); expected a list icl_tasks; mend it or copy the"
+            " bundle again"
+        ) from None
     entries = found.get("icl_tasks") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} has no list icl_tasks; expected one, of tasks with label, icl_task_type, dataset_uri and num_fewshot; mend it")
+        raise UserError(
+            f"{path} has no list icl_tasks; expected one, of tasks with label, icl_task_type, dataset_uri and"
+            " num_fewshot; mend it"
+        )
     return entries
 
 
@@ -92,9 +123,14 @@ def _baselines(path: Path) -> dict[str, str]:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected a CSV file in UTF-8; copy the bundle again") from None
+        raise UserError(
+            f"{path} cannot be read ({error}); expected a CSV file in UTF-8; copy the bundle again"
+        ) from None
     if not rows or not {"Eval Task", "Random baseline"} <= rows[0].keys():
-        raise UserError(f"{path} has the columns {', '.join(rows[0]) if rows else 'of no row'}; expected Eval Task and Random baseline; copy the bundle again")
+        raise UserError(
+            f"{path} has the columns {', '.join(rows[0]) if rows else 'of no row'}; expected Eval Task and Random"
+            " baseline; copy the bundle again"
+        )
     return {row["Eval Task"]: row["Random baseline"] for row in rows}
 
 
@@ -104,18 +140,30 @@ def _task(entry: dict[str, Any], folder: Path, baselines: dict[str, str]) -> Tas
             raise UserError(f"{name} is {entry.get(name)!r}; expected a {kind.__name__}; mend its list")
     label, kind, (shots, *_) = entry["label"], entry["icl_task_type"], entry["num_fewshot"] or [None]
     if kind not in KINDS:
-        raise UserError(f"the task type {kind!r} is unknown; expected one of {', '.join(KINDS)}{nearest(kind, list(KINDS))}")
+        raise UserError(
+            f"the task type {kind!r} is unknown; expected one of {', '.join(KINDS)}{nearest(kind, list(KINDS))}"
+        )
     if not isinstance(shots, int) or shots < 0:
-        raise UserError(f"num_fewshot is {entry['num_fewshot']}; expected a list with a number of solved items, such as [10]")
+        raise UserError(
+            f"num_fewshot is {entry['num_fewshot']}; expected a list with a number of solved items, such as [10]"
+        )
     try:
         baseline = float(baselines[label]) / 100
     except (KeyError, ValueError, TypeError):  # a line that ends before its baseline has None
         seen = f"is {baselines[label]!r}" if label in baselines else "is missing"
-        raise UserError(f"its random baseline in {folder / 'eval_meta_data.csv'} {seen}; expected a percentage; add a line for {label}") from None
+        raise UserError(
+            f"its random baseline in {folder / 'eval_meta_data.csv'} {seen}; expected a percentage; add a line for"
+            f" {label}"
+        ) from None
     if not 0 <= baseline < 1:
-        raise UserError(f"its random baseline is {baselines[label]} %; expected at least 0 and below 100; mend {folder / 'eval_meta_data.csv'}")
+        raise UserError(
+            f"its random baseline is {baselines[label]} %; expected at least 0 and below 100; mend"
+            f" {folder / 'eval_meta_data.csv'}"
+        )
     if not isinstance(delimiter := entry.get("continuation_delimiter", " "), str):
-        raise UserError(f"continuation_delimiter is {delimiter!r}; expected text; mend its list, or leave it out for a blank")
+        raise UserError(
+            f"continuation_delimiter is {delimiter!r}; expected text; mend its list, or leave it out for a blank"
+        )
     path = folder / "eval_data" / entry["dataset_uri"]
     if not path.is_file():
         raise UserError(f"its data, {path}, is missing; expected a jsonl file; copy the bundle again")
@@ -133,9 +181,14 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
                 expected = "expected one object per line; mend the line or copy the file again"
-                raise UserError(f"{path}:{n} is not JSON ({error}); {expected}", "not-json", file=str(path), line=n) from None
+                raise UserError(
+                    f"{path}:{n} is not JSON ({error}); {expected}", "not-json", file=str(path), line=n
+                ) from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{n} holds a {type(row).__name__}; expected an object; mend the line")
             rows.append((n, row))
@@ -144,7 +197,7 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def read_items(task: TaskSpec, max_items: int = -1) -> list[Item]:
+def read_items(task: TaskSpec, max_items: int = -1) -> list[Question]:
     """The task's items in the order of a fixed shuffle, the first `max_items` of it (-1: all). Raises UserError."""
     items = []
     for n, row in read_rows(task.path):
@@ -155,13 +208,16 @@ def read_items(task: TaskSpec, max_items: int = -1) -> list[Item]:
     return sample(items, max_items, task.shots, str(task.path))
 
 
-def sample(items: list[Item], max_items: int, shots: int, name: str) -> list[Item]:
+def sample(items: list[Question], max_items: int, shots: int, name: str) -> list[Question]:
     """The first `max_items` of a fixed shuffle. Raises UserError for fewer than `shots` need."""
     random.Random(SHUFFLE_SEED).shuffle(items)
     kept = items[:max_items] if max_items > 0 else items
     if len(kept) <= shots:
         cut = f" of {len(items)} (--max-per-task {max_items})" if len(kept) < len(items) else ""
-        raise UserError(f"{name} has {len(kept)} items{cut}; expected at least {shots + 1}, one to ask and {shots} solved ones; take more")
+        raise UserError(
+            f"{name} has {len(kept)} items{cut}; expected at least {shots + 1}, one to ask and {shots} solved ones;"
+            " take more"
+        )
     return kept
 
 

@@ -1,9 +1,9 @@
 """Score over training: the checkpoints of runs, evaluated one after another, each result kept on record as it comes.
 
-The record is eval_checkpoints.jsonl in the run directory. A result is known by the sha256 of the weights, the mode, and everything else
-that shapes it: what is on record is not made again, and a command that was stopped goes on when it is typed again. Checkpoints that are
-not there any more, since a run that is still training keeps but a few, have their results on record.
-"""
+The record is eval_checkpoints.jsonl in the run directory. A result is known by the sha256 of the weights, the mode, and
+everything else that shapes it: what is on record is not made again, and a command that was stopped goes on when it is
+typed again. Checkpoints that are not there any more, since a run that is still training keeps but a few, have their
+results on record."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,19 +12,24 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
-from nanolab.config import UserError, as_json
+from nanolab.cli import UserError, as_json
+from nanolab.files import write_text
+from nanolab.records import checkpoint
+from nanolab.records.models import WEIGHTS_ONLY, ModelRef
 from nanolab.runtime import Runtime, print0
-from nanolab.training import checkpoint
-from nanolab.training.models import WEIGHTS_ONLY, ModelRef
+from nanolab.tables import interval_text, text_table
 
 RECORD = "eval_checkpoints.jsonl"
 T = TypeVar("T")
 
 
 class Mode(NamedTuple):
-    settings: Callable[[ModelRef], dict[str, Any]]  # all that shapes a result beside the weights, JSON-ready; may raise UserError
-    measure: Callable[[Any], dict[str, Any]]  # result, JSON-ready, of what `load` gave; may raise UserError; called on every rank
-    score: Callable[[dict[str, Any]], tuple[float | None, float | None, float | None]]  # (score, ends of its interval) of a result, where it has them
+    # all that shapes a result beside the weights, JSON-ready; may raise UserError
+    settings: Callable[[ModelRef], dict[str, Any]]
+    # result, JSON-ready, of what `load` gave; may raise UserError; called on every rank
+    measure: Callable[[Any], dict[str, Any]]
+    # (score, ends of its interval) of a result, where it has them
+    score: Callable[[dict[str, Any]], tuple[float | None, float | None, float | None]]
     ylabel: Callable[[dict[str, Any]], str]  # what the score is called
 
 
@@ -35,12 +40,15 @@ class Point(NamedTuple):
     result: dict[str, Any]
 
 
-def follow(runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[ModelRef], T], runtime: Runtime) -> tuple[dict[str, list[Point]], list[str]]:
-    """({mode: results of every whole checkpoint of every run, the oldest first}, what could not be had and why). On every rank.
+def follow(
+    runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[ModelRef], T], runtime: Runtime
+) -> tuple[dict[str, list[Point]], list[str]]:
+    """({mode: results of every whole checkpoint of every run, the oldest first}, what could not be had and why). On
+    every rank.
 
-    A result with something in its "failed" counts: what fails for a checkpoint does so again, until settings say something else. Results on
-    record of checkpoints that are gone are among them where one that is there has the same settings.
-    """
+    A result with something in its "failed" counts: what fails for a checkpoint does so again, until settings say
+    something else. Results on record of checkpoints that are gone are among them where one that is there has the same
+    settings."""
     points: dict[str, list[Point]] = {mode: [] for mode in modes}
     failed: list[str] = []
     for run in runs:
@@ -50,7 +58,9 @@ def follow(runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[Mod
         for step, path in there:
             ref, loaded = ModelRef(run.name, run.run_dir, path, step), None
             try:
-                weights, tokens = runtime.broadcast_object(on_all(runtime, lambda: verified(path) if runtime.is_main else None))
+                weights, tokens = runtime.broadcast_object(
+                    on_all(runtime, lambda: verified(path) if runtime.is_main else None)
+                )
             except UserError as error:
                 failed.append(str(error))
                 continue
@@ -60,7 +70,9 @@ def follow(runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[Mod
                     of = [weights, name, dict(sorted(settings.items()))]
                     result, older = runtime.broadcast_object((record.find(of), record.like(name, of[2])))
                     gone = [row for row in older if row["step"] not in dict(there)]
-                    found[name] = {row["step"]: Point(run.name, row["step"], row["tokens"], row["result"]) for row in gone} | found[name]
+                    found[name] = {
+                        row["step"]: Point(run.name, row["step"], row["tokens"], row["result"]) for row in gone
+                    } | found[name]
                     if result is None:
                         print0(f"{run.name}@{step}: {name}")
                         loaded = loaded or on_all(runtime, lambda: load(ref))
@@ -89,7 +101,9 @@ def weights_of(path: Path) -> str:
 
 
 def on_all(runtime: Runtime, work: Callable[[], T]) -> T:
-    """What reading a checkpoint gives, rank 0's None elsewhere. Raises UserError on every rank where one cannot; retention may remove it meanwhile."""
+    """What reading a checkpoint gives, rank 0's None elsewhere. Raises UserError on every rank where one cannot;
+    retention may remove it meanwhile.
+    """
     result, why = None, ""
     try:
         result = work()
@@ -129,7 +143,8 @@ class Record:
 
 
 def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> list[str]:
-    """Write curve_NAME.csv and .svg into `folder`; returns the lines of a table. Points without a score are left out; no other: nothing is written.
+    """Write curve_NAME.csv and .svg into `folder`; returns the lines of a table. Points without a score are left out;
+    no other: nothing is written.
 
     Raises UserError where it cannot be drawn.
     """
@@ -141,17 +156,26 @@ def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> lis
         return []
     rows = [(p.run, p.step, p.tokens, *mode.score(p.result)) for p in points]
     label = " / ".join(sorted({mode.ylabel(p.result) for p in points}))
-    lines = [f"{label}, over training", f"  {'run':<24}{'step':>8}{'tokens':>16}{'score':>10}  95 % interval"]
-    for run, step, tokens, score, low, high in rows:
-        lines += [f"  {run:<24}{step:>8,}{tokens:>16,}{score:>10.4f}  " + ("" if low is None else f"{low:.4f} to {high:.4f}")]
+    cells = [
+        [run, f"{step:,}", f"{tokens:,}", f"{score:.4f}", interval_text(None if low is None else (low, high))]
+        for run, step, tokens, score, low, high in rows
+    ]
+    columns = {"run": "left", "step": "right", "tokens": "right", "score": "right", "95 % interval": "left"}
+    lines = [f"{label}, over training", *text_table(columns, cells)]
     folder.mkdir(parents=True, exist_ok=True)
     cells = [",".join("" if x is None else str(x) for x in row) for row in rows]
-    checkpoint.write_text(folder / f"curve_{name}.csv", "\n".join(["run,step,tokens,score,low,high", *cells]) + "\n")
+    write_text(folder / f"curve_{name}.csv", "\n".join(["run,step,tokens,score,low,high", *cells]) + "\n")
     curves: dict[str, list] = {}
     for run, _, tokens, score, low, high in rows:
         curves.setdefault(run, []).append((float(tokens), score, low, high))
     print0(*lines, sep="\n")
-    draw(curves, folder / f"curve_{name}.svg", ylabel=label, title=f"{label} over training: {', '.join(curves)}", references=REFERENCES.get(label, ()))
+    draw(
+        curves,
+        folder / f"curve_{name}.svg",
+        ylabel=label,
+        title=f"{label} over training: {', '.join(curves)}",
+        references=REFERENCES.get(label, ()),
+    )
     return lines
 
 

@@ -1,205 +1,36 @@
 """Contamination: which items of an evaluation set share a run of N words with training or validation documents. Exact.
 
-After Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C, whose N is 13 and which lower-cases text
-and leaves punctuation out. What is done otherwise here: N is the same for every set, where they took the 5th percentile of a
-set's lengths, from 8 to 13; punctuation separates words instead of being struck out of them, so that don't is two words, whichever
-apostrophe it has; a run counts however many documents hold it, where they ignored those of more than ten, so an instruction that
-all items of a set begin with can count for all of them (the examples show it); documents are only read, none is cut.
+After Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C, whose N is 13 and which
+lower-cases text and leaves punctuation out. What is done otherwise here: N is the same for every set, where they took
+the 5th percentile of a set's lengths, from 8 to 13; punctuation separates words instead of being struck out of them, so
+that don't is two words, whichever apostrophe it has; a run counts however many documents hold it, where they ignored
+those of more than ten, so an instruction that all items of a set begin with can count for all of them (the examples
+show it); documents are only read, none is cut.
 
-A word is a longest run of letters, digits and combining marks, as Unicode has them, in the text after NFKC and lower-casing. Scripts
-that put no space between words have few words, so little is found there.
+A word is a longest run of letters, digits and combining marks, as Unicode has them, in the text after NFKC and
+lower-casing. Scripts that put no space between words have few words, so little is found there.
 
-How: the runs of the evaluation sets are indexed by 64-bit hashes; documents stream past, their runs are hashed with numpy, and
-where a hash is in the index the words themselves are compared. A hash that two runs of the sets share gets a second layer of the index.
-"""
+How: the runs of the evaluation sets are indexed by 64-bit hashes; documents stream past, their runs are hashed with
+numpy, and where a hash is in the index the words themselves are compared. A hash that two runs of the sets share gets a
+second layer of the index."""
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.corpus import Documents
-from nanolab.data.formats import iter_block
+from nanolab.data.formats import format_of
 from nanolab.evals.bundle import open_bundle, read_rows
+from nanolab.evals.ngrams import RunIndex, batches, split
 from nanolab.evals.score import wilson
 from nanolab.runtime import progress
 
-SEPARATOR = "\x1e"  # between texts that are split together
-BATCH_CHARS = 1 << 20  # split at once
-COMPARED = 1 << 19  # words compared at once
 EXAMPLES, EXAMPLE_WORDS = 5, 60  # of each set; the longest overlaps first
 EITHER = "either"
-
-
-# ---- words and hashes. W words, L letters ----
-
-
-class Words(NamedTuple):
-    """Texts as words."""
-
-    letters: np.ndarray  # (L,) uint32: those of all words, with nothing between them
-    starts: np.ndarray  # (W + 1,): where each word begins among the letters
-    firsts: np.ndarray  # (texts + 1,): where each text begins among the words
-
-    def text(self, first: int, n: int) -> str:
-        """n words as they were compared."""
-        return " ".join(self.letters[a:b].tobytes().decode("utf-32-le") for a, b in zip(self.starts[first : first + n], self.starts[first + 1 : first + n + 1]))
-
-
-@lru_cache(1)
-def word_characters() -> np.ndarray:
-    """Of every code point, whether it belongs to a word."""
-    characters = map(chr, range(0x110000))
-    return np.fromiter((c.isalnum() or unicodedata.category(c)[0] == "M" for c in characters), bool, 0x110000)
-
-
-def split(texts: Sequence[str]) -> Words:
-    """The words of each text."""
-    plain = (t if t.isascii() else unicodedata.normalize("NFKC", t) for t in texts)
-    joined = SEPARATOR.join(t.replace(SEPARATOR, " ") for t in plain).lower()
-    codes = np.frombuffer(joined.encode("utf-32-le", "replace"), np.uint32)  # half a surrogate pair becomes ?
-    inside = word_characters()[codes]
-    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    begins, lengths = edges[::2], edges[1::2] - edges[::2]
-    inner = np.searchsorted(begins, np.flatnonzero(codes == ord(SEPARATOR)))
-    return Words(codes[inside], _ends(lengths), np.concatenate([[0], inner, [len(begins)]]) if texts else np.zeros(1, np.int64))
-
-
-def merged(parts: Sequence[Words]) -> Words:
-    """Several of them as one."""
-    starts = [part.starts[:-1] + shift for part, shift in zip(parts, _ends([len(p.letters) for p in parts]))]
-    firsts = [part.firsts[:-1] + shift for part, shift in zip(parts, _ends([len(p.starts) - 1 for p in parts]))]
-    letters = np.concatenate([part.letters for part in parts])
-    return Words(letters, np.concatenate([*starts, [len(letters)]]), np.concatenate([*firsts, [sum(map(len, starts))]]))
-
-
-def _ends(sizes: Iterable[int]) -> np.ndarray:
-    """0 and the cumulative sums."""
-    return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64), dtype=np.int64)])
-
-
-def mixed(h: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one, every bit depending on every other: the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
-
-
-LETTER_BASE, WORD_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)  # odd, otherwise arbitrary
-
-
-def runs(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(place of the first word, hash) of every run of n words inside one text: polynomials modulo 2^64, of letters and then of words."""
-    count = len(words.starts) - n  # runs, those across texts included
-    if count < 1:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    lengths = np.diff(words.starts)
-    powers = np.cumprod(np.full(lengths.max(), LETTER_BASE))
-    offsets = np.arange(len(words.letters)) - np.repeat(words.starts[:-1], lengths)
-    hashes = mixed(np.add.reduceat(words.letters * powers[offsets], words.starts[:-1]))
-    out = np.zeros(count, np.uint64)
-    for k in range(n):
-        out *= WORD_BASE
-        out += hashes[k : k + count]
-    text = np.repeat(np.arange(len(words.firsts) - 1), np.diff(words.firsts))
-    places = np.flatnonzero(text[:count] == text[n - 1 :])
-    return places, mixed(out[places])
-
-
-def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Of each start, the numbers start ... start + size - 1, all in one array."""
-    return np.arange(sizes.sum()) + np.repeat(starts - _ends(sizes)[:-1], sizes)
-
-
-def equal(a: Words, at_a: np.ndarray, b: Words, at_b: np.ndarray, n: int) -> np.ndarray:
-    """Whether the n words at each place of `a` are those at the place of `b`, letter by letter."""
-    same, step = np.zeros(len(at_a), bool), max(1, COMPARED // n)
-    for first in range(0, len(at_a), step):
-        chunk = slice(first, first + step)
-        edges_a, edges_b = (words.starts[at[chunk, None] + np.arange(n + 1)] for words, at in ((a, at_a), (b, at_b)))
-        alike = first + np.flatnonzero((np.diff(edges_a) == np.diff(edges_b)).all(1))
-        if len(alike):
-            sizes = (edges_a[:, -1] - edges_a[:, 0])[alike - first]
-            unlike = a.letters[ranges(a.starts[at_a[alike]], sizes)] != b.letters[ranges(b.starts[at_b[alike]], sizes)]
-            same[alike] = ~np.logical_or.reduceat(unlike, _ends(sizes)[:-1])
-    return same
-
-
-class Index:
-    """Every run of n words of the texts, and where it is."""
-
-    def __init__(self, texts: Sequence[str], n: int) -> None:
-        self.n = n
-        parts, found, words_before = [], [], 0
-        for batch in batches(texts):
-            parts.append(split(batch))
-            places, hashes = runs(parts[-1], n)
-            found.append((places + words_before, hashes))
-            words_before += len(parts[-1].starts) - 1
-        self.words = merged(parts)
-        places, hashes = (np.concatenate(halves) for halves in zip(*found))
-        self.layers: list[tuple[np.ndarray, int]] = []  # hashes in order, number of the first run
-        occurrences, counts = [], []
-        while len(places):
-            order = np.argsort(hashes, kind="stable")
-            places, hashes = places[order], hashes[order]
-            unique, first, count = np.unique(hashes, return_index=True, return_counts=True)
-            model = np.repeat(places[first], count)
-            same = places == model
-            same[~same] = equal(self.words, places[~same], self.words, model[~same], n)
-            self.layers.append((unique, sum(map(len, counts))))
-            occurrences.append(places[same])
-            counts.append(np.add.reduceat(same.astype(np.int64), first))
-            places, hashes = places[~same], hashes[~same]
-        self.occurrences = np.concatenate([*occurrences, np.zeros(0, np.int64)])  # places of run 0, of run 1, ...
-        self.bounds = _ends(np.concatenate([*counts, np.zeros(0, np.int64)]))
-        self.shift = np.uint64(64 - min(27, max(8, 3 + len(self.bounds).bit_length())))
-        self.maybe = np.zeros(1 << (64 - int(self.shift)), bool)  # by the upper bits of a hash: spares most searches
-        for unique, _ in self.layers:
-            self.maybe[unique >> self.shift] = True
-
-    def find(self, words: Words) -> tuple[np.ndarray, np.ndarray]:
-        """(text, run) of the runs of `words` that are in the index, by text."""
-        places, hashes = runs(words, self.n)
-        near = self.maybe[hashes >> self.shift]
-        places, hashes = places[near], hashes[near]
-        at, numbers = [], []
-        for unique, first in self.layers:
-            i = np.minimum(np.searchsorted(unique, hashes), len(unique) - 1)
-            hit = np.flatnonzero(unique[i] == hashes)
-            number = first + i[hit]
-            right = equal(words, places[hit], self.words, self.occurrences[self.bounds[number]], self.n)
-            at.append(places[hit][right])
-            numbers.append(number[right])
-        at, numbers = (np.concatenate([*found, np.zeros(0, np.int64)]) for found in (at, numbers))
-        text = np.searchsorted(words.firsts, at, side="right") - 1
-        order = np.argsort(text, kind="stable")
-        return text[order], numbers[order]
-
-    def places(self, numbers: np.ndarray) -> np.ndarray:
-        """Places of all occurrences of these runs, in order."""
-        numbers = np.unique(numbers)
-        return np.sort(self.occurrences[ranges(self.bounds[numbers], np.diff(self.bounds)[numbers])])
-
-
-def batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in lots of about BATCH_CHARS."""
-    first = chars = 0
-    for i, text in enumerate(texts):
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield texts[first : i + 1]
-            first, chars = i + 1, 0
-    if first < len(texts) or not texts:
-        yield texts[first:]
-
-
-# ---- evaluation sets ----
 
 
 @dataclass(frozen=True)
@@ -234,7 +65,10 @@ def item_texts(item: dict[str, Any]) -> list[str]:
 def _chosen(item: dict[str, Any], key: str) -> tuple[str, list[str]]:
     options, gold = item[key], item["gold"]
     if not isinstance(options, list) or not isinstance(gold, int) or not 0 <= gold < len(options):
-        raise UserError(f"gold is {gold!r} of {len(options) if isinstance(options, list) else 'no'} {key}; expected the number of one of them, from 0")
+        raise UserError(
+            f"gold is {gold!r} of {len(options) if isinstance(options, list) else 'no'} {key}; expected the number of"
+            " one of them, from 0"
+        )
     return options[gold], options[:gold] + options[gold + 1 :]
 
 
@@ -250,7 +84,10 @@ def read_set(path: Path, name: str) -> EvalSet:
         try:
             texts = item_texts(row)
             if not texts or not all(isinstance(text, str) for text in texts):
-                raise UserError(f"the fields {', '.join(row) or '(none)'} hold no text; expected question and options, context and continuation, or other strings")
+                raise UserError(
+                    f"the fields {', '.join(row) or '(none)'} hold no text; expected question and options, context and"
+                    " continuation, or other strings"
+                )
         except UserError as error:
             raise UserError(f"{path}:{n}: {error}; mend the line") from None
         lines.append(n)
@@ -259,13 +96,16 @@ def read_set(path: Path, name: str) -> EvalSet:
 
 
 def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
-    """(sets, name -> what is wrong with it) of one .jsonl file, or of all tasks of an evaluation bundle, a file only once.
+    """(sets, name -> what is wrong with it) of one .jsonl file, or of all tasks of an evaluation bundle, a file only
+    once.
 
     Raises UserError where nothing can be read.
     """
     where = Path(where).expanduser()
     if where.is_dir():
-        bundle = open_bundle(where, [name for name in ("core.yaml", "extra.yaml") if name == "core.yaml" or (where / name).exists()])
+        bundle = open_bundle(
+            where, [name for name in ("core.yaml", "extra.yaml") if name == "core.yaml" or (where / name).exists()]
+        )
         names: dict[Path, list[str]] = {}
         for task in bundle.tasks.values():
             names.setdefault(task.path, []).append(task.label)
@@ -274,7 +114,10 @@ def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
         wanted, broken = {where: where.stem}, {}
     else:
         seen = "does not exist" if not where.exists() else f"ends in {where.suffix or 'no suffix'}"
-        raise UserError(f"{where} {seen}; expected a .jsonl file, one item per line, or the folder of an evaluation bundle; type --eval-set PATH")
+        raise UserError(
+            f"{where} {seen}; expected a .jsonl file, one item per line, or the folder of an evaluation bundle; type"
+            " --eval-set PATH"
+        )
     sets = []
     for path, name in wanted.items():
         try:
@@ -290,7 +133,8 @@ def read_sets(where: str | Path) -> tuple[list[EvalSet], dict[str, str]]:
 
 
 class Best(NamedTuple):
-    """Of each item, its longest stretch of words whose runs of N are all in one document, and where; 0 words where there is none.
+    """Of each item, its longest stretch of words whose runs of N are all in one document, and where; 0 words where
+    there is none.
 
     The first document wins a tie.
     """
@@ -308,7 +152,12 @@ class Best(NamedTuple):
         """Keep what is longer; of what is given for one item, the last."""
         better = words > self.words[items]
         items = items[better]
-        self.words[items], self.place[items], self.block[items], self.document[items] = words[better], places[better], block, document
+        self.words[items], self.place[items], self.block[items], self.document[items] = (
+            words[better],
+            places[better],
+            block,
+            document,
+        )
 
 
 class Search:
@@ -319,7 +168,7 @@ class Search:
         if n < 2:
             raise UserError(f"--ngram is {n}; expected at least 2 words, so that chance finds little; try --ngram 13")
         self.sets, items = list(sets), [item for s in sets for item in s.items]
-        self.index = Index([text for item in items for text in item], n)
+        self.index = RunIndex([text for item in items for text in item], n)
         self.n_items = len(items)
         self.text_item = np.repeat(np.arange(len(items)), [len(item) for item in items])
         sizes = np.diff(self.index.words.firsts)
@@ -330,7 +179,9 @@ class Search:
         return self.text_item[np.searchsorted(self.index.words.firsts, places, side="right") - 1]
 
     def overlaps(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(item, words, first word) of the stretches of items that runs at these places, in order, cover; an item's longest last, a tie's first."""
+        """(item, words, first word) of the stretches of items that runs at these places, in order, cover; an item's
+        longest last, a tie's first.
+        """
         first = np.flatnonzero(np.diff(places, prepend=-2) != 1)
         words = np.diff(first, append=len(places)) + self.index.n - 1
         order = np.lexsort((-first, words))
@@ -341,7 +192,8 @@ class Search:
         best, blocks = Best.none(self.n_items), documents.blocks
         for number in progress(range(len(blocks)), f"reading {label}", len(blocks)):
             before = 0
-            for texts in batches([documents.kept(text) or "" for text in iter_block(blocks[number])]):
+            block = blocks[number]
+            for texts in batches([documents.kept(text) or "" for text in format_of(block.path).scan(block)]):
                 text, runs_found = self.index.find(split(texts))
                 for d in np.unique(text):
                     best.take(*self.overlaps(self.index.places(runs_found[text == d])), number, before + int(d))
@@ -349,7 +201,9 @@ class Search:
         return best
 
     def report(self, found: dict[str, tuple[Documents, Best]]) -> list[dict[str, Any]]:
-        """One entry per set: counts, shares of the items long enough with 95 % intervals by split, longest overlap, examples, contaminated items."""
+        """One entry per set: counts, shares of the items long enough with 95 % intervals by split, longest overlap,
+        examples, contaminated items.
+        """
         out, before = [], 0
         for s in self.sets:
             mine = slice(before, before + len(s.items))
@@ -357,18 +211,34 @@ class Search:
             longest = np.max(list(words.values()), axis=0)
             enough = int(self.long_enough[mine].sum())
             rows = [self._item(found, s, before, i) for i in np.flatnonzero(longest)]
-            shown = {row["text"]: row for row in sorted(rows, key=lambda row: row["words"])}  # of items on one passage, one
-            out.append({
-                "set": s.name, "file": str(s.path), "items": len(s.items), "long_enough": enough, "longest": int(longest.max()),
-                "overlap": {name: share(int((column > 0).sum()), enough) for name, column in (words | {EITHER: longest}).items()},
-                "examples": list(shown.values())[: -EXAMPLES - 1 : -1], "contaminated": rows,
-            })  # fmt: skip
+            # of items on one passage, one
+            shown = {row["text"]: row for row in sorted(rows, key=lambda row: row["words"])}
+            out.append(
+                {
+                    "set": s.name,
+                    "file": str(s.path),
+                    "items": len(s.items),
+                    "long_enough": enough,
+                    "longest": int(longest.max()),
+                    "overlap": {
+                        name: overlap_share(int((column > 0).sum()), enough)
+                        for name, column in (words | {EITHER: longest}).items()
+                    },
+                    "examples": list(shown.values())[: -EXAMPLES - 1 : -1],
+                    "contaminated": rows,
+                }
+            )
             before += len(s.items)
         return out
 
     def _item(self, found: dict[str, tuple[Documents, Best]], s: EvalSet, before: int, i: int) -> dict[str, Any]:
         """Where item i of a set is, and its longest overlap with where that is."""
-        row: dict[str, Any] = {"set": s.name, "index": int(i), "line": s.lines[i], "splits": [name for name, (_, b) in found.items() if b.words[before + i]]}
+        row: dict[str, Any] = {
+            "set": s.name,
+            "index": int(i),
+            "line": s.lines[i],
+            "splits": [name for name, (_, b) in found.items() if b.words[before + i]],
+        }
         name = max(row["splits"], key=lambda name: found[name][1].words[before + i])
         documents, best = found[name]
         n, place, number, document = (int(column[before + i]) for column in best)
@@ -378,6 +248,6 @@ class Search:
         return row | {"words": n, "split": name, "where": where, "text": shown}
 
 
-def share(hits: int, n: int) -> dict[str, Any]:
+def overlap_share(hits: int, n: int) -> dict[str, Any]:
     """How many of n items, what part of them, and its 95 % interval; of none, None."""
     return {"items": hits, "share": hits / n if n else None, "interval": list(wilson(hits / n, n)) if n else None}

@@ -2,26 +2,27 @@
 
     CORE = mean over tasks of (accuracy - baseline) / (1 - baseline)        baseline: what guessing reaches
 
-A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with one over others. Texts are cut to the model's context, as DCLM
-does; where some are, the label says so: "CORE@512, 61 % cut" is of a model that reads 512 tokens, which 61 % of the items exceed.
+A mean over fewer tasks is called "CORE-k of 22" and is not to be compared with one over others. Texts are cut to the
+model's context, as DCLM does; where some are, the label says so: "CORE@512, 61 % cut" is of a model that reads 512
+tokens, which 61 % of the items exceed.
 
-The interval takes the tasks as independent. hellaswag and hellaswag_zeroshot ask the same questions: at worst, of tasks with as many items
-each and a correlation of 1, it should be sqrt(24 / 22) times as wide (4.4 %); with all items of the bundle less than 1 %.
-"""
+The interval takes the tasks as independent. hellaswag and hellaswag_zeroshot ask the same questions: at worst, of tasks
+with as many items each and a correlation of 1, it should be sqrt(24 / 22) times as wide (4.4 %); with all items of the
+bundle less than 1 %."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
-from nanolab.evals.chatcore import centred, mean_centred
-from nanolab.evals.likelihood import Reader, Score
+from nanolab.evals.chatcore import centred, mean_above_chance
+from nanolab.evals.likelihood import Score, Scorer
 from nanolab.evals.score import Interval, wilson
+from nanolab.records.console import clock
 from nanolab.runtime import Runtime, Stop, Stopped
-from nanolab.training.console import clock
 
 Say = Callable[[str], None]
 UNFINISHED = "the evaluation ended before it"
@@ -40,7 +41,8 @@ class TaskScore:
     centred: float
     cut: int  # items whose texts lost their first tokens, being longer than the model reads
     seconds: float
-    outcomes: str  # 1 for each right item and 0 for each wrong one, in the order of the items, which is the same for every model
+    # 1 for each right item and 0 for each wrong one, in the order of the items, which is the same for every model
+    outcomes: str
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,28 @@ class Core:
                 self.items[task.label] = read_items(task, max_per_task)
             except UserError as error:
                 self.failed[task.label] = str(error)
-        self._groups: dict[str, list[icl.Group]] = {}
+        self._groups: dict[str, list[icl.ItemGroup]] = {}
 
-    def groups(self, task: TaskSpec) -> Iterator[icl.Group]:
+    def groups(self, task: TaskSpec) -> Iterator[icl.ItemGroup]:
         if task.label not in self._groups:
             items = self.items[task.label]
             mine = range(self.runtime.rank, len(items), self.runtime.world_size)
-            self._groups[task.label] = list(icl.encode(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer))
+            self._groups[task.label] = list(
+                icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, self.tokenizer)
+            )
         yield from self._groups[task.label]
 
     def evaluate(
-        self, reader: Reader, say: Say = lambda line: None, keep: Callable[[CoreScore], None] = lambda found: None, stop: Stop = lambda: False
+        self,
+        reader: Scorer,
+        say: Say = lambda line: None,
+        keep: Callable[[CoreScore], None] = lambda found: None,
+        stop: Stop = lambda: False,
     ) -> CoreScore | None:
         """CORE of one model; called on every rank. say: gets the lines of a table, each when it is known.
 
-        keep: gets what is there after each task but the last, the others in its `failed`. stop: asked before each pass; where it says so on
-        a rank, there is no result.
-        """
+        keep: gets what is there after each task but the last, the others in its `failed`. stop: asked before each pass;
+        where it says so on a rank, there is no result."""
         scores: dict[str, TaskScore] = {}
         failed = dict(self.failed)
         tasks = [self.bundle.tasks[label] for label in self.items]
@@ -111,53 +118,85 @@ class Core:
             left = spent * sum(work[i + 1 :]) / sum(work[: i + 1])
             say(row(task.label, scores[task.label]) + (f"{clock(left)} left" if i + 1 < len(tasks) else ""))
             if i + 1 < len(tasks):
-                keep(summary(dict(scores), self.bundle.missing, failed | {later.label: UNFINISHED for later in tasks[i + 1 :]}, reader.limit))
-        found = summary(scores, self.bundle.missing, failed, reader.limit)
+                keep(
+                    core_score(
+                        dict(scores),
+                        self.bundle.missing,
+                        failed | {later.label: UNFINISHED for later in tasks[i + 1 :]},
+                        reader.limit,
+                    )
+                )
+        found = core_score(scores, self.bundle.missing, failed, reader.limit)
         for line in closing(found):
             say(line)
         return found
 
-    def measure(self, reader: Reader, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
+    def measure(self, reader: Scorer, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
         began, right = time.perf_counter(), icl.KINDS[task.kind].right
 
-        def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, bool]:
+        def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, bool]:
             return right(scores, group.gold), any(score.cut for score in scores)
 
-        found = icl.judged(reader, self.groups(task), self.runtime, judge, task.label, stop)
+        found = icl.judge_groups(reader, self.groups(task), self.runtime, judge, task.label, stop)
         n, accuracy = len(found), sum(ok for ok, _ in found) / len(found)
         return TaskScore(
-            task.kind, task.shots, n, accuracy, wilson(accuracy, n), task.baseline, centred(accuracy, task.baseline), sum(cut for _, cut in found),
-            time.perf_counter() - began, "".join(str(int(ok)) for ok, _ in found),
-        )  # fmt: skip
+            task.kind,
+            task.shots,
+            n,
+            accuracy,
+            wilson(accuracy, n),
+            task.baseline,
+            centred(accuracy, task.baseline),
+            sum(cut for _, cut in found),
+            time.perf_counter() - began,
+            "".join(str(int(ok)) for ok, _ in found),
+        )
 
 
-def characters(task: TaskSpec, items: Sequence[icl.Item]) -> float:
+def characters(task: TaskSpec, items: Sequence[icl.Question]) -> float:
     """About how many characters a model reads of a task where what an item's texts begin with is read once."""
     solved = sum(len(item.contexts[0]) + len(item.answers[0]) for item in items)
     return task.shots * solved + sum(len(text) for item in items for text in (*item.contexts, *item.answers))
 
 
-def summary(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str], context: int = 0) -> CoreScore:
+def core_score(scores: dict[str, TaskScore], missing: list[str], failed: dict[str, str], context: int = 0) -> CoreScore:
     """The mean over those scores whose tasks belong to CORE. context: tokens that the model reads."""
     members = [s for label, s in scores.items() if label in CORE]
     name = "CORE" if len(members) == len(CORE) else f"CORE-{len(members)} of {len(CORE)}"
-    value, interval = mean_centred([(s.accuracy, s.interval, s.baseline) for s in members]) if members else (None, None)
+    value, interval = (
+        mean_above_chance([(s.accuracy, s.interval, s.baseline) for s in members]) if members else (None, None)
+    )
     cut = sum(s.cut for s in members) / sum(s.n for s in members) if members else 0.0
-    return CoreScore(name + (f"@{context}, {share(cut)} cut" if cut else ""), value, interval, scores, missing, failed, context, cut)
+    return CoreScore(
+        name + (f"@{context}, {percent_text(cut)} cut" if cut else ""),
+        value,
+        interval,
+        scores,
+        missing,
+        failed,
+        context,
+        cut,
+    )
 
 
-def share(part: float) -> str:
+def percent_text(part: float) -> str:
     return "under 1 %" if part < 0.01 else f"{100 * part:.0f} %"
 
 
 def header() -> str:
-    return f"  {'task':<34}{'shots':>5}{'items':>8}{'accuracy':>10}  {'95 % interval':<18}{'above chance':>12}{'seconds':>9}"
+    return (
+        f"  {'task':<34}{'shots':>5}{'items':>8}{'accuracy':>10} "
+        f" {'95 % interval':<18}{'above chance':>12}{'seconds':>9}"
+    )
 
 
 def row(label: str, s: TaskScore) -> str:
     low, high = s.interval
-    note = f"  {s.cut:,} cut ({share(s.cut / s.n)})" if s.cut else ""
-    return f"  {label:<34}{s.shots:>5}{s.n:>8,}{s.accuracy:>10.4f}  {f'{low:.4f} to {high:.4f}':<18}{s.centred:>12.4f}{s.seconds:>9.1f}{note}"
+    note = f"  {s.cut:,} cut ({percent_text(s.cut / s.n)})" if s.cut else ""
+    return (
+        f"  {label:<34}{s.shots:>5}{s.n:>8,}{s.accuracy:>10.4f} "
+        f" {f'{low:.4f} to {high:.4f}':<18}{s.centred:>12.4f}{s.seconds:>9.1f}{note}"
+    )
 
 
 def closing(found: CoreScore) -> list[str]:
@@ -168,21 +207,35 @@ def closing(found: CoreScore) -> list[str]:
         lines += [f"  {found.label:<57}  {f'{low:.4f} to {high:.4f}':<18}{found.value:>12.4f}"]
     if cut := sum(s.cut for s in found.tasks.values()):
         n = sum(s.n for s in found.tasks.values())
-        lines += [f"  cut: {cut:,} of {n:,} items ({share(cut / n)}) are longer than the model reads; of their texts the last tokens count"]
+        lines += [
+            f"  cut: {cut:,} of {n:,} items ({percent_text(cut / n)}) are longer than the model reads; of their texts"
+            " the last tokens count"
+        ]
     if found.missing:
         lines += [f"  missing from the bundle: {', '.join(found.missing)}"]
     return lines + [f"  failed: {label}: {why}" for label, why in found.failed.items()]
 
 
 def csv_lines(found: dict[str, Any]) -> list[str]:
-    """Task, Accuracy, Centered of `to_json`'s dict, as karpathy/nanochat's base_eval writes them; the mean is the last line."""
+    """Task, Accuracy, Centered of `to_json`'s dict, as karpathy/nanochat's base_eval writes them; the mean is the last
+    line.
+    """
     lines = [f"{label},{s['accuracy']:.6f},{s['centred']:.6f}" for label, s in found["tasks"].items()]
     label = found["label"] if "," not in found["label"] else f'"{found["label"]}"'
-    return ["Task,Accuracy,Centered", *lines, *([f"{label},,{found['value']:.6f}"] if found["value"] is not None else [])]
+    return [
+        "Task,Accuracy,Centered",
+        *lines,
+        *([f"{label},,{found['value']:.6f}"] if found["value"] is not None else []),
+    ]
 
 
 def metrics(found: CoreScore) -> dict[str, Any]:
-    """For the log of a training run, by the names that dashboards watch; core_tasks where it is not all of CORE, core_cut where items were cut."""
+    """For the log of a training run, by the names that dashboards watch; core_tasks where it is not all of CORE,
+    core_cut where items were cut.
+    """
     k = sum(label in CORE for label in found.tasks)
     partial = ({"core_tasks": k} if k < len(CORE) else {}) | ({"core_cut": found.cut} if found.cut else {})
-    return {"core_metric": found.value, "centered_results": {label: s.centred for label, s in found.tasks.items() if label in CORE}} | partial
+    return {
+        "core_metric": found.value,
+        "centered_results": {label: s.centred for label, s in found.tasks.items() if label in CORE},
+    } | partial

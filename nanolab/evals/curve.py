@@ -1,17 +1,17 @@
-"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib, and none of its global state.
+"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib, and none of its
+global state.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), which people with any colour vision tell apart; each line also has a
-marker and a dash of its own, and its name stands beside its end, so that a grey copy can be read too.
-"""
+Colours are Okabe and Ito's (Color Universal Design, 2008), which people with any colour vision tell apart; each line
+also has a marker and a dash of its own, and its name stands beside its end, so that a grey copy can be read too."""
 
-import os
 import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
+from nanolab.files import replacing
 
 Point = tuple[float, float, float | None, float | None]  # x, score, low and high end of its interval
 
@@ -34,24 +34,36 @@ class Name(NamedTuple):
 
 
 def draw(
-    curves: dict[str, list[Point]], path: str | Path, *, ylabel: str, title: str, xlabel: str = "training tokens",
+    curves: dict[str, list[Point]],
+    path: str | Path,
+    *,
+    ylabel: str,
+    title: str,
+    xlabel: str = "training tokens",
     references: Sequence[tuple[str, float]] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """Draw run name -> points into `path` (.png or .svg, replaced as a whole) and return it.
 
-    Points may come in any order; one without an interval has None for its ends. references: (name, score) of horizontal lines.
-    Raises UserError where matplotlib is missing, for another suffix, and where there is no point to draw.
-    """
+    Points may come in any order; one without an interval has None for its ends. references: (name, score) of horizontal
+    lines. Raises UserError where matplotlib is missing, for another suffix, and where there is no point to draw."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} ends in {path.suffix or 'no suffix'}; expected {' or '.join(SUFFIXES)}; name it {path.with_suffix('.png')}")
+        raise UserError(
+            f"{path} ends in {path.suffix or 'no suffix'}; expected {' or '.join(SUFFIXES)}; name it"
+            f" {path.with_suffix('.png')}"
+        )
     curves = {name: sorted(points, key=lambda p: p[0]) for name, points in curves.items() if points}
     if not curves:
-        raise UserError(f"no point to draw into {path}; expected at least one checkpoint with a score; evaluate one first")
+        raise UserError(
+            f"no point to draw into {path}; expected at least one checkpoint with a score; evaluate one first"
+        )
     style, Figure = drawing()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]):  # not this machine's style
+    with (
+        replacing(path) as fresh,
+        style.context(
+            ["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]
+        ),  # not this machine's style
+    ):
         figure = Figure()
         axes = figure.add_subplot()
         names = [_run(axes, name, points, i, len(curves)) for i, (name, points) in enumerate(curves.items())]
@@ -60,8 +72,7 @@ def draw(
             axes.axhline(score, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         _axes(axes, [x for points in curves.values() for x, *_ in points], title, xlabel, ylabel)
         _names(figure, axes, [name._replace(text=textwrap.fill(name.text, NAME_CHARS)) for name in names])
-        figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-    os.replace(temporary, path)
+        figure.savefig(fresh, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
@@ -71,7 +82,9 @@ def drawing() -> tuple[Any, Any]:
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("matplotlib, which draws curves, is not installed; expected the extra plots; type: bash runs/setup.sh plots") from error
+        raise UserError(
+            "matplotlib, which draws curves, is not installed; expected the extra plots; type: bash runs/setup.sh plots"
+        ) from error
     return style, Figure
 
 
@@ -80,7 +93,16 @@ def _run(axes: Any, name: str, points: list[Point], i: int, n: int) -> Name:
     colour, marker, dash = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     lows, highs = ([float("nan") if p[2] is None or p[3] is None else p[end] for p in points] for end in (2, 3))
-    axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.7, marker=marker, markersize=4.5 if len(xs) <= 30 else 0, zorder=3)
+    axes.plot(
+        xs,
+        ys,
+        color=colour,
+        linestyle=dash,
+        linewidth=1.7,
+        marker=marker,
+        markersize=4.5 if len(xs) <= 30 else 0,
+        zorder=3,
+    )
     if len(points) == 1:
         axes.vlines(xs, lows, highs, color=colour, linewidth=1.4, zorder=2)
     else:
@@ -124,18 +146,34 @@ def _names(figure: Any, axes: Any, names: list[Name]) -> None:
     share = line / (axes.get_position().height * figure.get_figheight())
     for name, height in zip(names, spread(heights, [share * n for n in lines])):
         axes.annotate(
-            name.text, (right if name.x is None else name.x, name.y), (1.03, height), xycoords="data", textcoords="axes fraction", color=INK,
-            fontsize=NAME_SIZE, va="center", linespacing=1.1, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": name.colour, "linestyle": (0, (1, 1.5)), "linewidth": 1, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3},
-        )  # fmt: skip
+            name.text,
+            (right if name.x is None else name.x, name.y),
+            (1.03, height),
+            xycoords="data",
+            textcoords="axes fraction",
+            color=INK,
+            fontsize=NAME_SIZE,
+            va="center",
+            linespacing=1.1,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": name.colour,
+                "linestyle": (0, (1, 1.5)),
+                "linewidth": 1,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 3,
+            },
+        )
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
-    """Centres of intervals of these sizes inside [0, 1], none overlapping, in the order of `wanted` and nearest to it in least squares.
+    """Centres of intervals of these sizes inside [0, 1], none overlapping, in the order of `wanted` and nearest to it
+    in least squares.
 
-    Less what lies below it, a centre must not fall: isotonic regression, by pooling adjacent violators (Ayer et al., Ann. Math.
-    Statist. 26, 1955). Sizes of more than 1 in all begin at 0.
-    """
+    Less what lies below it, a centre must not fall: isotonic regression, by pooling adjacent violators (Ayer et al.,
+    Ann. Math. Statist. 26, 1955). Sizes of more than 1 in all begin at 0."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     below = {i: sum(sizes[j] for j in order[:place]) + sizes[i] / 2 for place, i in enumerate(order)}
     pools: list[tuple[float, int]] = []  # mean, members

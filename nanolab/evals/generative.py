@@ -1,53 +1,55 @@
 """Generative tasks: replies are sampled with the batched engine, many problems at once, and graded by the task."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply
-from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
-from nanolab.inference.engine import Engine
+from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
+from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import COLDEST
 from nanolab.runtime import Stop, progress
 
+GREEDY = Request(max_tokens=512, temperature=0.0, top_k=50)
 
-def evaluate(
+
+def evaluate_sampled(
     engine: Engine,
-    task: Task,
+    task: GradedTask,
     indices: Sequence[int],
+    request: Request = GREEDY,
     *,
     num_samples: int = 1,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    seed: int = 42,
-    tools: Callable[[str], str] | None = None,
     batch_size: int = 32,
     on_reply: OnReply | None = None,
     stop: Stop = lambda: False,
 ) -> Result:
     """pass@1 ... pass@num_samples on the task's problems `indices`, the same ones on every rank.
 
-    Rank r of W answers indices r, r + W, ... A reply depends on the seed, its problem and its number alone, not on batch_size
-    (replies drawn at once on one rank) or W. on_reply is called with every graded reply of this rank.
-    stop: asked at each token; where a rank is asked, Stopped is raised on all, when the others have answered theirs or were asked too.
-    Raises UserError for no problems, for settings that have no meaning, and for several samples at temperature 0.
-    """
+    request: how to answer. Rank r of W answers indices r, r + W, ... A reply depends on the request's seed, its problem
+    and its number alone, not on batch_size (replies drawn at once on one rank) or W. on_reply is called with every
+    graded reply of this rank. stop: asked at each token; where a rank is asked, Stopped is raised on all, when the
+    others have answered theirs or were asked too. Raises UserError for no problems, for settings that have no meaning,
+    and for several samples at temperature 0."""
     check_problems(task, indices)
     if num_samples < 1 or batch_size < 1:
-        raise UserError(f"{num_samples} replies to a problem, {batch_size} at once; expected at least 1 of each; try --num-samples 1 --device-batch-size 32")
-    if num_samples > 1 and temperature < COLDEST:
-        raise UserError(f"{num_samples} replies to a problem at temperature {temperature:g} are all the same; expected different ones; try --temperature 1")
+        raise UserError(
+            f"{num_samples} replies to a problem, {batch_size} at once; expected at least 1 of each; try --num-samples"
+            " 1 --device-batch-size 32"
+        )
+    if num_samples > 1 and request.temperature < COLDEST:
+        raise UserError(
+            f"{num_samples} replies to a problem at temperature {request.temperature:g} are all the same; expected"
+            " different ones; try --temperature 1"
+        )
     runtime, found, cut = engine.runtime, [], False
     prompts = readable_prompts(engine.tokenizer, task, indices[runtime.rank :: runtime.world_size], engine.limit)
     places = [(i, sample) for i in prompts for sample in range(num_samples)]
     for batch in progress([places[lo : lo + batch_size] for lo in range(0, len(places), batch_size)], task.name):
         ids, ended = [[] for _ in batch], [False] * len(batch)
-        steps = engine.generate(
-            [prompts[i] for i, _ in batch], max_tokens=max_tokens, temperature=temperature, top_k=top_k,
-            seed=[reply_seed(seed, i, sample) for i, sample in batch], tools=tools,
-        )  # fmt: skip
+        seeds = [reply_seed(request.seed, i, sample) for i, sample in batch]
+        steps = engine.generate([prompts[i] for i, _ in batch], request, seeds)
         for step in steps:
             if stop():
                 break

@@ -1,11 +1,12 @@
-"""HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031) by themselves, as GPT-2's reproductions and lm-evaluation-harness score them.
+"""HellaSwag (arXiv 1905.07830) and LAMBADA (arXiv 1606.06031) by themselves, as GPT-2's reproductions and
+lm-evaluation-harness score them.
 
-Of a HellaSwag item the ending with the lowest loss is chosen: of the sum over its tokens (both report it), of the mean over its
-tokens (reproductions of GPT-2), or of the sum divided by its characters (the harness's acc_norm) or its bytes (its acc_bytes, which is
-another number where a text is not ASCII). The texts are those of the data: the original file's as they are, which the reproductions
-read, or the bundle's, cleaned as the harness cleans them. The ending is encoded by itself, behind a blank, and all of its tokens count.
-A tokenizer that puts a blank of its own before every text would make that two; there texts are encoded whole.
-"""
+Of a HellaSwag item the ending with the lowest loss is chosen: of the sum over its tokens (both report it), of the mean
+over its tokens (reproductions of GPT-2), or of the sum divided by its characters (the harness's acc_norm) or its bytes
+(its acc_bytes, which is another number where a text is not ASCII). The texts are those of the data: the original file's
+as they are, which the reproductions read, or the bundle's, cleaned as the harness cleans them. The ending is encoded by
+itself, behind a blank, and all of its tokens count. A tokenizer that puts a blank of its own before every text would
+make that two; there texts are encoded whole."""
 
 import math
 import statistics
@@ -13,68 +14,94 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
-from nanolab.evals.likelihood import Reader, Score, common
+from nanolab.evals.likelihood import Score, Scorer, common
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
+from nanolab.tables import interval_text, text_table
 
 RULES = ("sum", "per_token", "per_character", "per_byte")
 
 
-def original_items(path: Path, max_items: int = -1) -> list[icl.Item]:
+def original_items(path: Path, max_items: int = -1) -> list[icl.Question]:
     """Items of a file of the dataset's authors: objects with ctx, endings and label. Raises UserError."""
     items = []
     for n, row in read_rows(path):
         label = row.get("label")
-        choice = {"query": row.get("ctx"), "choices": row.get("endings"), "gold": int(label) if str(label).isdecimal() else label}
+        choice = {
+            "query": row.get("ctx"),
+            "choices": row.get("endings"),
+            "gold": int(label) if str(label).isdecimal() else label,
+        }
         try:
             items.append(icl.KINDS["multiple_choice"].item(choice))
         except UserError as error:
             said = str(error).replace("query", "ctx").replace("choices", "endings").replace("gold", "label")
-            raise UserError(f"{path}:{n}: {said}; expected HellaSwag's own fields ctx, endings and label, which test rows lack; use its validation file") from None
+            raise UserError(
+                f"{path}:{n}: {said}; expected HellaSwag's own fields ctx, endings and label, which test rows lack; use"
+                " its validation file"
+            ) from None
     return sample(items, max_items, 0, str(path))
 
 
-def hellaswag(reader: Reader, tokenizer: icl.Encoder, items: Sequence[icl.Item], runtime: Runtime, *, bos: bool = True) -> dict[str, Any]:
-    """{"n", rule: {"accuracy", "interval"} for each of RULES, "cut"}. bos: whether texts begin with that token. On every rank."""
-    groups = encode(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
+def hellaswag(
+    reader: Scorer, tokenizer: icl.Encoder, items: Sequence[icl.Question], runtime: Runtime, *, bos: bool = True
+) -> dict[str, Any]:
+    """{"n", rule: {"accuracy", "interval"} for each of RULES, "cut"}. bos: whether texts begin with that token. On
+    every rank.
+    """
+    groups = encode_ending(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
 
-    def judge(scores: Sequence[Score], group: icl.Group) -> tuple[bool, ...]:
+    def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, ...]:
         answers = items[group.index].answers
-        sizes = [(1, s.n_tokens, max(1, len(a)), max(1, len(a.encode("utf-8", "surrogatepass")))) for s, a in zip(scores, answers)]
+        sizes = [
+            (1, s.n_tokens, max(1, len(a)), max(1, len(a.encode("utf-8", "surrogatepass"))))
+            for s, a in zip(scores, answers)
+        ]
         losses = [[s.nats / size for s, size in zip(scores, of_rule)] for of_rule in zip(*sizes)]
         return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
 
-    found = icl.judged(reader, groups, runtime, judge, "hellaswag")
+    found = icl.judge_groups(reader, groups, runtime, judge, "hellaswag")
     n = len(found)
     right = {rule: sum(outcome[i] for outcome in found) / n for i, rule in enumerate(RULES)}
-    return {"n": n, **{rule: {"accuracy": p, "interval": wilson(p, n)} for rule, p in right.items()}, "cut": sum(outcome[-1] for outcome in found)}
+    return {
+        "n": n,
+        **{rule: {"accuracy": p, "interval": wilson(p, n)} for rule, p in right.items()},
+        "cut": sum(outcome[-1] for outcome in found),
+    }
 
 
-def encode(items: Sequence[icl.Item], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool) -> Iterator[icl.Group]:
+def encode_ending(
+    items: Sequence[icl.Question], indices: Sequence[int], tokenizer: icl.Encoder, bos: bool
+) -> Iterator[icl.ItemGroup]:
     first = [tokenizer.bos] if bos else []
     before, behind, both = tokenizer.encode_batch(["a", " b", "a b"])
     alone = before + behind == both  # whether what stands behind a blank is encoded there as it is by itself
     contexts = tokenizer.encode_batch([items[i].contexts[0] for i in indices])
-    endings = iter(tokenizer.encode_batch([f"{'' if alone else items[i].contexts[0]} {answer}" for i in indices for answer in items[i].answers]))
+    endings = iter(
+        tokenizer.encode_batch(
+            [f"{'' if alone else items[i].contexts[0]} {answer}" for i in indices for answer in items[i].answers]
+        )
+    )
     for i, context in zip(indices, contexts):
         head = [*first, *context]
         texts = [[*(head if alone else first), *next(endings)] for _ in items[i].answers]
         yield icl.group(i, items[i].gold, texts, [len(head) if alone else common([head, text]) for text in texts])
 
 
-def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1) -> dict[str, Any]:
+def lambada(
+    reader: Scorer, tokenizer: icl.Encoder, task: TaskSpec, runtime: Runtime, max_items: int = -1
+) -> dict[str, Any]:
     """{"n", "accuracy", "interval", "perplexity", "perplexity_interval", "cut"}, on every rank.
 
-    accuracy: of items whose last word's tokens are each the likeliest. perplexity: exp of the mean over items of the word's nats, as
-    lm-evaluation-harness has it; its interval by the standard error of that mean.
-    """
+    accuracy: of items whose last word's tokens are each the likeliest. perplexity: exp of the mean over items of the
+    word's nats, as lm-evaluation-harness has it; its interval by the standard error of that mean."""
     items = read_items(task, max_items)
     mine = range(runtime.rank, len(items), runtime.world_size)
-    groups = icl.encode(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
-    found = icl.judged(reader, groups, runtime, lambda scores, group: scores[0], task.label)
+    groups = icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
+    found = icl.judge_groups(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
 
     def exp(x: float) -> float:
@@ -84,9 +111,13 @@ def lambada(reader: Reader, tokenizer: icl.Encoder, task: TaskSpec, runtime: Run
     half = Z95 * statistics.stdev(nats) / math.sqrt(n) if n > 1 else None
     ends = None if half is None else Interval(exp(mean - half), exp(mean + half))
     return {
-        "n": n, "accuracy": accuracy, "interval": wilson(accuracy, n), "perplexity": exp(mean), "perplexity_interval": ends,
+        "n": n,
+        "accuracy": accuracy,
+        "interval": wilson(accuracy, n),
+        "perplexity": exp(mean),
+        "perplexity_interval": ends,
         "cut": sum(s.cut > 0 for s in found),
-    }  # fmt: skip
+    }
 
 
 def hellaswag_table(found: dict[str, Any]) -> list[str]:
@@ -97,15 +128,17 @@ def hellaswag_table(found: dict[str, Any]) -> list[str]:
         "per_character": "lowest loss per character (acc_norm of lm-evaluation-harness)",
         "per_byte": "lowest loss per byte (acc_bytes of lm-evaluation-harness)",
     }
-    lines = [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25"]
-    for rule, what in says.items():
-        low, high = found[rule]["interval"]
-        lines += [f"  {what:<64}{found[rule]['accuracy']:>8.4f}  {low:.4f} to {high:.4f}"]
-    return lines
+    rows = [
+        [what, f"{found[rule]['accuracy']:.4f}", interval_text(found[rule]["interval"])] for rule, what in says.items()
+    ]
+    columns = {"chosen by": "left", "accuracy": "right", "95 % interval": "left"}
+    return [f"HellaSwag, {found['n']:,} items; guessing reaches 0.25", *text_table(columns, rows)]
 
 
 def lambada_table(found: dict[str, Any]) -> list[str]:
-    lines = [f"LAMBADA, {found['n']:,} items"]
-    for name, ends in (("accuracy", "interval"), ("perplexity", "perplexity_interval")):
-        lines += [f"  {name:<20}{found[name]:>12,.4f}  " + ("{:,.4f} to {:,.4f}".format(*found[ends]) if found[ends] else "of one item")]
-    return lines
+    rows = [
+        [name, f"{found[name]:,.4f}", interval_text(found[ends], ",.4f")]
+        for name, ends in (("accuracy", "interval"), ("perplexity", "perplexity_interval"))
+    ]
+    columns = {"": "left", "value": "right", "95 % interval": "left"}
+    return [f"LAMBADA, {found['n']:,} items", *text_table(columns, rows)]

@@ -1,12 +1,18 @@
-"""In-context items, as CORE has them: an item of a task, after k solved ones, becomes texts whose likelihoods decide it.
+"""In-context items, as CORE has them: an item of a task, after k solved ones, becomes texts whose likelihoods decide
+it.
 
-    multiple_choice     one context, several answers          right: the answer with the lowest mean loss per token is the true one
-    schema              several contexts, one answer          right: the answer is likeliest, per token, after the true context
+    multiple_choice     one context, several answers          right: the answer with the lowest mean loss per token is
+                        the true one
+    schema              several contexts, one answer          right: the answer is likeliest, per token, after the true
+                        context
     language_modeling   one context, one answer               right: each token of the answer is the likeliest one
 
-A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by the seed
-1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv 2406.11794). A text that is
-longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads such texts whole.
+A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by
+the seed
+1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv
+2406.11794). A text that is
+longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads
+such texts whole.
 """
 
 import random
@@ -15,8 +21,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from nanolab.config import UserError
-from nanolab.evals.likelihood import Reader, Score, Text, common, score
+from nanolab.cli import UserError
+from nanolab.evals.likelihood import Score, Scorer, Text, common, score
 from nanolab.runtime import Runtime, Stop, Stopped
 
 T = TypeVar("T")
@@ -34,7 +40,7 @@ SHOT_SEED = 1234
 CHUNK = 1 << 20  # tokens of texts that are lists at once: a list takes ten times the room of an array
 
 
-class Item(NamedTuple):
+class Question(NamedTuple):
     """A question; one of `contexts` and `answers` has several entries, of which number `gold` is the true one."""
 
     contexts: tuple[str, ...]
@@ -42,8 +48,10 @@ class Item(NamedTuple):
     gold: int = 0
 
 
-class Group(NamedTuple):
-    """The texts of one item in tokens: what they begin with in common, what each goes on with, and where the scored ones begin."""
+class ItemGroup(NamedTuple):
+    """The texts of one item in tokens: what they begin with in common, what each goes on with, and where the scored
+    ones begin.
+    """
 
     index: int
     gold: int
@@ -63,7 +71,7 @@ class Group(NamedTuple):
 class Kind(NamedTuple):
     """A type of task."""
 
-    item: Callable[[dict[str, Any]], Item]  # of a row of the data; raises UserError
+    item: Callable[[dict[str, Any]], Question]  # of a row of the data; raises UserError
     starts: Callable[[list[list[int]]], list[int]]  # where the scored tokens of each text begin
     right: Callable[[Sequence[Score], int], bool]  # by the scores of the texts and the true one's number
     continues: bool = False  # the text without its answer is needed to find out where that begins
@@ -82,7 +90,10 @@ def _options(row: dict[str, Any], field: str) -> tuple[tuple[str, ...], int]:
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(x, (str, int, float)) for x in found):
         raise UserError(f"{field} is {_seen(found)}; expected a list of at least 2 texts")
     if not isinstance(gold, int) or not 0 <= gold < len(found):
-        raise UserError(f"gold is {_seen(gold)}; expected the number of the true one of {len(found)} {field}, from 0 to {len(found) - 1}")
+        raise UserError(
+            f"gold is {_seen(gold)}; expected the number of the true one of {len(found)} {field}, from 0 to"
+            f" {len(found) - 1}"
+        )
     if len(set(found)) == 1:
         raise UserError(f"all {len(found)} {field} are the same; expected texts that differ")
     return tuple(map(str, found)), gold
@@ -92,24 +103,26 @@ def _seen(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
 
 
-def _choice_item(row: dict[str, Any]) -> Item:
+def _choice_item(row: dict[str, Any]) -> Question:
     answers, gold = _options(row, "choices")
-    return Item((_text(row, "query"),), answers, gold)
+    return Question((_text(row, "query"),), answers, gold)
 
 
-def _schema_item(row: dict[str, Any]) -> Item:
+def _schema_item(row: dict[str, Any]) -> Question:
     contexts, gold = _options(row, "context_options")
-    return Item(contexts, (_text(row, "continuation"),), gold)
+    return Question(contexts, (_text(row, "continuation"),), gold)
 
 
-def _language_item(row: dict[str, Any]) -> Item:
+def _language_item(row: dict[str, Any]) -> Question:
     if not (answer := _text(row, "continuation")).strip():
         raise UserError("continuation is empty; expected text to predict")
-    return Item((_text(row, "context").strip(),), (answer,))
+    return Question((_text(row, "context").strip(),), (answer,))
 
 
 def _after_prefix(texts: list[list[int]]) -> list[int]:
-    """After what all have in common; where one choice is the beginning of the others, its last token is scored, and theirs there."""
+    """After what all have in common; where one choice is the beginning of the others, its last token is scored, and
+    theirs there.
+    """
     return [min(common(texts), min(map(len, texts)) - 1)] * len(texts)
 
 
@@ -119,7 +132,9 @@ def _before_suffix(texts: list[list[int]]) -> list[int]:
 
 
 def _after_context(texts: list[list[int]]) -> list[int]:
-    """texts: with the answer, and without it. Where a token spans the seam (the reference stops there), it is scored."""
+    """texts: with the answer, and without it. Where a token spans the seam (the reference stops there), it is
+    scored.
+    """
     return [common(texts)]
 
 
@@ -133,10 +148,10 @@ def is_greedy(scores: Sequence[Score], gold: int) -> bool:
 
 
 KINDS = {
-    "multiple_choice":   Kind(_choice_item, _after_prefix, lowest_mean),
-    "schema":            Kind(_schema_item, _before_suffix, lowest_mean),
+    "multiple_choice": Kind(_choice_item, _after_prefix, lowest_mean),
+    "schema": Kind(_schema_item, _before_suffix, lowest_mean),
     "language_modeling": Kind(_language_item, _after_context, is_greedy, continues=True),
-}  # fmt: skip
+}
 
 
 def shots(i: int, n: int, k: int) -> list[int]:
@@ -144,20 +159,27 @@ def shots(i: int, n: int, k: int) -> list[int]:
     return [j + (j >= i) for j in random.Random(SHOT_SEED + i).sample(range(n - 1), k)]
 
 
-def prompts(item: Item, solved: Sequence[Item], delimiter: str) -> list[str]:
+def prompts(item: Question, solved: Sequence[Question], delimiter: str) -> list[str]:
     """One text for each context and answer of the item, after the solved ones."""
-    head = "".join(f"{s.contexts[s.gold if s.contexts[1:] else 0]}{delimiter}{s.answers[s.gold if s.answers[1:] else 0]}\n\n" for s in solved)
+    head = "".join(
+        f"{s.contexts[s.gold if s.contexts[1:] else 0]}{delimiter}{s.answers[s.gold if s.answers[1:] else 0]}\n\n"
+        for s in solved
+    )
     return [f"{head}{context}{delimiter}{answer}" for context in item.contexts for answer in item.answers]
 
 
-def rendered(kind: str, items: Sequence[Item], i: int, k: int, delimiter: str) -> list[str]:
+def rendered(kind: str, items: Sequence[Question], i: int, k: int, delimiter: str) -> list[str]:
     """What is encoded for item i: its texts, and where the kind asks for it the one without its answer, stripped."""
     solved = [items[j] for j in shots(i, len(items), k)] if k else []
     texts = prompts(items[i], solved, delimiter)
-    return texts + ([prompts(items[i]._replace(answers=("",)), solved, delimiter)[0].strip()] if KINDS[kind].continues else [])
+    return texts + (
+        [prompts(items[i]._replace(answers=("",)), solved, delimiter)[0].strip()] if KINDS[kind].continues else []
+    )
 
 
-def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder) -> Iterator[Group]:
+def encode_groups(
+    kind: str, items: Sequence[Question], indices: Sequence[int], k: int, delimiter: str, tokenizer: Encoder
+) -> Iterator[ItemGroup]:
     """The groups of items `indices`, each text after the beginning-of-text token.
 
     Texts are encoded whole: what a tokenizer joins across the seams of their parts is joined.
@@ -173,20 +195,31 @@ def encode(kind: str, items: Sequence[Item], indices: Sequence[int], k: int, del
             yield group(i, items[i].gold, encoded[: len(starts)], starts)
 
 
-def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> Group:
+def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[int]) -> ItemGroup:
     """The texts with what they have in common held once."""
     shared = common(texts)
-    return Group(index, gold, np.array(texts[0][:shared], np.int32), [np.array(text[shared:], np.int32) for text in texts], starts)
+    return ItemGroup(
+        index,
+        gold,
+        np.array(texts[0][:shared], np.int32),
+        [np.array(text[shared:], np.int32) for text in texts],
+        starts,
+    )
 
 
-def judged(
-    reader: Reader, groups: Iterable[Group], runtime: Runtime, judge: Callable[[Sequence[Score], Group], T], label: str = "", stop: Stop = lambda: False
+def judge_groups(
+    reader: Scorer,
+    groups: Iterable[ItemGroup],
+    runtime: Runtime,
+    judge: Callable[[Sequence[Score], ItemGroup], T],
+    label: str = "",
+    stop: Stop = lambda: False,
 ) -> list[T]:
     """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
 
-    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that cannot be scored,
-    and Stopped where `stop`, which is asked before each pass, said so on one: when the others are done or were asked too.
-    """
+    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that
+    cannot be scored, and Stopped where `stop`, which is asked before each pass, said so on one: when the others are
+    done or were asked too."""
     found: list[tuple[int, T]] = []
     why: str | Stopped = ""
     try:
@@ -205,7 +238,7 @@ def judged(
     return [result for _, result in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
 
 
-def _chunks(groups: Sequence[Group]) -> Iterator[list[Group]]:
+def _chunks(groups: Sequence[ItemGroup]) -> Iterator[list[ItemGroup]]:
     chunk, size = [], 0
     for group in groups:
         if chunk and size + group.n_tokens > CHUNK:

@@ -1,10 +1,9 @@
 """Log-likelihoods of texts' tails: how well a model expects what is there, token by token, whatever task asks.
 
-What texts of one group begin with in common is read once, into a KV cache whose row is then copied to each of them; texts of
-like lengths are read together, up to so many tokens; the head sees only the places that count. Texts that share little are
-read whole, padded on the right: attention is causal, so that nothing behind a place reaches it. Dims: N prefixes, R rows, L tokens
-of a prefix, T of a row, K places that count, C width, V vocabulary.
-"""
+What texts of one group begin with in common is read once, into a KV cache whose row is then copied to each of them;
+texts of like lengths are read together, up to so many tokens; the head sees only the places that count. Texts that
+share little are read whole, padded on the right: attention is causal, so that nothing behind a place reaches it. Dims:
+N prefixes, R rows, L tokens of a prefix, T of a row, K places that count, C width, V vocabulary."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefill import in_blocks
 from nanolab.model.gpt import GPT
@@ -43,18 +42,21 @@ class Reads(NamedTuple):
     prefixes: np.ndarray | None  # (N, L) int64
     of: list[int]  # R: the prefix of each row
     ids: np.ndarray  # (R, T) int64
-    rows: np.ndarray  # (K,): places that count, row by row: after which tokens of `ids` the next one's probability is asked
+    # (K,): places that count, row by row: after which tokens of `ids` the next one's probability is asked
+    rows: np.ndarray
     columns: np.ndarray  # (K,)
 
 
-class Reader(Protocol):
+class Scorer(Protocol):
     """What scores texts."""
 
     limit: int  # tokens of a text
     tokens: int  # of one pass, where nobody says how many
     shares: bool  # whether `logits` reads prefixes
 
-    def logits(self, reads: Reads) -> Iterator[Tensor]: ...  # (n, V), at least fp32, for the next n places, until all K are done
+    def logits(
+        self, reads: Reads
+    ) -> Iterator[Tensor]: ...  # (n, V), at least fp32, for the next n places, until all K are done
 
 
 class GPTReader:
@@ -77,7 +79,14 @@ class GPTReader:
         yield from logits_at(self.model, reads.ids, reads.rows, reads.columns, self.device, cache)
 
 
-def logits_at(model: GPT, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, device: torch.device, cache: KVCache | None = None) -> Iterator[Tensor]:
+def logits_at(
+    model: GPT,
+    ids: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    device: torch.device,
+    cache: KVCache | None = None,
+) -> Iterator[Tensor]:
     """Logits (n, V) after the tokens `columns` (K,) of `rows` (K,) of ids (R, T), n places at a time."""
     at = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
     yield from in_blocks(model, model.hidden(torch.from_numpy(ids).to(device), cache, at))
@@ -91,8 +100,10 @@ def padded(texts: Sequence[Sequence[int]]) -> np.ndarray:
     return out
 
 
-class Row(NamedTuple):
-    """Tokens to read, and the texts that are scored by reading them: a text without its last token, and those that it begins with."""
+class PackedRow(NamedTuple):
+    """Tokens to read, and the texts that are scored by reading them: a text without its last token, and those that it
+    begins with.
+    """
 
     ids: Sequence[int]
     texts: list[int]  # numbers among all texts
@@ -102,49 +113,58 @@ class Row(NamedTuple):
 class Item(NamedTuple):
     """Rows that begin with the same `shared` tokens, and have no place that counts among them."""
 
-    rows: list[Row]
+    rows: list[PackedRow]
     shared: int
 
 
 @torch.no_grad()
-def score(reader: Reader, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "", stop: Stop = lambda: False) -> list[list[Score]]:
+def score(
+    reader: Scorer, groups: Sequence[Sequence[Text]], *, tokens: int = 0, label: str = "", stop: Stop = lambda: False
+) -> list[list[Score]]:
     """The score of every text, in the order of `groups`, whatever is read with what.
 
-    groups: texts that may begin alike, such as the choices of one item. A text longer than `reader.limit` loses its first
-    tokens. tokens: of one pass, padding included, where an item has no more than that; 0: as the reader says. Results depend on
-    it by rounding only. label: of the progress bar. stop: asked before each pass, Stopped is raised where it says so. Raises UserError for a text without a scored token, or of which none would be
-    left before the scored ones, and where a model's loss is not a finite number.
-    """
+    groups: texts that may begin alike, such as the choices of one item. A text longer than `reader.limit` loses its
+    first tokens. tokens: of one pass, padding included, where an item has no more than that; 0: as the reader says.
+    Results depend on it by rounding only. label: of the progress bar. stop: asked before each pass, Stopped is raised
+    where it says so. Raises UserError for a text without a scored token, or of which none would be left before the
+    scored ones, and where a model's loss is not a finite number."""
     texts = [[shortened(text, reader.limit) for text in group] for group in groups]
     flat, numbers = [text for group in texts for text in group], iter(range(sum(map(len, texts))))
     items = [item for group in texts for item in arranged(group, [next(numbers) for _ in group], reader.shares)]
     nats, greedy = np.zeros(len(flat)), np.ones(len(flat), dtype=bool)
-    for batch in progress(list(batches(items, tokens or reader.tokens)), label):
+    for batch in progress(list(token_batches(items, tokens or reader.tokens)), label):
         if stop():
             raise Stopped
         measure(reader, batch, flat, nats, greedy)
     if (bad := np.flatnonzero(~np.isfinite(nats))).size:
         raise UserError(
-            f"the loss of {bad.size} of {len(flat)} texts is {nats[bad[0]]}; expected a finite number: its weights are damaged, or too large for their dtype; "
-            "try NANOLAB_DTYPE=float32"
+            f"the loss of {bad.size} of {len(flat)} texts is {nats[bad[0]]}; expected a finite number: its weights are"
+            " damaged, or too large for their dtype; try NANOLAB_DTYPE=float32"
         )
     done = iter(zip(nats.tolist(), greedy.tolist()))
 
     def result(text: Text, whole: Text) -> Score:
-        lost, likeliest = next(done)
-        return Score(lost, len(text.ids) - text.start, likeliest, len(whole.ids) - len(text.ids))
+        lost, is_greedy = next(done)
+        return Score(lost, len(text.ids) - text.start, is_greedy, len(whole.ids) - len(text.ids))
 
     return [[result(*pair) for pair in zip(*both)] for both in zip(texts, groups)]
 
 
 @torch.no_grad()
 def check_finite(model: Any, tokenizer: Any, device: torch.device, name: str) -> None:
-    """Raises UserError where the losses of a first sentence are not all finite numbers: nothing that the model says would mean anything."""
+    """Raises UserError where the losses of a first sentence are not all finite numbers: nothing that the model says
+    would mean anything.
+    """
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode("The capital of France is")]], device=device)
     losses = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), reduction="none")
     if bad := int((~torch.isfinite(losses)).sum()):
         seen = f"{name} gives losses that are not finite numbers ({bad} of {losses.numel()} tokens of a first sentence)"
-        raise UserError(f"{seen}; expected numbers: its weights are damaged, or too large for their dtype; try NANOLAB_DTYPE=float32 or another @STEP", "not-finite", model=name)
+        raise UserError(
+            f"{seen}; expected numbers: its weights are damaged, or too large for their dtype; try"
+            " NANOLAB_DTYPE=float32 or another @STEP",
+            "not-finite",
+            model=name,
+        )
 
 
 def shortened(text: Text, limit: int) -> Text:
@@ -152,24 +172,27 @@ def shortened(text: Text, limit: int) -> Text:
     cut = max(0, len(text.ids) - limit)
     if not cut < text.start < len(text.ids):
         raise UserError(
-            f"a text of {len(text.ids)} tokens, scored from token {text.start} on, for a model that reads {limit}; expected at least one scored token, and "
-            "one before it among those that are read; shorten the text, or use a model with a longer --max-seq-len"
+            f"a text of {len(text.ids)} tokens, scored from token {text.start} on, for a model that reads {limit};"
+            " expected at least one scored token, and one before it among those that are read; shorten the text, or"
+            " use a model with a longer --max-seq-len"
         )
     return Text(list(text.ids[cut:]), text.start - cut)
 
 
 def arranged(group: Sequence[Text], numbers: Sequence[int], shares: bool) -> list[Item]:
-    """An item for the rows that begin alike, where it is worth sharing what they begin with, and one for each of the others."""
-    alike: dict[tuple[int, ...], list[Row]] = {}
+    """An item for the rows that begin alike, where it is worth sharing what they begin with, and one for each of the
+    others.
+    """
+    alike: dict[tuple[int, ...], list[PackedRow]] = {}
     for number, text in sorted(zip(numbers, group), key=lambda pair: -len(pair[1].ids)):
         ids = text.ids[:-1]
         rows = alike.setdefault(tuple(ids[:ALIKE]), [])
         for i, row in enumerate(rows):
             if row.ids[: len(ids)] == ids:
-                rows[i] = Row(row.ids, [*row.texts, number], min(row.first, text.start - 1))
+                rows[i] = PackedRow(row.ids, [*row.texts, number], min(row.first, text.start - 1))
                 break
         else:
-            rows.append(Row(ids, [number], text.start - 1))
+            rows.append(PackedRow(ids, [number], text.start - 1))
     items = []
     for rows in alike.values():
         shared = min(common([row.ids for row in rows]), *(row.first for row in rows)) if shares else 0
@@ -183,7 +206,7 @@ def common(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
+def token_batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:
     """Items to read in one pass, the longest first: of each batch all prefixes are cut to the shortest one's length."""
     batch: list[Item] = []
     for item in sorted(items, key=lambda item: (item.shared, max(len(row.ids) for row in item.rows)), reverse=True):
@@ -202,19 +225,26 @@ def size(batch: Sequence[Item]) -> int:
     return len(batch) * shared + len(rows) * (max(rows) - shared)
 
 
-def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: np.ndarray, greedy: np.ndarray) -> None:
+def measure(reader: Scorer, batch: Sequence[Item], texts: Sequence[Text], nats: np.ndarray, greedy: np.ndarray) -> None:
     """Read a batch and enter what it says of its texts."""
     shared = batch[-1].shared
     prefixes = np.array([item.rows[0].ids[:shared] for item in batch], dtype=np.int64) if shared else None
     rows = [row for item in batch for row in item.rows]
     places = [(r, column - shared) for r, row in enumerate(rows) for column in range(row.first, len(row.ids))]
-    reads = Reads(prefixes, [i for i, item in enumerate(batch) for _ in item.rows], padded([row.ids[shared:] for row in rows]), *np.array(places).T)
+    reads = Reads(
+        prefixes,
+        [i for i, item in enumerate(batch) for _ in item.rows],
+        padded([row.ids[shared:] for row in rows]),
+        *np.array(places).T,
+    )
 
     asked, base = [], 0  # (place, target, number of the text)
     for row in rows:
         for number in row.texts:
             ids, start = texts[number]
-            asked += zip(range(base + start - 1 - row.first, base + len(ids) - 1 - row.first), ids[start:], [number] * len(ids))
+            asked += zip(
+                range(base + start - 1 - row.first, base + len(ids) - 1 - row.first), ids[start:], [number] * len(ids)
+            )
         base += len(row.ids) - row.first
     place, target, number = np.array(sorted(asked)).T
     done = 0
@@ -222,12 +252,14 @@ def measure(reader: Reader, batch: Sequence[Item], texts: Sequence[Text], nats: 
         mine = slice(*np.searchsorted(place, (done, done + len(logits))))
         at, wanted = (torch.from_numpy(x[mine]).to(logits.device) for x in (place - done, target))
         np.subtract.at(nats, number[mine], logits.log_softmax(-1)[at, wanted].double().cpu().numpy())
-        np.logical_and.at(greedy, number[mine], likeliest(logits, at, wanted).cpu().numpy())
+        np.logical_and.at(greedy, number[mine], is_greedy(logits, at, wanted).cpu().numpy())
         done += len(logits)
 
 
-def likeliest(logits: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
-    """Whether the tokens `wanted` are the first ones with the largest logit of rows `at`. Few are, and only of these argmax is taken, which is slow on CPUs."""
+def is_greedy(logits: Tensor, at: Tensor, wanted: Tensor) -> Tensor:
+    """Whether the tokens `wanted` are the first ones with the largest logit of rows `at`. Few are, and only of these
+    argmax is taken, which is slow on CPUs.
+    """
     found = logits[at, wanted] == logits.amax(-1)[at]
     rows = found.nonzero()[:, 0]
     found[rows] = logits[at[rows]].argmax(-1) == wanted[rows]

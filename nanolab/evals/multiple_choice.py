@@ -1,8 +1,7 @@
 """Categorical tasks: the reply is the option letter with the largest logit right after the prompt; nothing is sampled.
 
-Prompts of like lengths are read together, padded on the right: attention is causal, so that nothing behind a prompt's last
-token reaches its logits. Dims: B rows, T tokens, V vocabulary.
-"""
+Prompts of like lengths are read together, padded on the right: attention is causal, so that nothing behind a prompt's
+last token reaches its logits. Dims: B rows, T tokens, V vocabulary."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,22 +9,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import logits_at, padded
-from nanolab.evals.score import Graded, OnReply, Result, Task, check_problems, readable_prompts, summary
+from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Stop, progress
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: int = 32, on_reply: OnReply | None = None, stop: Stop = lambda: False) -> Result:
+def evaluate_letters(
+    engine: Engine,
+    task: GradedTask,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 32,
+    on_reply: OnReply | None = None,
+    stop: Stop = lambda: False,
+) -> Result:
     """Accuracy on the task's problems `indices`, the same ones on every rank; rank r of W answers indices r, r + W, ...
 
-    Ties go to the first letter. on_reply is called with every graded reply of this rank. Raises UserError where an option
-    is not one token, or there is no problem. stop: asked before each batch; Stopped is raised on all ranks when the others are done or asked too.
-    """
+    Ties go to the first letter. on_reply is called with every graded reply of this rank. Raises UserError where an
+    option is not one token, or there is no problem. stop: asked before each batch; Stopped is raised on all ranks when
+    the others are done or asked too."""
     check_problems(task, indices)
     runtime, found, cut = engine.runtime, [], False
     prompts = readable_prompts(engine.tokenizer, task, indices[runtime.rank :: runtime.world_size], engine.limit)
@@ -46,7 +53,13 @@ def evaluate(engine: Engine, task: Task, indices: Sequence[int], *, batch_size: 
 
 def last_logits(model: GPT, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Logits (B, V) after the last token of each prompt."""
-    return torch.cat(list(logits_at(model, padded(prompts), np.arange(len(prompts)), np.array([len(ids) - 1 for ids in prompts]), device)))
+    return torch.cat(
+        list(
+            logits_at(
+                model, padded(prompts), np.arange(len(prompts)), np.array([len(ids) - 1 for ids in prompts]), device
+            )
+        )
+    )
 
 
 def letter_ids(tokenizer: Tokenizer, letters: Iterable[str], task: str) -> list[int]:
@@ -55,6 +68,9 @@ def letter_ids(tokenizer: Tokenizer, letters: Iterable[str], task: str) -> list[
     for letter in letters:
         ids = tokenizer.encode(letter)
         if len(ids) != 1:
-            raise UserError(f"option {letter!r} of task {task} is {len(ids)} tokens; expected one, whose logit is compared; name the options by single letters")
+            raise UserError(
+                f"option {letter!r} of task {task} is {len(ids)} tokens; expected one, whose logit is compared; name"
+                " the options by single letters"
+            )
         out += ids
     return out

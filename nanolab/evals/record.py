@@ -1,16 +1,18 @@
-"""What evaluations left of a model, eval_chat.json and eval_base.json: merged so that no measurement is lost, and read by step.
+"""What evaluations left of a model, eval_chat.json and eval_base.json: merged so that no measurement is lost, and read
+by step.
 
-The file holds the newest measurement of each task (mode) of one step; "earlier" holds the others: of other steps or weights, and of the
-same task with other settings. A measurement replaces only an equal one: same step, task, split, version, number of problems and settings.
-"""
+The file holds the newest measurement of each task (mode) of one step; "earlier" holds the others: of other steps or
+weights, and of the same task with other settings. A measurement replaces only an equal one: same step, task, split,
+version, number of problems and settings."""
 
 from pathlib import Path
 from typing import Any
 
-from nanolab.training.models import read_json
+from nanolab.records.models import read_json
 
 Record = dict[str, Any]
-SHARED = ("model", "step", "device", "dtype", "settings")  # of a chat evaluation: once in the file, and in each row of "earlier"
+# of a chat evaluation: once in the file, and in each row of "earlier"
+SHARED = ("model", "step", "device", "dtype", "settings")
 MODES = {  # of base_eval -> the fields that hold what it found
     "bpb": ("data", "bpb", "train", "val", "domains", "compressors", "compressor_bytes"),
     "sample": ("samples", "unconditioned"),
@@ -21,18 +23,34 @@ MODES = {  # of base_eval -> the fields that hold what it found
 
 
 def chat_rows(record: Record) -> list[Record]:
-    """Every measurement of an eval_chat.json, the newest of each task first, each with its `spec`, `step` and `settings`."""
+    """Every measurement of an eval_chat.json, the newest of each task first, each with its `spec`, `step` and
+    `settings`.
+    """
     shared = {key: record[key] for key in SHARED if key in record}
-    return [{**shared, "spec": spec, **row} for spec, row in record.get("tasks", {}).items()] + record.get("earlier", [])
+    return [{**shared, "spec": spec, **row} for spec, row in record.get("tasks", {}).items()] + record.get(
+        "earlier", []
+    )
 
 
 def merge_chat(old: Record, new: Record) -> Record:
-    """`new` and what `old` holds beside it. The tasks of both are together where they are of one step, whatever their settings."""
+    """`new` and what `old` holds beside it. The tasks of both are together where they are of one step, whatever their
+    settings.
+    """
     rows: dict[tuple, Record] = {}
     for row in chat_rows(new) + chat_rows(old):
-        measured = (row["spec"], row.get("model"), row["step"], row["split"], row["version"], row["n"], repr(sorted(row["settings"].items())))
+        measured = (
+            row["spec"],
+            row.get("model"),
+            row["step"],
+            row["split"],
+            row["version"],
+            row["n"],
+            repr(sorted(row["settings"].items())),
+        )
         rows.setdefault(measured, row)
-    return of_rows(new, list(rows.values()), [*old.get("tasks", {}), *new["tasks"]], old if old.get("step") == new["step"] else {})
+    return of_rows(
+        new, list(rows.values()), [*old.get("tasks", {}), *new["tasks"]], old if old.get("step") == new["step"] else {}
+    )
 
 
 def of_rows(record: Record, rows: list[Record], order: list[str], old: Record) -> Record:
@@ -40,8 +58,13 @@ def of_rows(record: Record, rows: list[Record], order: list[str], old: Record) -
     mine = [row for row in rows if (row["step"], row.get("model")) == (record["step"], record.get("model"))]
     newest = {row["spec"]: row for row in reversed(mine)}
     specs = [spec for spec in dict.fromkeys([*order, *newest]) if spec in newest]
-    tasks = {spec: {key: value for key, value in newest[spec].items() if key not in ("spec", "model", "step")} for spec in specs}
-    missing = {name: why for name, why in {**old.get("missing", {}), **record.get("missing", {})}.items() if name not in tasks}
+    tasks = {
+        spec: {key: value for key, value in newest[spec].items() if key not in ("spec", "model", "step")}
+        for spec in specs
+    }
+    missing = {
+        name: why for name, why in {**old.get("missing", {}), **record.get("missing", {})}.items() if name not in tasks
+    }
     earlier = [row for row in rows if newest.get(row["spec"]) is not row]
     return {**record, "tasks": tasks, "missing": missing, **({"earlier": earlier} if earlier else {})}
 
@@ -54,7 +77,9 @@ def merge_base(old: Record, new: Record) -> Record:
 
     def again(record: Record) -> bool:
         """Whether `new` holds all that this record does, measured the same way."""
-        return about.items() <= record.items() and all(_settings(record, mode) == _settings(new, mode) for mode in _modes(record))
+        return about.items() <= record.items() and all(
+            _settings(record, mode) == _settings(new, mode) for mode in _modes(record)
+        )
 
     earlier = [record for record in records if record is not same and not again(record)]
     merged = dict(same)

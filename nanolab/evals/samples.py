@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.engine import Engine
+from nanolab.inference.engine import Engine, Request
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop
 
@@ -25,22 +25,35 @@ class Sample(NamedTuple):
     text: str  # the continuation, without what ended it
 
 
-def continue_prompts(model: GPT, tokenizer: Tokenizer, runtime: Runtime, max_tokens: int = 16, stop: Stop = lambda: False) -> list[Sample]:
-    """Greedy continuations of PROMPTS, those that leave the model's sequence length room for a token; cut where `stop` says so."""
+def continue_prompts(
+    model: GPT, tokenizer: Tokenizer, runtime: Runtime, max_tokens: int = 16, stop: Stop = lambda: False
+) -> list[Sample]:
+    """Greedy continuations of PROMPTS, those that leave the model's sequence length room for a token; cut where `stop`
+    says so.
+    """
     ids = {prompt: [tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS}
     fitting = [prompt for prompt in PROMPTS if len(ids[prompt]) < model.config.sequence_len]
-    replies = Engine(model, tokenizer, runtime).complete([ids[p] for p in fitting], max_tokens=max_tokens, temperature=0.0, stop=stop)
+    replies = Engine(model, tokenizer, runtime).complete(
+        [ids[p] for p in fitting], Request(max_tokens=max_tokens, temperature=0.0), stop=stop
+    )
     return [Sample(prompt, tokenizer.decode(reply)) for prompt, reply in zip(fitting, replies)]
 
 
-def unconditioned(model: GPT, tokenizer: Tokenizer, runtime: Runtime, rows: int = 4, max_tokens: int = 128, seed: int = 42) -> list[str]:
+def unconditioned(
+    model: GPT, tokenizer: Tokenizer, runtime: Runtime, rows: int = 4, max_tokens: int = 128, seed: int = 42
+) -> list[str]:
     """Texts that begin after nothing but <|bos|>, at temperature 1: draws from what the model takes for its corpus."""
     engine = Engine(model, tokenizer, runtime)
-    return [tokenizer.decode(reply) for reply in engine.complete([[tokenizer.bos]] * rows, max_tokens=max_tokens, seed=seed)]
+    return [
+        tokenizer.decode(reply)
+        for reply in engine.complete([[tokenizer.bos]] * rows, Request(max_tokens=max_tokens, seed=seed))
+    ]
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer, runtime: Runtime, stop: Stop = lambda: False) -> None:
-    """Print the greedy continuations, one line each, from rank 0; for a look while training. Nothing where `stop` said so on the way."""
+    """Print the greedy continuations, one line each, from rank 0; for a look while training. Nothing where `stop` said
+    so on the way.
+    """
     if runtime.is_main:
         samples = continue_prompts(model, tokenizer, runtime, stop=stop)
         for sample in [] if stop() else samples:

@@ -1,11 +1,12 @@
-"""What an evaluation found: graded replies -> pass@k with intervals. Also what all evaluations of chat models share. Imports no torch.
+"""What an evaluation found: graded replies -> pass@k with intervals. Also what all evaluations of chat models share.
+Imports no torch.
 
     pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      n replies to a problem, c of them right
 
-is what k of these replies contain a right one with, without bias (Chen et al., arXiv 2107.03374). A 95 % interval is Wilson's
-(1927) at the mean over problems. For shares of right replies between 0 and 1 it is wide enough, never too narrow: their
-variance is at most that of zeros and ones with the same mean. Two models that saw the same problems are compared by `paired`.
-"""
+is what k of these replies contain a right one with, without bias (Chen et al., arXiv 2107.03374). A 95 % interval is
+Wilson's (1927) at the mean over problems. For shares of right replies between 0 and 1 it is wide enough, never too
+narrow: their variance is at most that of zeros and ones with the same mean. Two models that saw the same problems are
+compared by `paired`."""
 
 import math
 import statistics
@@ -14,14 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from nanolab.config import UserError
-from nanolab.data.chat import Part, parts_of, render_prompt
+from nanolab.cli import UserError
+from nanolab.data.chat import parts_of, render_prompt
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import Part
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
-class Task(Protocol):
+class GradedTask(Protocol):
     """What is asked of a task; see tasks/common.py."""
 
     name: str
@@ -77,7 +79,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def wilson(p: float, n: int) -> Interval:
-    """The 95 % interval of a mean p of n values between 0 and 1, by inverting the score test: E. B. Wilson, JASA 22 (1927)."""
+    """The 95 % interval of a mean p of n values between 0 and 1, by inverting the score test: E. B. Wilson, JASA 22
+    (1927).
+    """
     shrink = 1 + Z95**2 / n
     centre = (p + Z95**2 / (2 * n)) / shrink
     half = Z95 / shrink * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
@@ -97,14 +101,13 @@ def summary(task: str, indices: Sequence[int], k: int, replies: list[Graded]) ->
 def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, Interval]:
     """(mean of after - before over the same problems, its 95 % interval), both in [-1, 1].
 
-    Right or wrong (0 or 1): the adjusted Wald interval of Bonett & Price, J. Educational and Behavioral Statistics 37 (2012),
-    479: with n12 problems lost and n21 won of n, p12 = (n12 + 1) / (n + 2), p21 = (n21 + 1) / (n + 2), and
+    Right or wrong (0 or 1): the adjusted Wald interval of Bonett & Price, J. Educational and Behavioral Statistics 37
+    (2012), 479: with n12 problems lost and n21 won of n, p12 = (n12 + 1) / (n + 2), p21 = (n21 + 1) / (n + 2), and
 
         p21 - p12 +- z sqrt((p12 + p21 - (p21 - p12)^2) / (n + 2))
 
-    Shares, of several replies to a problem: mean +- z s / sqrt(n), with the normal quantile z, so for a hundred problems or
-    more; of fewer it is too narrow (20: by 7 %), and of one it is everything.
-    """
+    Shares, of several replies to a problem: mean +- z s / sqrt(n), with the normal quantile z, so for a hundred
+    problems or more; of fewer it is too narrow (20: by 7 %), and of one it is everything."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
     n = len(differences)
     mean = math.fsum(differences) / n
@@ -116,15 +119,19 @@ def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, Inte
     return mean, Interval(max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def readable_prompts(tokenizer: Tokenizer, task: Task, indices: Sequence[int], limit: int) -> dict[int, list[int]]:
+def readable_prompts(
+    tokenizer: Tokenizer, task: GradedTask, indices: Sequence[int], limit: int
+) -> dict[int, list[int]]:
     """index -> prompt ids, the shortest first, of the problems whose prompt leaves room for a token below `limit`."""
     prompts = {i: render_prompt(tokenizer, task.example(i).messages[:-1]) for i in indices}
     fitting = sorted((i for i, ids in prompts.items() if len(ids) < limit), key=lambda i: (len(prompts[i]), i))
     return {i: prompts[i] for i in fitting}
 
 
-def readable(content: str | Sequence[Part], tool: str = "") -> str:
-    """A turn as people read it, calls in brackets: "[calculator: 12+34 = 46] It is 46." tool: the name that is shown."""
+def readable_turn(content: str | Sequence[Part], tool: str = "") -> str:
+    """A turn as people read it, calls in brackets: "[calculator: 12+34 = 46] It is 46." tool: the name that is
+    shown.
+    """
     shown = ""
     for part in parts_of(content):
         if part["type"] == "python":
@@ -136,16 +143,23 @@ def readable(content: str | Sequence[Part], tool: str = "") -> str:
     return shown.strip()
 
 
-def check_problems(task: Task, indices: Sequence[int]) -> None:
+def check_problems(task: GradedTask, indices: Sequence[int]) -> None:
     """Raises UserError where there is nothing to grade."""
     if task.kind == "chat":
-        raise UserError(f"task {task.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or arithmetic")
+        raise UserError(
+            f"task {task.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or"
+            " arithmetic"
+        )
     check_some(task, len(indices))
 
 
-def check_some(task: Task, n: int) -> None:
+def check_some(task: GradedTask, n: int) -> None:
     if not n:
-        raise UserError(f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data", "no-problems", task=task.name)
+        raise UserError(
+            f"task {task.name} has no problem to evaluate; expected at least one; raise --max-problems, or add data",
+            "no-problems",
+            task=task.name,
+        )
 
 
 OnReply = Callable[[Graded], None]

@@ -1,4 +1,5 @@
-"""Talk: what a person types to a model, line by line: texts, which are answered, and commands, which begin with a slash.
+"""Talk: what a person types to a model, line by line: texts, which are answered, and commands, which begin with a
+slash.
 
 Notes and errors go to stderr. Imports no torch.
 """
@@ -9,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanolab.config import UserError, nearest
+from nanolab.cli import UserError, nearest
 from nanolab.inference.dialogue import Dialogue
 from nanolab.terminal import harmless
 
 if TYPE_CHECKING:
-    from nanolab.inference.request import Request, Sampled
+    from nanolab.inference.request import Request, TokenOutput
 
 
 class Talk:
@@ -23,7 +24,7 @@ class Talk:
     show: shows an answer as it grows, given the steps, and returns how it ended. over: somebody wants to leave.
     """
 
-    def __init__(self, dialogue: Dialogue, request: "Request", show: Callable[[Iterator[list["Sampled"]]], str]):
+    def __init__(self, dialogue: Dialogue, request: "Request", show: Callable[[Iterator[list["TokenOutput"]]], str]):
         self.dialogue, self.request, self.show, self.over = dialogue, request, show, False
 
     def say(self, line: str) -> None:
@@ -37,20 +38,28 @@ class Talk:
     def command(self, name: str, argument: str) -> str | None:
         if name not in COMMANDS:
             known = nearest(name, list(COMMANDS), prefix="/")
-            raise UserError(f"/{name} is not a command{known}; /help lists them; a text that begins with a slash is typed with two: //{name}")
+            raise UserError(
+                f"/{name} is not a command{known}; /help lists them; a text that begins with a slash is typed with two:"
+                f" //{name}"
+            )
         command = COMMANDS[name]
         if command.chat and not self.dialogue.answers:
-            raise UserError(f"/{name} is about a conversation; here each text is continued alone; leave, and start with --chat")
+            raise UserError(
+                f"/{name} is about a conversation; here each text is continued alone; leave, and start with --chat"
+            )
         if argument and not command.argument:
-            raise UserError(f"/{name} with {argument!r}; expected nothing behind it; type /{name}")
+            raise UserError(f"/{name} with {argument!r}; expected nothing after it; type /{name}")
         if not argument and command.argument == "FILE":
-            raise UserError(f"/{name} with nothing behind it; expected a file; try /{name} chat.jsonl")
+            raise UserError(f"/{name} with nothing after it; expected a file; try /{name} chat.jsonl")
         return command.run(self, argument)
 
     def discuss(self, text: str, again: bool = False) -> None:
         """Answer `text`, and say so if the answer was cut."""
         if self.answer(text, again) == "length":
-            tell(f"(cut: /max-tokens is {self.request.max_tokens}, and the model reads {self.dialogue.engine.limit} in all)")
+            tell(
+                f"(cut: /max-tokens is {self.request.max_tokens}, and the model reads {self.dialogue.engine.limit} in"
+                " all)"
+            )
 
     def answer(self, text: str, again: bool = False) -> str:
         """Show the answer to `text`, and say before it what had to be forgotten; returns how it ended."""
@@ -58,7 +67,10 @@ class Talk:
         steps = self.dialogue.reply(text, self.request, again)
         self.request = replace(self.request, seed=self.request.seed + 1)
         if (n := self.dialogue.forgotten - before) > 0:
-            tell(f"(the oldest {'turn is' if n == 1 else f'{n} turns are'} forgotten: the model reads {self.dialogue.engine.limit} tokens in all)")
+            tell(
+                f"(the oldest {'turn is' if n == 1 else f'{n} turns are'} forgotten: the model reads"
+                f" {self.dialogue.engine.limit} tokens in all)"
+            )
         return self.show(steps)
 
     def last(self) -> str:
@@ -95,7 +107,9 @@ def save(talk: Talk, path: str) -> str:
 
 def load(talk: Talk, path: str) -> str:
     count = talk.dialogue.load(path)
-    return f"{len(talk.dialogue.messages)} messages read from {path}" + f", the last of {count} conversations" * (count > 1)
+    return f"{len(talk.dialogue.messages)} messages read from {path}" + f", the last of {count} conversations" * (
+        count > 1
+    )
 
 
 def usage(talk: Talk, _: str) -> None:
@@ -103,7 +117,9 @@ def usage(talk: Talk, _: str) -> None:
         if talk.dialogue.answers or not command.chat:
             tell(f"  {f'/{name} {command.argument}':20} {command.help}")
     tell("  //... is a text that begins with a slash.")
-    tell('  A line that ends with a backslash goes on in the next; a text of many lines stands between two lines of """.')
+    tell(
+        '  A line that ends with a backslash goes on in the next; a text of many lines stands between two lines of """.'
+    )
 
 
 def leave(talk: Talk, _: str) -> None:
@@ -136,27 +152,46 @@ def seed(text: str) -> int:
 
 
 class Command(NamedTuple):
-    argument: str  # what stands behind the name; only a FILE must
+    argument: str  # what follows the name; only a FILE is required
     help: str
     run: Callable[[Talk, str], str | None]  # returns what to note
     chat: bool = False  # whether it is about a conversation
 
 
 COMMANDS = {
-    "system":      Command("TEXT", "begin a new conversation, in which the model is told this first; without TEXT: nothing", system, chat=True),
-    "new":         Command("", "forget the conversation and begin anew", new, chat=True),
-    "again":       Command("", "another reply to the last text", again),
-    "undo":        Command("", "take the last text and its reply back", undo, chat=True),
-    "save":        Command("FILE", "add the conversation to a .jsonl file, as chat_sft reads it", save, chat=True),
-    "load":        Command("FILE", "go on with the last conversation of such a file", load, chat=True),
-    "temperature": Command("X", "0: always the likeliest token; without X: shown, as are the next four", setting("temperature", float, "a number from 0", "0.8")),
-    "top-k":       Command("N", "draw from the N likeliest tokens; 0: from all", setting("top-k", int, "a whole number from 0", "50")),
-    "top-p":       Command("X", "draw from the likeliest of this probability in all; 1: from all", setting("top-p", float, "a number from 0 to 1", "0.9")),
-    "max-tokens":  Command("N", "tokens of a reply at most", setting("max-tokens", int, "a whole number from 1", "256")),
-    "seed":        Command("N", "seed of the next reply; the one after it has the next number", setting("seed", seed, "a whole number from 0", "42")),
-    "help":        Command("", "this list", usage),
-    "quit":        Command("", "leave, as Ctrl-D does", leave),
-}  # fmt: skip
+    "system": Command(
+        "TEXT",
+        "begin a new conversation, in which the model is told this first; without TEXT: nothing",
+        system,
+        chat=True,
+    ),
+    "new": Command("", "forget the conversation and begin anew", new, chat=True),
+    "again": Command("", "another reply to the last text", again),
+    "undo": Command("", "take the last text and its reply back", undo, chat=True),
+    "save": Command("FILE", "add the conversation to a .jsonl file, as chat_sft reads it", save, chat=True),
+    "load": Command("FILE", "go on with the last conversation of such a file", load, chat=True),
+    "temperature": Command(
+        "X",
+        "0: always the likeliest token; without X: shown, as are the next four",
+        setting("temperature", float, "a number from 0", "0.8"),
+    ),
+    "top-k": Command(
+        "N", "draw from the N likeliest tokens; 0: from all", setting("top-k", int, "a whole number from 0", "50")
+    ),
+    "top-p": Command(
+        "X",
+        "draw from the likeliest of this probability in all; 1: from all",
+        setting("top-p", float, "a number from 0 to 1", "0.9"),
+    ),
+    "max-tokens": Command("N", "tokens of a reply at most", setting("max-tokens", int, "a whole number from 1", "256")),
+    "seed": Command(
+        "N",
+        "seed of the next reply; the one after it has the next number",
+        setting("seed", seed, "a whole number from 0", "42"),
+    ),
+    "help": Command("", "this list", usage),
+    "quit": Command("", "leave, as Ctrl-D does", leave),
+}
 
 
 def tell(line: str) -> None:

@@ -1,4 +1,5 @@
-"""Dialogue: a talk with a model turn by turn: as much of it as the model can read, its answers token by token, its file.
+"""Dialogue: a conversation with a model, cut to its context, with replies token by token; saved to and loaded from
+files.
 
 With an engine that keeps snapshots (prefix_bytes) each turn costs only what is new in it. Imports no torch.
 """
@@ -9,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanolab.config import UserError
-from nanolab.data.chat import Message, Part, check_messages, parse_reply, read_conversations, render, render_prompt, text_of
+from nanolab.cli import UserError
+from nanolab.data.chat import Message, check_messages, parse_reply, render, render_prompt, text_of
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.turn import Part
 
 if TYPE_CHECKING:
     from nanolab.inference.engine import Engine
-    from nanolab.inference.request import Request, Sampled
+    from nanolab.inference.request import Request, TokenOutput
 
 
 class Turn(NamedTuple):
@@ -29,9 +32,8 @@ class Turn(NamedTuple):
 class Dialogue:
     """A conversation with a chat model; or, with answers=False, texts of which each stands alone and is continued.
 
-    turns: all of them. forgotten: how many, from the first, the model did not read for its last answer, for want of room.
-    The engine is used by nobody else.
-    """
+    turns: all of them. forgotten: how many, from the first, the model did not read for its last answer, for want of
+    room. The engine is used by nobody else."""
 
     def __init__(self, engine: "Engine", *, answers: bool = True, system: str = ""):
         self.engine, self.tokenizer, self.answers = engine, engine.tokenizer, answers
@@ -50,16 +52,15 @@ class Dialogue:
     def _head(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def reply(self, text: str, request: "Request", again: bool = False) -> Iterator[list["Sampled"]]:
+    def reply(self, text: str, request: "Request", again: bool = False) -> Iterator[list["TokenOutput"]]:
         """The engine's steps, of no token or one, of the answer to `text`; closing the iterator stops it.
 
-        request: how to answer; its prompt is left aside. again: in place of the last turn.
-        Then `text` and answer are a turn, an answer that was stopped as far as it went. Raises UserError, at once and with
-        nothing changed, for a text that does not fit.
-        """
+        request: how to answer; its prompt is left aside. again: in place of the last turn. Then `text` and answer are a
+        turn, an answer that was stopped as far as it went. Raises UserError, at once and with nothing changed, for a
+        text that does not fit."""
         turns = self.turns[:-1] if again else self.turns
         prompt, forgotten = self._prompt(turns, text, request.max_tokens)
-        request = replace(request, prompt=tuple(prompt))
+        request = replace(request, prompt=tuple(prompt), parse="turn" if self.answers else "text")
         request.check(self.engine.limit)
         self.forgotten = forgotten
         return self._steps(request, turns, text)
@@ -76,7 +77,7 @@ class Dialogue:
             first += 1
         return [*head, *(i for turn in turns[first:] for i in turn.ids), *question], first
 
-    def _steps(self, request: "Request", turns: list[Turn], text: str) -> Iterator[list["Sampled"]]:
+    def _steps(self, request: "Request", turns: list[Turn], text: str) -> Iterator[list["TokenOutput"]]:
         row, ids = self.engine.add(request), list[int]()
         try:
             while not self.engine.idle:
@@ -103,7 +104,10 @@ class Dialogue:
         """
         path = Path(path).expanduser()
         if path.suffix != ".jsonl":
-            raise UserError(f"{path} has the ending {path.suffix!r}; expected .jsonl, since conversations are added as lines; try {path.with_suffix('.jsonl')}")
+            raise UserError(
+                f"{path} has the ending {path.suffix!r}; expected .jsonl, since conversations are added as lines; try"
+                f" {path.with_suffix('.jsonl')}"
+            )
         check_messages(self.messages, "the conversation")
         line = json.dumps(self.messages, ensure_ascii=False) + "\n"
         try:
@@ -112,7 +116,9 @@ class Dialogue:
                 file.seek(max(0, size - 1))
                 file.write(b"\n" * (file.read() not in (b"", b"\n")) + line.encode())
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); expected a place for a file; try another") from None
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); expected a place for a file; try another"
+            ) from None
 
     def load(self, path: Path | str) -> int:
         """Go on with the last conversation of a file that `read_conversations` reads; returns how many it holds.
@@ -137,11 +143,11 @@ def answered(reply: str | list[Part]) -> Message:
 
 
 def as_written(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """An assistant's turn from the ids of its reply: these very ids, so that what was read of them need not be read again.
+    """An assistant's turn from the ids of its reply: these very ids, so that what was read of them need not be read
+    again.
 
-    Text has many encodings, and a model does not always write the one that `encode` gives. A reply whose special tokens are
-    not those of the template (it was cut inside a call, or the model knows no better) is encoded anew.
-    """
+    Text has many encodings, and a model does not always write the one that `encode` gives. A reply whose special tokens
+    are not those of the template (it was cut inside a call, or the model knows no better) is encoded anew."""
     end, specials = tokenizer.special("<|assistant_end|>"), set(tokenizer.specials.values())
     written = [tokenizer.special("<|assistant_start|>"), *ids, *([end] if ids[-1] != end else [])]
     anew = render(tokenizer, [answered(parse_reply(tokenizer, ids))]).ids[1:]

@@ -7,65 +7,82 @@ V vocabulary. A row is one request: a prompt and its continuation.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.cache import KVCache, most_bytes
 from nanolab.inference.prefill import Prefill
-from nanolab.inference.prefix import Prefixes
+from nanolab.inference.prefix import PrefixCache
 from nanolab.inference.recorded import Recorder
-from nanolab.inference.request import Failed, Request, Row, Sampled
+from nanolab.inference.request import Failed, Request, Row, TokenOutput
 from nanolab.inference.sampling import choose, row_generators
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, out_of_memory
 
-__all__ = ["Engine", "Failed", "Request", "Sampled"]
+__all__ = ["Engine", "Failed", "Request", "TokenOutput"]
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 0.02  # seconds that a step waits for a tool where no row has anything else to do
-REMEDIES = {"out_of_memory": "try fewer rows at once, or a shorter --max-tokens", "non_finite_logits": "expected numbers; try another checkpoint, NAME@STEP"}
+REMEDIES = {
+    "out_of_memory": "try fewer rows at once, or a shorter --max-tokens",
+    "non_finite_logits": "expected numbers; try another checkpoint, NAME@STEP",
+}
+REQUEST = Request()
 HEADROOM = 256  # slots for new tokens that a fresh cache has at most; it doubles when a reply grows longer
 
 
 class Engine:
-    """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` do so for many at once.
+    """Generates with a model: `add` a request, `step` until it is finished. `generate` and `complete` run many at once.
 
-    max_rows: rows that run at once; more wait. prefill_tokens: tokens of prompts read in one step at most, so that running rows
-    never wait longer; 0 chooses by device. prefix_bytes: room for snapshots of what was read (see prefix.py). graphs: record decode
-    steps and replay them (see recorded.py). Both are for weights that do not change (served.py); `generate` never replays.
-    tool_threads: of tools that take long, whose rows meanwhile step aside; 0: a tool runs inside the step that called it, so that a
-    text does not depend on how long it took. `generate` always does so.
-    A row that cannot go on is in `failed` after the step: where memory does not suffice once the snapshots are gone, the youngest rows;
-    and a row whose logits are not numbers. The others go on.
-    Not to be used from several threads at once.
-    """
+    max_rows: rows that run at once; more wait. prefill_tokens: maximum prompt tokens per step, which bounds how long
+    running rows wait; 0 chooses by device. prefix_bytes: memory for the prefix cache (prefix.py). graphs: record decode
+    steps and replay them (recorded.py). Both need weights that do not change (prepare.py); `generate` never replays.
+    tool_threads: threads for slow tools, whose rows leave the batch meanwhile; 0: a tool runs inside the step that
+    called it, so that a text does not depend on how long it took, as in `generate`. A row that cannot go on is in
+    `failed` after the step: the youngest rows where memory runs out once the snapshots are gone, and a row with
+    non-finite logits. The others go on. Not thread-safe."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, runtime: Runtime, *, max_rows: int = 64, prefill_tokens: int = 0, prefix_bytes: int = 0,
-        graphs: bool = False, tool_threads: int = 0,
-    ):  # fmt: skip
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        runtime: Runtime,
+        *,
+        max_rows: int = 64,
+        prefill_tokens: int = 0,
+        prefix_bytes: int = 0,
+        graphs: bool = False,
+        tool_threads: int = 0,
+    ):
         self.model, self.tokenizer, self.runtime = model, tokenizer, runtime
         self.max_rows = max_rows
         self.prefill_tokens = prefill_tokens or (256 if runtime.device.type == "cpu" else 2048)
         self.limit = model.config.sequence_len  # tokens of prompt and reply together
-        self.prefixes = Prefixes(prefix_bytes) if prefix_bytes else None
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self.recorder = Recorder(model, runtime.device) if graphs and runtime.device.type != "mps" else None
-        dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype  # one query in bf16 takes a CPU ten times as long
-        # not a method: with a cycle through it, an engine's cache would stay until the garbage is collected, which training does rarely
-        self._new_cache = lambda rows, capacity: KVCache(model.config, rows, capacity=capacity, dtype=dtype, device=runtime.device)
+        # one query in bf16 takes a CPU ten times as long
+        dtype = torch.float32 if runtime.device.type == "cpu" else model.compute_dtype
+        # not a method: with a cycle through it, an engine's cache would stay until the garbage is collected, which
+        # training does rarely
+        self._new_cache = lambda rows, capacity: KVCache(
+            model.config, rows, capacity=capacity, dtype=dtype, device=runtime.device
+        )
         self.most_bytes = most_bytes(model.config, max_rows, dtype)  # of keys and values
         self.rows: list[Row] = []  # running; row i of the cache is rows[i]
         self.cache = self._new_cache(0, 0)
         self.prefill = Prefill(model, self._new_cache, runtime.device, self.prefixes)
         self.queue: deque[Row] = deque()
         self.tools = ThreadPoolExecutor(tool_threads) if tool_threads else None
-        self.aside: list[tuple[Row, KVCache | None, Future[list[int]]]] = []  # rows that wait for a tool, each with what it has read; None: to be read again
+        self.aside: list[
+            tuple[Row, KVCache | None, Future[list[int]]]
+        ] = []  # rows that wait for a tool, each with what it has read; None: to be read again
         self.live: dict[int, Row] = {}  # every row that is not finished, the oldest first
         self.failed: list[Failed] = []  # rows that ended without a token; whoever steps takes them from here
         self.tight = False  # memory ran out since a row last ended
@@ -86,20 +103,30 @@ class Engine:
         return not (self.running or self.waiting)
 
     def add(self, request: Request) -> int:
-        """Queue a request, which joins the batch in one of the next steps; returns its row's number. Raises UserError for a bad one."""
+        """Queue a request, which joins the batch in one of the next steps; returns its row's number. Raises UserError
+        for a bad one.
+        """
         request.check(self.limit)
         return self._queue(request)
 
     def _queue(self, request: Request, generator: torch.Generator | None = None) -> int:
         self.numbers += 1
-        row = Row(self.numbers - 1, request, self.tokenizer, self.model.config.vocab_size, self.limit, self.runtime.device, generator)
+        row = Row(
+            self.numbers - 1,
+            request,
+            self.tokenizer,
+            self.model.config.vocab_size,
+            self.limit,
+            self.runtime.device,
+            generator,
+        )
         self.queue.append(row)
         self.live[row.number] = row
         return row.number
 
     @torch.inference_mode()
     def cancel(self, number: int) -> None:
-        """Give up a row: its place is free in the next step. Nothing happens if it is finished."""
+        """Remove a row, which frees its place in the next step. Does nothing if it is finished."""
         self.live.pop(number, None)
         for row in self.queue:
             if row.number == number:
@@ -118,17 +145,20 @@ class Engine:
 
     @torch.inference_mode()
     def prepare(self) -> bool:
-        """Do a part of what makes later steps faster, some ten milliseconds; whether there was any. To be called while the engine is idle."""
+        """Record one step for later replay, some ten milliseconds; whether there was one. Call it while the engine is
+        idle.
+        """
         return self.recorder is not None and self.recorder.prepare(self.cache)
 
     def close(self) -> None:
-        """Begin no more tools; those that run end by themselves. The engine is not to be used afterwards."""
+        """Start no more tools; those that run end by themselves. Do not use the engine afterwards."""
         if self.tools:
             self.tools.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def step(self) -> list[Sampled]:
-        """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined included.
+    def step(self) -> list[TokenOutput]:
+        """Read a chunk of the joining prompts, and give one token to every row that runs, those that have just joined
+        included.
 
         A step that memory does not suffice for gives no tokens. Its rows begin again by reading what they have so far.
         """
@@ -142,7 +172,9 @@ class Engine:
         return []
 
     def _relieve(self, text: str) -> None:
-        """After running out of memory: snapshots go first; where there are none, or that was not enough, the youngest quarter of the rows."""
+        """After running out of memory: snapshots go first; where there are none, or that was not enough, the youngest
+        quarter of the rows.
+        """
         snapshots, enough = len(self.prefixes.kept) if self.prefixes else 0, not self.tight
         if self.prefixes:
             self.prefixes.clear()
@@ -150,7 +182,9 @@ class Engine:
         waiting = {row.number for row in self.queue}
         rows = [row for row in self.live.values() if row.number not in waiting]  # a row that only waits takes no memory
         lost = [] if snapshots and enough else rows[-max(1, len(rows) // 4) :]
-        log.warning("out of memory (%s): %d snapshots dropped, %d of %d rows given up", text, snapshots, len(lost), len(rows))
+        log.warning(
+            "out of memory (%s): %d snapshots dropped, %d of %d rows given up", text, snapshots, len(lost), len(rows)
+        )
         for row in lost:
             self._fail(row, "out_of_memory", "there is not enough memory for this reply beside the others")
         self.reset()
@@ -179,13 +213,17 @@ class Engine:
             self.failed.clear()
             raise UserError(f"{text}; {REMEDIES[code]}", code.replace("_", "-"), row=row)
 
-    def _step(self) -> list[Sampled]:
+    def _step(self) -> list[TokenOutput]:
         logits: list[Tensor] = []
         self._call_tools()
         if self.rows:
             ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.runtime.device)
             plain = self.recorder is None
-            logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1] if plain else self.recorder.step(self.cache, ids))
+            logits.append(
+                self.model(ids, cache=self.cache, last_only=True)[:, -1]
+                if plain
+                else self.recorder.step(self.cache, ids)
+            )
         room = self.max_rows - self.running - len(self.prefill)
         self.prefill.take([self.queue.popleft() for _ in range(min(room, len(self.queue)))], self.prefill_tokens)
         for row, cache, place, last in self.prefill.step(self.prefill_tokens):
@@ -209,14 +247,17 @@ class Engine:
         return [new for new in step if new]
 
     def _call_tools(self) -> None:
-        """Answer the calls that ended in the last step, or have their rows step aside; take back those whose tool is through."""
+        """Answer the calls that ended in the last step, or move their rows aside; take back the rows whose tool has
+        finished.
+        """
         calls = [(i, code) for i, row in enumerate(self.rows) if (code := row.called()) is not None]
         if self.tools is None:
             for i, code in calls:
                 self.rows[i].waiting.extend(self.rows[i].use.answer(code))
         elif calls:
             first = len(self.aside)
-            self.aside += [(self.rows[i], None, self._begin(self.rows[i], code)) for i, code in calls]  # a call is begun once, whatever fails below
+            # a call is begun once, whatever fails below
+            self.aside += [(self.rows[i], None, self._begin(self.rows[i], code)) for i, code in calls]
             for place, (i, _) in reversed(list(enumerate(calls, first))):
                 row, _, result = self.aside[place]
                 self.aside[place] = row, self.cache.snapshot(i), result
@@ -241,13 +282,13 @@ class Engine:
             result.set_result(row.use.failed(error))
             return result
 
-    def _tokens(self, logits: Tensor) -> list[Sampled | None]:
+    def _tokens(self, logits: Tensor) -> list[TokenOutput | None]:
         """The next token of each row; None where the model's choice has no probability: its logits were not finite."""
         free = [i for i, row in enumerate(self.rows) if not row.waiting]
         if len(free) < len(self.rows):
             logits = logits[free]
         chosen = iter(choose(logits, [self.rows[i].draws for i in free]) if free else ())
-        taken: list[Sampled | None] = []
+        taken: list[TokenOutput | None] = []
         for row in self.rows:
             if row.waiting:
                 taken.append(row.force())
@@ -264,7 +305,11 @@ class Engine:
 
     def _leave(self, i: int) -> None:
         if self.prefixes:
-            self.prefixes.keep(self.rows[i].tokens[: self.cache.lengths[i]], self.cache.row_bytes(i), lambda: (self.cache.snapshot(i), None))
+            self.prefixes.keep(
+                self.rows[i].tokens[: self.cache.lengths[i]],
+                self.cache.row_bytes(i),
+                lambda: (self.cache.snapshot(i), None),
+            )
         self._remove(i)
 
     def _remove(self, i: int) -> None:
@@ -275,40 +320,33 @@ class Engine:
             self.rows[i] = last
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 42,
-        stop_ids: Collection[int] | None = None,
-        tools: Callable[[str], str] | None = None,
-    ) -> Iterator[list[Sampled]]:
-        """Continue every prompt; each step yields one `Sampled` per row that is running, prompt i being row i.
+        self, prompts: Sequence[Sequence[int]], request: Request = REQUEST, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[TokenOutput]]:
+        """Continue every prompt as `request` says; each step yields one TokenOutput per running row, prompt i being row
+        i. A row's last token has `finish`; its tokens are those it would get alone.
 
-        A row ends with its first stop id (which is yielded), after `max_tokens`, or when prompt and reply fill the
-        model's sequence length. Its tokens are those it would get alone: `seed` is explained in `row_generators`.
-        stop_ids: default the tokens that begin a document (bos) and end a turn (<|assistant_end|>).
-        tools: given a call's text, returns the result, which is forced into the row (see `tools.TOOLS`); None: a call is
-        text like any other. Forced tokens count towards `max_tokens` and the sequence length; they never stop a row.
-        Runs beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty or
-        overlong prompt or meaningless settings; on the way for a row that fails.
+        seeds: one per row; without them each row has a stream of its own, made from the request's seed (see
+        `row_generators`). Forced tokens count towards `max_tokens` and the sequence length; they never stop a row. Runs
+        beside what was added to this engine, not among it. Raises UserError, before anything is computed, for an empty
+        or overlong prompt or meaningless settings; on the way for a row that fails.
         """
-        stop = None if stop_ids is None else tuple(stop_ids)
-        requests = [
-            Request(tuple(prompt), max_tokens, temperature, top_k, top_p, stop_ids=stop, tools=tools) for prompt in prompts
-        ]  # fmt: skip
-        for row, request in enumerate(requests):
-            request.check(self.limit, row)
-        own = Engine(self.model, self.tokenizer, self.runtime, max_rows=max(1, len(prompts)), prefill_tokens=self.prefill_tokens, graphs=False)
+        requests = [replace(request, prompt=tuple(prompt)) for prompt in prompts]
+        for row, one in enumerate(requests):
+            one.check(self.limit, row)
+        own = Engine(
+            self.model,
+            self.tokenizer,
+            self.runtime,
+            max_rows=max(1, len(prompts)),
+            prefill_tokens=self.prefill_tokens,
+            graphs=False,
+        )
         own.prefixes = own.prefill.prefixes = self.prefixes
-        for request, generator in zip(requests, row_generators(seed, len(prompts))):
-            own._queue(request, generator)
+        for one, generator in zip(requests, row_generators(request.seed if seeds is None else seeds, len(prompts))):
+            own._queue(one, generator)
         return own._steps()
 
-    def _steps(self) -> Iterator[list[Sampled]]:
+    def _steps(self) -> Iterator[list[TokenOutput]]:
         while not self.idle:
             step = self.step()
             self.check()
@@ -318,22 +356,15 @@ class Engine:
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 42,
-        stop_ids: Collection[int] | None = None,
-        tools: Callable[[str], str] | None = None,
+        request: Request = REQUEST,
+        seeds: Sequence[int] | None = None,
         stop: Stop = lambda: False,
     ) -> list[list[int]]:
-        """`generate` to the end, or until `stop` says so: each row's new tokens, forced ones too, without the stop id."""
+        """`generate` to the end, or until `stop` says so: each row's new tokens, forced ones too, without the stop
+        id.
+        """
         out: list[list[int]] = [[] for _ in prompts]
-        steps = self.generate(
-            prompts, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_ids=stop_ids, tools=tools
-        )
-        for step in steps:
+        for step in self.generate(prompts, request, seeds):
             if stop():
                 break
             for new in step:

@@ -1,4 +1,4 @@
-"""The inside of the sandbox: walls itself in and runs a program that nobody trusts. sandbox.py starts it as a script.
+"""The inside of the sandbox: isolates itself and runs an untrusted program. sandbox.py starts it as a script.
 
 Three processes, each forked from the one before:
   warden   waits, and at the end kills and reaps whatever is left
@@ -19,8 +19,9 @@ import sys
 import time
 import traceback
 import types
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Callable, Iterator
+from typing import Any
 
 LINUX = sys.platform == "linux"
 libc = ctypes.CDLL(None, use_errno=True)
@@ -80,19 +81,33 @@ def namespaces(task: dict) -> None:
     for name, text in ("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
-    call(libc.mount, b"none", b"/", None, 1 << 14 | 1 << 18, None)  # private: nothing that is mounted here is seen outside
+    # private: nothing that is mounted here is seen outside
+    call(libc.mount, b"none", b"/", None, 1 << 14 | 1 << 18, None)
     options = f"size={task['disk_mib']}m,nr_inodes=1000,mode=700"
-    call(libc.mount, b"tmpfs", task["folder"].encode(), b"tmpfs", 2 | 4 | 8, options.encode())  # no suid, devices, execution
+    # no suid, devices, execution
+    call(libc.mount, b"tmpfs", task["folder"].encode(), b"tmpfs", 2 | 4 | 8, options.encode())
     os.chdir(task["folder"])
     resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))  # counted per namespace
 
 
-FS = dict(EXECUTE=0, WRITE_FILE=1, READ_FILE=2, READ_DIR=3, MAKE_CHAR=6, MAKE_SOCK=9, MAKE_BLOCK=11, REFER=13, TRUNCATE=14, IOCTL_DEV=15)  # fmt: skip
+FS = dict(
+    EXECUTE=0,
+    WRITE_FILE=1,
+    READ_FILE=2,
+    READ_DIR=3,
+    MAKE_CHAR=6,
+    MAKE_SOCK=9,
+    MAKE_BLOCK=11,
+    REFER=13,
+    TRUNCATE=14,
+    IOCTL_DEV=15,
+)
 FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # how many there are, by version; 16 from 5 on
 
 
 def landlock(task: dict) -> None:
-    """Reads the system's libraries, Python's own with what is installed beside them, and its own folder; writes the latter alone.
+    """Reads the system's libraries, Python's own with what is installed beside them, and its own folder; writes the
+    latter alone.
 
     https://docs.kernel.org/userspace-api/landlock.html
     """
@@ -110,7 +125,14 @@ def landlock(task: dict) -> None:
     def right(*names: str) -> int:
         return sum(1 << FS[name] for name in names)
 
-    for path in (os.path.dirname(os.path.dirname(os.__file__)), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"):
+    for path in (
+        os.path.dirname(os.path.dirname(os.__file__)),
+        "/lib",
+        "/lib64",
+        "/usr/lib",
+        "/usr/lib64",
+        "/usr/share/zoneinfo",
+    ):
         allow(path, right("READ_FILE", "READ_DIR"))
     allow("/dev/urandom", right("READ_FILE"))
     allow("/dev/null", right("READ_FILE", "WRITE_FILE", "TRUNCATE"))
@@ -123,19 +145,31 @@ X86, ARM = "x86_64", "aarch64"
 ARCHITECTURES = {X86: 0xC000003E, ARM: 0xC00000B7}
 # System calls that a program does without, as (x86-64, aarch64) numbers. Refused for good, by what they are for:
 REFUSED = {
-    "processes": "fork:57: vfork:58: execve:59:221 execveat:322:281 setsid:112:157 setpgid:109:154 unshare:272:97 setns:308:268",
-    "sockets": "socket:41:198 connect:42:203 bind:49:200 listen:50:201 sendmsg:46:211 sendmmsg:307:269 io_uring_setup:425:425",
-    "other processes": "tkill:200:130 rt_sigqueueinfo:129:138 rt_tgsigqueueinfo:297:240 pidfd_open:434:434 pidfd_getfd:438:438 "
-    "pidfd_send_signal:424:424 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271 process_madvise:440:440 kcmp:312:272 "
-    "setpriority:141:140 sched_setaffinity:203:122 sched_setscheduler:144:119 sched_setparam:142:118 sched_setattr:314:274 "
-    "ioprio_set:251:30 migrate_pages:256:238 move_pages:279:239",
+    "processes": (
+        "fork:57: vfork:58: execve:59:221 execveat:322:281 setsid:112:157 setpgid:109:154 unshare:272:97 setns:308:268"
+    ),
+    "sockets": (
+        "socket:41:198 connect:42:203 bind:49:200 listen:50:201 sendmsg:46:211 sendmmsg:307:269 io_uring_setup:425:425"
+    ),
+    "other processes": (
+        "tkill:200:130 rt_sigqueueinfo:129:138 rt_tgsigqueueinfo:297:240 pidfd_open:434:434 pidfd_getfd:438:438"
+        " pidfd_send_signal:424:424 ptrace:101:117 process_vm_readv:310:270 process_vm_writev:311:271"
+        " process_madvise:440:440 kcmp:312:272 setpriority:141:140 sched_setaffinity:203:122 sched_setscheduler:144:119"
+        " sched_setparam:142:118 sched_setattr:314:274 ioprio_set:251:30 migrate_pages:256:238 move_pages:279:239"
+    ),
     # what Landlock leaves open on files that it does not let one write; truncate only before its version 3
-    "file attributes": "chmod:90: fchmod:91:52 fchmodat:268:53 chown:92: lchown:94: fchown:93:55 fchownat:260:54 utime:132: utimes:235: "
-    "futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 removexattr:197:14 lremovexattr:198:15 "
-    "fremovexattr:199:16 truncate:76:45",
-    "memory outside the limit": "memfd_create:319:279 memfd_secret:447:447 shmget:29:194 semget:64:190 msgget:68:186 mq_open:240:180",
-    "the kernel": "bpf:321:280 perf_event_open:298:241 userfaultfd:323:282 add_key:248:217 request_key:249:218 keyctl:250:219 "
-    "mount:165:40 open_tree:428:428 fsopen:430:430 fanotify_init:300:262",
+    "file attributes": (
+        "chmod:90: fchmod:91:52 fchmodat:268:53 chown:92: lchown:94: fchown:93:55 fchownat:260:54 utime:132:"
+        " utimes:235: futimesat:261: utimensat:280:88 setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 removexattr:197:14"
+        " lremovexattr:198:15 fremovexattr:199:16 truncate:76:45"
+    ),
+    "memory outside the limit": (
+        "memfd_create:319:279 memfd_secret:447:447 shmget:29:194 semget:64:190 msgget:68:186 mq_open:240:180"
+    ),
+    "the kernel": (
+        "bpf:321:280 perf_event_open:298:241 userfaultfd:323:282 add_key:248:217 request_key:249:218 keyctl:250:219 "
+        "mount:165:40 open_tree:428:428 fsopen:430:430 fanotify_init:300:262"
+    ),
 }
 FIRST_UNKNOWN = 452  # system calls younger than Linux 6.5 do not exist for the program; nor do those of x32
 ALLOW, REFUSE, MISSING, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
@@ -172,16 +206,27 @@ def seccomp(task: dict) -> None:
         return load(16 + 8 * argument) + tests + give(otherwise) + give(then)
 
     me = os.getpid()
-    program = load(4) + jump(0x15, ARCHITECTURES[machine], 1, 0) + give(KILL) + load(0) + jump(0x35, FIRST_UNKNOWN, 0, 1) + give(MISSING)
+    program = (
+        load(4)
+        + jump(0x15, ARCHITECTURES[machine], 1, 0)
+        + give(KILL)
+        + load(0)
+        + jump(0x35, FIRST_UNKNOWN, 0, 1)
+        + give(MISSING)
+    )
     program += b"".join(rule(entry, give(REFUSE)) for group in REFUSED.values() for entry in group.split())
     program += rule("clone3:435:435", give(MISSING))  # its flags are out of a filter's reach; libc then uses clone
     program += rule("clone:56:220", load(16) + jump(0x45, 0x10000, 0, 1) + give(ALLOW) + give(REFUSE))  # CLONE_THREAD
-    program += rule("kill:62:129", one_of(0, [me], ALLOW, REFUSE)) + rule("tgkill:234:131", one_of(0, [me], ALLOW, REFUSE))
+    program += rule("kill:62:129", one_of(0, [me], ALLOW, REFUSE)) + rule(
+        "tgkill:234:131", one_of(0, [me], ALLOW, REFUSE)
+    )
     program += rule("prlimit64:302:261", one_of(0, [0, me], ALLOW, REFUSE))
     program += rule("fcntl:72:25", one_of(1, [8, 15], REFUSE, ALLOW))  # F_SETOWN, F_SETOWN_EX: signals by way of a file
     program += rule("ioctl:16:29", one_of(1, [0x8901, 0x8902], REFUSE, ALLOW))  # FIOSETOWN, SIOCSPGRP: the same
     # sendto with an address, both halves of the pointer; without one it is how send() works on a socket pair
-    program += rule("sendto:44:206", load(48) + jump(0x15, 0, 0, 2) + load(52) + jump(0x15, 0, 1, 0) + give(REFUSE) + give(ALLOW))
+    program += rule(
+        "sendto:44:206", load(48) + jump(0x15, 0, 0, 2) + load(52) + jump(0x15, 0, 1, 0) + give(REFUSE) + give(ALLOW)
+    )
     program += give(ALLOW)
     buffer = ctypes.create_string_buffer(program, len(program))
 
@@ -199,7 +244,7 @@ def drop_privileges() -> None:
 
 
 def build(wall: Callable[[dict], None], task: dict) -> str:
-    """"on", or why this wall does not stand."""
+    """ "on", or why this wall does not stand."""
     if not LINUX:
         return f"needs Linux, this is {sys.platform}"
     if wall.__name__ not in task["layers"]:
@@ -226,7 +271,8 @@ def warden(task: dict, job: int, report: int) -> None:
     die_with_parent(lambda: os.getppid() == task["parent"], signal.SIGTERM)  # set after the namespace, which clears it
     if LINUX:
         prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process
-    alive, kept = os.pipe()  # whose other end stays open in this process alone: in a pid namespace the keeper sees no parent
+    # whose other end stays open in this process alone: in a pid namespace the keeper sees no parent
+    alive, kept = os.pipe()
     me, child = os.getpid(), os.fork()
     if child == 0:
         os.close(kept)
@@ -282,7 +328,8 @@ def keeper(task: dict, job: int, report: int, isolation: dict[str, str], alive: 
 
 def program(task: dict, questions: int, answers: int) -> None:
     """Run the program; in a check, answer calls to its functions until the keeper goes away."""
-    name = "program" if task["check"] else "__main__"  # a checked program's `if __name__ == "__main__"` block does not run
+    # a checked program's `if __name__ == "__main__"` block does not run
+    name = "program" if task["check"] else "__main__"
     module = types.ModuleType(name)
     sys.modules[name], sys.argv = module, ["program.py"]
     ended = execute(task["program"], "program.py", module.__dict__)
@@ -332,7 +379,9 @@ def check(secret: dict, questions: int, answers: int) -> dict[str, Any]:
     with open(questions, "wb") as ask, open(answers, "rb") as answer:
         variables: dict[str, Any] = {"__name__": "checks"}
         with suppress(SyntaxError, ValueError):  # execute() tells
-            variables |= {name: remote(name, ask, answer) for name in names_in(compile(secret["checks"], "checks.py", "exec"))}
+            variables |= {
+                name: remote(name, ask, answer) for name in names_in(compile(secret["checks"], "checks.py", "exec"))
+            }
         ended = execute(secret["checks"], "checks.py", variables)
     sys.stdout.flush(), sys.stderr.flush()
     return {"exit": 0, "proof": secret["nonce"]} if ended is None else {"exit": ended}
@@ -364,9 +413,15 @@ def remote(name: str, ask: Any, answer: Any) -> Callable[..., Any]:
 
 
 def raised(name: str, text: str) -> Exception:
-    """An exception of the program's: as itself if it is a built-in one; not one that would end the checks' loops quietly."""
+    """An exception of the program's: as itself if it is a built-in one; not one that would end the checks' loops
+    quietly.
+    """
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)):
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and not issubclass(kind, (StopIteration, StopAsyncIteration))
+    ):
         return kind.__new__(kind, text)
     return RuntimeError(f"{name}: {text}")
 
@@ -421,7 +476,9 @@ def unpack(value: Any) -> Any:
 
 
 def take(fd: int) -> bytes:
-    """The next block of the job: its length in eight bytes, and itself. Not a byte more is read: what follows is secret."""
+    """The next block of the job: its length in eight bytes, and itself. Not a byte more is read: what follows is
+    secret.
+    """
 
     def exactly(count: int) -> bytes:
         data = b""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nanolab.inference.cache import KVCache
-from nanolab.inference.prefix import Prefixes
+from nanolab.inference.prefix import PrefixCache
 from nanolab.inference.request import Row
-from nanolab.inference.sampling import Chosen
+from nanolab.inference.sampling import Choice
 from nanolab.model.gpt import GPT
 
 LOGITS = 1 << 20  # numbers at once: a processor's cache holds their block, and a GPU is busy with it
@@ -23,11 +23,20 @@ def in_blocks(model: GPT, hidden: Tensor) -> Iterator[Tensor]:
 
 
 class Part:
-    """Prompts of one length that are read together, and the rows that begin with each. top: likeliest tokens to report at each place; -1: not scored."""
+    """Prompts of one length that are read together, and the rows that begin with each. top: likeliest tokens to report
+    at each place; -1: not scored.
+    """
 
-    def __init__(self, prompts: list[tuple[int, ...]], rows: list[list[Row]], cache: KVCache, logits: Tensor | None = None, top: int = -1):
+    def __init__(
+        self,
+        prompts: list[tuple[int, ...]],
+        rows: list[list[Row]],
+        cache: KVCache,
+        logits: Tensor | None = None,
+        top: int = -1,
+    ):
         self.prompts, self.rows, self.cache, self.logits, self.top = prompts, rows, cache, logits, top
-        self.scores = [[Chosen(prompt[0], 0.0)] if top >= 0 else [] for prompt in prompts]
+        self.scores = [[Choice(prompt[0], 0.0)] if top >= 0 else [] for prompt in prompts]
         self.start = self.read = cache.lengths[0]  # tokens of each prompt that a snapshot held, and that are read
         self.length = len(prompts[0])
 
@@ -35,7 +44,9 @@ class Part:
 class Prefill:
     """Rows whose prompts are being read. new_cache: (rows, capacity) -> KVCache."""
 
-    def __init__(self, model: GPT, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: Prefixes | None):
+    def __init__(
+        self, model: GPT, new_cache: Callable[[int, int], KVCache], device: torch.device, prefixes: PrefixCache | None
+    ):
         self.model, self.new_cache, self.device, self.prefixes = model, new_cache, device, prefixes
         self.parts: list[Part] = []  # the oldest first
 
@@ -56,35 +67,51 @@ class Prefill:
             if found := self.prefixes.find(prompt) if self.prefixes and top < 0 else None:
                 cache = self.new_cache(1, len(prompt))
                 cache.put([0], found[0], [0])
-                self.parts.append(Part([prompt], [reading[prompt, top]], cache, None if found[1] is None else found[1][None]))
+                self.parts.append(
+                    Part([prompt], [reading[prompt, top]], cache, None if found[1] is None else found[1][None])
+                )
             else:
                 fresh.setdefault((len(prompt), top), []).append(prompt)
         for (length, top), prompts in fresh.items():
             size = max(1, tokens // length)
             for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-                self.parts.append(Part(some, [reading[prompt, top] for prompt in some], self.new_cache(len(some), length), top=top))
+                self.parts.append(
+                    Part(some, [reading[prompt, top] for prompt in some], self.new_cache(len(some), length), top=top)
+                )
 
     def step(self, tokens: int) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
-        """Read up to `tokens` tokens; for each row whose prompt is through: the row, its cache and place therein, and the logits
-        (V,) behind the prompt. Half of the tokens are the oldest prompt's, so that it arrives; the rest goes to the shortest, so
-        that a long prompt does not hold up those behind it.
-        """
+        """Read up to `tokens` tokens; yields each row whose prompt is finished, its cache and place in it, and the
+        logits (V,) after the prompt. Half of the tokens go to the oldest prompt, so that it finishes; the rest to the
+        shortest, so that a long prompt does not delay the others."""
         if not self.parts:
             return
         oldest, *others = self.parts
-        shares = [(oldest, tokens // 2), *((part, tokens) for part in sorted(others, key=lambda part: part.length - part.read))] if others else []
+        shares = (
+            [
+                (oldest, tokens // 2),
+                *((part, tokens) for part in sorted(others, key=lambda part: part.length - part.read)),
+            ]
+            if others
+            else []
+        )
         for part, most in (*shares, (oldest, tokens)):
             T = min(part.length - part.read, min(most, tokens) // len(part.prompts))
             if T:
                 ids = torch.tensor([prompt[part.read : part.read + T] for prompt in part.prompts], device=self.device)
-                part.logits = self.model(ids, cache=part.cache, last_only=True)[:, -1] if part.top < 0 else self._scored(part, ids)
+                part.logits = (
+                    self.model(ids, cache=part.cache, last_only=True)[:, -1]
+                    if part.top < 0
+                    else self._scored(part, ids)
+                )
                 part.read, tokens = part.read + T, tokens - T * len(part.prompts)
             if part.read == part.length and part in self.parts:
                 self.parts.remove(part)
-                yield from self._through(part)
+                yield from self._finished(part)
 
     def _scored(self, part: Part, ids: Tensor) -> Tensor:
-        """Read the next tokens ids (N, T) of a part, and score the one after each: the logits (N, V) behind them all."""
+        """Read the next tokens ids (N, T) of a part and score the one after each; returns the logits (N, V) after the
+        last.
+        """
         x = self.model.hidden(ids, part.cache)
         after = [prompt[part.read + 1 : part.read + ids.size(1) + 1] for prompt in part.prompts]
         asked = [(i, token) for i, tokens in enumerate(after) for token in tokens]
@@ -94,10 +121,10 @@ class Prefill:
             own = logprobs[range(len(here)), [token for _, token in here]].tolist()
             best = logprobs.topk(min(part.top, logprobs.size(-1)))
             for (i, token), value, tokens, values in zip(here, own, best.indices.tolist(), best.values.tolist()):
-                part.scores[i].append(Chosen(token, value, tuple(zip(tokens, values))))
+                part.scores[i].append(Choice(token, value, tuple(zip(tokens, values))))
         return self.model.logits(x[:, -1])
 
-    def _through(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
+    def _finished(self, part: Part) -> Iterator[tuple[Row, KVCache, int, Tensor]]:
         for i, (prompt, rows) in enumerate(zip(part.prompts, part.rows)):
             for row in rows:
                 if len(row.tokens) == len(row.request.prompt):

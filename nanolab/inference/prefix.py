@@ -1,4 +1,4 @@
-"""Prefixes: snapshots of what the model has read, so that a conversation's next turn begins where the last one ended."""
+"""PrefixCache: the KV caches of earlier token sequences, so that shared prefixes are computed once."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,30 +14,36 @@ log = logging.getLogger(__name__)
 
 class Snapshot(NamedTuple):
     cache: KVCache  # of one row, not to be written to
-    logits: Tensor | None  # (V,) behind the tokens, where they were kept
+    logits: Tensor | None  # (V,) after the tokens, where they were kept
 
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
 
-class Prefixes:
-    """Token sequences and the cache that a row of them leaves, within `room` bytes.
+class PrefixCache:
+    """Token sequences and the KV cache of each, within `room` bytes.
 
-    Where there is no room, one that another begins with goes first, then what was used longest ago.
-    Snapshots are only valid for the weights that made them.
+    Evicts first what is a prefix of another entry, then the least recently used. Snapshots are only valid for the
+    weights that produced them; create a new cache after changing weights.
     """
 
     def __init__(self, room: int):
         self.room, self.used = room, 0
-        self.kept: dict[tuple[int, ...], Snapshot] = {}  # the least recently used first; an OrderedDict hashes each key, all its tokens, on the way through
-        self.contained: set[int] = set()  # id() of those with which a longer one begins: to look for keys would hash all their tokens
+        # The least recently used first. An OrderedDict would hash each key, all its tokens, when it is walked over.
+        self.kept: dict[tuple[int, ...], Snapshot] = {}
+        self.contained: set[int] = set()  # id() of those that a longer one begins with, so that no key is hashed
 
     def find(self, prompt: tuple[int, ...]) -> Snapshot | None:
-        """The longest snapshot that the prompt begins with; of the whole prompt only one with logits is of use."""
+        """The longest snapshot that the prompt begins with; one of the whole prompt must have logits."""
         best: tuple[int, ...] = ()
         for ids, found in self.kept.items():
-            if len(best) < len(ids) <= len(prompt) and prompt[len(ids) - 1] == ids[-1] and begins(prompt, ids) and (len(ids) < len(prompt) or found.logits is not None):
+            if (
+                len(best) < len(ids) <= len(prompt)
+                and prompt[len(ids) - 1] == ids[-1]
+                and begins(prompt, ids)
+                and (len(ids) < len(prompt) or found.logits is not None)
+            ):
                 best = ids
         if not best:
             return None
@@ -45,7 +51,9 @@ class Prefixes:
         return self.kept[best]
 
     def keep(self, tokens: Sequence[int], nbytes: int, make: Callable[[], tuple[KVCache, Tensor | None]]) -> None:
-        """Take what `make` makes: a cache of one row that has read `tokens`, and logits. Nothing goes for one larger than the room, nor is it made."""
+        """Keep what `make` returns: the cache of one row that has read `tokens`, and logits. Does nothing, and evicts
+        nothing, for one larger than the room.
+        """
         ids = tuple(tokens)
         if ids in self.kept:
             self.kept[ids] = self.kept.pop(ids)
@@ -53,7 +61,8 @@ class Prefixes:
         if nbytes > self.room:
             return
         while self.used + nbytes > self.room:
-            self.drop(next((old for old, found in self.kept.items() if id(found) in self.contained), next(iter(self.kept))))
+            oldest = next(iter(self.kept))
+            self.drop(next((old for old, found in self.kept.items() if id(found) in self.contained), oldest))
         try:
             new = self.kept[ids] = Snapshot(*make())
         except (RuntimeError, MemoryError) as error:
@@ -63,7 +72,7 @@ class Prefixes:
             return self.clear()
         self.used += new.nbytes
         n, last = len(ids), ids[-1]
-        for old, found in self.kept.items():  # hundreds of them, for every prompt and every reply: the last token decides, without a call
+        for old, found in self.kept.items():  # thousands, for each prompt: the last token decides, without a call
             if len(old) < n:
                 if ids[len(old) - 1] == old[-1] and begins(ids, old):
                     self.contained.add(id(found))
@@ -87,5 +96,7 @@ class Prefixes:
 
 
 def begins(long: tuple[int, ...], short: tuple[int, ...]) -> bool:
-    """Whether `long`, which is not shorter, begins with `short`. The last token decides most pairs without copying the others."""
+    """Whether `long`, which is not shorter, begins with `short`. The last token decides most pairs without copying the
+    others.
+    """
     return long[len(short) - 1] == short[-1] and long[: len(short)] == short

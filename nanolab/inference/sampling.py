@@ -6,13 +6,14 @@ on the batch's size, or on the kind of device. Dims: B rows, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 
 COLDEST = 1e-5  # below this temperature the softmax is greedy to within fp32, and dividing by it overflows
 AT_ONCE = 32  # uniform numbers that a row takes from its generator at a time
@@ -45,7 +46,7 @@ def check_settings(temperature: float, top_k: int, top_p: float, repetition_pena
 
 
 @dataclass
-class Draws:
+class SamplingState:
     """How one row chooses its tokens: settings, random stream, and the tokens that a repetition penalty is about."""
 
     temperature: float
@@ -64,7 +65,9 @@ class Draws:
         return self.temperature < COLDEST
 
     def uniform(self) -> float:
-        """The stream's next number in [0, 1), the same one until it is `spent`: a step that fails and is done again draws what it would have drawn."""
+        """The stream's next number in [0, 1), the same one until it is `spent`: a step that fails and is done again
+        draws what it would have drawn.
+        """
         if not self._uniforms:
             self._uniforms = torch.rand(AT_ONCE, generator=self.generator).tolist()[::-1]
         return self._uniforms[-1]
@@ -74,19 +77,19 @@ class Draws:
         self._uniforms.pop()
 
 
-class Chosen(NamedTuple):
+class Choice(NamedTuple):
     token: int
     logprob: float  # the model's own, in nats, before penalty, temperature and truncation
     top: tuple[tuple[int, float], ...] = ()  # the `logprobs` likeliest (token, logprob), best first
 
 
 @torch.no_grad()
-def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
-    """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn together.
+def choose(logits: Tensor, rows: Sequence[SamplingState]) -> list[Choice]:
+    """One token per row of logits (B, V), each by its own settings; rows that differ in temperature or top-p are drawn
+    together.
 
-    Order: repetition penalty (1 is off), temperature, top-k (0 is off), top-p (1 is off). Temperature 0 takes the best token,
-    ties going to the lowest id.
-    """
+    Order: repetition penalty (1 is off), temperature, top-k (0 is off), top-p (1 is off). Temperature 0 takes the best
+    token, ties going to the lowest id."""
     logits = logits.float()
     scores = penalised(logits, rows)
     groups: dict[tuple[int, bool] | None, list[int]] = {}
@@ -95,7 +98,8 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
     ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, members in groups.items():
         part = scores if len(groups) == 1 else scores[members]
-        new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])  # argmax: the first of several maxima
+        # argmax: the first of several maxima
+        new = part.argmax(-1) if kind is None else drawn(part, *kind, [rows[i] for i in members])
         ids = new if len(groups) == 1 else ids.index_copy(0, torch.tensor(members, device=ids.device), new)
     scaled = logits.log_softmax(-1)
     logprobs = scaled.gather(-1, ids[:, None])[:, 0]
@@ -104,23 +108,25 @@ def choose(logits: Tensor, rows: Sequence[Draws]) -> list[Chosen]:
     for row in rows:
         if not row.greedy:
             row.spent()
-    return [Chosen(int(token), value, best) for token, value, best in zip(tokens, values, top)]
+    return [Choice(int(token), value, best) for token, value, best in zip(tokens, values, top)]
 
 
-def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[Draws]) -> Tensor:
+def drawn(scores: Tensor, top_k: int, nucleus: bool, rows: Sequence[SamplingState]) -> Tensor:
     """Tokens (B,) of rows that agree in top-k and in whether they use top-p."""
     settings = torch.tensor([[row.temperature, row.top_p, row.uniform()] for row in rows]).to(scores.device)
     temperature, top_p, uniforms = settings.split(1, dim=-1)
     return invert_cdf(truncate(scores / temperature, top_k, top_p if nucleus else 1.0).softmax(-1), uniforms[:, 0])
 
 
-def likeliest(logprobs: Tensor, rows: Sequence[Draws]) -> list[tuple[tuple[int, float], ...]]:
+def likeliest(logprobs: Tensor, rows: Sequence[SamplingState]) -> list[tuple[tuple[int, float], ...]]:
     values, ids = logprobs.topk(min(max(row.logprobs for row in rows), logprobs.size(-1)))
     return [tuple(zip(i[: max(0, row.logprobs)], v)) for row, i, v in zip(rows, ids.tolist(), values.tolist())]
 
 
-def penalised(logits: Tensor, rows: Sequence[Draws]) -> Tensor:
-    """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv 1909.05858."""
+def penalised(logits: Tensor, rows: Sequence[SamplingState]) -> Tensor:
+    """Logits of tokens that a row has seen, divided by its penalty where positive and multiplied where not. CTRL, arXiv
+    1909.05858.
+    """
     members = [i for i, row in enumerate(rows) if row.seen is not None]
     if not members:
         return logits

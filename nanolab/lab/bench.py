@@ -1,25 +1,32 @@
-"""Speed, measured: a training step, the data path, the tokenizer. Medians of repeated measurements, with every sample kept.
+"""Speed, measured: a training step, the data path, the tokenizer. Medians of repeated measurements, with every sample
+kept.
 
-Each function returns a JSON-ready dict whose "results" map a name to {"median", "samples", "unit"}. Nothing here judges: two
-programs are compared by alternating whole runs of this on a quiet machine.
-"""
+Each function returns a JSON-ready dict whose "results" map a name to {"median", "samples", "unit"}. Nothing here
+judges: two programs are compared by alternating whole runs of this on a quiet machine."""
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import cycle
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from nanolab.config import BaseTrainConfig, BenchConfig, UserError
+from nanolab.cli import UserError
+from nanolab.lab.config import BenchConfig
 from nanolab.runtime import Runtime, device_peaks, print0
+from nanolab.stages.config import BaseTrainConfig
 
 
 def measured(samples: list[float], unit: str, digits: int = 4) -> dict[str, Any]:
     """One result: the median of `samples` and the samples themselves, to `digits` significant digits."""
-    return {"median": float(f"{statistics.median(samples):.{digits}g}"), "unit": unit, "samples": [float(f"{s:.{digits}g}") for s in samples]}
+    return {
+        "median": float(f"{statistics.median(samples):.{digits}g}"),
+        "unit": unit,
+        "samples": [float(f"{s:.{digits}g}") for s in samples],
+    }
 
 
 def seconds(work: Callable[[], Any], runtime: Runtime) -> float:
@@ -31,17 +38,19 @@ def seconds(work: Callable[[], Any], runtime: Runtime) -> float:
     return time.perf_counter() - start
 
 
-def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+def bench_train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
     from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT
-    from nanolab.training.environment import kernel_text
+    from nanolab.records.environment import kernel_text
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan
 
     B, T = cfg.device_batch_size, cfg.max_seq_len
-    shared = {f.name: getattr(cfg, f.name) for f in fields(BenchConfig) if f.name in {g.name for g in fields(BaseTrainConfig)}}
+    shared = {
+        f.name: getattr(cfg, f.name) for f in fields(BenchConfig) if f.name in {g.name for g in fields(BaseTrainConfig)}
+    }
     flags = BaseTrainConfig(**shared | {"total_batch_size": B * T * runtime.world_size, "num_iterations": 1})
     plan = make_plan(flags, cfg.vocab_size, runtime.world_size, bos=0)
     with torch.device(runtime.device):
@@ -50,7 +59,9 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     in_8_bits = convert(model) if cfg.fp8 else 0
     optimizer = MuonAdamW(param_groups(model, flags, plan), runtime)
     step_model = torch.compile(model, dynamic=False) if runtime.device.type == "cuda" else model
-    ids = torch.randint(0, cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(cfg.seed)).to(runtime.device)
+    ids = torch.randint(0, cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(cfg.seed)).to(
+        runtime.device
+    )
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def steps(n: int) -> None:
@@ -68,7 +79,11 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     rates = [B * T * runtime.world_size / s for s in samples]
     peak = device_peaks(runtime.device_name)[0]
     return {
-        "kernel": kernel_text(model.kernel_names(runtime.device.type)), "fp8_layers": in_8_bits, "compiled": step_model is not model, "n": cfg.repeats, "steps_per_sample": cfg.steps,
+        "kernel": kernel_text(model.kernel_names(runtime.device.type)),
+        "fp8_layers": in_8_bits,
+        "compiled": step_model is not model,
+        "n": cfg.repeats,
+        "steps_per_sample": cfg.steps,
         "results": {
             "step": measured([1000 * s for s in samples], "ms"),
             "tokens": measured(rates, "tokens/s"),
@@ -76,8 +91,12 @@ def train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             "peak_memory": measured([runtime.peak_memory_mib()], "MiB"),
         },
         "flops_per_token": plan.flops_per_token,
-        "mfu": round(statistics.median(rates) * plan.flops_per_token / (peak * runtime.world_size), 4) if peak else "unknown",
-    }  # fmt: skip
+        "mfu": (
+            round(statistics.median(rates) * plan.flops_per_token / (peak * runtime.world_size), 4)
+            if peak
+            else "unknown"
+        ),
+    }
 
 
 def read_texts(cfg: BenchConfig) -> tuple[list[str], int]:
@@ -123,7 +142,12 @@ def tokenizer(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         results[f"encode_{runtime.threads}_threads"] = rates(lambda: tok.encode_batch(texts, runtime.threads))
     results["decode"] = rates(lambda: [tok.decode(row) for row in ids])
     n_tokens = sum(map(len, ids))
-    counts = {"bytes": n_bytes, "documents": len(texts), "tokens": n_tokens, "bytes_per_token": round(n_bytes / n_tokens, 4)}
+    counts = {
+        "bytes": n_bytes,
+        "documents": len(texts),
+        "tokens": n_tokens,
+        "bytes_per_token": round(n_bytes / n_tokens, 4),
+    }
     return {"n": cfg.repeats, "vocab_size": tok.vocab_size, "tokenizer_hash": tok.hash, **counts, "results": results}
 
 
@@ -138,7 +162,8 @@ def data(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     n_batches = max(1, sum(map(len, documents)) // (B * T))  # about one pass
 
     def pack() -> float:
-        supply = cycle([(i, tokens.copy()) for i, tokens in enumerate(documents)])  # a packer may overwrite what it gets
+        # a packer may overwrite what it gets
+        supply = cycle([(i, tokens.copy()) for i, tokens in enumerate(documents)])
         packers = [Packer(tok.bos, lambda: next(supply)) for _ in range(B)]
 
         def work() -> None:
@@ -163,5 +188,10 @@ def data(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         "packing": measured([pack() for _ in range(cfg.repeats)], "tokens/s"),
         "loader": measured([load() for _ in range(cfg.repeats)], "tokens/s"),
     }
-    counts = {"bytes": n_bytes, "documents": len(texts), "tokens": sum(map(len, documents)), "rows_per_sample": n_batches * B}
+    counts = {
+        "bytes": n_bytes,
+        "documents": len(texts),
+        "tokens": sum(map(len, documents)),
+        "rows_per_sample": n_batches * B,
+    }
     return {"n": cfg.repeats, "vocab_size": tok.vocab_size, "tokenizer_hash": tok.hash, **counts, "results": results}

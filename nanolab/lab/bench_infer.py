@@ -1,8 +1,8 @@
-"""Speed of generation, with the engine set up as the server sets it up: batches of one size, and clients that come one by one.
+"""Speed of generation, with the engine set up as the server sets it up: batches of one size, and clients that come one
+by one.
 
-Greedy and without stops, so that every row makes as many tokens as it was asked for. Dims: B rows, P tokens of a prompt, D of
-a reply.
-"""
+Greedy and without stops, so that every row makes as many tokens as it was asked for. Dims: B rows, P tokens of a
+prompt, D of a reply."""
 
 import math
 import random
@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanolab.config import BenchConfig, ServeConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.lab.bench import measured
+from nanolab.lab.config import BenchConfig
 from nanolab.model.gpt import GPT
+from nanolab.records.environment import kernel_text
+from nanolab.records.models import load_model
 from nanolab.runtime import Runtime, device_peaks
-from nanolab.training.environment import kernel_text
-from nanolab.training.models import load_model
+from nanolab.serving.config import ServeConfig
 from nanolab.training.schedule import gpt_config
 
 STEPS_BETWEEN_CLIENTS = 2
@@ -48,45 +50,55 @@ class Timed(NamedTuple):
 def infer(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Time to first token, time per token and tokens/s for each of --batch-sizes, and for --clients at once.
 
-    first_token: B different prompts come at once; of each row, then the median over rows. prefill: all their tokens over that time.
-    per_token, decode: B rows behind one prompt, which join in the same step; steps that read prompts are not among these.
-    memory_read: the bytes that a decode step has to read, over its time: matrices of blocks and head, and the keys and values
-    that the rows' next tokens may see. Its share of the device's bandwidth is under "batches".
-    clients_*: one joins every other step, with prompts and replies from half to one and a half times P and D; what each waits
-    for a token includes the reading of later prompts.
-    peak_memory: the device's for this batch size on CUDA, elsewhere the process's so far.
-    """
+    first_token: B different prompts come at once; of each row, then the median over rows. prefill: all their tokens
+    over that time. per_token, decode: B rows behind one prompt, which join in the same step; steps that read prompts
+    are not among these. memory_read: the bytes that a decode step has to read, over its time: matrices of blocks and
+    head, and the keys and values that the rows' next tokens may see. Its share of the device's bandwidth is under
+    "batches". clients_*: one joins every other step, with prompts and replies from half to one and a half times P and
+    D; what each waits for a token includes the reading of later prompts. peak_memory: the device's for this batch size
+    on CUDA, elsewhere the process's so far."""
     sizes = checked(cfg)
     model, tokenizer = the_model(cfg, runtime)
     longest = 3 * (cfg.prompt_tokens + cfg.decode_tokens) // 2
     if longest > model.config.sequence_len:
         raise UserError(
-            f"--prompt-tokens {cfg.prompt_tokens} and --decode-tokens {cfg.decode_tokens} make rows of up to {longest} tokens; this model reads "
-            f"{model.config.sequence_len}; lower them, or raise --max-seq-len"
+            f"--prompt-tokens {cfg.prompt_tokens} and --decode-tokens {cfg.decode_tokens} make rows of up to {longest}"
+            f" tokens; this model reads {model.config.sequence_len}; lower them, or raise --max-seq-len"
         )
     kernel = kernel_text(model.kernel_names(runtime.device.type))
-    model = served(model, int8=cfg.int8)
+    model = prepare_for_inference(model, int8=cfg.int8)
     prompts = Prompts(model.config.vocab_size, cfg.seed)
     results: dict[str, Any] = {}
     batches = [batch(cfg, runtime, new_engine(model, tokenizer, runtime, B), prompts, B, results) for B in sizes]
     engine = new_engine(model, tokenizer, runtime, ServeConfig.max_rows)
     crowd = clients(cfg, engine, prompts, results)
     return {
-        "kernel": kernel, "graphs": engine.recorder is not None, "int8": cfg.int8, "n": cfg.repeats, "prompt_tokens": cfg.prompt_tokens,
-        "decode_tokens": cfg.decode_tokens, "weight_bytes": weight_bytes(model), "batches": batches, "clients": crowd, "results": results,
-    }  # fmt: skip
+        "kernel": kernel,
+        "graphs": engine.recorder is not None,
+        "int8": cfg.int8,
+        "n": cfg.repeats,
+        "prompt_tokens": cfg.prompt_tokens,
+        "decode_tokens": cfg.decode_tokens,
+        "weight_bytes": weight_bytes(model),
+        "batches": batches,
+        "clients": crowd,
+        "results": results,
+    }
 
 
 def checked(cfg: BenchConfig) -> list[int]:
     """--batch-sizes as numbers. Raises UserError for counts that nothing can be measured with."""
     if cfg.prompt_tokens < 2 or cfg.decode_tokens < 4 or cfg.clients < 1:
         raise UserError(
-            f"--prompt-tokens {cfg.prompt_tokens}, --decode-tokens {cfg.decode_tokens}, --clients {cfg.clients}; expected at least 2, 4 and 1; "
-            "try --prompt-tokens 128 --decode-tokens 64"
+            f"--prompt-tokens {cfg.prompt_tokens}, --decode-tokens {cfg.decode_tokens}, --clients {cfg.clients};"
+            " expected at least 2, 4 and 1; try --prompt-tokens 128 --decode-tokens 64"
         )
     sizes = cfg.batch_sizes.split(",")
     if not all(size.isdigit() and int(size) for size in sizes):
-        raise UserError(f"--batch-sizes {cfg.batch_sizes!r}; expected numbers of rows, joined by commas; try --batch-sizes 1,8,32,128")
+        raise UserError(
+            f"--batch-sizes {cfg.batch_sizes!r}; expected numbers of rows, joined by commas; try --batch-sizes"
+            " 1,8,32,128"
+        )
     return [int(size) for size in sizes]
 
 
@@ -116,9 +128,14 @@ class Prompts:
         return Request(tuple(ids.tolist()), max_tokens, temperature=0.0, stop_ids=())
 
     def crowd(self, cfg: BenchConfig) -> list[Request]:
-        """One request for each of --clients: P and D from half to one and a half times what the flags say, the same at every call."""
+        """One request for each of --clients: P and D from half to one and a half times what the flags say, the same at
+        every call.
+        """
         order, spread = random.Random(cfg.seed), [0.5 + i / max(1, cfg.clients - 1) for i in range(cfg.clients)]
-        lengths = [[round(mean * x) for x in order.sample(spread, cfg.clients)] for mean in (cfg.prompt_tokens, cfg.decode_tokens)]
+        lengths = [
+            [round(mean * x) for x in order.sample(spread, cfg.clients)]
+            for mean in (cfg.prompt_tokens, cfg.decode_tokens)
+        ]
         return [self.request(*pair) for pair in zip(*lengths)]
 
 
@@ -144,7 +161,9 @@ def prepare(engine: Engine) -> None:
         pass
 
 
-def batch(cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, B: int, results: dict[str, Any]) -> dict[str, Any]:
+def batch(
+    cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, B: int, results: dict[str, Any]
+) -> dict[str, Any]:
     """Measure B rows at once. The first round, in which an engine records its graphs, does not count."""
     P, D = cfg.prompt_tokens, cfg.decode_tokens
     if runtime.device.type == "cuda":
@@ -170,7 +189,12 @@ def batch(cfg: BenchConfig, runtime: Runtime, engine: Engine, prompts: Prompts, 
     results[f"peak_memory_b{B}"] = measured([runtime.peak_memory_mib()], "MiB")
     peak = device_peaks(runtime.device_name)[1]
     share = round(bytes_read / statistics.median(samples["step"]) / peak, 4) if peak else "unknown"
-    return {"rows": B, "tokens": sum(len(row.tokens) for row in rows), "step_bytes": bytes_read, "bandwidth_share": share}
+    return {
+        "rows": B,
+        "tokens": sum(len(row.tokens) for row in rows),
+        "step_bytes": bytes_read,
+        "bandwidth_share": share,
+    }
 
 
 def clients(cfg: BenchConfig, engine: Engine, prompts: Prompts, results: dict[str, Any]) -> dict[str, Any]:
@@ -182,8 +206,12 @@ def clients(cfg: BenchConfig, engine: Engine, prompts: Prompts, results: dict[st
     del rounds[0]
     tokens = sum(len(row.tokens) for row in rounds[0])
     each = [[row.per_token for row in rows] for rows in rounds]
-    results["clients_total"] = measured([tokens / (max(row.tokens[-1] for row in rows) - rows[0].came) for rows in rounds], "tokens/s")
-    results["clients_first_token"] = measured([1000 * statistics.median(row.first for row in rows) for rows in rounds], "ms")
+    results["clients_total"] = measured(
+        [tokens / (max(row.tokens[-1] for row in rows) - rows[0].came) for rows in rounds], "tokens/s"
+    )
+    results["clients_first_token"] = measured(
+        [1000 * statistics.median(row.first for row in rows) for rows in rounds], "ms"
+    )
     results["clients_per_token"] = measured([1000 * statistics.median(times) for times in each], "ms")
     results["clients_slowest"] = measured([1000 * max(times) for times in each], "ms")
     results["slowest_over_median"] = measured([max(times) / statistics.median(times) for times in each], "x")
@@ -191,7 +219,9 @@ def clients(cfg: BenchConfig, engine: Engine, prompts: Prompts, results: dict[st
 
 
 def weight_bytes(model: GPT) -> int:
-    """Read in every step: all parameters but the tables, of which a few rows are looked up; the head's matrix even where it is one."""
+    """Read in every step: all parameters but the tables, of which a few rows are looked up; the head's matrix even
+    where it is one.
+    """
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     return sum(stored_bytes(p) for p in model.parameters() if id(p) not in tables or p is model.lm_head.weight)
 
@@ -206,4 +236,8 @@ def stored_bytes(x: Tensor) -> int:
 def cache_bytes(engine: Engine, context: int) -> int:
     """Of one row, what its next token sees behind `context` tokens."""
     cache = engine.cache
-    return sum(min(context, ring) * math.prod(x.shape[2:]) * x.element_size() for tensors in (cache.k, cache.v) for x, ring in zip(tensors, cache.rings))
+    return sum(
+        min(context, ring) * math.prod(x.shape[2:]) * x.element_size()
+        for tensors in (cache.k, cache.v)
+        for x, ring in zip(tensors, cache.rings)
+    )

@@ -1,1 +1,1 @@
-"""Weights -> people: one engine thread per replica behind a queue, OpenAI's HTTP interface in front of it, and the chat page."""
+"""Weights -> people: one engine thread per replica, a queue per model, OpenAI's HTTP interface, and the chat page."""

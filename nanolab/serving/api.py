@@ -1,18 +1,15 @@
 """The HTTP interface: OpenAI's routes, the page, health and metrics, in front of the models' worker threads.
 
-The event loop only carries: generation, and tokenizing what is not short, happen in other threads, so every route answers at any time.
-"""
+The event loop only carries: generation, and tokenizing what is not short, happen in other threads, so every route
+answers at any time."""
 
 import asyncio
 import contextlib
 import json
 import logging
-import os
 import secrets
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,16 +20,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from nanolab.config import ServeConfig, UserError
-from nanolab.data.chat import check_messages, parts_of, render_prompt
+from nanolab.cli import UserError
+from nanolab.data.chat import parts_of, render_prompt
 from nanolab.inference import engine
 from nanolab.inference.tools import find_tool
-from nanolab.serving.exchange import LEFT, Exchange
-from nanolab.serving.gate import CLOSE, Gate, allowed_origins, failed, find_key, has_key, page_headers, refusal, reply
+from nanolab.serving.config import ServeConfig
+from nanolab.serving.conversation_log import ConversationLog
+from nanolab.serving.errors import CLOSE, ApiError, reply
 from nanolab.serving.metrics import Metrics
-from nanolab.serving.openai import ROUTES, ApiError, Ask, read_chat, read_completion
-from nanolab.serving.reply import Answer
-from nanolab.serving.worker import Broken, Draining, Overloaded, Served
+from nanolab.serving.reply import Asked, ResponseBuilder
+from nanolab.serving.schemas import ROUTES, ChatRequest, read_chat, read_completion
+from nanolab.serving.security import SecurityMiddleware, allowed_origins, find_key, has_key, page_headers
+from nanolab.serving.stream import LEFT, RequestHandler
+from nanolab.serving.worker import ModelServer
 
 PAGE = Path(__file__).parent / "page" / "index.html"
 MAX_BODY = 4 << 20  # bytes of a request
@@ -40,7 +40,6 @@ BODY_SECONDS = 60.0  # for all of it to arrive
 MAX_VALUES = 1 << 18  # of a request, as far as commas tell
 SHORT = 1 << 12  # bytes of a request whose prompt is tokenized at once: in less time than another thread takes to begin
 AT_ONCE = 1 << 16  # bytes of a request that is read at once, in under a millisecond
-LOG_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -48,138 +47,156 @@ log = logging.getLogger(__name__)
 class Api:
     """What the routes do. models: by the name that requests give."""
 
-    def __init__(self, models: dict[str, Served], cfg: ServeConfig):
+    def __init__(self, models: dict[str, ModelServer], cfg: ServeConfig):
         self.models, self.cfg, self.metrics = models, cfg, Metrics()
         self.tool, self.started = find_tool(cfg.tool), int(time.time())
-        self.seeds = Random(secrets.randbits(62))  # the system's own would be asked for each request, and the interpreter let go of for that
-        self.writer = ThreadPoolExecutor(1)  # one thread: lines stay whole and in order
-        self.writes = True  # whether the last conversation could be written
-        if cfg.log_conversations:
-            try:
-                open(cfg.log_conversations, "a").close()
-            except OSError as error:
-                wanted = "expected a file, or a new name in a folder that is there"
-                raise UserError(f"--log-conversations {cfg.log_conversations} cannot be written ({error.strerror}); {wanted}") from None
+        # the system's own would be asked for each request, and the interpreter let go of for that
+        self.seeds = Random(secrets.randbits(62))
+        self.log = ConversationLog(cfg.log_conversations, self.metrics)
 
-    async def generate(self, request: Request, read: Callable[[Any], Ask]) -> Response:
-        """Either POST route. What is refused is refused before the first byte, and before any work for it where the queue is full."""
+    async def generate(self, request: Request, read: Callable[[Any], Asked]) -> Response:
+        """Either POST route. What is refused is refused before the first byte, and before any work for it where the
+        queue is full.
+        """
         arrived, name = time.perf_counter(), ""
         try:
             self.admit_any()
             body = await read_body(request)
-            ask = await parsed(body, read)
-            served = self.find(ask.model)
+            asked = await parsed(body, read)
+            served = self.find(asked.model)
             name = served.name
-            if ask.chat and served.kind == "base":
-                raise self.no_chat(name)
-            rows = ask.prompts * ask.n
-            if served.alive and rows > served.places:
-                seen, param = (f"n is {ask.n}", "n") if ask.prompts == 1 else (f"{ask.prompts} prompts with n {ask.n} are {rows} choices", "prompt")
-                raise ApiError(400, f"{seen}; expected at most {served.places}, which is all that this server takes at once", param, "invalid_value")
-            served.admit(rows)
-            prompts, answer = begin(ask, served) if len(body) < SHORT else await asyncio.to_thread(begin, ask, served)
-            exchange = Exchange(served, self.rows(ask, served, prompts), answer, self.metrics, request, arrived, self.log)
-        except (ApiError, Overloaded, Draining, Broken) as error:
-            refused = refusal(error)
-            self.metrics.requests.add(1, name, request.url.path, str(refused.status))
-            raise refused from None
+            self.check(asked, served)
+            served.admit(asked.prompts * asked.n)
+            short = len(body) < SHORT
+            prompts, builder = begin(asked, served) if short else await asyncio.to_thread(begin, asked, served)
+            rows = self.rows(asked, served, prompts, builder)
+            handler = RequestHandler(served, rows, builder, self.metrics, request, arrived, self.log.add)
+        except ApiError as error:
+            self.metrics.requests.labels(name, request.url.path, str(error.status)).inc()
+            raise
         except ClientDisconnect:  # in the middle of its body
             return Response(status_code=LEFT)
-        return await exchange.respond()
+        return await handler.respond()
 
     def admit_any(self) -> None:
         """Raise what every model would for one more row: then the body need not be read."""
         for i, served in enumerate(self.models.values(), 1):
             try:
                 return served.admit(1)
-            except (Overloaded, Draining, Broken):
+            except ApiError:
                 if i == len(self.models):
                     raise
 
-    def find(self, name: str | None) -> Served:
+    def check(self, asked: Asked, served: ModelServer) -> None:
+        """Raise ApiError for a chat with a base model, and for more choices than the server takes."""
+        if asked.chat and served.kind == "base":
+            raise self.no_chat(served.name)
+        rows, n = asked.prompts * asked.n, asked.n
+        if served.alive and rows > served.places:
+            alone = asked.prompts == 1
+            seen = f"n is {n}" if alone else f"{asked.prompts} prompts with n {n} are {rows} choices"
+            wanted = f"expected at most {served.places}, the capacity of this server"
+            raise ApiError(400, f"{seen}; {wanted}", "n" if alone else "prompt", "invalid_value")
+
+    def find(self, name: str | None) -> ModelServer:
         if name is None and len(self.models) == 1:
             return next(iter(self.models.values()))
         if name is None:
-            raise ApiError(400, f"field 'model' is missing; expected one of {', '.join(self.models)}", "model", "missing_field")
+            raise ApiError(
+                400, f"field 'model' is missing; expected one of {', '.join(self.models)}", "model", "missing_field"
+            )
         if name not in self.models:
-            raise ApiError(404, f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}", "model", "model_not_found")
+            raise ApiError(
+                404,
+                f"model {name[:80]!r} is not served here; expected one of {', '.join(self.models)}",
+                "model",
+                "model_not_found",
+            )
         return self.models[name]
 
     def no_chat(self, name: str) -> ApiError:
         chat = [other.name for other in self.models.values() if other.kind != "base"]
         seen = f"{name} is a base model, which continues text and was not trained to chat"
-        return ApiError(400, f"{seen}; expected {' or '.join(chat) or 'a chat model'}; or use /v1/completions", "model", "base_model")
+        return ApiError(
+            400,
+            f"{seen}; expected {' or '.join(chat) or 'a chat model'}; or use /v1/completions",
+            "model",
+            "base_model",
+        )
 
-    def rows(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[engine.Request]:
-        """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others seeds made from it.
+    def rows(
+        self, asked: Asked, served: ModelServer, prompts: list[list[int]], builder: ResponseBuilder
+    ) -> list[engine.Request]:
+        """The engine's requests, one per choice, n for each prompt: the first of these has the seed itself, the others
+        seeds made from it.
 
-        A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it costs no pass of the model.
-        """
+        A prompt in a list has the same choices as alone. max_tokens 0 takes a token too, which nobody is shown: it
+        costs no pass of the model."""
         cfg, special = self.cfg, served.tokenizer.special
-        seed = self.seeds.getrandbits(62) if ask.seed is None else ask.seed
-        ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if ask.tools else None
+        seed = self.seeds.getrandbits(62) if asked.seed is None else asked.seed
+        ends = (served.tokenizer.bos, special("<|assistant_end|>"), special("<|python_end|>")) if asked.tools else None
+        budget = cfg.max_tokens if asked.budget is None else max(1, asked.budget)
         return [
             engine.Request(
                 tuple(prompt),
-                max_tokens=cfg.max_tokens if ask.max_tokens is None else max(1, ask.max_tokens),
-                temperature=cfg.temperature if ask.temperature is None else ask.temperature,
-                top_k=cfg.top_k if ask.top_k is None else ask.top_k,
-                top_p=cfg.top_p if ask.top_p is None else ask.top_p,
-                repetition_penalty=ask.repetition_penalty or 1.0,
+                max_tokens=budget,
+                temperature=cfg.temperature if asked.temperature is None else asked.temperature,
+                top_k=cfg.top_k if asked.top_k is None else asked.top_k,
+                top_p=cfg.top_p if asked.top_p is None else asked.top_p,
+                repetition_penalty=asked.repetition_penalty or 1.0,
                 seed=Random(f"{seed} {i}").getrandbits(62) if i else seed,
                 stop_ids=ends,
-                stop=ask.stop,
-                logprobs=ask.logprobs,
-                prompt_logprobs=ask.logprobs if ask.echo else -1,
-                tools=self.tool if ask.chat and not ask.tools else None,
+                stop=tuple(asked.stop),
+                logprobs=asked.alternatives,
+                prompt_logprobs=asked.alternatives if asked.echo else -1,
+                tools=self.tool if asked.chat and not asked.tools else None,
+                parse="turn" if asked.chat else "text",
+                begun=echo.unfinished if echo else b"",
             )
-            for prompt in prompts
-            for i in range(ask.n)
+            for prompt, echo in zip(prompts, builder.echoes)
+            for i in range(asked.n)
         ]
-
-    async def log(self, answer: Answer) -> None:
-        """Append the conversation, once per choice, to the file that was asked for; read_conversations reads it.
-
-        A reply waits for its lines, but no longer than LOG_SECONDS. One that cannot be written is counted, and the first of several logged.
-        """
-        if not (self.cfg.log_conversations and answer.ask.chat):
-            return
-        written = asyncio.get_running_loop().run_in_executor(self.writer, append, self.cfg.log_conversations, answer)
-        written.add_done_callback(lambda done: self._written(answer, done.exception()))
-        await asyncio.wait([written], timeout=LOG_SECONDS)
-
-    def _written(self, answer: Answer, error: BaseException | None) -> None:
-        if error:
-            self.metrics.lost.add(1, answer.model)
-        if self.writes and error:
-            log.error("--log-conversations %s cannot be written (%s); replies go on, and what is lost is counted", self.cfg.log_conversations, error)
-        elif not self.writes and not error:
-            missing = sum(self.metrics.lost.values.values())
-            log.warning("--log-conversations %s is written again; %d conversations are missing", self.cfg.log_conversations, missing)
-        self.writes = not error
 
     def described(self) -> list[dict[str, Any]]:
         cfg = self.cfg
-        sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens}
+        sampling = {
+            "temperature": cfg.temperature,
+            "top_k": cfg.top_k,
+            "top_p": cfg.top_p,
+            "max_tokens": cfg.max_tokens,
+        }
         about = {"object": "model", "created": self.started, "owned_by": "nanolab"}
-        return [{"id": name, **about, "kind": s.kind, "context": s.limit, "sampling": sampling, "tool": cfg.tool} for name, s in self.models.items()]
+        return [
+            {"id": name, **about, "kind": s.kind, "context": s.limit, "sampling": sampling, "tool": cfg.tool}
+            for name, s in self.models.items()
+        ]
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """(HTTP status, body): ok, degraded (of a model's several replicas not all have failed), draining, or failed."""
+        """(HTTP status, body): ok, degraded (of a model's several replicas not all have failed), draining, or
+        failed.
+        """
         every = self.models.values()
-        models = {s.name: {"running": s.running, "queued": len(s.queue), "replicas": len(s.replicas), "errors": s.errors} for s in every}
+        models = {
+            s.name: {"running": s.running, "queued": len(s.queue), "replicas": len(s.replicas), "errors": s.errors}
+            for s in every
+        }
         status = "degraded" if any(s.errors for s in every) else "ok"
         status = "draining" if any(s.draining for s in every) else status
         status = "failed" if any(not s.alive for s in every) else status
         return 503 if status in ("failed", "draining") else 200, {"status": status, "models": models}
 
 
-def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
-    """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page cannot be read."""
+def create_app(models: dict[str, ModelServer], cfg: ServeConfig, page: Path = PAGE) -> FastAPI:
+    """The application: starts the models' threads when it starts, ends them when it ends. Raises UserError if the page
+    cannot be read.
+    """
     try:
         html = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab again") from None
+        raise UserError(
+            f"the page {page} cannot be read ({error}); expected the file that comes with nanolab; install nanolab"
+            " again"
+        ) from None
     api, headers, key = Api(models, cfg), page_headers(html), find_key(cfg)
 
     @contextlib.asynccontextmanager
@@ -190,25 +207,28 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
         for served in models.values():
             served.stop()
         await asyncio.gather(*(asyncio.to_thread(served.join) for served in models.values()))
-        await asyncio.to_thread(api.writer.shutdown)
+        await asyncio.to_thread(api.log.writer.shutdown)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)  # no documentation pages: they would load scripts from elsewhere
-    app.add_middleware(Gate, cfg=cfg)
+    app.add_middleware(SecurityMiddleware, cfg=cfg)
     if origins := allowed_origins(cfg):
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
 
-    # coroutines, since Starlette calls other functions in a thread, which takes longer than all else that a refused request does
+    # coroutines, since Starlette calls other functions in a thread, which takes longer than all else that a refused
+    # request does
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return failed(error)
+        return error.response
 
     @app.exception_handler(HTTPException)
     async def not_routed(request: Request, error: HTTPException) -> Response:
-        return failed(no_route(error.status_code, request.method, request.url.path, error.detail))
+        return no_route(error.status_code, request.method, request.url.path, error.detail).response
 
     @app.exception_handler(Exception)
     async def crashed(request: Request, error: Exception) -> Response:
-        return failed(ApiError(500, f"{type(error).__name__} in the server; its log has the rest"))
+        return ApiError(500, f"{type(error).__name__} in the server; its log has the rest").response
 
     @app.get("/")
     @app.get("/compare")
@@ -236,11 +256,14 @@ def create_app(models: dict[str, Served], cfg: ServeConfig, page: Path = PAGE) -
     @app.get("/health")
     async def health(request: Request) -> Response:
         status, body = api.health()
-        return reply(body if has_key(request.headers, key) else {"status": body["status"]}, status)  # the rest names models and quotes errors
+        # the rest names models and quotes errors
+        return reply(body if has_key(request.headers, key) else {"status": body["status"]}, status)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = api.metrics.text({s.name: len(s.queue) for s in models.values()}, {s.name: s.running for s in models.values()})
+        text = api.metrics.text(
+            {s.name: len(s.queue) for s in models.values()}, {s.name: s.running for s in models.values()}
+        )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     return app
@@ -254,36 +277,15 @@ def no_route(status: int, method: str, path: str, detail: str) -> ApiError:
     return ApiError(status, f"{method} {path}: {detail}{hint}", code="no_such_route" if status == 404 else None)
 
 
-def append(path: str, answer: Answer) -> None:
-    """The conversation's lines at the end of a file: all of them, or none and an OSError."""
-    lines = []
-    for said in (reply for reply in answer.replies if reply.text.strip() or reply.calls):
-        messages = [*answer.ask.prompt, {"role": "assistant", "content": said.parts}]
-        try:
-            check_messages(messages)  # a line that read_conversations refuses would cost the whole file
-        except UserError as error:
-            print(f"note: a conversation was not logged, since training does not read it: {error}", file=sys.stderr)
-            continue
-        lines.append({"messages": messages, "model": answer.model})
-    data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
-    with open(path, "ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END) if file.seekable() else 0
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError:
-            with contextlib.suppress(OSError):  # not every file can be cut
-                file.truncate(before)
-            raise
-
-
 async def read_body(request: Request) -> bytes:
     """The body. Raises ApiError for one that is too large, too slow or, by its Content-Type, not JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # the only one of these that a page of another site cannot send without asking first
         wanted = "expected application/json; with curl: -H 'Content-Type: application/json'"
         raise ApiError(415, f"the body's Content-Type is {kind[:100]!r}; {wanted}", code="unsupported_media_type")
-    too_large = ApiError(413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large")
+    too_large = ApiError(
+        413, f"the body has more than {MAX_BODY} bytes; expected at most that; send less", code="request_too_large"
+    )
     if int(request.headers.get("content-length", 0)) > MAX_BODY:  # h11 lets only digits through
         raise too_large
 
@@ -298,17 +300,23 @@ async def read_body(request: Request) -> bytes:
     try:
         return await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once", code="body_timeout", headers=CLOSE) from None
+        raise ApiError(
+            408,
+            f"the body did not arrive within {BODY_SECONDS:g} seconds; send it at once",
+            code="body_timeout",
+            headers=CLOSE,
+        ) from None
 
 
-async def parsed(body: bytes, read: Callable[[Any], Ask]) -> Ask:
+async def parsed(body: bytes, read: Callable[[Any], Asked]) -> Asked:
     """What the body asks for; a large one is read in a thread. Raises ApiError.
 
-    json.loads stops every thread of the process until it is done: that takes milliseconds for a long text, but a second for as many numbers
-    as fit MAX_BODY, so these are counted first.
-    """
+    json.loads stops every thread of the process until it is done: that takes milliseconds for a long text, but a second
+    for as many numbers as fit MAX_BODY, so these are counted first."""
     if (values := body.count(b",")) > MAX_VALUES:
-        raise ApiError(413, f"the body has {values} commas; expected at most {MAX_VALUES}; send less", code="request_too_large")
+        raise ApiError(
+            413, f"the body has {values} commas; expected at most {MAX_VALUES}; send less", code="request_too_large"
+        )
     return read(loaded(body)) if len(body) < AT_ONCE else await asyncio.to_thread(lambda: read(loaded(body)))
 
 
@@ -319,34 +327,47 @@ def loaded(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON ({error}); expected an object") from None
 
 
-def begin(ask: Ask, served: Served) -> tuple[list[list[int]], Answer]:
-    """The prompts in tokens, and the answer that is to grow. Raises what `prompt_ids` raises."""
-    prompts = prompt_ids(ask, served)
-    return prompts, Answer(ask, served.name, prompts, served.tokenizer)
+def begin(asked: Asked, served: ModelServer) -> tuple[list[list[int]], ResponseBuilder]:
+    """The prompts in tokens, and the response that is to grow. Raises what `prompt_ids` raises."""
+    prompts = prompt_ids(asked, served)
+    return prompts, ResponseBuilder(asked, served.name, prompts, served.tokenizer)
 
 
-def prompt_ids(ask: Ask, served: Served) -> list[list[int]]:
-    """The tokens that the model is to go on from, for each prompt. Raises ApiError for more than it can read, and for ids that it does not have."""
+def prompt_ids(asked: Asked, served: ModelServer) -> list[list[int]]:
+    """The tokens of each prompt. Raises ApiError for more than the model reads, and for ids that it does not have."""
     tokenizer, longest = served.tokenizer, served.longest
-    if ask.chat:
-        size = sum(len(part["text"]) for message in ask.prompt for part in parts_of(message["content"]))
-        return [readable(served, "messages", "messages", size // longest, lambda: render_prompt(tokenizer, ask.prompt))]
-    found = []
-    for i, prompt in enumerate(ask.prompt):
-        name = f"prompt[{i}]" if ask.prompts > 1 else "prompt"
-        if isinstance(prompt, str):
-            found.append(readable(served, "prompt", name, len(prompt) // longest, lambda: [tokenizer.bos, *tokenizer.encode(prompt)]))
-        else:
-            found.append(readable(served, "prompt", name, len(prompt), lambda: prompt))
-    return found
+    if isinstance(asked, ChatRequest):
+        size = sum(len(part["text"]) for message in asked.messages for part in parts_of(message["content"]))
+        return [
+            readable(served, "messages", "messages", size // longest, lambda: render_prompt(tokenizer, asked.messages))
+        ]
+
+    def of(i: int, prompt: str | list[int]) -> list[int]:
+        name = f"prompt[{i}]" if asked.prompts > 1 else "prompt"
+        if isinstance(prompt, list):
+            return readable(served, "prompt", name, len(prompt), lambda: prompt)
+        least = len(prompt) // longest
+        return readable(served, "prompt", name, least, lambda: [tokenizer.bos, *tokenizer.encode(prompt)])
+
+    return [of(i, prompt) for i, prompt in enumerate(asked.prompt)]
 
 
-def readable(served: Served, param: str, name: str, least: int, encode: Callable[[], list[int]]) -> list[int]:
+def readable(served: ModelServer, param: str, name: str, least: int, encode: Callable[[], list[int]]) -> list[int]:
     """A prompt in tokens. least: how many these are at the least, for what is not worth tokenizing."""
     ids = encode() if least < served.limit else []
     if not 0 < len(ids) < served.limit:
         seen = f"{len(ids)} tokens" if ids else f"at least {least} tokens"
-        raise ApiError(400, f"{name} has {seen}; this model reads at most {served.limit - 1}; shorten it", param, "context_length_exceeded")
+        raise ApiError(
+            400,
+            f"{name} has {seen}; this model reads at most {served.limit - 1}; shorten it",
+            param,
+            "context_length_exceeded",
+        )
     if max(ids) >= served.tokenizer.vocab_size:
-        raise ApiError(400, f"{name} holds the id {max(ids)}; expected ids below {served.tokenizer.vocab_size}", param, "invalid_value")
+        raise ApiError(
+            400,
+            f"{name} holds the id {max(ids)}; expected ids below {served.tokenizer.vocab_size}",
+            param,
+            "invalid_value",
+        )
     return ids

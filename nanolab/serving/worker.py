@@ -1,8 +1,7 @@
-"""Worker threads: one per replica runs its engine; one queue stands in front of all replicas of a model.
+"""Worker threads: each replica of a model runs its engine in a thread; all replicas share one queue.
 
-Requests come from the event loop's thread and go back to it: after each step one call of `post` hands all new tokens over.
-No lock is held while an engine computes, so that the event loop never waits for one.
-"""
+Requests come from the event loop's thread and tokens go back to it: one call of `post` after each step. No lock is held
+while an engine computes, so that the event loop never waits for one."""
 
 import logging
 import threading
@@ -13,39 +12,31 @@ from typing import Any
 
 import torch
 
-from nanolab.inference.engine import Engine, Request, Sampled
+from nanolab.inference.engine import Engine, Request, TokenOutput
 from nanolab.runtime import out_of_memory
+from nanolab.serving.errors import RETRY_AFTER, ApiError, broken, draining, overloaded
 
 log = logging.getLogger(__name__)
 
 FAILURES = 20
 
-Post = Callable[..., Any]  # (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
-Deliver = Callable[[int, "Sampled | Exception"], None]  # (row of the submission, its next token, or why there will be none)
+# (function, *arguments): have the function called in the thread that submits, as call_soon_threadsafe does
+Post = Callable[..., Any]
+# (row of the submission, its next token, or why there will be none)
+Deliver = Callable[[int, "TokenOutput | ApiError"], None]
 
 
-class Overloaded(Exception):
-    """There is no room in the queue."""
-
-
-class Draining(Exception):
-    """The server is about to leave and takes nothing new."""
-
-
-class Broken(Exception):
-    """The engine's thread has died of an error; the text is the error."""
-
-
-class RowFailed(Exception):
+class RowFailed(ApiError):
     """This row gets no further token; the engine goes on. code: out_of_memory, non_finite_logits or engine_failed."""
 
-    def __init__(self, code: str, text: str):
-        super().__init__(text)
-        self.code = code
+    def __init__(self, code: str, why: str):
+        memory = code == "out_of_memory"
+        super().__init__(503 if memory else 500, why, code=code, headers=RETRY_AFTER if memory else None)
 
 
-class Job:
-    """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none yet.
+class Pending:
+    """One row from the queue to its last token. replica: None while it waits. number: the engine's; -1: it has none
+    yet.
 
     done: nothing will be delivered any more.
     """
@@ -56,14 +47,14 @@ class Job:
         self.number = -1
         self.done = False
 
-    def hand_over(self, item: "Sampled | Exception") -> None:
+    def hand_over(self, item: "TokenOutput | ApiError") -> None:
         """Called in the submitting thread."""
         if not self.done:
-            self.done = isinstance(item, Exception) or item.finish is not None
+            self.done = isinstance(item, ApiError) or item.finish is not None
             self.deliver(self.index, item)
 
 
-class Served:
+class ModelServer:
     """A model under its name: replicas on as many threads, and a queue of at most `queue` rows beside those that run.
 
     kind: base, sft or rl.
@@ -74,7 +65,7 @@ class Served:
         self.tokenizer, self.limit = engines[0].tokenizer, engines[0].limit
         self.longest = int(self.tokenizer.token_bytes().max())  # bytes of a token
         self.changed = threading.Condition()  # guards all that follows
-        self.queue: deque[Job] = deque()
+        self.queue: deque[Pending] = deque()
         self.replicas = [Replica(self, engine) for engine in engines]
         self.draining = self.stopping = False
         self.post: Post
@@ -84,16 +75,16 @@ class Served:
         for replica in self.replicas:
             replica.start()
 
-    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
+    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Pending]:
         """Queue all of these rows or none. `deliver` is called, in the thread that `post` calls in, for every token.
 
-        Raises UserError for a request that the engine would refuse, Overloaded, Draining, and Broken when no replica is left.
-        """
+        Raises UserError for a request that the engine would refuse, and ApiError: queue_full, draining, engine_failed
+        when no replica is left."""
         for request in requests:
             request.check(self.limit)
         with self.changed:
             self.admit(len(requests))
-            jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
+            jobs = [Pending(request, i, deliver) for i, request in enumerate(requests)]
             self.queue.extend(jobs)
             self.changed.notify_all()
         return jobs
@@ -101,14 +92,16 @@ class Served:
     def admit(self, rows: int) -> None:
         """Raise what `submit` would for so many rows."""
         if self.draining:
-            raise Draining
+            raise draining()
         if not self.alive:
-            raise Broken("; ".join(self.errors))
+            raise broken("; ".join(self.errors))
         if self.running + len(self.queue) + rows > self.places:
-            raise Overloaded
+            raise overloaded()
 
-    def cancel(self, jobs: Sequence[Job]) -> bool:
-        """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going on."""
+    def cancel(self, jobs: Sequence[Pending]) -> bool:
+        """Nothing more is delivered, and the rows' places are free before the next step. Whether any was still going
+        on.
+        """
         with self.changed:
             going = [job for job in jobs if not job.done]
             for job in going:
@@ -155,16 +148,15 @@ class Served:
 class Replica(threading.Thread):
     """An engine and its thread. Of several replicas the one with the fewest rows takes the next from the queue.
 
-    A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and after FAILURES
-    such steps without a reply that came to its end.
-    """
+    A step that fails ends the rows it was for, and the engine begins anew. The replica ends where that fails too, and
+    after FAILURES such steps without a reply that came to its end."""
 
-    def __init__(self, served: Served, engine: Engine):
+    def __init__(self, served: ModelServer, engine: Engine):
         super().__init__(daemon=True, name=f"engine of {served.name}")
         self.served, self.engine = served, engine
-        self.jobs: list[Job] = []
-        self.cancelled: list[Job] = []
-        self.rows: dict[int, Job] = {}  # by the engine's number of the row; of this thread alone
+        self.jobs: list[Pending] = []
+        self.cancelled: list[Pending] = []
+        self.rows: dict[int, Pending] = {}  # by the engine's number of the row; of this thread alone
         self.error = ""
         self.failures = 0  # steps that failed since a reply came to its end
 
@@ -189,10 +181,12 @@ class Replica(threading.Thread):
     def _step(self) -> None:
         step = self.engine.step()
         failed, self.engine.failed = self.engine.failed, []
-        out = [(self.rows[new.row], new) for new in step] + [(self.rows[row], RowFailed(code, text)) for row, code, text in failed]
+        out = [(self.rows[new.row], new) for new in step] + [
+            (self.rows[row], RowFailed(code, text)) for row, code, text in failed
+        ]
         if any(new.finish for new in step):
             self.failures = 0
-        self._drop([job for job, new in out if isinstance(new, Exception) or new.finish])
+        self._drop([job for job, new in out if isinstance(new, ApiError) or new.finish])
         self._post(out)
 
     def _recover(self, error: Exception) -> None:
@@ -207,7 +201,7 @@ class Replica(threading.Thread):
         self._drop(jobs)
         self._post([(job, RowFailed("engine_failed", described(error))) for job in jobs])
 
-    def _drop(self, jobs: Sequence[Job]) -> None:
+    def _drop(self, jobs: Sequence[Pending]) -> None:
         """Give the places of these jobs free."""
         if not jobs:
             return
@@ -223,7 +217,7 @@ class Replica(threading.Thread):
         with served.changed:
             served.changed.wait_for(lambda: served.stopping or self.jobs or (served.queue and self._is_next))
             if served.stopping:
-                self._post([(job, Draining()) for job in (*self.jobs, *served.queue)])
+                self._post([(job, draining()) for job in (*self.jobs, *served.queue)])
                 self.jobs.clear()
                 served.queue.clear()
                 return False
@@ -231,7 +225,7 @@ class Replica(threading.Thread):
         for job in cancelled:
             self.engine.cancel(job.number)
         self._drop(cancelled)
-        taken: list[Job] = []
+        taken: list[Pending] = []
         with served.changed:
             while served.queue and len(self.jobs) < self.engine.max_rows and self._is_next:
                 job = served.queue.popleft()
@@ -246,14 +240,16 @@ class Replica(threading.Thread):
             except Exception as error:
                 log.error("a request could not be taken", exc_info=error)
                 self._drop([job])
-                self._post([(job, RowFailed("out_of_memory" if out_of_memory(error) else "engine_failed", described(error)))])
+                self._post(
+                    [(job, RowFailed("out_of_memory" if out_of_memory(error) else "engine_failed", described(error)))]
+                )
         return True
 
     @property
     def _is_next(self) -> bool:
         return len(self.jobs) == min(len(replica.jobs) for replica in self.served.alive)
 
-    def _post(self, out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+    def _post(self, out: Sequence[tuple[Pending, "TokenOutput | ApiError"]]) -> None:
         if out:
             self.served.post(hand_over, out)
 
@@ -267,13 +263,13 @@ class Replica(threading.Thread):
                 jobs += served.queue
                 served.queue.clear()
             served.changed.notify_all()
-        self._post([(job, Broken(self.error)) for job in jobs])
+        self._post([(job, broken(self.error)) for job in jobs])
 
 
 def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def hand_over(out: Sequence[tuple[Job, "Sampled | Exception"]]) -> None:
+def hand_over(out: Sequence[tuple[Pending, "TokenOutput | ApiError"]]) -> None:
     for job, item in out:
         job.hand_over(item)

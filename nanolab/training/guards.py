@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import out_of_memory
 
 COLLECT_EVERY = 5000  # steps
@@ -42,8 +42,8 @@ def quiet_gc() -> Iterator[Callable[[int], None]]:
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradients; afterwards training mode and the generators' states are as before.
 
-    Of --deterministic, what has no such algorithm on GPUs is a warning in here: samples are drawn by a sum that torch refuses.
-    """
+    Of --deterministic, what has no such algorithm on GPUs is a warning in here: samples are drawn by a sum that torch
+    refuses."""
     training, deterministic = model.training, torch.are_deterministic_algorithms_enabled()
     devices = [device] if device.type == "cuda" else []
     if deterministic:
@@ -60,19 +60,22 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def out_of_memory_named(rows: int, grad_accum: int) -> Iterator[None]:
-    """Turn the device's out-of-memory error into a UserError that names the flag and a smaller value that fits the batch.
+    """Turn the device's out-of-memory error into a UserError that names the flag and a smaller value that fits the
+    batch.
 
-    rows: --device-batch-size; rows * grad_accum divides the rows of a step, so a smaller value that divides it fits them too.
-    """
+    rows: --device-batch-size; rows * grad_accum divides the rows of a step, so a smaller value that divides it fits
+    them too."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         smaller = next((n for n in range(rows // 2, 0, -1) if rows * grad_accum % n == 0), None)
-        remedy = f"type --device-batch-size {smaller}" if smaller else "type half the --max-seq-len, or a smaller --depth"
+        remedy = (
+            f"type --device-batch-size {smaller}" if smaller else "type half the --max-seq-len, or a smaller --depth"
+        )
         first_line = str(error).strip().split("\n")[0][:300]
         raise UserError(
-            f"out of memory with --device-batch-size {rows}: {first_line}. Expected a micro-batch that fits; {remedy} (the same total "
-            f"batch in more, smaller parts)"
+            f"out of memory with --device-batch-size {rows}: {first_line}. Expected a micro-batch that fits; {remedy}"
+            " (the same total batch in more, smaller parts)"
         ) from error

@@ -1,7 +1,8 @@
-"""Muon: the update of stacks of equally shaped matrices. Momentum, orthogonalisation, variance reduction, cautious decay.
+"""Muon: the update of stacks of equally shaped matrices. Momentum, orthogonalisation, variance reduction, cautious
+decay.
 
-Shapes: k matrices of m rows and n columns. Sums and norms are fp32; only the iteration of `polar_express` runs in `dtype`.
-"""
+Shapes: k matrices of m rows and n columns. Sums and norms are fp32; only the iteration of `polar_express` runs in
+`dtype`."""
 
 import math
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 # Polar Express (https://arxiv.org/abs/2505.16932): the odd quintics a x + b x^3 + c x^5 whose composition is the best
-# approximation of sign(x) on [1e-3, 1]. Each is the minimax polynomial on the interval that the one before leaves over, its
-# lower end no less than 0.02 of its upper one ("cushion"), and is applied to x / 1.02 (safety against bf16, not in the
-# last). tests/training/test_muon.py derives the table again by Remez exchange.
+# approximation of sign(x) on [1e-3, 1]. Each is the minimax polynomial on the interval that the one before leaves over,
+# its lower end no less than 0.02 of its upper one ("cushion"), and is applied to x / 1.02 (safety against bf16, not in
+# the last). tests/training/test_muon.py derives the table again by Remez exchange.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557794, 15.87876991520745),
     (4.0429299351667325, -2.8089174659087086, 0.5000178451051306),
@@ -34,7 +35,9 @@ def polar_express(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def orthogonalise(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """g (k, m, n) fp32 -> (k, m, n) `dtype`, rows balanced, then orthogonalised on the short side. A zero matrix stays zero."""
+    """g (k, m, n) fp32 -> (k, m, n) `dtype`, rows balanced, then orthogonalised on the short side. A zero matrix stays
+    zero.
+    """
     m, n = g.shape[-2:]
     rows = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
     # MuonEq: every row gets the root mean square of the row norms.
@@ -45,7 +48,17 @@ def orthogonalise(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def muon_update_(
-    p: Tensor, g: Tensor, momentum: Tensor, second: Tensor, *, lr: float, mu: float, beta2: float, weight_decay: float, steps: int, dtype: torch.dtype
+    p: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    second: Tensor,
+    *,
+    lr: float,
+    mu: float,
+    beta2: float,
+    weight_decay: float,
+    steps: int,
+    dtype: torch.dtype,
 ) -> None:
     """One step on p (k, m, n) in place, with its gradients g (left as they are) and its state.
 
@@ -57,9 +70,9 @@ def muon_update_(
     momentum.lerp_(g, 1 - mu)
     u = orthogonalise(torch.lerp(g, momentum, mu), steps, dtype).float()
 
-    # NorMuon (https://arxiv.org/abs/2510.05491): divide rows (columns of a wide matrix) by the root of their running mean
-    # square. Muon+ (Frobenius norm sqrt(min(m, n))) comes before it and an equal norm is restored after it; all three are
-    # factors per row, so that the matrix itself is read once and scaled once.
+    # NorMuon (https://arxiv.org/abs/2510.05491): divide rows (columns of a wide matrix) by the root of their running
+    # mean square. Muon+ (Frobenius norm sqrt(min(m, n))) comes before it and an equal norm is restored after it; all
+    # three are factors per row, so that the matrix itself is read once and scaled once.
     along, across = (-1, -2) if m >= n else (-2, -1)
     length = p.size(along)
     square = u.square().mean(dim=along, keepdim=True)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training.muon import POLAR_EXPRESS, muon_update_
 
@@ -78,20 +78,22 @@ class Group:
 class AdamWGroup(Group):
     """AdamW with decoupled decay, bias correction, and eps outside the root, on flat ranges of the parameters.
 
-    torch's fused kernel does exactly that, in one pass over memory, which is what bounds it; on CPU it was several times
-    as fast as the same in-place operators on cache-sized chunks or its foreach version.
-    """
+    torch's fused kernel does exactly that, in one pass over memory, which is what bounds it; on CPU it was several
+    times as fast as the same in-place operators on cache-sized chunks or its foreach version."""
 
     def __init__(self, group: dict[str, Any], runtime: Runtime):
         super().__init__(group, runtime)
         self.flat = [p.detach().view(-1) for p in self.params]
         self.split = [self.world > 1 and p.numel() >= TINY for p in self.params]
         self.width = [self._width(f.numel()) if split else f.numel() for f, split in zip(self.flat, self.split)]
-        self.start = [min(self.rank * w, f.numel()) if split else 0 for f, w, split in zip(self.flat, self.width, self.split)]
+        self.start = [
+            min(self.rank * w, f.numel()) if split else 0 for f, w, split in zip(self.flat, self.width, self.split)
+        ]
         self.own = [f[s : s + w] for f, s, w in zip(self.flat, self.start, self.width)]
         self.exp_avg = [torch.zeros_like(own) for own in self.own]
         self.exp_avg_sq = [torch.zeros_like(own) for own in self.own]
-        self.steps = [torch.zeros((), device=own.device) for own in self.own]  # what the fused kernel wants: one per tensor, on its device
+        # what the fused kernel wants: one per tensor, on its device
+        self.steps = [torch.zeros((), device=own.device) for own in self.own]
 
     def _width(self, numel: int) -> int:
         return -(-numel // (self.world * ALIGN)) * ALIGN
@@ -126,9 +128,18 @@ class AdamWGroup(Group):
             self.steps[i].fill_(step - 1)  # the kernel counts up before it uses it
         lists = [[column[i] for i in held] for column in (self.own, self.grads, self.exp_avg, self.exp_avg_sq)]
         adamw(
-            *lists, [], [self.steps[i] for i in held], fused=True, amsgrad=False, maximize=False,
-            lr=g["lr"], beta1=beta1, beta2=beta2, eps=g["eps"], weight_decay=g["weight_decay"],
-        )  # fmt: skip
+            *lists,
+            [],
+            [self.steps[i] for i in held],
+            fused=True,  # pyrefly: ignore[bad-keyword-argument]
+            amsgrad=False,
+            maximize=False,
+            lr=g["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=g["eps"],
+            weight_decay=g["weight_decay"],
+        )
 
     def gather(self) -> None:
         """Launch the exchange of updated ranges, straight into the parameter where the ranges fill it exactly."""
@@ -150,7 +161,9 @@ class AdamWGroup(Group):
         self.forget()
 
     def step_bytes(self) -> int:
-        """What a step holds beside parameters, gradients and state: this rank's sums, and where ranges do not fill a parameter a copy of it with zeros after it."""
+        """What a step holds beside parameters, gradients and state: this rank's sums, and where ranges do not fill a
+        parameter a copy of it with zeros after it.
+        """
         widths = [(width, f.numel()) for f, width, split in zip(self.flat, self.width, self.split) if split]
         padded = sum(width * self.world for width, numel in widths if width * self.world != numel)
         whole = sum(f.numel() for f, split in zip(self.flat, self.split) if not split) if self.world > 1 else 0
@@ -158,7 +171,11 @@ class AdamWGroup(Group):
 
     def sent_bytes(self) -> int:
         """What joins it after the update: the ranges that zeros have to fill, of the last rank."""
-        return 4 * sum(width for f, width, split in zip(self.flat, self.width, self.split) if split and width * self.world != f.numel())
+        return 4 * sum(
+            width
+            for f, width, split in zip(self.flat, self.width, self.split)
+            if split and width * self.world != f.numel()
+        )
 
     def pieces(self) -> Iterator[Piece]:
         for i, name in enumerate(self.names):
@@ -171,7 +188,9 @@ class AdamWGroup(Group):
 
     def sizes(self) -> dict[str, int]:
         """Elements of every slot, of all ranks."""
-        return {f"{name}/{slot}": f.numel() for name, f in zip(self.names, self.flat) for slot in ("exp_avg", "exp_avg_sq")}
+        return {
+            f"{name}/{slot}": f.numel() for name, f in zip(self.names, self.flat) for slot in ("exp_avg", "exp_avg_sq")
+        }
 
 
 class MuonGroup(Group):
@@ -182,9 +201,14 @@ class MuonGroup(Group):
         self.dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32  # fp16 has too little range
         shapes = {tuple(p.shape) for p in self.params}
         if len(shapes) != 1 or len(min(shapes)) != 2:
-            raise ValueError(f"Muon group {group['name']!r} holds shapes {sorted(shapes)}; expected matrices of one shape; make one group per shape")
+            raise ValueError(
+                f"Muon group {group['name']!r} holds shapes {sorted(shapes)}; expected matrices of one shape; make one"
+                " group per shape"
+            )
         if not 1 <= group["ns_steps"] <= len(POLAR_EXPRESS):
-            raise ValueError(f"ns_steps of group {group['name']!r} is {group['ns_steps']}; expected 1 to {len(POLAR_EXPRESS)}")
+            raise ValueError(
+                f"ns_steps of group {group['name']!r} is {group['ns_steps']}; expected 1 to {len(POLAR_EXPRESS)}"
+            )
         self.shape = m, n = min(shapes)
         self.per_rank = -(-len(self.params) // self.world)
         first = self.rank * self.per_rank
@@ -205,7 +229,8 @@ class MuonGroup(Group):
         if self.world == 1:
             self.grads = grads
             return
-        self.stack = grads[0].new_empty(self.per_rank * self.world, *self.shape)  # what lies past the last matrix is never read
+        # what lies past the last matrix is never read
+        self.stack = grads[0].new_empty(self.per_rank * self.world, *self.shape)
         torch.stack(grads, out=self.stack[: len(grads)])
         target = torch.empty_like(self.stack[: self.per_rank])
         self.messages.append((_reduce_scatter(target, self.stack, async_op=True), (self.stack, target)))
@@ -221,9 +246,17 @@ class MuonGroup(Group):
             run = slice(i, i + self.chunk)
             p = _stacked(self.own[run])
             muon_update_(
-                p, _stacked(self.grads[run]), self.momentum[run], self.second[run], lr=g["lr"], mu=g["momentum"], beta2=g["beta2"],
-                weight_decay=g["weight_decay"], steps=g["ns_steps"], dtype=self.dtype,
-            )  # fmt: skip
+                p,
+                _stacked(self.grads[run]),
+                self.momentum[run],
+                self.second[run],
+                lr=g["lr"],
+                mu=g["momentum"],
+                beta2=g["beta2"],
+                weight_decay=g["weight_decay"],
+                steps=g["ns_steps"],
+                dtype=self.dtype,
+            )
             if len(p) > 1:
                 torch._foreach_copy_(self.own[run], p.unbind())
 
@@ -243,7 +276,9 @@ class MuonGroup(Group):
         self.forget()
 
     def step_bytes(self) -> int:
-        """What a step holds beside parameters, gradients and state: all gradients in one stack, and this rank's sums."""
+        """What a step holds beside parameters, gradients and state: all gradients in one stack, and this rank's
+        sums.
+        """
         m, n = self.shape
         return 4 * self.per_rank * m * n * (self.world + 1) if self.world > 1 else 0
 
@@ -253,7 +288,9 @@ class MuonGroup(Group):
         return 4 * self.per_rank * m * n if self.world > 1 else 0
 
     def update_bytes(self) -> int:
-        """Of the stack of matrices that are updated at once: itself and its gradients, the mean of gradient and momentum, three powers of that, two products."""
+        """Of the stack of matrices that are updated at once: itself and its gradients, the mean of gradient and
+        momentum, three powers of that, two products.
+        """
         m, n = self.shape
         matrices = min(self.chunk, len(self.own))
         stacks = 8 if matrices > 1 else 0  # bytes; one matrix is a view
@@ -270,7 +307,11 @@ class MuonGroup(Group):
     def sizes(self) -> dict[str, int]:
         """Elements of every slot, of all ranks."""
         m, n = self.shape
-        return {f"{name}/{slot}": size for name in self.names for slot, size in (("momentum", m * n), ("second_moment", m if m >= n else n))}
+        return {
+            f"{name}/{slot}": size
+            for name in self.names
+            for slot, size in (("momentum", m * n), ("second_moment", m if m >= n else n))
+        }
 
 
 KINDS = {"adamw": AdamWGroup, "muon": MuonGroup}
@@ -291,7 +332,10 @@ class MuonAdamW:
             group["initial_lr"] = group["lr"]
             for name, p in group["params"]:
                 if p.dtype != torch.float32 or not p.is_contiguous():
-                    raise ValueError(f"parameter {name} is {p.dtype}, strides {p.stride()}; expected contiguous float32 master weights")
+                    raise ValueError(
+                        f"parameter {name} is {p.dtype}, strides {p.stride()}; expected contiguous float32 master"
+                        " weights"
+                    )
         self.parts = [KINDS[group["kind"]](group, runtime) for group in groups]
 
     @property
@@ -299,7 +343,9 @@ class MuonAdamW:
         return [p for group in self.groups for _, p in group["params"]]
 
     def memory(self) -> tuple[int, int]:
-        """(bytes of this rank's state, bytes that a step holds beside it, parameters and gradients, at most). Parameters may be on the meta device."""
+        """(bytes of this rank's state, bytes that a step holds beside it, parameters and gradients, at most).
+        Parameters may be on the meta device.
+        """
         held = peak = sum(part.step_bytes() for part in self.parts)
         for part in self.parts:  # in the order of `step`
             peak = max(peak, held + part.update_bytes())
@@ -321,13 +367,12 @@ class MuonAdamW:
 
     @torch.no_grad()
     def grad_norm(self, clip: float = -1.0) -> Tensor:
-        """L2 norm of the gradients summed over ranks, a scalar on the device. A collective call, between the last backward
-        pass and `step`.
+        """L2 norm of the gradients summed over ranks, a scalar on the device. A collective call, between the last
+        backward pass and `step`.
 
-        With `clip` above 0 the sums that `step` will use are scaled so that their norm is at most that. Reads every gradient
-        once and with many ranks gives up the overlap of the reductions with the update; the reductions themselves are the
-        ones that `step` then uses, and the host waits for nothing.
-        """
+        With `clip` above 0 the sums that `step` will use are scaled so that their norm is at most that. Reads every
+        gradient once and with many ranks gives up the overlap of the reductions with the update; the reductions
+        themselves are the ones that `step` then uses, and the host waits for nothing."""
         self._reduce()
         for part in self.parts:
             part.wait()
@@ -376,7 +421,9 @@ class MuonAdamW:
                 for start, stop, key in found[piece.key]:
                     low, high = max(start, piece.start), min(stop, piece.stop)
                     if low < high:
-                        piece.tensor[low - piece.start : high - piece.start].copy_(pieces[key][low - start : high - start])
+                        piece.tensor[low - piece.start : high - piece.start].copy_(
+                            pieces[key][low - start : high - start]
+                        )
         self.steps = int(pieces["step"])
 
     def _check(self, pieces: Mapping[str, Tensor]) -> dict[str, list[tuple[int, int, str]]]:
@@ -399,15 +446,19 @@ class MuonAdamW:
                 missing.append(f"{slot} (has {have} of 0:{sizes[slot]})")
         if missing or extra:
             raise UserError(
-                f"the optimizer state does not fit this model: missing or incomplete: {_listed(missing)}; unknown: {_listed(extra)}. Expected the state of "
-                f"the same architecture, from all ranks that saved it; start without --resume, or resume with the flags of the saved run"
+                f"the optimizer state does not fit this model: missing or incomplete: {_listed(missing)}; unknown:"
+                f" {_listed(extra)}. Expected the state of the same architecture, from all ranks that saved it; start"
+                " without --resume, or resume with the flags of the saved run"
             )
         return found
 
 
 def _grad(name: str, p: nn.Parameter) -> Tensor:
     if p.grad is None:
-        raise RuntimeError(f"parameter {name} has no gradient; expected one for every parameter of the optimizer; use it in forward or leave it out of param_groups")
+        raise RuntimeError(
+            f"parameter {name} has no gradient; expected one for every parameter of the optimizer; use it in forward or"
+            " leave it out of param_groups"
+        )
     return p.grad
 
 

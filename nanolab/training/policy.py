@@ -1,4 +1,5 @@
-"""The policy-gradient objective as tables: what a reply's advantage is, how tokens are weighed, when a ratio is clipped.
+"""The policy-gradient objective as tables: what a reply's advantage is, how tokens are weighed, when a ratio is
+clipped.
 
 For a reply i with tokens t that the policy itself drew, the loss is
 
@@ -12,15 +13,14 @@ plain tensors. Dims: P prompts, G replies to each, B replies, T tokens of a padd
 trained tokens: what the policy drew, its end of turn included; not the prompt, a tool's output or padding.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanolab.config import RLConfig, UserError, nearest
+from nanolab.runtime import Runtime
 
 STD_EPS = 1e-4  # beside the standard deviation, so that rewards which differ by rounding do not become advantages of 1
 
@@ -36,7 +36,9 @@ def mean_centred(rewards: Tensor) -> Tensor:
 
 
 def standardised(rewards: Tensor) -> Tensor:
-    """(r_i - mean(r)) / (std(r) + 1e-4), std over the G replies (divided by G): GRPO, arXiv 2402.03300, section 4.1.2."""
+    """(r_i - mean(r)) / (std(r) + 1e-4), std over the G replies (divided by G): GRPO, arXiv 2402.03300, section
+    4.1.2.
+    """
     centred = mean_centred(rewards)
     return centred / (centred.square().mean(1, keepdim=True).sqrt() + STD_EPS)
 
@@ -47,11 +49,17 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return mean_centred(rewards) * (G / (G - 1))
 
 
-ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {"mean": mean_centred, "standardised": standardised, "leave_one_out": leave_one_out}
+ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": mean_centred,
+    "standardised": standardised,
+    "leave_one_out": leave_one_out,
+}
 
 
 class Normaliser(NamedTuple):
-    """weights(mask (B, T) of 0. and 1., max_tokens) -> w (B, T); total(mask) -> these replies' share of Z, which is summed over the batch."""
+    """weights(mask (B, T) of 0. and 1., max_tokens) -> w (B, T); total(mask) -> these replies' share of Z, which is
+    summed over the batch.
+    """
 
     weights: Callable[[Tensor, int], Tensor]
     total: Callable[[Tensor], int]
@@ -66,11 +74,13 @@ def _replies(mask: Tensor) -> int:
 
 
 NORMALISERS: dict[str, Normaliser] = {
-    # the mean over all tokens of the batch: every token counts alike, so long replies count more (DAPO, arXiv 2503.14476, section 3.3)
+    # the mean over all tokens of the batch: every token counts alike, so long replies count more (DAPO, arXiv
+    # 2503.14476, section 3.3)
     "token": Normaliser(lambda mask, max_tokens: mask, _tokens),
     # the mean over replies of the mean over tokens, 1/|o_i|: every reply counts alike (GRPO, arXiv 2402.03300, eq. 3)
     "sequence": Normaliser(lambda mask, max_tokens: mask / mask.sum(1, keepdim=True).clamp(min=1), _replies),
-    # sums over tokens divided by a constant, so that a token's weight knows nothing of its reply's length (Dr. GRPO, arXiv 2503.20783)
+    # sums over tokens divided by a constant, so that a token's weight knows nothing of its reply's length (Dr. GRPO,
+    # arXiv 2503.20783)
     "constant": Normaliser(lambda mask, max_tokens: mask / max_tokens, _replies),
 }
 
@@ -103,10 +113,9 @@ def ratios(logprobs: Tensor, old: Tensor) -> Tensor:
 def surrogate(logprobs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A) of every token: (B, T) from logprobs and old (B, T), advantages (B,).
 
-    PPO's clipped objective, arXiv 1707.06347, eq. 7, with two bounds as in DAPO (arXiv 2503.14476, section 3.1). Where the
-    ratio has moved past its bound in the direction that A rewards, the value is constant and the gradient exactly zero;
-    past the other bound nothing is clipped.
-    """
+    PPO's clipped objective, arXiv 1707.06347, eq. 7, with two bounds as in DAPO (arXiv 2503.14476, section 3.1). Where
+    the ratio has moved past its bound in the direction that A rewards, the value is constant and the gradient exactly
+    zero; past the other bound nothing is clipped."""
     r, A = ratios(logprobs, old), advantages[:, None]
     if not low and not high:
         return -r * A
@@ -127,8 +136,10 @@ def _bounds(low: float, high: float) -> tuple[float, float]:
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """exp(d) - d - 1 with d = log pi_ref - log pi, of every token.
 
-    An estimate of KL(pi || pi_ref) that is never negative (Schulman, http://joschu.net/blog/kl-approx.html; GRPO, eq. 4).
-    Its gradient, (1 - exp(d)) * grad log pi, vanishes where pi = pi_ref; in expectation over the policy's own tokens it is
+    An estimate of KL(pi || pi_ref) that is never negative (Schulman, http://joschu.net/blog/kl-approx.html; GRPO, eq.
+    4).
+    Its gradient, (1 - exp(d)) * grad log pi, vanishes where pi = pi_ref; in expectation over the policy's own tokens it
+    is
     the gradient of KL(pi_ref || pi).
     """
     d = reference - logprobs
@@ -136,7 +147,13 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def policy_loss(
-    objective: Objective, logprobs: Tensor, old: Tensor, reference: Tensor | None, mask: Tensor, advantages: Tensor, max_tokens: int
+    objective: Objective,
+    logprobs: Tensor,
+    old: Tensor,
+    reference: Tensor | None,
+    mask: Tensor,
+    advantages: Tensor,
+    max_tokens: int,
 ) -> Tensor:
     """The sum over B replies: divided by Z of the whole batch, the loss L of this module's docstring."""
     nats = surrogate(logprobs, old, advantages, objective.clip_low, objective.clip_high)
@@ -145,24 +162,39 @@ def policy_loss(
     return (nats * NORMALISERS[objective.normaliser].weights(mask.to(nats.dtype), max_tokens)).sum()
 
 
-def objective_of(cfg: RLConfig) -> Objective:
-    """The algorithm that `cfg` names, with the choices it makes on single axes. Raises UserError, naming what is close."""
-    _known("algorithm", cfg.algorithm, ALGORITHMS)
-    row = ALGORITHMS[cfg.algorithm]
-    names = {"advantage": cfg.advantage, "normaliser": cfg.normaliser}
-    numbers = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "kl": cfg.kl}
-    chosen = dataclasses.replace(row, **{k: v for k, v in names.items() if v}, **{k: v for k, v in numbers.items() if v != -1})
-    _known("advantage", chosen.advantage, ADVANTAGES)
-    _known("normaliser", chosen.normaliser, NORMALISERS)
-    if not 0 <= chosen.clip_low < 1:
-        raise UserError(f"--clip-low is {chosen.clip_low:g}; expected at least 0 (off) and below 1: ratios end at 1 - clip-low; try --clip-low 0.2")
-    for name in ("clip_high", "kl"):
-        if not 0 <= getattr(chosen, name) < torch.inf:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(chosen, name):g}; expected 0 (off) or more; try --{flag} {getattr(ALGORITHMS['grpo'], name):g}")
-    return chosen
+def logprobs(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """log pi (B, T), fp32: the model's own, of each target; 0 where the target is -1. No dropout, in training
+    either.
+    """
+    model.eval()
+    return -model(inputs, targets, reduction="none")
 
 
-def _known(flag: str, name: str, table: dict) -> None:
-    if name not in table:
-        raise UserError(f"{flag} {name!r} is unknown; expected one of {', '.join(table)}{nearest(name, list(table), prefix=f'--{flag} ')}")
+class PolicyLoss:
+    """`fit`'s loss: the objective's sum over a micro-batch. What it measures on the way is collected for `measure`.
+
+    The first update on a rollout is made by the weights that drew it: its own log probabilities are the old ones, to
+    the bit, and it leaves them in the micro-batch for the updates to come."""
+
+    def __init__(self, objective: Objective, max_tokens: int, runtime: Runtime):
+        self.objective, self.max_tokens, self.runtime = objective, max_tokens, runtime
+        self._sums = torch.zeros(3, device=runtime.device)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        o, mask = self.objective, batch.targets >= 0
+        lp = logprobs(model, batch.inputs, batch.targets)
+        if batch.old is None:
+            batch.old = lp.detach()
+        with torch.no_grad():
+            cut = (clipped(lp, batch.old, batch.advantages, o.clip_low, o.clip_high) & mask).sum()
+            away = k3(lp, batch.reference).sum() if batch.reference is not None else torch.zeros_like(cut)
+            self._sums += torch.stack([mask.sum(), cut, away])
+        return policy_loss(o, lp, batch.old, batch.reference, mask, batch.advantages, self.max_tokens)
+
+    def measure(self) -> dict[str, float]:
+        """Of the update since the last call, over all ranks: the share of tokens that the clip stopped, nats per token
+        from the start model.
+        """
+        tokens, cut, away = self.runtime.all_reduce_(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        return {"rl/clipped": cut / tokens} | ({"rl/kl": away / tokens} if self.objective.kl else {})

@@ -1,11 +1,13 @@
-"""Dynamic loss scaling for fp16: gradients too small for fp16 are lifted by a factor that backs off when they overflow."""
+"""Dynamic loss scaling for fp16: gradients too small for fp16 are lifted by a factor that backs off when they
+overflow.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 
 GROWTH, BACKOFF = 2.0, 0.5  # powers of two: scaling and unscaling are exact
@@ -29,7 +31,8 @@ class LossScaler:
 
     @torch.no_grad()
     def unscale_(self, optimizer: Any) -> bool:
-        """Divide this rank's gradients by the scale in place; True on every rank if one rank has a gradient that is not finite.
+        """Divide this rank's gradients by the scale in place; True on every rank if one rank has a gradient that is not
+        finite.
 
         A collective call. It waits for the device once. The gradients of a step with an overflow are not to be used.
         """
@@ -53,5 +56,8 @@ class LossScaler:
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         if set(state) != {"scale", "good_steps"}:
-            raise UserError(f"loss scaler state has {sorted(state)}; expected good_steps, scale; resume with the dtype of the saved run")
+            raise UserError(
+                f"loss scaler state has {sorted(state)}; expected good_steps, scale; resume with the dtype of the"
+                " saved run"
+            )
         self.factor, self.good_steps = float(state["scale"]), int(state["good_steps"])

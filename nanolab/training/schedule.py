@@ -1,15 +1,16 @@
 """The dial: depth -> width, horizon, batch, learning rates, decay; and how rates move over a run.
 
-Every law is stated where it is used. The reference point is the depth-12 model of the default architecture, at which the
-rates were tuned.
-"""
+Every law is stated where it is used. The reference point is the depth-12 model of the default architecture, at which
+the rates were tuned."""
 
 import math
 from dataclasses import dataclass, fields, replace
 
-from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, ModelFlags, UserError, nearest
-from nanolab.data.packing import share_rows
+from nanolab.cli import UserError, nearest
+from nanolab.data.shares import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
+from nanolab.model.config import Architecture, GPTConfig, ModelFlags
+from nanolab.training.config import TrainingFlags
 from nanolab.training.recipes import RECIPES
 
 REFERENCE_DEPTH = 12
@@ -55,7 +56,9 @@ class Plan:
         return RECIPES[self.recipe].lr_shape(self, step, progress)
 
     def muon_momentum(self, step: int, progress: float) -> float:
-        """0.85 -> 0.97 over 400 steps; 0.97 -> 0.90 over the warm-down; the lower one where a short run has both at once."""
+        """0.85 -> 0.97 over 400 steps; 0.97 -> 0.90 over the warm-down; the lower one where a short run has both at
+        once.
+        """
         return min(0.85 + 0.12 * min(1.0, step / 400), 0.90 + 0.07 * self.warmdown_left(progress))
 
     def weight_decay_multiplier(self, step: int, progress: float) -> float:
@@ -76,21 +79,32 @@ def gpt_config(cfg: ModelFlags, vocab_size: int, bos: int = -1, depth: int = 0) 
     heads = -(-depth * cfg.aspect_ratio // cfg.head_dim)
     architecture = {f.name: getattr(cfg, f.name) for f in fields(Architecture)}
     return GPTConfig(
-        **architecture, sequence_len=cfg.max_seq_len, vocab_size=vocab_size, n_layer=depth, n_head=heads, n_embd=heads * cfg.head_dim, bos=bos
+        **architecture,
+        sequence_len=cfg.max_seq_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=heads,
+        n_embd=heads * cfg.head_dim,
+        bos=bos,
     )
 
 
 def reference(cfg: ModelFlags, vocab_size: int) -> GPTConfig:
     """The depth-12 model of the default architecture, on the same vocabulary and row."""
-    return gpt_config(replace(cfg, **{f.name: f.default for f in fields(Architecture)}), vocab_size, depth=REFERENCE_DEPTH)
+    return gpt_config(
+        replace(cfg, **{f.name: f.default for f in fields(Architecture)}), vocab_size, depth=REFERENCE_DEPTH
+    )
 
 
-def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int, bos: int = -1) -> Plan:
+def make_plan(cfg: TrainingFlags, vocab_size: int, world_size: int, bos: int = -1) -> Plan:
     """Resolve everything that the flags leave open. Raises UserError for numbers that do not fit together."""
     if cfg.device_batch_size < 1:
         raise UserError(f"--device-batch-size is {cfg.device_batch_size}; expected at least 1")
     if cfg.recipe not in RECIPES:
-        raise UserError(f"recipe {cfg.recipe!r} is unknown; expected one of {', '.join(RECIPES)}{nearest(cfg.recipe, list(RECIPES), prefix='--recipe ')}")
+        raise UserError(
+            f"recipe {cfg.recipe!r} is unknown; expected one of"
+            f" {', '.join(RECIPES)}{nearest(cfg.recipe, list(RECIPES), prefix='--recipe ')}"
+        )
     model, recipe = gpt_config(cfg, vocab_size, bos), RECIPES[cfg.recipe]
     flops = train_flops_per_token(model)
 
@@ -128,8 +142,19 @@ def make_plan(cfg: BaseTrainConfig, vocab_size: int, world_size: int, bos: int =
     else:
         seconds = cfg.max_seconds
     return Plan(
-        model=model, num_iterations=steps, max_seconds=seconds, total_batch_size=batch, device_batch_size=cfg.device_batch_size,
-        grad_accum=-(-shares[0] // cfg.device_batch_size), world_size=world_size, flops_per_token=flops, recipe=cfg.recipe, batch_scale=batch_scale,
-        weight_decay=weight_decay, warmup_steps=cfg.warmup_steps, warmdown_ratio=cfg.warmdown_ratio, final_lr_frac=cfg.final_lr_frac,
+        model=model,
+        num_iterations=steps,
+        max_seconds=seconds,
+        total_batch_size=batch,
+        device_batch_size=cfg.device_batch_size,
+        grad_accum=-(-shares[0] // cfg.device_batch_size),
+        world_size=world_size,
+        flops_per_token=flops,
+        recipe=cfg.recipe,
+        batch_scale=batch_scale,
+        weight_decay=weight_decay,
+        warmup_steps=cfg.warmup_steps,
+        warmdown_ratio=cfg.warmdown_ratio,
+        final_lr_frac=cfg.final_lr_frac,
         grad_clip=cfg.grad_clip,
-    )  # fmt: skip
+    )

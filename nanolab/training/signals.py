@@ -1,4 +1,6 @@
-"""SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C as a request to save and leave: after the current step, or in the midst of an evaluation."""
+"""SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C as a request to save and leave: after the current step, or in the midst
+of an evaluation.
+"""
 
 import os
 import signal
@@ -6,15 +8,15 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # a closed terminal hangs up; schedulers send SIGUSR1 or 2
+# a closed terminal hangs up; schedulers send SIGUSR1 or 2
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
     """Inside `with`, the first of NUMBERS is only noted in `.number`; a later SIGINT ends the process at once.
 
-    A SIGHUP, SIGUSR1 or SIGUSR2 that was ignored before stays ignored, as under nohup. Ending at once is safe at any moment: what is on disk is written so that a kill cannot damage it.
-    """
+    A SIGHUP, SIGUSR1 or SIGUSR2 that was ignored before stays ignored, as under nohup. Ending at once is safe at any
+    moment: what is on disk is written so that a kill cannot damage it."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -22,7 +24,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            taken = [n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN]
+            taken = [
+                n for n in NUMBERS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) != signal.SIG_IGN
+            ]
             self._before = {n: signal.signal(n, self._note) for n in taken}
         return self
 
@@ -39,5 +43,8 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.number = self.number or number
-        text = f"\n{signal.Signals(number).name}: finishing this step (an evaluation is left), then saving and leaving; Ctrl-C again leaves at once\n"
+        text = (
+            f"\n{signal.Signals(number).name}: finishing this step (an evaluation is left), then saving and leaving;"
+            " Ctrl-C again leaves at once\n"
+        )
         os.write(2, text.encode())  # not print: a handler may interrupt a print

@@ -1,4 +1,6 @@
-"""Chromium on the real server, in front of models whose words are given here. Skipped, with the reason, where there is no Chromium."""
+"""Chromium on the real server, in front of models whose words are given here. Skipped, with the reason, where there is
+no Chromium.
+"""
 
 import json
 import re
@@ -14,15 +16,17 @@ import pytest
 import torch
 import uvicorn
 
-from nanolab.config import GPTConfig, ServeConfig
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
-from nanolab.inference.request import Request, Sampled
+from nanolab.inference.request import Request, Row, TokenOutput
+from nanolab.inference.sampling import Choice
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
-from nanolab.serving.worker import Served
+from nanolab.serving.config import ServeConfig
+from nanolab.serving.worker import ModelServer
 
 # The names that runs/test.sh looks for.
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,7 +35,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not CHROMIUM and item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.skip(reason="there is no Chromium on this machine (Debian: apt-get install chromium)"))
+            item.add_marker(
+                pytest.mark.skip(reason="there is no Chromium on this machine (Debian: apt-get install chromium)")
+            )
 
 
 # What the scripted models say: the user's text -> the reply. <<...>> in a reply is a tool call. Other texts are echoed.
@@ -42,14 +48,16 @@ SCRIPT: dict[str, str] = {
 
 
 class Scripted:
-    """In an engine's place: says what SCRIPT has for the last text of the prompt, one token a step where that is to be seen."""
+    """In an engine's place: says what SCRIPT has for the last text of the prompt, one token a step where that is to be
+    seen.
+    """
 
     max_rows, limit, pause, burst = 4, 4000, 0.01, 2000  # rows, tokens, seconds per step, tokens per step
     runtime = Runtime(torch.device("cpu"), torch.float32)
 
     def __init__(self, tokenizer: Tokenizer, name: str):
         self.tokenizer, self.name = tokenizer, name
-        self.rows: dict[int, Iterator[Sampled]] = {}
+        self.rows: dict[int, Iterator[TokenOutput]] = {}
         self.added = self.cancelled = 0
         self.failed: list[tuple[int, str, str]] = []  # rows that an engine gave up; a script has none
         self.bursts: dict[int, int] = {}
@@ -68,7 +76,7 @@ class Scripted:
     def close(self) -> None:
         """There is nothing to close."""
 
-    def turn(self, row: int, reply: str, request: Request) -> Iterator[Sampled]:
+    def turn(self, row: int, reply: str, request: Request) -> Iterator[TokenOutput]:
         """The tokens of the whole turn; a call is answered by the tool of the request."""
         special, encode, ids = self.tokenizer.special, self.tokenizer.encode, []
         for i, piece in enumerate(re.split(r"<<(.*?)>>", reply, flags=re.S)):
@@ -78,10 +86,10 @@ class Scripted:
             else:
                 ids += encode(piece)
         ids.append(special("<|assistant_end|>"))
-        for i, token in enumerate(ids[: request.max_tokens], 1):
-            yield Sampled(row, token, 0.0, "stop" if i == len(ids) else "length" if i == request.max_tokens else None)
+        told = Row(row, request, self.tokenizer, self.tokenizer.vocab_size, 10**9, self.runtime.device)
+        yield from (told.take(Choice(token, 0.0)) for token in ids[: request.max_tokens])
 
-    def step(self) -> list[Sampled]:
+    def step(self) -> list[TokenOutput]:
         time.sleep(self.pause)
         out = [new for row, tokens in self.rows.items() for new in islice(tokens, self.bursts[row])]
         for new in out:
@@ -105,7 +113,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["plain words and plain words only " * 20], 275)
 
 
-CALL = [{"type": "python", "text": "12*34"}, {"type": "python_output", "text": "408"}, {"type": "text", "text": "It is 408."}]
+CALL = [
+    {"type": "python", "text": "12*34"},
+    {"type": "python_output", "text": "408"},
+    {"type": "text", "text": "It is 408."},
+]
 LEARNED = [{"role": "user", "content": "12*34?"}, {"role": "assistant", "content": CALL}]
 
 
@@ -134,8 +146,10 @@ class Site(NamedTuple):
 
 def serve(engines: dict[str, Any], kinds: dict[str, str], **settings: Any) -> Iterator[Site]:
     """The application on a free port, in a thread."""
-    models = {name: Served(name, [engine], 2, kinds.get(name, "sft")) for name, engine in engines.items()}
-    server = uvicorn.Server(uvicorn.Config(create_app(models, ServeConfig(max_tokens=2000, **settings)), port=0, log_level="warning"))
+    models = {name: ModelServer(name, [engine], 2, kinds.get(name, "sft")) for name, engine in engines.items()}
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(models, ServeConfig(max_tokens=2000, **settings)), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -148,7 +162,9 @@ def serve(engines: dict[str, Any], kinds: dict[str, str], **settings: Any) -> It
 @pytest.fixture(scope="session")
 def site(tokenizer, parrot) -> Iterator[Site]:
     """Two scripted chat models, a scripted base model, and the parrot."""
-    yield from serve({name: Scripted(tokenizer, name) for name in ("ada", "bert", "root")} | {"parrot": parrot}, {"root": "base"})
+    yield from serve(
+        {name: Scripted(tokenizer, name) for name in ("ada", "bert", "root")} | {"parrot": parrot}, {"root": "base"}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +173,8 @@ def locked_site(tokenizer) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def browser():  # not for the session: while it is open, asyncio has a running loop in this thread, also for the tests of other folders
+# not for the session: while it is open, asyncio has a running loop in this thread, also for the tests of other folders
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -175,10 +192,15 @@ class Visit:
         self.page = self.context.new_page()
         self.troubles: list[str] = []  # errors on the console, uncaught ones, violations of the policy
         self.requests: list[Any] = []
-        self.page.on("console", lambda message: message.type in ("error", "warning") and self.troubles.append(message.text))
+        self.page.on(
+            "console", lambda message: message.type in ("error", "warning") and self.troubles.append(message.text)
+        )
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request))
-        self.page.add_init_script("addEventListener('securitypolicyviolation', (event) => console.error('violation', event.violatedDirective, event.blockedURI))")
+        self.page.add_init_script(
+            "addEventListener('securitypolicyviolation', (event) => console.error('violation', event.violatedDirective,"
+            " event.blockedURI))"
+        )
         self.page.goto(url)
         self.find = self.page.locator
 
@@ -203,7 +225,9 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, site) -> Iterator[Callable[..., Visit]]:
-    """A function (path, width, height, url=..., **options of the browser's context) -> Visit. At the end no visit may have had troubles."""
+    """A function (path, width, height, url=..., **options of the browser's context) -> Visit. At the end no visit may
+    have had troubles.
+    """
     visits = []
 
     def open_page(path: str = "/", width: int = 1280, height: int = 800, url: str = "", **options: Any) -> Visit:

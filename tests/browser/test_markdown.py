@@ -1,4 +1,6 @@
-"""The page's markdown: text -> nodes. Expectations are HTML written by hand; growing text must end as the whole text at once."""
+"""The page's markdown: text -> nodes. Expectations are HTML written by hand; growing text must end as the whole text at
+once.
+"""
 
 import random
 import time
@@ -9,8 +11,12 @@ import pytest
 CASES = {
     "plain\nwith a break": "<p>plain\nwith a break</p>",
     "one\n\ntwo": "<p>one</p><p>two</p>",
-    "**bold** and *slanted* and ***both***": "<p><strong>bold</strong> and <em>slanted</em> and <strong><em>both</em></strong></p>",
-    "__bold__ _slanted_ ~~gone~~ **a *b* c**": "<p><strong>bold</strong> <em>slanted</em> <del>gone</del> <strong>a <em>b</em> c</strong></p>",
+    "**bold** and *slanted* and ***both***": (
+        "<p><strong>bold</strong> and <em>slanted</em> and <strong><em>both</em></strong></p>"
+    ),
+    "__bold__ _slanted_ ~~gone~~ **a *b* c**": (
+        "<p><strong>bold</strong> <em>slanted</em> <del>gone</del> <strong>a <em>b</em> c</strong></p>"
+    ),
     "5*3*2, 2**3**2, a * b * c, snake_case_name": "<p>5*3*2, 2**3**2, a * b * c, snake_case_name</p>",
     "**open, and *open": "<p>**open, and *open</p>",
     "*crossed **marks* here**": "<p><em>crossed **marks</em> here**</p>",
@@ -26,18 +32,31 @@ CASES = {
     "In\n1986. Not a list": "<p>In\n1986. Not a list</p>",
     "text\n- item": "<p>text</p><ul><li>item</li></ul>",
     "> a\n> > b": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>",
-    "| a | b |\n|---|--:|\n| 1 | `2` |\n| 3 |": '<div class="table"><table><thead><tr><th class="">a</th><th class="right">b</th></tr></thead><tbody><tr><td class="">1</td>'
-    '<td class="right"><code>2</code></td></tr><tr><td class="">3</td><td class="right"></td></tr></tbody></table></div>',
+    "| a | b |\n|---|--:|\n| 1 | `2` |\n| 3 |": (
+        '<div class="table"><table><thead><tr><th class="">a</th><th class="right">b</th></tr></thead><tbody><tr><td'
+        ' class="">1</td><td class="right"><code>2</code></td></tr><tr><td class="">3</td><td'
+        ' class="right"></td></tr></tbody></table></div>'
+    ),
     "a | b is no table": "<p>a | b is no table</p>",
     "<b>not bold</b> &amp; <!-- -->": "<p>&lt;b&gt;not bold&lt;/b&gt; &amp;amp; &lt;!-- --&gt;</p>",
 }
 LINK = '<a href="{0}" title="{0}" target="_blank" rel="noopener noreferrer nofollow"><bdi>{1}</bdi>{2}</a>'
 CASES |= {
-    "[here](https://example.org/a?b=1)": f"<p>{LINK.format('https://example.org/a?b=1', 'here', '<small><bdi>(example.org)</bdi></small>')}</p>",
+    "[here](https://example.org/a?b=1)": (
+        f"<p>{LINK.format('https://example.org/a?b=1', 'here', '<small><bdi>(example.org)</bdi></small>')}</p>"
+    ),
     "see https://example.org/a.": f"<p>see {LINK.format('https://example.org/a', 'https://example.org/a', '')}.</p>",
     "[post](mailto:a@b.org)": f"<p>{LINK.format('mailto:a@b.org', 'post', '<small><bdi>(a@b.org)</bdi></small>')}</p>",
-    "![a cat](https://example.org/cat.png)": f"<p>{LINK.format('https://example.org/cat.png', 'image: a cat', '<small><bdi>(example.org)</bdi></small>')}</p>",
-    "[bank.com](https://bank.com@evil.example/)": f"<p>{LINK.format('https://bank.com@evil.example/', 'bank.com', '<small><bdi>(evil.example)</bdi></small>')}</p>",
+    "![a cat](https://example.org/cat.png)": (
+        "<p>"
+        + LINK.format("https://example.org/cat.png", "image: a cat", "<small><bdi>(example.org)</bdi></small>")
+        + "</p>"
+    ),
+    "[bank.com](https://bank.com@evil.example/)": (
+        "<p>"
+        + LINK.format("https://bank.com@evil.example/", "bank.com", "<small><bdi>(evil.example)</bdi></small>")
+        + "</p>"
+    ),
     "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>",
     "[x](data:text/html,hi) [y](/local) [z](vbscript:a)": "<p>[x](data:text/html,hi) [y](/local) [z](vbscript:a)</p>",
 }
@@ -81,8 +100,8 @@ def page(browser, site):
     context.close()
 
 
-def html(page, markdown: str, steps: list[int] = []) -> str:
-    return page.evaluate(EACH, [markdown, steps])[0]
+def html(page, markdown: str, steps: list[int] | tuple = ()) -> str:
+    return page.evaluate(EACH, [markdown, list(steps)])[0]
 
 
 def test_each_construct_becomes_its_nodes(page):
@@ -91,7 +110,11 @@ def test_each_construct_becomes_its_nodes(page):
 
 def test_code_keeps_its_text_and_names_its_language(page):
     found = html(page, "```python\nif a < b:\n    **c**\n```\nafter")
-    assert "<span>python</span>" in found and "<code>if a &lt; b:\n    **c**</code>" in found and found.endswith("<p>after</p>")
+    assert (
+        "<span>python</span>" in found
+        and "<code>if a &lt; b:\n    **c**</code>" in found
+        and found.endswith("<p>after</p>")
+    )
     assert "<code>a\n\n\nb</code>" in html(page, "~~~\na\n\n\nb")  # never closed
     assert "<code>```</code>" in html(page, "````\n```\n````")
 
@@ -116,22 +139,43 @@ def test_growing_text_never_shows_the_marks_that_it_will_lose(page):
 
 
 HARD = {
-    "stars": "*a **b " * 15000, "closed stars": "*a* **b** " * 10000, "brackets": "[" * 100000, "links": "[a](" * 25000, "half links": "[a](b" * 20000,
-    "ticks": "` `` ``` " * 10000, "quotes": ">" * 100000, "items": "- " * 50000, "deep list": "\n".join(" " * i + "- x" for i in range(400)),
-    "pipes": "|" * 100000 + "\n" + "|-" * 50000, "rows": "|a|b|\n|-|-|\n" + "|c|d|\n" * 2000, "spaces": "# a" + " " * 100000 + "b", "one line": "x" * 200000,
-    "addresses": "http://a " * 10000, "one address": "http://" * 15000, "escapes": "\\*" * 50000, "dashes": "- - " * 25000 + "x", "fences": "```\n" * 10001,
-    "underscores": "_" * 100001, "numbers": "1. a\n" * 5000, "label": "[" + "a" * 100000 + "](", "image": "![" * 50000,
-}  # fmt: skip
+    "stars": "*a **b " * 15000,
+    "closed stars": "*a* **b** " * 10000,
+    "brackets": "[" * 100000,
+    "links": "[a](" * 25000,
+    "half links": "[a](b" * 20000,
+    "ticks": "` `` ``` " * 10000,
+    "quotes": ">" * 100000,
+    "items": "- " * 50000,
+    "deep list": "\n".join(" " * i + "- x" for i in range(400)),
+    "pipes": "|" * 100000 + "\n" + "|-" * 50000,
+    "rows": "|a|b|\n|-|-|\n" + "|c|d|\n" * 2000,
+    "spaces": "# a" + " " * 100000 + "b",
+    "one line": "x" * 200000,
+    "addresses": "http://a " * 10000,
+    "one address": "http://" * 15000,
+    "escapes": "\\*" * 50000,
+    "dashes": "- - " * 25000 + "x",
+    "fences": "```\n" * 10001,
+    "underscores": "_" * 100001,
+    "numbers": "1. a\n" * 5000,
+    "label": "[" + "a" * 100000 + "](",
+    "image": "![" * 50000,
+}
 
 
 @pytest.mark.slow
 def test_hard_texts_take_no_longer_than_their_length_allows(page):
-    """About 100,000 characters each; quadratic work would take minutes. The limit is a guard against that, no measurement."""
+    """About 100,000 characters each; quadratic work would take minutes. The limit is a guard against that, no
+    measurement.
+    """
     slow = {}
     for name, markdown in HARD.items():
         for open_end in (True, False):
             began = time.perf_counter()
-            page.evaluate("([text, open]) => { showMarkdown(document.createElement('div'), text, open); }", [markdown, open_end])
+            page.evaluate(
+                "([text, open]) => { showMarkdown(document.createElement('div'), text, open); }", [markdown, open_end]
+            )
             if (took := time.perf_counter() - began) > 30:
                 slow[name, open_end] = took
     assert not slow

@@ -1,4 +1,6 @@
-"""A page of another site, in a real browser, against the server: it reaches no engine, in none of the ways that need no leave."""
+"""A page of another site, in a real browser, against the server: it reaches no engine, in none of the ways that need no
+leave.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -29,9 +31,12 @@ def elsewhere() -> Iterator[str]:
 
 ATTACK = """async ([url, body, kinds]) => {
     const seen = [];
-    for (const kind of kinds)
-        seen.push(await fetch(url, {method: 'POST', mode: 'no-cors', body, headers: {'content-type': kind}}).then((answer) => answer.type, String));
-    seen.push(await fetch(url, {method: 'POST', body, headers: {'content-type': 'application/json'}}).then((answer) => answer.type, () => 'refused'));
+    for (const kind of kinds) {
+        const plain = {method: 'POST', mode: 'no-cors', body, headers: {'content-type': kind}};
+        seen.push(await fetch(url, plain).then((answer) => answer.type, String));
+    }
+    const json = {method: 'POST', body, headers: {'content-type': 'application/json'}};
+    seen.push(await fetch(url, json).then((answer) => answer.type, () => 'refused'));
     for (const kind of kinds)
         navigator.sendBeacon(url, new Blob([body], {type: kind}));
     const frame = document.createElement('iframe');
@@ -45,7 +50,13 @@ ATTACK = """async ([url, body, kinds]) => {
     await new Promise((done) => { frame.onload = done; form.submit(); });
     return seen;
 }"""
-KINDS = ["text/plain", "text/plain; x=json", "text/plain;application/json", "application/x-www-form-urlencoded; json", "multipart/form-data; boundary=json"]
+KINDS = [
+    "text/plain",
+    "text/plain; x=json",
+    "text/plain;application/json",
+    "application/x-www-form-urlencoded; json",
+    "multipart/form-data; boundary=json",
+]
 
 
 @pytest.mark.fault("outer D1")
@@ -58,6 +69,10 @@ def test_nothing_that_a_page_elsewhere_sends_reaches_an_engine(browser, site, el
     seen = page.evaluate(ATTACK, [f"{site.url}/v1/chat/completions", body, KINDS])
     assert seen == ["opaque"] * len(KINDS) + ["refused"]  # the requests were sent; their answers are not to be read
     page.goto(site.url)
-    status = page.evaluate("async (body) => (await fetch('/v1/chat/completions', {method: 'POST', body, headers: {'content-type': 'application/json'}})).status", body)
+    status = page.evaluate(
+        "async (body) => (await fetch('/v1/chat/completions', {method: 'POST', body, headers: {'content-type':"
+        " 'application/json'}})).status",
+        body,
+    )
     page.close()
     assert (status, site.engines["ada"].added - before) == (200, 1)  # the page's own request alone

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 
 
 def messages(visit) -> list[str]:
@@ -86,8 +86,10 @@ def test_the_view_follows_only_from_the_end(visit):
     v.find(".assistant .prose:has-text('word60')").wait_for()
     gap = "const box = document.querySelector('.messages'); box.scrollHeight - box.scrollTop - box.clientHeight"
     assert v.page.evaluate(gap) < 48
-    while v.page.evaluate("(() => { const box = document.querySelector('.messages'); return box.scrollHeight - box.clientHeight })()") <= 100:
-        time.sleep(0.01)  # so that the top is not the end; polled from here, for the page's own policy forbids the eval of wait_for_function's polling
+    height = "(() => { const box = document.querySelector('.messages'); return box.scrollHeight - box.clientHeight })()"
+    # So that the top is not the end. wait_for_function would poll by eval, which the page's own policy forbids.
+    while v.page.evaluate(height) <= 100:
+        time.sleep(0.01)
     v.page.evaluate("document.querySelector('.messages').scrollTop = 0")
     v.find(".assistant .prose:has-text('word120')").wait_for()
     assert v.page.evaluate("document.querySelector('.messages').scrollTop") == 0
@@ -101,7 +103,10 @@ def test_a_reply_is_generated_again_with_another_seed(visit):
     v.wait()
     assert messages(v) == ["hello", "ada heard: hello"]
     first, second = v.bodies()
-    assert first["messages"] == second["messages"] == [{"role": "user", "content": "hello"}] and first["seed"] != second["seed"]
+    assert (
+        first["messages"] == second["messages"] == [{"role": "user", "content": "hello"}]
+        and first["seed"] != second["seed"]
+    )
 
 
 def test_a_message_is_edited_and_the_chat_goes_on_from_there(visit):
@@ -139,7 +144,15 @@ def test_enter_sends_shift_enter_breaks_and_the_box_grows(visit):
 def test_settings_go_with_the_request_and_can_be_reset(visit):
     v = visit()
     v.ask("default")
-    for name, value in {"temperature": "0.3", "top_p": "0.9", "top_k": "7", "max_tokens": "5", "repetition_penalty": "1.2", "seed": "11", "system": "Be brief."}.items():
+    for name, value in {
+        "temperature": "0.3",
+        "top_p": "0.9",
+        "top_k": "7",
+        "max_tokens": "5",
+        "repetition_penalty": "1.2",
+        "seed": "11",
+        "system": "Be brief.",
+    }.items():
         v.find(f"#{name}").fill(value)
     v.ask("chosen")
     v.page.reload()
@@ -210,10 +223,16 @@ def test_an_export_is_what_training_reads_and_can_be_imported(visit, tmp_path):
         v.find("#export").click()
     download.value.save_as(tmp_path / "chat.jsonl")
     parts = [
-        {"type": "text", "text": "I will calculate. "}, {"type": "python", "text": "37+58"}, {"type": "python_output", "text": "95"},
+        {"type": "text", "text": "I will calculate. "},
+        {"type": "python", "text": "37+58"},
+        {"type": "python_output", "text": "95"},
         {"type": "text", "text": "The sum is **95**."},
-    ]  # fmt: skip
-    chat = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "sum"}, {"role": "assistant", "content": parts}]
+    ]
+    chat = [
+        {"role": "system", "content": "Be exact."},
+        {"role": "user", "content": "sum"},
+        {"role": "assistant", "content": parts},
+    ]
     assert read_conversations(tmp_path / "chat.jsonl") == [chat]
     shown = messages(v)
     other = visit()
@@ -228,13 +247,18 @@ def test_an_export_is_what_training_reads_and_can_be_imported(visit, tmp_path):
 
 def chat(i, **other):
     """A chat as the page stores it."""
-    said = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "parts": [{"type": "text", "text": f"answer {i}"}]}]
+    said = [
+        {"role": "user", "content": f"question {i}"},
+        {"role": "assistant", "parts": [{"type": "text", "text": f"answer {i}"}]},
+    ]
     return {"id": f"id{i}", "title": f"title {i}", "updated": i, "system": "", "messages": said} | other
 
 
 def put(v, entries, where="localStorage"):
     """Write {key: text} into the browser, then load the page again."""
-    v.page.evaluate(f"(all) => {{ for (const [key, text] of Object.entries(all)) {where}.setItem(key, text); }}", entries)
+    v.page.evaluate(
+        f"(all) => {{ for (const [key, text] of Object.entries(all)) {where}.setItem(key, text); }}", entries
+    )
     v.page.reload()
     v.find("#model option").first.wait_for(state="attached")
 
@@ -243,12 +267,18 @@ def stored(v, where="localStorage"):
     return v.page.evaluate(f"Object.fromEntries(Object.keys({where}).map((key) => [key, {where}.getItem(key)]))")
 
 
-FILL = "for (let size = 2 ** 22; size >= 1; size /= 2) try { localStorage.setItem(`filler${size}`, 'x'.repeat(size)); } catch {}"
+FILL = (
+    "for (let size = 2 ** 22; size >= 1; size /= 2) try { localStorage.setItem(`filler${size}`, 'x'.repeat(size)); }"
+    " catch {}"
+)
 CHATS = {f"nanolab:chat:id{i}": json.dumps(chat(i)) for i in range(210)}
 
 
 def conversations(n, text="imported"):
-    return "".join(json.dumps([{"role": "user", "content": f"{text} {i}"}, {"role": "assistant", "content": "yes"}]) + "\n" for i in range(n))
+    return "".join(
+        json.dumps([{"role": "user", "content": f"{text} {i}"}, {"role": "assistant", "content": "yes"}]) + "\n"
+        for i in range(n)
+    )
 
 
 @pytest.mark.fault("outer D13")
@@ -299,7 +329,12 @@ def test_where_the_storage_is_full_the_chat_on_the_screen_goes_on_and_can_be_exp
     with v.page.expect_download() as download:
         v.find("#export").click()
     download.value.save_as(tmp_path / "chat.jsonl")
-    assert [message["content"] for message in read_conversations(tmp_path / "chat.jsonl")[0]] == ["question 209", "answer 209", "hello", "ada heard: hello"]
+    assert [message["content"] for message in read_conversations(tmp_path / "chat.jsonl")[0]] == [
+        "question 209",
+        "answer 209",
+        "hello",
+        "ada heard: hello",
+    ]
     after = stored(v)
     assert {key for key in before if after.get(key) != before[key]} == {"nanolab:chat:id5"}
     v.page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
@@ -336,13 +371,32 @@ def test_a_chat_that_goes_on_in_another_tab_goes_on_here(visit):
 
 
 DAMAGED = [
-    "", "{", "null", "3", "[]", "{}", '"text"', json.dumps({"id": "other"}), *(json.dumps(chat(0, **wrong)) for wrong in (
-        {"messages": None}, {"messages": {}}, {"messages": [None]}, {"messages": [{"role": "user"}]}, {"messages": chat(0)["messages"][1:]},
-        {"messages": chat(0)["messages"][:1] * 2}, {"messages": [chat(0)["messages"][0], {"role": "assistant"}]}, {"title": None}, {"updated": "now"}, {"system": 4},
-        {"messages": [chat(0)["messages"][0], {"role": "assistant", "parts": [{"type": "text"}]}]},
-        {"messages": [chat(0)["messages"][0], {"role": "assistant", "parts": [], "stats": {"rate": "fast"}}]},
-    )),
-]  # fmt: skip
+    "",
+    "{",
+    "null",
+    "3",
+    "[]",
+    "{}",
+    '"text"',
+    json.dumps({"id": "other"}),
+    *(
+        json.dumps(chat(0, **wrong))
+        for wrong in (
+            {"messages": None},
+            {"messages": {}},
+            {"messages": [None]},
+            {"messages": [{"role": "user"}]},
+            {"messages": chat(0)["messages"][1:]},
+            {"messages": chat(0)["messages"][:1] * 2},
+            {"messages": [chat(0)["messages"][0], {"role": "assistant"}]},
+            {"title": None},
+            {"updated": "now"},
+            {"system": 4},
+            {"messages": [chat(0)["messages"][0], {"role": "assistant", "parts": [{"type": "text"}]}]},
+            {"messages": [chat(0)["messages"][0], {"role": "assistant", "parts": [], "stats": {"rate": "fast"}}]},
+        )
+    ),
+]
 
 
 @pytest.mark.fault("outer D14")
@@ -361,7 +415,16 @@ def test_damaged_chats_stay_as_they_are_and_the_others_work(visit):
 
 
 OTHERS = {"localStorage": ["settings", "compare", "told"], "sessionStorage": ["open", "draft", "key"]}
-NOWHERE = ["", "{", "null", "3", "[3]", '{"chat": 3, "left": 3}', '{"chat": {"temperature": "hot"}, "left": [{"role": "user"}]}', '{"chat": {"system": 5}, "left": {}}']
+NOWHERE = [
+    "",
+    "{",
+    "null",
+    "3",
+    "[3]",
+    '{"chat": 3, "left": 3}',
+    '{"chat": {"temperature": "hot"}, "left": [{"role": "user"}]}',
+    '{"chat": {"system": 5}, "left": {}}',
+]
 
 
 @pytest.mark.slow
@@ -383,7 +446,12 @@ def test_damaged_entries_of_any_other_name_leave_a_page_that_works(visit, path, 
     assert v.ask("hello").endswith("heard: hello")
 
 
-COMPOSING = [{"isComposing": True, "keyCode": 229}, {"isComposing": True, "keyCode": 13}, {"isComposing": False, "keyCode": 229}]  # Chromium and Firefox; some; Safari
+# Chromium and Firefox; some; Safari
+COMPOSING = [
+    {"isComposing": True, "keyCode": 229},
+    {"isComposing": True, "keyCode": 13},
+    {"isComposing": False, "keyCode": 229},
+]
 
 
 @pytest.mark.fault("S17")
@@ -412,7 +480,9 @@ def test_enter_that_accepts_what_an_input_method_proposes_does_nothing_else(visi
         for key in ("Enter", "Escape"):
             field.dispatch_event("keydown", {"key": key, "bubbles": True, "cancelable": True, **options})
     v.page.wait_for_timeout(100)
-    assert field.is_visible() and field.input_value() == "open sesame" and len(v.requests) == asked and stored(v) == before
+    assert (
+        field.is_visible() and field.input_value() == "open sesame" and len(v.requests) == asked and stored(v) == before
+    )
     field.press("Enter")
     if place == "rename":
         assert v.find("#list .open").all_inner_texts() == ["open sesame"]
@@ -446,7 +516,10 @@ def test_an_error_is_told_in_words_and_nothing_typed_is_lost(visit, name):
     status, error, words = REFUSALS[name]
     v = visit()
     v.ask("before")
-    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, json={"error": error}, headers={"Retry-After": "3"}))
+    v.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=status, json={"error": error}, headers={"Retry-After": "3"}),
+    )
     v.send("my question")
     v.find(f"#notice:has-text('{words}')").wait_for()
     assert v.find("#input").input_value() == "my question" and len(messages(v)) == 2
@@ -525,7 +598,11 @@ def test_compare_asks_both_with_one_seed(visit):
     v.ask("hello")
     one, two, three, four = v.bodies()
     assert {one["model"], two["model"]} == {"ada", "bert"} and one["seed"] == two["seed"]
-    assert three["model"] == four["model"] == "ada" and three["seed"] != four["seed"] and {three["temperature"], four["temperature"]} == {0.8, 0}
+    assert (
+        three["model"] == four["model"] == "ada"
+        and three["seed"] != four["seed"]
+        and {three["temperature"], four["temperature"]} == {0.8, 0}
+    )
     shown = messages(v)
     v.page.reload()
     assert messages(v) == shown and len(shown) == 8
@@ -547,7 +624,10 @@ def test_compare_stops_both(visit):
 @pytest.mark.slow
 def test_compare_when_one_side_fails(visit):
     v = visit("/compare")
-    v.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={}) if '"bert"' in route.request.post_data else route.continue_())
+    v.page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={}) if '"bert"' in route.request.post_data else route.continue_(),
+    )
     v.send("hello")
     v.find("#notice:has-text('busy')").wait_for()
     assert messages(v) == ["hello", "ada heard: hello", "hello"]
@@ -561,20 +641,48 @@ def test_compare_when_one_side_fails(visit):
 
 CANARY = "window.canary=1"
 HOSTILE = [
-    f"<script>{CANARY}</script>", f"<img src=x onerror={CANARY}>", f"<svg onload={CANARY}><svg/onload={CANARY}>", f"<iframe srcdoc='<script>parent.{CANARY}</script>'></iframe>",
-    f"[click](javascript:{CANARY})", f"[click](JaVaScRiPt:{CANARY}) [b](java\tscript:{CANARY}) [c](&#106;avascript:{CANARY})", f"[d](data:text/html,<script>{CANARY}</script>)",
-    f"![x](x\" onerror=\"{CANARY}) ![y](https://example.org/x.png\"onerror=\"{CANARY})", f"[q](https://example.org/\"onmouseover=\"{CANARY}) [r](https://example.org 'a\" onclick=\"{CANARY}')",
-    f"```html\n</code></pre><script>{CANARY}</script><img src=x onerror={CANARY}>\n```", f"```\"><script>{CANARY}</script>\ncode\n```", f"`</code><script>{CANARY}</script>`",
-    f"| a |\n|---|\n| <img src=x onerror={CANARY}> |", f"# <script>{CANARY}</script>", f"> <style>*{{display:none}}</style><base href=//evil.example><meta http-equiv=refresh content=0;url=/>",
-    "![pixel](https://evil.example/pixel.png) ![p](//evil.example/p.png) <link rel=stylesheet href=https://evil.example/a.css>", f"<a href='javascript:{CANARY}'>x</a><form action=//evil.example><input name=key>",
-    "```js\nnever closed " + "<script>" * 20, "x" * 9000, "<b>" * 500, "\u202edetrever\u202c \u200bzero\u200dwidth\u2060 \ufeff\x00\x07\x1b[31m", "`\u202ecode`", "</script></style></textarea></title>" + f"<script>{CANARY}</script>",
-    f"<<');{CANARY}//>>", f"<<\"<img src=x onerror={CANARY}>\".count(\"r\")>>", "{{constructor.constructor('" + CANARY + "')()}} ${" + CANARY + "}", "- " * 200 + "x", "[" * 500 + "](", "__proto__ constructor **__proto__**",
-]  # fmt: skip
+    f"<script>{CANARY}</script>",
+    f"<img src=x onerror={CANARY}>",
+    f"<svg onload={CANARY}><svg/onload={CANARY}>",
+    f"<iframe srcdoc='<script>parent.{CANARY}</script>'></iframe>",
+    f"[click](javascript:{CANARY})",
+    f"[click](JaVaScRiPt:{CANARY}) [b](java\tscript:{CANARY}) [c](&#106;avascript:{CANARY})",
+    f"[d](data:text/html,<script>{CANARY}</script>)",
+    f'![x](x" onerror="{CANARY}) ![y](https://example.org/x.png"onerror="{CANARY})',
+    f'[q](https://example.org/"onmouseover="{CANARY}) [r](https://example.org \'a" onclick="{CANARY}\')',
+    f"```html\n</code></pre><script>{CANARY}</script><img src=x onerror={CANARY}>\n```",
+    f'```"><script>{CANARY}</script>\ncode\n```',
+    f"`</code><script>{CANARY}</script>`",
+    f"| a |\n|---|\n| <img src=x onerror={CANARY}> |",
+    f"# <script>{CANARY}</script>",
+    "> <style>*{display:none}</style><base href=//evil.example><meta http-equiv=refresh content=0;url=/>",
+    (
+        "![pixel](https://evil.example/pixel.png) ![p](//evil.example/p.png) <link rel=stylesheet"
+        " href=https://evil.example/a.css>"
+    ),
+    f"<a href='javascript:{CANARY}'>x</a><form action=//evil.example><input name=key>",
+    "```js\nnever closed " + "<script>" * 20,
+    "x" * 9000,
+    "<b>" * 500,
+    "\u202edetrever\u202c \u200bzero\u200dwidth\u2060 \ufeff\x00\x07\x1b[31m",
+    "`\u202ecode`",
+    "</script></style></textarea></title>" + f"<script>{CANARY}</script>",
+    f"<<');{CANARY}//>>",
+    f'<<"<img src=x onerror={CANARY}>".count("r")>>',
+    "{{constructor.constructor('" + CANARY + "')()}} ${" + CANARY + "}",
+    "- " * 200 + "x",
+    "[" * 500 + "](",
+    "__proto__ constructor **__proto__**",
+]
 BAD = """() => {
-  const found = [...document.querySelectorAll(".message *")].filter((e) => !["DIV", "P", "SPAN", "CODE", "PRE", "BUTTON", "A", "BDI", "SMALL", "STRONG", "EM", "DEL", "UL", "OL", "LI", "HR",
-    "BLOCKQUOTE", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "H3", "H4", "H5", "H6", "DETAILS", "SUMMARY", "DL", "DT", "DD"].includes(e.tagName)
-    || [...e.attributes].some((a) => a.name.startsWith("on") || a.name === "style" || a.name === "src") || (e.tagName === "A" && !["http:", "https:", "mailto:"].includes(e.protocol)));
-  return [window.canary, document.documentElement.scrollWidth > innerWidth, found.map((e) => e.outerHTML.slice(0, 200))];
+  const allowed = ["DIV", "P", "SPAN", "CODE", "PRE", "BUTTON", "A", "BDI", "SMALL", "STRONG", "EM", "DEL", "UL", "OL",
+    "LI", "HR", "BLOCKQUOTE", "TABLE", "THEAD", "TBODY", "TR", "TH", "TD", "H3", "H4", "H5", "H6", "DETAILS", "SUMMARY",
+    "DL", "DT", "DD"];
+  const found = [...document.querySelectorAll(".message *")].filter((e) => !allowed.includes(e.tagName)
+    || [...e.attributes].some((a) => a.name.startsWith("on") || a.name === "style" || a.name === "src")
+    || (e.tagName === "A" && !["http:", "https:", "mailto:"].includes(e.protocol)));
+  return [window.canary, document.documentElement.scrollWidth > innerWidth,
+    found.map((e) => e.outerHTML.slice(0, 200))];
 }"""
 
 
@@ -595,7 +703,11 @@ def test_nothing_that_a_model_writes_runs_loads_or_breaks_the_page(visit, site, 
     for title in v.find("#list .open").all()[::4]:  # and from the storage
         title.click()
         assert v.page.evaluate(BAD) == [None, False, []]
-    text = "".join(message["parts"][0]["text"] for message in v.page.evaluate("Object.values(chats).map((chat) => chat.messages[1])") if message["parts"][0]["type"] == "text")
+    text = "".join(
+        message["parts"][0]["text"]
+        for message in v.page.evaluate("Object.values(chats).map((chat) => chat.messages[1])")
+        if message["parts"][0]["type"] == "text"
+    )
     assert all(reply in text for reply in HOSTILE if "<<" not in reply)  # nothing was swallowed on the way
 
 
@@ -612,8 +724,14 @@ def test_what_a_visitor_types_is_text_too(visit):
 
 CONTRAST = """() => {
   const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-  const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (e) => { for (; e; e = e.parentElement) { const colour = parse(getComputedStyle(e).backgroundColor); if (colour[3] > 0) return colour; } };
+  const linear = (c) => c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4;
+  const light = (rgb) => rgb.map(linear).reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour[3] > 0) return colour;
+    }
+  };
   const out = {};
   for (const e of document.querySelectorAll("body *")) {
     const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.placeholder;
@@ -656,9 +774,23 @@ def test_the_theme_is_switched_and_kept(visit):
 @pytest.mark.parametrize("path", ["/", "/compare"])
 def test_a_phone_has_everything_and_no_sideways_scrolling(visit, path):
     v = visit(path, 360, 740, has_touch=True)
-    narrow = "document.documentElement.scrollWidth <= 360 && [...document.querySelectorAll('main *, header *')].every((e) => !e.checkVisibility() || e.closest('pre, .table, summary, .head, .unseen') || e.getBoundingClientRect().right <= 361)"
+    narrow = (
+        "document.documentElement.scrollWidth <= 360 && [...document.querySelectorAll('main *, header *')].every((e) =>"
+        " !e.checkVisibility() || e.closest('pre, .table, summary, .head, .unseen') || e.getBoundingClientRect().right"
+        " <= 361)"
+    )
     assert v.page.evaluate(narrow)
-    v.ask("x" * 200 + " https://example.org/" + "y" * 200 + "\n\n```\n" + "z" * 200 + "\n```\n\n|" + "a|" * 60 + "\n|" + "-|" * 60)
+    v.ask(
+        "x" * 200
+        + " https://example.org/"
+        + "y" * 200
+        + "\n\n```\n"
+        + "z" * 200
+        + "\n```\n\n|"
+        + "a|" * 60
+        + "\n|"
+        + "-|" * 60
+    )
     v.ask("sum")
     assert v.page.evaluate(narrow)
     if path == "/compare":
@@ -692,7 +824,11 @@ def test_between_phone_and_desktop_the_settings_lie_over_the_chat(visit):
 def test_without_a_mouse(visit):
     v = visit()
     v.find("#welcome li button:enabled").first.wait_for()
-    focused = "(() => { const e = document.activeElement; return [e.ariaLabel || e.labels?.[0]?.textContent || e.textContent.trim() || e.title, getComputedStyle(e).outlineStyle !== 'none' || e.id === 'input', e.id || e.tagName]; })()"
+    focused = (
+        "(() => { const e = document.activeElement; return [e.ariaLabel || e.labels?.[0]?.textContent ||"
+        " e.textContent.trim() || e.title, getComputedStyle(e).outlineStyle !== 'none' || e.id === 'input', e.id ||"
+        " e.tagName]; })()"
+    )
     skip = v.find("a:text-is('Skip to the message box')")
     skip.focus()
     assert skip.bounding_box()["width"] > 50
@@ -704,7 +840,22 @@ def test_without_a_mouse(visit):
             break
         assert name and ring, where
         seen.append(where)
-    order = ["chats-toggle", "to-chat", "to-compare", "theme", "panel-toggle", "new", "export", "input", "send", "model", "system", "temperature", "seed", "reset"]
+    order = [
+        "chats-toggle",
+        "to-chat",
+        "to-compare",
+        "theme",
+        "panel-toggle",
+        "new",
+        "export",
+        "input",
+        "send",
+        "model",
+        "system",
+        "temperature",
+        "seed",
+        "reset",
+    ]
     assert [where for where in seen if where in order] == order
     v.find("#input").focus()
     v.page.keyboard.type("count")
@@ -725,13 +876,21 @@ def test_without_a_mouse(visit):
 def test_a_screen_reader_finds_its_way(visit):
     v = visit()
     v.find("#model option").first.wait_for(state="attached")
-    v.page.evaluate("window.said = []; new MutationObserver(() => said.push(document.querySelector('#announce').textContent)).observe(document.querySelector('#announce'), {childList: true})")
+    v.page.evaluate(
+        "window.said = []; new MutationObserver(() =>"
+        " said.push(document.querySelector('#announce').textContent)).observe(document.querySelector('#announce'),"
+        " {childList: true})"
+    )
     v.ask("sum")
     for role in ("banner", "main", "complementary"):
         assert v.page.get_by_role(role).count() == 1
     assert {nav.get_attribute("aria-label") for nav in v.page.get_by_role("navigation").all()} == {"Views", "Chats"}
-    assert v.page.evaluate("window.said") == ["Reply of ada: I will calculate. The sum is **95**."]  # once, when it is whole
-    unnamed = "[...document.querySelectorAll('button, input, select, textarea, a')].filter((e) => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"
+    # once, when it is whole
+    assert v.page.evaluate("window.said") == ["Reply of ada: I will calculate. The sum is **95**."]
+    unnamed = (
+        "[...document.querySelectorAll('button, input, select, textarea, a')].filter((e) => !(e.ariaLabel ||"
+        " e.labels?.length || e.textContent.trim())).map((e) => e.outerHTML)"
+    )
     assert v.page.evaluate(unnamed) == []
     assert v.find("#notice").get_attribute("role") == "alert" and v.find("html").get_attribute("lang") == "en"
 

@@ -2,9 +2,8 @@
 
     SCREENSHOTS=dev/screenshots python -m pytest -m slow tests/browser/test_screens.py
 
-with the models scripted below, so that the pictures show the page and say nothing about any model. Without SCREENSHOTS they
-go into a temporary folder, and the test is whether they can be taken and stay small.
-"""
+with the models scripted below, so that the pictures show the page and say nothing about any model. Without SCREENSHOTS
+they go into a temporary folder, and the test is whether they can be taken and stay small."""
 
 import os
 from pathlib import Path
@@ -65,4 +64,7 @@ def test_screenshots(visit, site, script, monkeypatch, tmp_path):
     picture("compare", calculations, "/compare")
     picture("phone", calculations, width=390, height=780, has_touch=True, is_mobile=True)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.png")}
-    assert set(sizes) >= {f"{name}.png" for name in ("start", "light", "dark", "steps", "compare", "phone")} and max(sizes.values()) < LARGEST
+    assert (
+        set(sizes) >= {f"{name}.png" for name in ("start", "light", "dark", "steps", "compare", "phone")}
+        and max(sizes.values()) < LARGEST
+    )

@@ -1,4 +1,6 @@
-"""Lets the contract tests import their shared modules (axes, contracts, covering), with pytest's messages for their asserts."""
+"""Lets the contract tests import their shared modules (axes, contracts, covering), with pytest's messages for their
+asserts.
+"""
 
 import sys
 from pathlib import Path

@@ -1,29 +1,30 @@
 """What every model must do, whatever its architecture: functions that take a config and fail if its model does not.
 
-`fast` is the combination that hundreds of configs can afford; the tests of single variants call the functions one by one.
-Dims: B batch, T tokens, V vocabulary.
-"""
+`fast` is the combination that hundreds of configs can afford; the tests of single variants call the functions one by
+one. Dims: B batch, T tokens, V vocabulary."""
 
 import dataclasses
 import math
-import re
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import BaseTrainConfig, GPTConfig, UserError, chosen, from_json, to_json
+from nanolab.cli import UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
-from nanolab.model import accounting, variants
-from nanolab.model.attention import windows
+from nanolab.model import accounting
+from nanolab.model.config import GPTConfig, chosen
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels import KERNELS
+from nanolab.model.kernels.choice import KERNELS
+from nanolab.model.lookup import windows
+from nanolab.model.variants import tables
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import RECIPES, param_groups
 
@@ -31,7 +32,9 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 DOCUMENTS = (5, 13)  # places in a row, beside the first, where a document begins
 
 
-def build(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> GPT:
+def build(
+    config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> GPT:
     """A model in eval mode with every parameter moved off its initial value, at which many parts have no effect.
 
     The same weights for every kernel, dtype and device; with float64 they are stored in float64.
@@ -56,7 +59,9 @@ def tokens(config: GPTConfig, B: int = 2, T: int = 24, seed: int = 5, device: st
 
 
 def kernels(config: GPTConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
-    """The kernels that train this model on the device. Another one says so when it is asked for, naming its flag and saying what to type."""
+    """The kernels that train this model on the device. Another one says so when it is asked for, naming its flag and
+    saying what to type.
+    """
     able = []
     for name in KERNELS:
         try:
@@ -73,16 +78,15 @@ def kernels(config: GPTConfig, dtype: torch.dtype = torch.float32, device: str =
 def idle(config: GPTConfig) -> Iterator[str]:
     """Patterns of the names of parameters without effect.
 
-    With one or two layers backout takes a share of the last layer's own output, which the norm undoes. A bias of the keys
-    adds the same to all scores of a query, and softmax does not see that: unless all channels turn after it, the keys are normed, or
-    the scores bend or meet a sink.
-    """
+    With one or two layers backout takes a share of the last layer's own output, which the norm undoes. A bias of the
+    keys adds the same to all scores of a query, and softmax does not see that: unless all channels turn after it, the
+    keys are normed, or the scores bend or meet a sink."""
     if config.n_layer <= 2:
         yield "backout.*"
     shift_invariant = config.normaliser == "softmax" or (config.normaliser == "softmax_n" and config.softmax_n == 0)
     if shift_invariant and config.qk_norm == "none" and config.score_softcap == 0:
         for layer in range(config.n_layer):
-            if config.rope_fraction < 1 or not variants.AXES["positions"][config.positions].turns(config, layer):
+            if config.rope_fraction < 1 or not tables.AXES["positions"][config.positions].uses_rope(config, layer):
                 yield f"h.{layer}.attn.c_k.bias"
 
 
@@ -102,7 +106,9 @@ def shapes_and_dtypes(config: GPTConfig) -> None:
 
 
 @torch.no_grad()
-def causal(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu") -> None:
+def causal(
+    config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu"
+) -> None:
     """A changed token changes no logit before its own, to the bit; and its own, and the next one's."""
     model, idx = build(config, kernel, dtype, device), tokens(config, T=T, device=device)
     before = model(idx)
@@ -116,15 +122,18 @@ def causal(config: GPTConfig, kernel: str = "", dtype: torch.dtype = torch.float
 
 @torch.no_grad()
 def documents_apart(config: GPTConfig, kernel: str = "") -> None:
-    """With the document mask a changed token changes, to the bit, nothing in other documents, and what follows in its own, as
-    far as windows let it."""
+    """With the document mask a changed token changes, to the bit, nothing in other documents, and what follows in its
+    own, as far as windows let it."""
     model, idx = build(config, kernel), tokens(config)
     before, (first, end), reach = model(idx), DOCUMENTS, 1 + sum(windows(config))
     for t in (first + 1, end - 1):
         changed = idx.clone()
         changed[:, t] = config.bos + 1 + (changed[:, t] - config.bos) % (config.vocab_size - config.bos - 1)
         differs = (before != model(changed)).any(dim=(0, 2))
-        assert differs[t : min(end, t + reach)].all() and not differs[:t].any() and not differs[end:].any(), (t, differs)
+        assert differs[t : min(end, t + reach)].all() and not differs[:t].any() and not differs[end:].any(), (
+            t,
+            differs,
+        )
     changed = idx.clone()
     changed[:, end] = config.bos + 1  # no longer a beginning: the two documents are one
     assert (before != model(changed)).any(dim=(0, 2))[end : end + reach].all()
@@ -159,14 +168,17 @@ def cache_equals_forward(config: GPTConfig, T: int = 24, device: str = "cpu") ->
 
 @torch.no_grad()
 def init_fills(config: GPTConfig) -> None:
-    """Every parameter is initialised, buffers hold what no seed decides and are not saved, the seed decides, and a fresh model is uniform.
+    """Every parameter is initialised, buffers hold what no seed decides and are not saved, the seed decides, and a
+    fresh model is uniform.
 
     To 0.1 nats; with a tied head to 0.3, since every token then has a bent for itself.
     """
     model = GPT(config)
     fresh, built = dict(GPT(config).named_buffers()), model.to("meta").to_empty(device="cpu")
     assert not set(fresh) & set(model.state_dict()), "a buffer that is saved"
-    assert all(torch.equal(buffer, fresh[name]) for name, buffer in built.named_buffers()), "a buffer that memory was only allocated for"
+    assert all(torch.equal(buffer, fresh[name]) for name, buffer in built.named_buffers()), (
+        "a buffer that memory was only allocated for"
+    )
     drawn = []
     for seed in (0, 0, 1):
         for p in model.parameters():
@@ -179,9 +191,15 @@ def init_fills(config: GPTConfig) -> None:
     assert abs(loss - math.log(config.vocab_size)) < (0.3 if config.tied_head else 0.1)
 
 
-def gradients(config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu") -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(
+    config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of a mean loss."""
-    model, idx, y = build(config, kernel, dtype, device), tokens(config, T=T, device=device), tokens(config, T=T, seed=6, device=device)
+    model, idx, y = (
+        build(config, kernel, dtype, device),
+        tokens(config, T=T, device=device),
+        tokens(config, T=T, seed=6, device=device),
+    )
     with torch.no_grad():
         logits = model(idx)
     model(idx, y).backward()
@@ -191,7 +209,9 @@ def gradients(config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32
 
 
 def recomputed_gradients(config: GPTConfig, kernel: str = "") -> None:
-    """With activation checkpointing the loss and the gradients of a training step are the same to the bit, and so are the random numbers after it."""
+    """With activation checkpointing the loss and the gradients of a training step are the same to the bit, and so are
+    the random numbers after it.
+    """
     model, idx, y = build(config, kernel).train(), tokens(config), tokens(config, seed=6)
     found = []
     for on in (False, True):
@@ -200,17 +220,19 @@ def recomputed_gradients(config: GPTConfig, kernel: str = "") -> None:
         torch.manual_seed(3)
         loss = model(idx, y)
         loss.backward()
-        found.append({"loss": loss.detach(), "random": torch.rand(3)} | {name: p.grad for name, p in model.named_parameters()})
+        found.append(
+            {"loss": loss.detach(), "random": torch.rand(3)} | {name: p.grad for name, p in model.named_parameters()}
+        )
     assert not [name for name, value in found[0].items() if not torch.equal(value, found[1][name])]
 
 
 def gradients_arrive(config: GPTConfig, draws: int = 16) -> None:
     """In float64 every number of every parameter gets a gradient; only rows that pad the vocabulary get none, ever.
 
-    A batch holds every token and whole rows, so that each row of each table is looked up. Weights and batch are drawn again until every number was reached
-    once: with some weights a hidden unit of a relu MLP is silent on all tokens. Float64, because a gradient is a sum that may nearly cancel: 7e-9
-    was seen in a bias whose median is 4e-4, more than rounding, which is below 1e-15 (a sum of terms below 1 times 2^-53).
-    """
+    A batch holds every token and whole rows, so that each row of each table is looked up. Weights and batch are drawn
+    again until every number was reached once: with some weights a hidden unit of a relu MLP is silent on all tokens.
+    Float64, because a gradient is a sum that may nearly cancel: 7e-9 was seen in a bias whose median is 4e-4, more than
+    rounding, which is below 1e-15 (a sum of terms below 1 times 2^-53)."""
     missed: dict[str, Tensor] = {}
     for draw in range(draws):
         model, V = build(config, "eager", torch.float64, seed=draw), config.vocab_size
@@ -223,7 +245,13 @@ def gradients_arrive(config: GPTConfig, draws: int = 16) -> None:
                 missed[name] = missed.get(name, True) & (used.abs() < 1e-15)
         if not any(numbers.any() for numbers in missed.values()):
             return
-    raise AssertionError("; ".join(f"no gradient in {numbers.double().mean():.0%} of {name}" for name, numbers in missed.items() if numbers.any()))
+    raise AssertionError(
+        "; ".join(
+            f"no gradient in {numbers.double().mean():.0%} of {name}"
+            for name, numbers in missed.items()
+            if numbers.any()
+        )
+    )
 
 
 def every_token(config: GPTConfig, seed: int) -> Tensor:
@@ -234,15 +262,15 @@ def every_token(config: GPTConfig, seed: int) -> Tensor:
     return ids[torch.randperm(B * T, generator=g)].view(B, T)
 
 
-TIGHT = {torch.float32: (2e-5, None), torch.float64: (1e-10, 1e-9)}  # logits; a parameter's gradient, as a share of its norm
+# logits; a parameter's gradient, as a share of its norm
+TIGHT = {torch.float32: (2e-5, None), torch.float64: (1e-10, 1e-9)}
 
 
 def kernels_agree(config: GPTConfig, names: list[str], dtype: torch.dtype = torch.float32, T: int = 24) -> None:
     """Logits as eager's, and in float64 the gradient of every parameter.
 
-    Not in fp32: a learned scalar's gradient may nearly cancel, and rounding takes a relu's unit to the other side now and then. Kernels are held to
-    their gradients in fp32 one by one, in tests/model/test_kernels.py.
-    """
+    Not in fp32: a learned scalar's gradient may nearly cancel, and rounding takes a relu's unit to the other side now
+    and then. Kernels are held to their gradients in fp32 one by one, in tests/model/test_kernels.py."""
     logits, grads = gradients(config, "eager", dtype, T)
     close, share = TIGHT[dtype]
     for kernel in names:
@@ -254,9 +282,9 @@ def kernels_agree(config: GPTConfig, names: list[str], dtype: torch.dtype = torc
 
 
 def bf16_is_within_rounding(config: GPTConfig, names: list[str], T: int = 24, device: str = "cpu") -> None:
-    """In bf16 a kernel strays from fp32 by at most half more than eager in bf16 does (attention in fp32, everything around it
-    in bf16): logits, and the gradients of matrices, whose mean error is given here since a learned scalar's is a sum in
-    which almost everything cancels. And that is a few of bf16's roundings, 2^-8 each."""
+    """In bf16 a kernel strays from fp32 by at most half more than eager in bf16 does (attention in fp32, everything
+    around it in bf16): logits, and the gradients of matrices, whose mean error is given here since a learned scalar's
+    is a sum in which almost everything cancels. And that is a few of bf16's roundings, 2^-8 each."""
 
     def error(kernel: str) -> tuple[float, float]:
         other, theirs = gradients(config, kernel, torch.bfloat16, T, device)
@@ -271,41 +299,18 @@ def bf16_is_within_rounding(config: GPTConfig, names: list[str], T: int = 24, de
         assert all(mine < 1.5 * its for mine, its in zip(error(kernel), reference)), (kernel, error(kernel), reference)
 
 
-# path of a parameter -> flag whose entry it belongs to, the first that fits
-OWNERS = {
-    r"positions\.": "positions", r"h\.\d+\.attn\.qk_norm\.": "qk_norm", r"h\.\d+\.attn\.core\.normaliser\.": "normaliser",
-    r"h\.\d+\.attn\.gate\.": "gate", r"h\.\d+\.attn\.": "attention", r"h\.\d+\.mlp\.": "mlp", r"(h\.\d+\.norm_[12]|norm_[ef])\.": "norm",
-    r"wte\.": "wte", r"value_embeds\.": "value_embeds", r"lm_head\.": "lm_head", r"(lambdas|smear|backout)\.": "scalars",
-}  # fmt: skip
-
-
-def parameters_by_entry(config: GPTConfig, model: GPT) -> None:
-    """What the entry of each table says that it has, in matrices and outside them, is what its modules hold; so are the parts beside tables."""
-    found: dict[str, list[int]] = {owner: [0, 0] for owner in OWNERS.values()}
-    for name, p in model.named_parameters():
-        owner = next((owner for path, owner in OWNERS.items() if re.match(path, name)), name)
-        found.setdefault(owner, [0, 0])[p.dim() != 2] += p.numel()
-    for flag, said in accounting.n_params_by_entry(config).items():
-        held = tuple(found.pop(flag))
-        assert held == said, (
-            f"--{flag.replace('_', '-')} {getattr(config, flag)}: its modules have {held[0]} parameters in matrices and {held[1]} outside them; `matrices` and "
-            f"`n_params` say {said[0]} and {said[1]}"
-        )
-    p, V = accounting.n_params(config), accounting.padded_vocab(config)
-    said = {part: p[part] for part in ("wte", "value_embeds", "lm_head", "scalars")} | {"positions": p["wpe"]}
-    said["lm_head"] += V * config.has_bias("head")
-    held = {owner: sum(counts) for owner, counts in found.items()}
-    assert held == said, f"parameters, with --positions {config.positions}: {held} are held, {said} are counted"
-    assert p["total"] == sum(q.numel() for q in model.parameters()) and p["scaling"] == p["matrices"] + V * config.n_embd
-
-
 def counts(config: GPTConfig) -> None:
-    """Parameters of each entry and part, FLOPs and cache bytes as the formulas say. The nominal count of attention is the full T x window rectangle;
-    eager with full windows does compute the whole square, so there formula and machine agree."""
+    """Parameters, FLOPs and cache bytes as the accounting says. The nominal count of attention is
+    the full T x window rectangle; eager with full windows does compute the whole square, so there formula and machine
+    agree."""
     config = dataclasses.replace(config, window_pattern="L")
     model = GPT(config, kernel="eager").eval()
     model.init_weights(0)
-    parameters_by_entry(config, model)
+    p = accounting.n_params(config)
+    parts = ("wte", "wpe", "value_embeds", "lm_head", "matrices", "vectors", "scalars")
+    assert p["total"] == sum(q.numel() for q in model.parameters()) == sum(p[part] for part in parts)
+    in_blocks = sum(q.numel() for name, q in model.named_parameters() if name.startswith("h.") and q.dim() == 2)
+    assert p["matrices"] == in_blocks and p["scaling"] == in_blocks + model.wte.weight.numel()
     idx = torch.zeros(2, config.sequence_len, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(idx, idx).backward()
@@ -313,7 +318,9 @@ def counts(config: GPTConfig) -> None:
     assert said == seen, f"{said:,} FLOPs are counted, {seen:,} are done, with {chosen(config) or 'the defaults'}"
     for dtype in (torch.float32, torch.bfloat16):
         cache = KVCache(config, rows=3, capacity=7, dtype=dtype)
-        tensors = [t for value in vars(cache).values() if isinstance(value, list) for t in value if isinstance(t, Tensor)]
+        tensors = [
+            t for value in vars(cache).values() if isinstance(value, list) for t in value if isinstance(t, Tensor)
+        ]
         assert sum(t.nbytes for t in tensors) == 3 * 7 * accounting.kv_bytes_per_token(config, dtype.itemsize)
 
 
@@ -330,9 +337,13 @@ def decode_counts(config: GPTConfig) -> None:
 
 
 def saved_and_loaded(config: GPTConfig, folder: Path) -> None:
-    """A checkpoint on disk gives back the same logits to the bit, from the config in its JSON and the weights in its safetensors."""
+    """A checkpoint on disk gives back the same logits to the bit, from the config in its JSON and the weights in its
+    safetensors.
+    """
     model, idx = build(config), tokens(config)
-    path = checkpoint.save(folder, 1, weights=model.state_dict(), optimizer=None, meta={"model_config": to_json(config)}, runtime=CPU)
+    path = checkpoint.save(
+        folder, 1, weights=model.state_dict(), optimizer=None, meta={"model_config": to_json(config)}, runtime=CPU
+    )
     checkpoint.verify(path)
     loaded = from_json(GPTConfig, checkpoint.load_meta(path)["model_config"])
     copy = GPT(loaded).eval()
@@ -366,13 +377,17 @@ def every_recipe_steps(config: GPTConfig) -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         model(idx, tokens(config, seed=6)).backward()
         optimizer.step()
-        stuck = [name for name, p in model.named_parameters() if not p.isfinite().all() or (torch.equal(p, before[name]) and not is_idle(config, name))]
+        stuck = [
+            name
+            for name, p in model.named_parameters()
+            if not p.isfinite().all() or (torch.equal(p, before[name]) and not is_idle(config, name))
+        ]
         assert not stuck, f"{recipe} does not train {stuck}"
 
 
 def slopes_are_gradients(config: GPTConfig) -> None:
-    """Float64 finite differences through the whole model on eager: for every kind of parameter, along a random direction of
-    all layers' parameters of that kind."""
+    """Float64 finite differences through the whole model on eager: for every kind of parameter, along a random
+    direction of all layers' parameters of that kind."""
     model, idx, y = build(config, "eager", torch.float64), tokens(config, B=1, T=10), tokens(config, B=1, T=10, seed=6)
     loss = model(idx, y)
     assert loss.dtype == torch.float64
@@ -399,7 +414,9 @@ def slopes_are_gradients(config: GPTConfig) -> None:
 
 
 def drops_only_in_training(config: GPTConfig, kernel: str = "") -> None:
-    """eval() draws nothing. train() does where there is a dropout, by torch's generator, and otherwise equals eval()."""
+    """eval() draws nothing. train() does where there is a dropout, by torch's generator, and otherwise equals
+    eval().
+    """
     model, idx = build(config, kernel), tokens(config)
     drops = any(getattr(config, f.name) for f in dataclasses.fields(config) if f.name.endswith("_dropout"))
 

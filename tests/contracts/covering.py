@@ -1,12 +1,11 @@
 """Pairwise covering arrays: few rows in which every two values of two axes that may go together do so at least once.
 
-Greedy, a row at a time: start from a pair that no row has yet, then give each further axis, in a random order, the value
-that brings the most new pairs; of several such rows the best one is kept (AETG; Cohen et al., IEEE TSE 23(7), 1997). Sets of
-values are integers with a bit per value. Imports neither torch nor nanolab.
-"""
+Greedy, a row at a time: start from a pair that no row has yet, then give each further axis, in a random order, the
+value that brings the most new pairs; of several such rows the best one is kept (AETG; Cohen et al., IEEE TSE 23(7),
+1997). Sets of values are integers with a bit per value. Imports neither torch nor nanolab."""
 
 import random
-from typing import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Pair = frozenset[tuple[str, str]]  # two of (axis, value)
 
@@ -27,10 +26,10 @@ def covering_rows(
 ) -> tuple[list[dict[str, str]], list[Pair]]:
     """(rows, refused): every row gives each axis a value and is allowed; every pair is in some row or in `refused`.
 
-    The rows begin with those of `kept`, whole rows that are allowed; what they leave uncovered is searched. The search takes axes and values by
-    name, so that their order does not matter. `allowed` is asked about two values alone (axes left out are at their defaults), then about whole
-    rows. Raises ValueError when a pair that is allowed alone fits into no row.
-    """
+    The rows begin with those of `kept`, whole rows that are allowed; what they leave uncovered is searched. The search
+    takes axes and values by name, so that their order does not matter. `allowed` is asked about two values alone (axes
+    left out are at their defaults), then about whole rows. Raises ValueError when a pair that is allowed alone fits
+    into no row."""
     axes = {axis: sorted(axes[axis]) for axis in sorted(axes)}
     refused = [pair for pair in every_pair(axes) if not allowed(dict(pair))]
     search = _Search(axes, refused, random.Random(seed))
@@ -40,7 +39,9 @@ def covering_rows(
     while any(search.uncovered):
         found = [row for row in (search.row() for _ in range(tries)) if row and allowed(search.named(row))]
         if not found:
-            raise ValueError(f"no allowed row holds {search.named(search.seed)}: a refusal depends on more than two values")
+            raise ValueError(
+                f"no allowed row holds {search.named(search.seed)}: a refusal depends on more than two values"
+            )
         best = max(found, key=search.gain)
         search.cover(best)
         rows.append(search.named(best))
@@ -55,7 +56,10 @@ class _Search:
         self.rng, self.number = rng, (number := {value: i for i, value in enumerate(self.values)})
         self.axes = [[number[axis, value] for value in axes[axis]] for axis in axes]
         self.axis_of = [a for a, members in enumerate(self.axes) for _ in members]
-        self.fits = [sum(1 << j for j in range(len(self.values)) if self.axis_of[j] != self.axis_of[i]) for i in range(len(self.values))]
+        self.fits = [
+            sum(1 << j for j in range(len(self.values)) if self.axis_of[j] != self.axis_of[i])
+            for i in range(len(self.values))
+        ]
         for a, b in (tuple(pair) for pair in refused):
             self.fits[number[a]] &= ~(1 << number[b])
             self.fits[number[b]] &= ~(1 << number[a])
@@ -75,7 +79,14 @@ class _Search:
             options = [i for i in self.axes[a] if possible >> i & 1]
             if not options:
                 return []
-            best = max(options, key=lambda i: ((self.uncovered[i] & chosen).bit_count(), (self.uncovered[i] & possible).bit_count(), self.rng.random()))
+            best = max(
+                options,
+                key=lambda i: (
+                    (self.uncovered[i] & chosen).bit_count(),
+                    (self.uncovered[i] & possible).bit_count(),
+                    self.rng.random(),
+                ),
+            )
             row = [*row, best]
             chosen, possible = chosen | 1 << best, possible & self.fits[best]
         return row

@@ -2,17 +2,28 @@
 
 import dataclasses
 
+import axes
+import contracts
 import pytest
 import torch
 
-import axes
-import contracts
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
 SHAPES = {
     "one layer, odd row, odd vocabulary": GPTConfig(sequence_len=25, vocab_size=37, n_layer=1, n_head=1, n_embd=34),
-    "two layers, value embeddings": GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, window_size=3),
-    "three heads": GPTConfig(sequence_len=32, vocab_size=50, n_layer=3, n_head=3, attention="mqa", n_embd=36, positions="alibi", value_embeds=False),
+    "two layers, value embeddings": GPTConfig(
+        sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_embd=32, window_size=3
+    ),
+    "three heads": GPTConfig(
+        sequence_len=32,
+        vocab_size=50,
+        n_layer=3,
+        n_head=3,
+        attention="mqa",
+        n_embd=36,
+        positions="alibi",
+        value_embeds=False,
+    ),
 }
 CONFIGS = axes.singles() | SHAPES
 
@@ -91,10 +102,16 @@ def test_documents_apart(positions):
         contracts.documents_apart(config, kernel)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(positions="alibi", normaliser="sink"), dict(attention="mla", document_mask=True)], ids=axes.label)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(positions="alibi", normaliser="sink"), dict(attention="mla", document_mask=True)],
+    ids=axes.label,
+)
 def test_rows_of_several_blocks(changes):
     """Longer than the blocks of rows that kernels work on, with windows shorter and longer than a block."""
-    config = dataclasses.replace(axes.config(changes), sequence_len=320, n_layer=3, window_size=150, window_pattern="SSL")
+    config = dataclasses.replace(
+        axes.config(changes), sequence_len=320, n_layer=3, window_size=150, window_pattern="SSL"
+    )
     contracts.kernels_agree(config, contracts.kernels(config), T=301)
     contracts.cache_equals_forward(config, T=301)
     for kernel in contracts.kernels(config):

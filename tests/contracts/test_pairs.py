@@ -1,14 +1,16 @@
-"""Every pair of values of two axes that may go together, in about a hundred tiny models; under `slow`, random ones of any order."""
+"""Every pair of values of two axes that may go together, in about a hundred tiny models; under `slow`, random ones of
+any order.
+"""
 
 import dataclasses
 import random
 
-import pytest
-
 import axes
 import contracts
-from nanolab.config import UserError
-from nanolab.model import banded
+import pytest
+
+from nanolab.cli import UserError
+from nanolab.model.kernels import banded
 
 TABLE = {axis: list(values) for axis, values in axes.axes().items()}
 ROWS, _ = axes.rows()
@@ -35,5 +37,12 @@ def test_random_combinations(seed):
         config = axes.config(axes.settings(row))
     except UserError:
         return
-    n_layer, n_head, head_dim, vocab_size = rng.choice([1, 2, 3, 5]), rng.choice([2, 4, 6]), rng.choice([16, 18, 20]), rng.choice([61, 64, 100])
-    contracts.fast(dataclasses.replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_head * head_dim, vocab_size=vocab_size))
+    n_layer, n_head, head_dim, vocab_size = (
+        rng.choice([1, 2, 3, 5]),
+        rng.choice([2, 4, 6]),
+        rng.choice([16, 18, 20]),
+        rng.choice([61, 64, 100]),
+    )
+    contracts.fast(
+        dataclasses.replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_head * head_dim, vocab_size=vocab_size)
+    )

@@ -1,4 +1,6 @@
-"""Conversations: ids and mask by hand, the inverse, the template in Jinja, every malformed line named. Oracle: hand and transformers."""
+"""Conversations: ids and mask by hand, the inverse, the template in Jinja, every malformed line named. Oracle: hand and
+transformers.
+"""
 
 import argparse
 import gzip
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from nanolab.config import UserError
-from nanolab.data.chat import check_messages, parse_reply, parts_of, read_conversations, read_jsonl, render, render_prompt, template_of, text_of
+from nanolab.cli import UserError
+from nanolab.data.chat import check_messages, parse_reply, parts_of, render, render_prompt, template_of, text_of
+from nanolab.data.chat_files import read_conversations, read_jsonl
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOOL = [
@@ -46,12 +49,28 @@ def names(tok: Tokenizer, *pieces: str) -> list[int]:
 
 def test_ids_and_mask_by_hand(tok):
     pieces = [
-        ("@bos", 0), ("Be brief.", 0),
-        ("@user_start", 0), ("12 and 30?", 0), ("@user_end", 0),
-        ("@assistant_start", 0), ("Let me see: ", 1), ("@python_start", 1), ("12+30", 1), ("@python_end", 1),
-        ("@output_start", 0), ("42", 0), ("@output_end", 0), ("It is 42.", 1), ("@assistant_end", 1),
-        ("@user_start", 0), ("Thanks", 0), ("@user_end", 0), ("@assistant_start", 0), ("Welcome", 1), ("@assistant_end", 1),
-    ]  # fmt: skip
+        ("@bos", 0),
+        ("Be brief.", 0),
+        ("@user_start", 0),
+        ("12 and 30?", 0),
+        ("@user_end", 0),
+        ("@assistant_start", 0),
+        ("Let me see: ", 1),
+        ("@python_start", 1),
+        ("12+30", 1),
+        ("@python_end", 1),
+        ("@output_start", 0),
+        ("42", 0),
+        ("@output_end", 0),
+        ("It is 42.", 1),
+        ("@assistant_end", 1),
+        ("@user_start", 0),
+        ("Thanks", 0),
+        ("@user_end", 0),
+        ("@assistant_start", 0),
+        ("Welcome", 1),
+        ("@assistant_end", 1),
+    ]
     got = render(tok, CHAT)
     assert got.ids == names(tok, *(p for p, _ in pieces))
     assert got.mask == [m for p, m in pieces for _ in names(tok, p)]
@@ -71,7 +90,9 @@ ANSWERED = [*CHAT[:2], {"role": "assistant", "content": TOOL[:3]}]  # its call h
 
 def test_a_prompt_may_end_inside_the_assistants_turn(tok, tmp_path):
     prompt = render_prompt(tok, ANSWERED)
-    assert prompt == render_prompt(tok, CHAT[:2]) + names(tok, "Let me see: ", "@python_start", "12+30", "@python_end", "@output_start", "42", "@output_end")
+    assert prompt == render_prompt(tok, CHAT[:2]) + names(
+        tok, "Let me see: ", "@python_start", "12+30", "@python_end", "@output_start", "42", "@output_end"
+    )
     assert render(tok, CHAT[:3]).ids[: len(prompt)] == prompt  # what was said afterwards follows at once
     check_messages(ANSWERED, prompt=True)
     assert templated(tok, ANSWERED, add_generation_prompt=True) == tok.decode(prompt)
@@ -89,8 +110,14 @@ def test_the_template_begins_as_the_tokenizers_texts_do(tok):
         assert text == tokenizer.decode(render(tokenizer, CHAT).ids) and text.startswith(first)
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(SPECIAL_TOKENS) | st.sampled_from([" a", "\n", "12"])
-parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": words}), max_size=6)
+words = (
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    | st.sampled_from(SPECIAL_TOKENS)
+    | st.sampled_from([" a", "\n", "12"])
+)
+parts = st.lists(
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "python", "python_output"]), "text": words}), max_size=6
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,14 +127,34 @@ def test_parse_reply_is_the_inverse(tok, content):
     ids = render(tok, prompt + [{"role": "assistant", "content": content}]).ids[len(render_prompt(tok, prompt)) :]
     assert parse_reply(tok, ids) == parts_of(content)
     assert parse_reply(tok, ids + names(tok, "more", "@bos")) == parts_of(content)  # what follows the end is not read
-    assert "".join(p["text"] for p in parts_of(content)) == (content if isinstance(content, str) else "".join(p["text"] for p in content))
+    assert "".join(p["text"] for p in parts_of(content)) == (
+        content if isinstance(content, str) else "".join(p["text"] for p in content)
+    )
 
 
 def test_a_broken_reply_is_read_as_far_as_it_goes(tok):
     ids = names(tok, "so ", "@python_start", "1+")
     assert parse_reply(tok, ids) == [{"type": "text", "text": "so "}, {"type": "python", "text": "1+"}]
-    stray = names(tok, "a", "@python_end", "@user_start", "b", "@python_start", "1", "@output_end", "2", "@python_end", "c", "@bos", "d")
-    assert parse_reply(tok, stray) == [{"type": "text", "text": "ab"}, {"type": "python", "text": "12"}, {"type": "text", "text": "c"}]
+    stray = names(
+        tok,
+        "a",
+        "@python_end",
+        "@user_start",
+        "b",
+        "@python_start",
+        "1",
+        "@output_end",
+        "2",
+        "@python_end",
+        "c",
+        "@bos",
+        "d",
+    )
+    assert parse_reply(tok, stray) == [
+        {"type": "text", "text": "ab"},
+        {"type": "python", "text": "12"},
+        {"type": "text", "text": "c"},
+    ]
     assert parse_reply(tok, []) == []
 
 
@@ -163,12 +210,12 @@ BAD = [
     ([{"role": "usr", "content": "q"}, A], "role 'usr'.*did you mean user"),
     ([Q, {"role": ["x"], "content": "q"}], "role \\['x'\\]"),
     ([Q, {"role": "tool", "content": "q"}], "role 'tool'"),
-    ([A, Q], "message 1 is assistant's; expected system or user"),
-    ([Q, A, A], "message 3 is assistant's; expected user"),
-    ([Q, Q, A], "message 2 is user's; expected assistant"),
-    ([Q, S, A], "message 2 is system's; expected assistant"),
-    ([S, A], "message 2 is assistant's; expected user"),
-    ([S, S, Q, A], "message 2 is system's"),
+    ([A, Q], "message 1: expected role system or user, got assistant"),
+    ([Q, A, A], "message 3: expected role user, got assistant"),
+    ([Q, Q, A], "message 2: expected role assistant, got user"),
+    ([Q, S, A], "message 2: expected role assistant, got system"),
+    ([S, A], "message 2: expected role user, got assistant"),
+    ([S, S, Q, A], "message 2: expected role user, got system"),
     ([Q], "no assistant turn among 1"),
     ([S, Q], "no assistant turn among 2"),
     ([Q, A | {"content": ""}], "message 2 \\(assistant's\\) is empty"),
@@ -183,7 +230,10 @@ BAD = [
     (said({"type": "text", "text": 1}), "part 1 is an object"),
     (said("x"), "part 1 is the text 'x'"),
     (said({"type": "python_output", "text": "1"}), "expected a python part before it"),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}]}, "role 'function_call'"),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}]},
+        "role 'function_call'",
+    ),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "message 2 .* is empty"),
     ({"messages": [Q, A], "system": 7}, "message 1 \\(system's\\) has int 7"),
 ]
@@ -206,14 +256,38 @@ def refusal(path: Path, *lines: object) -> UserError:
     return error.value
 
 
-TWO = [Q, {"role": "assistant", "content": "purple"}, {"role": "user", "content": "No."}, {"role": "assistant", "content": "orange"}]
+TWO = [
+    Q,
+    {"role": "assistant", "content": "purple"},
+    {"role": "user", "content": "No."},
+    {"role": "assistant", "content": "orange"},
+]
 NOT_FIRST = [  # ways to say that the first of the two answers is not to be learned
-    *([TWO[0], TWO[1] | {name: off}, TWO[2], TWO[3] | more] for name in ("weight", "train", "trainable", "loss", "loss_mask") for off, more in ((0, {}), (False, {name: True}), (0.0, {name: 1}))),
-    {"messages": TWO, "loss_mask": [0, 0, 0, 1]}, {"messages": TWO, "loss_mask": [False, True]}, {"messages": TWO, "weights": [0, 1]}, {"messages": TWO, "weight": [None, 0, None, 1.0]},
+    *(
+        [TWO[0], TWO[1] | {name: off}, TWO[2], TWO[3] | more]
+        for name in ("weight", "train", "trainable", "loss", "loss_mask")
+        for off, more in ((0, {}), (False, {name: True}), (0.0, {name: 1}))
+    ),
+    {"messages": TWO, "loss_mask": [0, 0, 0, 1]},
+    {"messages": TWO, "loss_mask": [False, True]},
+    {"messages": TWO, "weights": [0, 1]},
+    {"messages": TWO, "weight": [None, 0, None, 1.0]},
     {"messages": [TWO[0], TWO[1] | {"loss": False}, *TWO[2:]], "train": True, "loss": None},
-    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "purple", "weight": 0}, {"from": "human", "value": "No."}, {"from": "gpt", "value": "orange", "loss": ""}]},
-    [TWO[0] | {"train": False}, TWO[1] | {"train": False, "weight": 0}, TWO[2] | {"weight": 0}, TWO[3] | {"train": True}],
-]  # fmt: skip
+    {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "gpt", "value": "purple", "weight": 0},
+            {"from": "human", "value": "No."},
+            {"from": "gpt", "value": "orange", "loss": ""},
+        ]
+    },
+    [
+        TWO[0] | {"train": False},
+        TWO[1] | {"train": False, "weight": 0},
+        TWO[2] | {"weight": 0},
+        TWO[3] | {"train": True},
+    ],
+]
 
 
 @pytest.mark.fault("F1")
@@ -228,9 +302,13 @@ def test_a_turn_that_the_file_marks_is_not_learned(tok, tmp_path, value):
     assert render_prompt(tok, messages[:3]) == render_prompt(tok, TWO[:3])
 
 
-@pytest.mark.parametrize("mark", [*(pytest.param(mark, marks=pytest.mark.fault("F1")) for mark in (1, True, 1.0)), None, "", [], {}])
+@pytest.mark.parametrize(
+    "mark", [*(pytest.param(mark, marks=pytest.mark.fault("F1")) for mark in (1, True, 1.0)), None, "", [], {}]
+)
 def test_marks_that_say_nothing_new_change_nothing(tmp_path, mark):
-    (tmp_path / "marked.jsonl").write_text(json.dumps([Q, A | {"weight": mark}]) + "\n" + json.dumps({"messages": [Q, A], "trainable": mark}))
+    (tmp_path / "marked.jsonl").write_text(
+        json.dumps([Q, A | {"weight": mark}]) + "\n" + json.dumps({"messages": [Q, A], "trainable": mark})
+    )
     assert read_conversations(tmp_path / "marked.jsonl") == [[Q, A], [Q, A]]
 
 
@@ -244,15 +322,27 @@ def test_marks_that_say_nothing_new_change_nothing(tmp_path, mark):
         ([Q, A | {"weight": -1}], "turn-weight", {"field": "weight", "value": -1}),
         ({"messages": [Q, A], "weight": 2}, "turn-weight", {"field": "weight", "value": 2}),
         ({"messages": [Q, A], "loss_mask": [0, 2]}, "turn-weight", {"field": "loss_mask", "value": 2}),
-        ({"messages": TWO, "loss_mask": [0, 1, 1]}, "turn-weights", {"field": "loss_mask", "entries": 3, "messages": 4, "assistants": 2}),
+        (
+            {"messages": TWO, "loss_mask": [0, 1, 1]},
+            "turn-weights",
+            {"field": "loss_mask", "entries": 3, "messages": 4, "assistants": 2},
+        ),
         ([Q, A | {"weight": 1, "train": False}], "turn-weights-differ", {"fields": ["weight", "train"]}),
-        ({"messages": [Q, A | {"train": True}], "loss_mask": [0]}, "turn-weights-differ", {"fields": ["train", "loss_mask"]}),
-        *(([Q, A | {name: off}], "field-not-read", {"field": name}) for name in ("label", "chosen", "rejected", "score", "hidden") for off in (False, 0, True, "x")),
+        (
+            {"messages": [Q, A | {"train": True}], "loss_mask": [0]},
+            "turn-weights-differ",
+            {"fields": ["train", "loss_mask"]},
+        ),
+        *(
+            ([Q, A | {name: off}], "field-not-read", {"field": name})
+            for name in ("label", "chosen", "rejected", "score", "hidden")
+            for off in (False, 0, True, "x")
+        ),
         ({"messages": [Q, A], "label": False}, "field-not-read", {"field": "label"}),
         ({"messages": [Q, A], "label": 1}, "field-not-read", {"field": "label"}),
         ({"messages": [Q, A], "rejected": "b"}, "field-not-read", {"field": "rejected"}),
     ],
-)  # fmt: skip
+)
 def test_marks_that_cannot_be_obeyed_are_refused(tmp_path, line, code, values):
     error = refusal(tmp_path / "marked.jsonl", [Q, A], line)
     assert getattr(error, "code", "") == code and values.items() <= error.values.items() and error.values["line"] == 2
@@ -261,12 +351,35 @@ def test_marks_that_cannot_be_obeyed_are_refused(tmp_path, line, code, values):
 @pytest.mark.fault("F13")
 def test_all_bad_lines_are_named_at_once(tmp_path):
     good, path = [Q, A], tmp_path / "chats.jsonl"
-    error = refusal(path, good, [Q, Q], good, [Q, A | {"content": ""}], [Q, Q, A], [A], *[[Q, Q]] * 20, [Q, A | {"name": "x"}], [Q, A | {"label": 0}], good)
+    error = refusal(
+        path,
+        good,
+        [Q, Q],
+        good,
+        [Q, A | {"content": ""}],
+        [Q, Q, A],
+        [A],
+        *[[Q, Q]] * 20,
+        [Q, A | {"name": "x"}],
+        [Q, A | {"label": 0}],
+        good,
+    )
     lines = {"turn-order": [2, 5, 6, *range(7, 27)], "empty-message": [4], "field-not-read": [27, 28]}
     assert getattr(error, "code", "") == "bad-conversations"
-    assert error.values == {"file": str(path), "bad": 26, "reasons": {code: len(at) for code, at in lines.items()}, "lines": lines}
+    assert error.values == {
+        "file": str(path),
+        "bad": 26,
+        "reasons": {code: len(at) for code, at in lines.items()},
+        "lines": lines,
+    }
     said = str(error)
-    assert "26 of 29" in said and "lines 2, 5, 6, 7, 8, ..." in said and "'name'" in said and "'label'" in said and len(said) < 2000
+    assert (
+        "26 of 29" in said
+        and "lines 2, 5, 6, 7, 8, ..." in said
+        and "'name'" in said
+        and "'label'" in said
+        and len(said) < 2000
+    )
     same = refusal(path, good, [Q, Q], [Q, Q])
     assert (same.code, same.values["lines"]) == ("turn-order", {"turn-order": [2, 3]})
     path.write_text("\n".join([json.dumps([Q, Q]), "{", json.dumps([Q])]))
@@ -281,13 +394,21 @@ def test_formats_of_files(tmp_path):
     lines = [
         expected,
         {"messages": expected, "id": 3},
-        {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "é"}]}, A | {"refusal": None}]},
+        {
+            "messages": [
+                {"role": "developer", "content": "s"},
+                {"role": "user", "content": [{"type": "text", "text": "é"}]},
+                A | {"refusal": None},
+            ]
+        },
         {"conversations": [{"from": "system", "value": "s"}, human, gpt], "source": "x"},
         {"conversations": [human, gpt], "system": "s"},
         [{"from": "system", "value": "s"}, {"from": "user", "value": "é"}, {"from": "assistant", "value": "a"}],
     ]
     path = tmp_path / "chat.jsonl"
-    path.write_text("\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8"
+    )
     assert read_conversations(path) == [expected] * len(lines)
 
 
@@ -314,7 +435,7 @@ def test_files_that_hold_nothing(tmp_path):
 
 def test_a_prompt_is_checked_by_its_end():
     check_messages([S, Q, A, Q], prompt=True)
-    with pytest.raises(UserError, match="^the last message is assistant's"):
+    with pytest.raises(UserError, match="^the last message is the assistant's"):
         check_messages([Q, A], prompt=True)
 
 

@@ -1,7 +1,8 @@
-"""Rows of conversations: each once an epoch, whatever the lengths; crops and targets by hand; the same rows on any ranks.
+"""Rows of conversations: each once an epoch, whatever the lengths; crops and targets by hand; the same rows on any
+ranks.
 
-One token per byte, so that lengths are known: a conversation of a one-letter question and an answer of n letters has n + 6 tokens.
-"""
+One token per byte, so that lengths are known: a conversation of a one-letter question and an answer of n letters has n
++ 6 tokens."""
 
 import contextlib
 import json
@@ -16,17 +17,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render
-from nanolab.data.conversations import ConversationBatches, Reader, Staged, held_out_rows, pack, survey
-from nanolab.data.loader import Prefetch
+from nanolab.data.conversations import ConversationBatches, Staged, held_out_rows, pack
 from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import Prefetch
+from nanolab.data.survey import Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.runtime import Runtime
 
 TOKENIZER = Tokenizer.train([], 265)
-BOS, USER, USER_END, REPLY, END = (TOKENIZER.special(f"<|{name}|>") for name in ("bos", "user_start", "user_end", "assistant_start", "assistant_end"))
-PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
+BOS, USER, USER_END, REPLY, END = (
+    TOKENIZER.special(f"<|{name}|>") for name in ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+)
+PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = (
+    TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
+)
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 FRAME = 6  # bos, user_start, one letter, user_end, assistant_start, assistant_end
 
@@ -86,7 +92,11 @@ def rows_of_batch(batch) -> list[tuple[list[int], list[int]]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), max_size=120), room=st.integers(40, 60), places=st.sampled_from([1, 2, 16, 256]))
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=120),
+    room=st.integers(40, 60),
+    places=st.sampled_from([1, 2, 16, 256]),
+)
 def test_every_conversation_is_in_exactly_one_row_and_fits(lengths, room, places):
     rows = list(pack(np.array(lengths, dtype=np.int32), range(len(lengths)), room, places))
     assert Counter(i for row in rows for i in row) == Counter(range(len(lengths)))
@@ -126,36 +136,40 @@ def test_padding_is_little_where_lengths_vary():
     assert len(list(pack(half, range(100), 257))) == 100, "nothing fits beside one of more than half a row"
 
 
-adversarial = st.lists(st.sampled_from([7, 8, 12, 13, 24, 25, 26, 50, 400]), min_size=1, max_size=60).filter(lambda ns: min(ns) <= 25)
+adversarial = st.lists(st.sampled_from([7, 8, 12, 13, 24, 25, 26, 50, 400]), min_size=1, max_size=60).filter(
+    lambda ns: min(ns) <= 25
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=adversarial, rows_per_step=st.sampled_from([1, 3, 4]), share=st.sampled_from([0.0, 0.2, 0.5]))
 def test_each_conversation_once_an_epoch_and_the_length_of_the_run_is_known(lengths, rows_per_step, share):
     """Conversations longer than the row, in any number, neither stop the rest nor leave a row empty."""
-    source = batches(of_lengths(lengths), rows_per_step=rows_per_step, epochs=2, replay=pretraining() if share else None, share=share)
+    source = batches(
+        of_lengths(lengths), rows_per_step=rows_per_step, epochs=2, replay=pretraining() if share else None, share=share
+    )
     assert source.survey.n_dropped == sum(n > 25 for n in lengths) and source.survey.n_cropped == 0
     short = [i for i, n in enumerate(lengths) if n <= 25]
     for epoch in (1, 2):
         seen, texts = Counter(), 0
         while source.rows < source.rows_in(epoch):
-            batch, labels = source.next(), source.snapshot().labels
+            batch, labels = source.next(), source.position.labels
             assert batch.n_targets > 0, "a row in the middle of the run has something to learn"
             seen.update(i for row in labels for i in row)
             texts += sum(not row for row in labels)
         if epoch == 1:  # the rest is the second epoch's
             assert seen == Counter(short)
     assert seen == Counter(short)
-    assert source.epoch == 2.0
+    assert source.position.epoch == 2.0
     batch = source.next()
-    while share and source.snapshot().labels == [[]] and batch.n_targets:
+    while share and source.position.labels == [[]] and batch.n_targets:
         batch = source.next()
     assert batch.n_targets == 0 and (batch.inputs == BOS).all(), "after the last epoch only padding follows"
 
 
 def test_the_order_is_another_one_in_each_epoch_and_of_each_seed():
     def order(source):
-        return [i for _ in range(12) for row in [source.next(), source.snapshot().labels][1] for i in row]
+        return [i for _ in range(12) for row in [source.next(), source.position.labels][1] for i in row]
 
     conversations = of_lengths([25] * 12)
     source = batches(conversations)
@@ -170,16 +184,20 @@ def test_share_of_text_is_spread_evenly_and_exact():
     kinds = []
     for _ in range(50):
         source.next()
-        kinds += [not row for row in source.snapshot().labels]
+        kinds += [not row for row in source.position.labels]
     assert sum(kinds) == 10 and [i for i, text in enumerate(kinds) if text] == list(range(4, 50, 5))
 
 
 def test_rows_of_text_are_those_of_pretraining_in_order():
     source, text = batches(of_lengths([20] * 40), replay=pretraining(), share=0.5), pretraining()
-    found = [row for row, labels in ((source.next(), source.snapshot().labels) for _ in range(12)) if labels == [[]]]
+    found = [row for row, labels in ((source.next(), source.position.labels) for _ in range(12)) if labels == [[]]]
     for batch in found:
         expected = text.next()
-        assert torch.equal(batch.inputs, expected.inputs) and torch.equal(batch.targets, expected.targets) and batch.n_targets == 24
+        assert (
+            torch.equal(batch.inputs, expected.inputs)
+            and torch.equal(batch.targets, expected.targets)
+            and batch.n_targets == 24
+        )
     assert len(found) == 6
 
 
@@ -202,11 +220,33 @@ def test_inputs_and_targets_of_a_row_by_hand():
 
 
 def test_tool_calls_are_asked_for_and_their_outputs_are_not():
-    content = [{"type": "text", "text": "a"}, {"type": "python", "text": "1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "b"}]
+    content = [
+        {"type": "text", "text": "a"},
+        {"type": "python", "text": "1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "b"},
+    ]
     source = batches(Listed([[{"role": "system", "content": "s"}, *turn(content)]]), T=16)
     ((inputs, targets),) = rows_of(source, 1)
     a, b, one, two, q, s = (ord(x) for x in "ab12qs")
-    assert inputs == [BOS, s, USER, q, USER_END, REPLY, a, PYTHON, one, PYTHON_END, OUTPUT, two, OUTPUT_END, b, END, BOS]
+    assert inputs == [
+        BOS,
+        s,
+        USER,
+        q,
+        USER_END,
+        REPLY,
+        a,
+        PYTHON,
+        one,
+        PYTHON_END,
+        OUTPUT,
+        two,
+        OUTPUT_END,
+        b,
+        END,
+        BOS,
+    ]
     assert targets == [-1, -1, -1, -1, -1, a, PYTHON, one, PYTHON_END, -1, -1, -1, b, END, -1, -1]
 
 
@@ -228,7 +268,13 @@ def test_long_conversations_are_left_out_or_refused_by_flag():
     conversations = Listed([THREE_TURNS, turn("x")])
     about = survey(Reader(conversations, TOKENIZER, 20, "drop"), ALONE)
     assert about.lengths.tolist() == [0, 7] and (about.n_cropped, about.n_dropped, about.n_kept) == (0, 1, 1)
-    with pytest.raises(UserError, match=r"1 of 2 conversations are longer than a row: number 0 has 28 tokens.*at most 20; try --max-seq-len 27 .*--long crop"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"1 of 2 conversations are longer than a row: number 0 has 28 tokens.*at most 20; try --max-seq-len 27"
+            r" .*--long crop"
+        ),
+    ):
         survey(Reader(conversations, TOKENIZER, 20, "refuse"), ALONE)
     assert survey(Reader(conversations, TOKENIZER, 28, "refuse"), ALONE).n_kept == 2
 
@@ -278,17 +324,19 @@ def test_any_number_of_ranks_sees_the_same_rows(world_size, B):
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize("ranks", [3, 5, 7, 8])
 def test_ranks_with_unequal_shares_see_the_same_global_batches(ranks):
-    """8 rows a step: the places of rank r are r, r + W, ..., and at the end of each step all stand at the same place."""
+    """8 rows a step: the places of rank r are r, r + W, ..., and at the end of each step all stand at the same
+    place.
+    """
     alone, sources = global_rows([staged()], 96, 2), [staged(ranks, rank) for rank in range(ranks)]
     for step in range(1, 13):
         places: dict[int, tuple] = {}
         for rank, source in enumerate(sources):
             mine = []
-            while source.snapshot().rows < 8 * step:
+            while source.position.rows < 8 * step:
                 mine += rows_of_batch(source.next())
             places |= dict(zip(range(rank, 8, ranks), mine, strict=True))
         assert [places[i] for i in range(8)] == alone[8 * step - 8 : 8 * step]
-        assert len({json.dumps(source.state_dict()) for source in sources}) == 1
+        assert len({json.dumps(source.position.json()) for source in sources}) == 1
 
 
 @pytest.mark.parametrize("done", [0, 8, 24, 40, 48, 64])
@@ -296,14 +344,14 @@ def test_a_state_goes_on_exactly_on_any_number_of_ranks(done):
     whole = global_rows([staged()], 96, 2)
     source = staged()
     global_rows([source], done, 2)
-    state = json.loads(json.dumps(source.state_dict()))
+    state = json.loads(json.dumps(source.position.json()))
     assert len(json.dumps(state)) < 5000
     for world_size in (1, 4):
         others = [staged(world_size, rank) for rank in range(world_size)]
         for other in others:
             other.load_state_dict(state)
         assert global_rows(others, 96 - done, 2) == whole[done:96]
-        assert others[0].state_dict() == others[-1].state_dict()
+        assert others[0].position.json() == others[-1].position.json()
 
 
 def test_prefetched_they_are_the_same_and_the_state_is_of_the_batch_last_handed_out():
@@ -311,28 +359,28 @@ def test_prefetched_they_are_the_same_and_the_state_is_of_the_batch_last_handed_
     try:
         for _ in range(30):
             assert torch.equal(plain.next().targets, ahead.next().targets)
-            assert ahead.state_dict() == plain.state_dict()
-            at = plain.snapshot()
-            assert (ahead.rows, ahead.epoch, ahead.where()) == (at.rows, plain.epoch_at(at), plain.where_at(at))
+            at, other = plain.position, ahead.position
+            assert other.json() == at.json()
+            assert (other.rows, other.epoch, other.where()) == (at.rows, at.epoch, at.where())
     finally:
         ahead.close()
-    assert plain.snapshot().rows == 60 and plain.stage == 1 and "stage 2: conversations " in plain.where_at(at)
+    assert plain.position.rows == 60 and plain.stage == 1 and "stage 2: conversations " in at.where()
 
 
 def test_a_state_of_other_conversations_is_refused():
     """Of the same lengths, but one letter is another."""
     source = batches(Listed([turn("ab"), turn("cd")]))
     with pytest.raises(UserError, match="trained on other conversations"):
-        batches(Listed([turn("ab"), turn("ce")])).load_state_dict(source.state_dict())
+        batches(Listed([turn("ab"), turn("ce")])).load_state_dict(source.position.json())
     with pytest.raises(UserError, match="trained on other conversations"):
-        batches(Listed([turn("ab"), turn("cd")]), T=23).load_state_dict(source.state_dict())
+        batches(Listed([turn("ab"), turn("cd")]), T=23).load_state_dict(source.position.json())
 
 
 def test_a_place_inside_a_micro_batch_is_refused():
     source = batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=3)
     source.next()
     with pytest.raises(UserError, match="has read 3 rows, which 4 rows at a time"):
-        batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=4).load_state_dict(source.state_dict())
+        batches(of_lengths(MIXED), rows_per_step=12, device_batch_size=4).load_state_dict(source.position.json())
 
 
 def ranks_survey(runtime, lengths):
@@ -350,7 +398,7 @@ def test_the_epoch_counts_rows_of_conversations():
     seen = []
     for _ in range(40):
         source.next()
-        seen.append(source.epoch)
+        seen.append(source.position.epoch)
     assert seen[19] == 1.0 and seen[29] == 1.5 and seen == sorted(seen)
 
 
@@ -371,7 +419,9 @@ def test_held_out_rows_hold_the_first_conversations_once():
 
 @pytest.mark.fault("outer D7")
 def test_two_threads_that_ask_at_once_count_every_epoch_once(monkeypatch):
-    """One makes batches, the other asks for the epoch: both are held where the rows of an epoch are counted, so that they meet there if they can."""
+    """One makes batches, the other asks for the epoch: both are held where the rows of an epoch are counted, so that
+    they meet there if they can.
+    """
     alone, both = (batches(of_lengths([10, 15, 20, 8, 9, 13, 22])) for _ in range(2))
     expected = [alone.conversation_rows(n) for n in range(6)]
     meet, plain = threading.Barrier(2), both._layout
@@ -385,4 +435,6 @@ def test_two_threads_that_ask_at_once_count_every_epoch_once(monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(lambda: [both.conversation_rows(n) for n in range(6)]) for _ in range(2)]
     assert [f.result() for f in found] == [expected] * 2 and both._ends == expected
-    assert [both._epoch_of(row) for row in range(expected[-1])] == [n for n in range(5) for _ in range(expected[n + 1] - expected[n])]
+    assert [both._epoch_of(row) for row in range(expected[-1])] == [
+        n for n in range(5) for _ in range(expected[n + 1] - expected[n])
+    ]

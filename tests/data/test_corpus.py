@@ -11,15 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import corpus
-from nanolab.data.chat import read_conversations
-from nanolab.data.corpus import Documents, open_data, parse_mixture
+from nanolab.data.chat_files import read_conversations
+from nanolab.data.config import DataConfig
+from nanolab.data.corpus import Documents, corpora_of, open_data
 
 
 def words(n, seed=0, length=40):
     rng = random.Random(seed)
-    return [f"Document {seed}.{i}: " + " ".join(rng.choice("ab cd éf gh ij 漢字 kl".split()) for _ in range(length)) for i in range(n)]
+    return [
+        f"Document {seed}.{i}: " + " ".join(rng.choice("ab cd éf gh ij 漢字 kl".split()) for _ in range(length))
+        for i in range(n)
+    ]
 
 
 def write_parquet(path, texts, rows=100, **columns):
@@ -29,7 +33,9 @@ def write_parquet(path, texts, rows=100, **columns):
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"id": i, "text": t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)), "utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(texts)), "utf-8"
+    )
     return path
 
 
@@ -44,7 +50,7 @@ def take(documents, n, start=0):
 
 @pytest.mark.parametrize("write, suffix", [(write_parquet, "parquet"), (write_jsonl, "jsonl"), (write_txt, "txt")])
 def test_every_format_gives_the_texts_that_were_written(tmp_path, monkeypatch, write, suffix):
-    monkeypatch.setattr("nanolab.data.formats.BLOCK_BYTES", 9000)  # several blocks
+    monkeypatch.setattr("nanolab.data.blocks.BLOCK_BYTES", 9000)  # several blocks
     texts = words(457)
     documents = Documents("x", [write(tmp_path / f"a.{suffix}", texts)])
     assert documents.n_documents == 457 and len(documents.blocks) > 3
@@ -53,7 +59,7 @@ def test_every_format_gives_the_texts_that_were_written(tmp_path, monkeypatch, w
 
 
 def test_paragraphs_of_a_plain_text_become_documents_that_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanolab.data.formats.BLOCK_BYTES", 20000)
+    monkeypatch.setattr("nanolab.data.blocks.BLOCK_BYTES", 20000)
     paragraphs = [w + "\r\nsecond line\r\r with lone returns" for w in words(400)]
     path = tmp_path / "book.txt"
     path.write_bytes("\n\n".join(paragraphs).encode())
@@ -88,13 +94,17 @@ def test_order_is_a_permutation_that_depends_on_seed_and_epoch(tmp_path):
     first, second = take(a, 300), take(a, 300, 300)
     assert sorted(first) == sorted(second) == sorted(texts)
     assert first != second and first != texts and take(c, 300) != first
-    assert [b.get(i) for i in (599, 0, np.int64(301), 17)] == [second[299], first[0], second[1], first[17]]  # any order, any process
+    # any order, any process
+    assert [b.get(i) for i in (599, 0, np.int64(301), 17)] == [second[299], first[0], second[1], first[17]]
     blocks = [[texts.index(t) // 32 for t in pass_] for pass_ in (first, second)]
     assert sum(x != y for x, y in zip(blocks[0], blocks[0][1:])) == len(a.blocks) - 1  # one decode per block
     assert list(dict.fromkeys(blocks[0])) != list(dict.fromkeys(blocks[1]))  # new order of blocks in each epoch
-    assert [t for t, b in zip(first, blocks[0]) if b == 0] != [t for t, b in zip(second, blocks[1]) if b == 0]  # and inside them
+    # and inside them
+    assert [t for t, b in zip(first, blocks[0]) if b == 0] != [t for t, b in zip(second, blocks[1]) if b == 0]
     order = hashlib.sha256("".join(first).encode()).hexdigest()
-    assert order.startswith("7b145f7f24d19ae2"), "pinned: the document order changed, so runs that are resumed would see other text"
+    assert order.startswith("7b145f7f24d19ae2"), (
+        "pinned: the document order changed, so runs that are resumed would see other text"
+    )
 
 
 def test_decoded_text_is_bounded(tmp_path, monkeypatch):
@@ -195,9 +205,12 @@ def test_tiny_corpora_hold_out_one_document_or_say_why_not(tmp_path):
 
 
 def test_mixture_parses_weights_and_keeps_sources_apart(tmp_path):
-    assert parse_mixture("pydocs") == [("pydocs", 1.0)]
-    assert parse_mixture("pydocs:3, tinystories:1") == [("pydocs", 0.75), ("tinystories", 0.25)]
-    a, b = write_jsonl(tmp_path / "a.jsonl", words(200)), write_jsonl(tmp_path / "b.jsonl", words(100, seed=1) + words(200))
+    assert corpora_of("pydocs") == [("pydocs", 1.0)]
+    assert corpora_of("pydocs:3, tinystories:1") == [("pydocs", 0.75), ("tinystories", 0.25)]
+    a, b = (
+        write_jsonl(tmp_path / "a.jsonl", words(200)),
+        write_jsonl(tmp_path / "b.jsonl", words(100, seed=1) + words(200)),
+    )
     data = open_data(DataConfig(data=f"{a}:0.7,{b}:0.3"))
     assert [(d.name, w) for d, w in data.train] == [("a.jsonl", 0.7), ("b.jsonl", 0.3)]
     val = set(data.val.iterate())
@@ -221,7 +234,7 @@ def test_mixture_parses_weights_and_keeps_sources_apart(tmp_path):
 )
 def test_bad_mixtures(mixture, message):
     with pytest.raises(UserError, match=message):
-        parse_mixture(mixture)
+        corpora_of(mixture)
 
 
 @pytest.mark.fault("F20")
@@ -230,14 +243,17 @@ def test_a_colon_of_a_path_stays_with_it(tmp_path, monkeypatch):
     for i, name in enumerate(("te:xt", "week:2", "plain")):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", words(100, seed=i))
-    assert parse_mixture("./te:xt") == [("./te:xt", 1.0)] and parse_mixture("./week:2") == [("./week:2", 1.0)]
-    assert parse_mixture("./te:xt:0.5,./plain:0.5") == [("./te:xt", 0.5), ("./plain", 0.5)]
-    assert [(d.name, w) for d, w in open_data(DataConfig(data="./te:xt:0.5,./week:2:0.5")).train] == [("te:xt", 0.5), ("week:2", 0.5)]
+    assert corpora_of("./te:xt") == [("./te:xt", 1.0)] and corpora_of("./week:2") == [("./week:2", 1.0)]
+    assert corpora_of("./te:xt:0.5,./plain:0.5") == [("./te:xt", 0.5), ("./plain", 0.5)]
+    assert [(d.name, w) for d, w in open_data(DataConfig(data="./te:xt:0.5,./week:2:0.5")).train] == [
+        ("te:xt", 0.5),
+        ("week:2", 0.5),
+    ]
     with pytest.raises(UserError) as bad:
-        parse_mixture("./plain:x")
+        corpora_of("./plain:x")
     assert (bad.value.code, bad.value.values) == ("bad-weight", {"name": "./plain", "weight": "x"})
     with pytest.raises(UserError) as unknown:
-        parse_mixture("te:xt")
+        corpora_of("te:xt")
     assert unknown.value.code == "unknown-corpus" and "--data ./te:xt" in unknown.value.values["try_"]
 
 
@@ -252,8 +268,16 @@ ENCODINGS = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
 @pytest.mark.parametrize("mark", ["\ufeff", ""])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_other_encodings_are_refused_by_name_and_iconv_makes_them_readable(tmp_path, encoding, mark, suffix):
-    texts = ["The first text, na\u00efve.", "\u0412\u0442\u043e\u0440\u043e\u0439 \u0442\u0435\u043a\u0441\u0442.", "The third one."]
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if suffix == "jsonl" else "\n<|endoftext|>\n".join(texts).split("\n")
+    texts = [
+        "The first text, na\u00efve.",
+        "\u0412\u0442\u043e\u0440\u043e\u0439 \u0442\u0435\u043a\u0441\u0442.",
+        "The third one.",
+    ]
+    lines = (
+        [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        if suffix == "jsonl"
+        else "\n<|endoftext|>\n".join(texts).split("\n")
+    )
     path, out = tmp_path / f"IN.{suffix}", tmp_path / "out" / f"OUT.{suffix}"
     path.write_bytes((mark + "\n".join(lines) + "\n").encode(encoding))
     with pytest.raises(UserError) as seen:
@@ -305,8 +329,22 @@ def bad_files(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["empty.txt", "empty.parquet", "blank.jsonl", "short.parquet", "foreign.parquet", "latin.txt",
-                                  "latin.jsonl", "broken.jsonl", "fields.jsonl", "list.jsonl", "number.jsonl"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty.txt",
+        "empty.parquet",
+        "blank.jsonl",
+        "short.parquet",
+        "foreign.parquet",
+        "latin.txt",
+        "latin.jsonl",
+        "broken.jsonl",
+        "fields.jsonl",
+        "list.jsonl",
+        "number.jsonl",
+    ],
+)
 def test_bad_files_are_named(tmp_path, name):
     content, message = bad_files(tmp_path)[name]
     path = tmp_path / name
@@ -355,7 +393,9 @@ def test_half_a_surrogate_pair_and_byte_order_marks_are_harmless(tmp_path):
 
 @pytest.mark.slow
 def test_a_large_file_does_not_have_to_fit_into_memory(tmp_path):
-    """Peak memory of opening and reading 400 MB of jsonl stays far below its size (a child process, so that it is its own)."""
+    """Peak memory of opening and reading 400 MB of jsonl stays far below its size (a child process, so that it is its
+    own).
+    """
     import subprocess
     import sys
 
@@ -365,8 +405,9 @@ def test_a_large_file_does_not_have_to_fit_into_memory(tmp_path):
         for i in range(400_000_000 // len(line)):
             file.write(line.replace("0.0", str(i)))
     code = f"""
-peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss begins with the parent's
-from nanolab.config import DataConfig
+# not ru_maxrss, which begins with the parent's
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 before = peak()
 data = open_data(DataConfig(data_dir={str(path)!r}))
@@ -375,4 +416,5 @@ for n in range(0, documents.n_documents, 7): documents.get(n)
 print((peak() - before) / 1024)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout.split()[-1]) < 500  # MiB: the cache of decoded text, of two bytes a character here, and the validation set
+    # MiB: the cache of decoded text, of two bytes a character here, and the validation set
+    assert float(out.stdout.split()[-1]) < 500

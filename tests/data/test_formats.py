@@ -1,4 +1,6 @@
-"""What is read of a folder and of a file: links, suffixes, marks, long lines, large row groups, packed files. Oracles: the texts, other libraries."""
+"""What is read of a folder and of a file: links, suffixes, marks, long lines, large row groups, packed files. Oracles:
+the texts, other libraries.
+"""
 
 import bz2
 import gzip
@@ -14,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import BaseTrainConfig, DataBuildConfig, DataConfig, TokTrainConfig, UserError
-from nanolab.data.chat import read_conversations
+from nanolab.cli import UserError
+from nanolab.data.chat_files import read_conversations
+from nanolab.data.config import DataBuildConfig, DataConfig, TokTrainConfig
 from nanolab.data.corpus import Documents, open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.stages.config import BaseTrainConfig
 
 MARK = "<|endoftext|>"
 
@@ -71,7 +75,9 @@ def sorted_kinds(out: str) -> str:
     line = next((line for line in out.splitlines() if "files not read" in line), "")
     head, _, kinds = line.partition("not read: ")
     order = [".gz", ".zst", ".arrow", "without a suffix", "hidden"]
-    return f"{head}not read: " + ", ".join(sorted(kinds.split(", "), key=lambda k: order.index(k.split(" ", 1)[1]) if k else 0))
+    return f"{head}not read: " + ", ".join(
+        sorted(kinds.split(", "), key=lambda k: order.index(k.split(" ", 1)[1]) if k else 0)
+    )
 
 
 @pytest.mark.fault("F2")
@@ -82,8 +88,11 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "folder" / "again").symlink_to(tmp_path / "folder" / "real")
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "folder")  # a cycle
     data = open_data(DataConfig(data_dir=str(tmp_path / "folder")))
-    (documents, _), = data.train
-    assert [path.relative_to(tmp_path / "folder").as_posix() for path in documents.paths] == ["linked/a.jsonl", "real/b.jsonl"]
+    ((documents, _),) = data.train
+    assert [path.relative_to(tmp_path / "folder").as_posix() for path in documents.paths] == [
+        "linked/a.jsonl",
+        "real/b.jsonl",
+    ]
     assert sorted([*documents.iterate(), *data.val.iterate()]) == sorted(texts(40))
 
 
@@ -106,15 +115,34 @@ def test_base_train_says_what_it_trains_on(tmp_path, capsys):
     held_out = texts(20, start=500)
     write_lines(tmp_path / "val.jsonl", held_out)
     Tokenizer.train([], 265).save(tmp_path / "tok")  # a token per byte
-    run(BaseTrainConfig(
-        run="x", data_dir=str(tmp_path / "d"), val_data=str(tmp_path / "val.jsonl"), tokenizer=str(tmp_path / "tok"), depth=1, aspect_ratio=32, head_dim=32,
-        max_seq_len=64, device_batch_size=4, total_batch_size=256, num_iterations=3, eval_every=-1, sample_every=-1, device_type="cpu",
-    ))  # fmt: skip
+    run(
+        BaseTrainConfig(
+            run="x",
+            data_dir=str(tmp_path / "d"),
+            val_data=str(tmp_path / "val.jsonl"),
+            tokenizer=str(tmp_path / "tok"),
+            depth=1,
+            aspect_ratio=32,
+            head_dim=32,
+            max_seq_len=64,
+            device_batch_size=4,
+            total_batch_size=256,
+            num_iterations=3,
+            eval_every=-1,
+            sample_every=-1,
+            device_type="cpu",
+        )
+    )
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
     n_bytes = sum(map(len, found))
     passes = 3 * 256 / (n_bytes + len(found))  # each document has its bos
-    assert f"d: 2 files (LICENSE.jsonl, train.jsonl), 200 documents, {n_bytes:,} bytes, about {passes:.3g} passes over it" in lines.get("data", "")
-    assert f"1 file (val.jsonl), 20 documents, {sum(map(len, held_out)):,} bytes, of --val-data" in lines.get("validation", "")
+    assert (
+        f"d: 2 files (LICENSE.jsonl, train.jsonl), 200 documents, {n_bytes:,} bytes, about {passes:.3g} passes over it"
+        in lines.get("data", "")
+    )
+    assert f"1 file (val.jsonl), 20 documents, {sum(map(len, held_out)):,} bytes, of --val-data" in lines.get(
+        "validation", ""
+    )
 
 
 # ---- marks ----
@@ -167,7 +195,8 @@ def test_a_long_line_becomes_documents_that_lose_nothing(tmp_path, name):
     assert len(found) >= len(text.encode()) // 16_000 and max(len(t.encode()) for t in found) < 16_000
     strip = lambda t: t.replace("\r", "").replace("\n", "")  # noqa: E731
     assert "".join(map(strip, found)) == strip(text)
-    assert sorted(documents.get(i) for i in range(documents.n_documents)) == sorted(found)  # from the middle of the file too
+    # from the middle of the file too
+    assert sorted(documents.get(i) for i in range(documents.n_documents)) == sorted(found)
     if name == "words":  # cut before blanks, so that the tokens are those of the whole
         assert all(t.startswith(" w") for t in found[1:])
 
@@ -183,8 +212,13 @@ def test_long_lines_between_marks_are_cut_and_the_marks_still_divide(tmp_path):
 
 @pytest.mark.fault("F10")
 def test_files_whose_division_changed_are_other_data(tmp_path):
-    """A run that was trained on the whole line is not resumed on its parts: the fingerprint is no longer that of the bytes alone."""
-    of_bytes = lambda path: hashlib.sha256(hashlib.sha256(path.read_bytes()).hexdigest().encode()).hexdigest()  # noqa: E731
+    """A run that was trained on the whole line is not resumed on its parts: the fingerprint is no longer that of the
+    bytes alone.
+    """
+
+    def of_bytes(path):
+        return hashlib.sha256(hashlib.sha256(path.read_bytes()).hexdigest().encode()).hexdigest()
+
     long, short = tmp_path / "a.txt", tmp_path / "b.txt"
     long.write_text("word " * 100_000)
     short.write_text("word " * 50_000)
@@ -193,7 +227,9 @@ def test_files_whose_division_changed_are_other_data(tmp_path):
 
 
 def test_ordinary_files_give_the_batches_that_they_always_gave(tmp_path):
-    """Pinned: the numbers were printed by the commit before long lines were cut; runs that are resumed depend on them."""
+    """Pinned: the numbers were printed by the commit before long lines were cut; runs that are resumed depend on
+    them.
+    """
     found = [" ".join(f"{i}w{j}" for j in range(i * 37 % 400)) + f"\nend {i}\n\n" for i in range(900)]
     pq.write_table(pa.table({"text": found[:300]}), tmp_path / "a.parquet", row_group_size=64)
     write_lines(tmp_path / "b.jsonl", found[300:500])
@@ -213,12 +249,20 @@ def test_ordinary_files_give_the_batches_that_they_always_gave(tmp_path):
     ("name", "write", "values"),
     [
         ("a.jsonl", lambda path, found: write_lines(path, found), {"line": 3}),
-        ("a.parquet", lambda path, found: pq.write_table(pa.table({"text": found}), path, row_group_size=2, use_dictionary=False), {"row": 2}),
-        ("a.txt", lambda path, found: path.write_text(f"\n{MARK}\n".join(text.replace(" ", "\n") for text in found)), {"byte": 32}),
+        (
+            "a.parquet",
+            lambda path, found: pq.write_table(pa.table({"text": found}), path, row_group_size=2, use_dictionary=False),
+            {"row": 2},
+        ),
+        (
+            "a.txt",
+            lambda path, found: path.write_text(f"\n{MARK}\n".join(text.replace(" ", "\n") for text in found)),
+            {"byte": 32},
+        ),
     ],
 )
 def test_documents_that_are_too_long_are_named(tmp_path, monkeypatch, name, write, values):
-    monkeypatch.setattr("nanolab.data.formats.MAX_DOCUMENT", 9_000, raising=False)
+    monkeypatch.setattr("nanolab.data.blocks.MAX_DOCUMENT", 9_000, raising=False)
     path = tmp_path / name
     write(path, ["é", None if name == "a.parquet" else "", "word " * 2_000, "é"])
     with pytest.raises(UserError) as error:
@@ -246,26 +290,40 @@ def test_the_tokenizer_sees_an_even_sample_of_a_long_document():
 def test_tok_train_blames_the_cap_where_it_is_the_cause(tmp_path, capsys):
     from scripts.tok_train import run
 
-    write_lines(tmp_path / "a.jsonl", [" ".join(f"{a}{i * j % 997}" for j in range(4_000)) for i, a in enumerate(["ab", "cd", "ef"])])
+    write_lines(
+        tmp_path / "a.jsonl",
+        [" ".join(f"{a}{i * j % 997}" for j in range(4_000)) for i, a in enumerate(["ab", "cd", "ef"])],
+    )
     flags = dict(data_dir=str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "tok"), doc_cap=200)
     with pytest.raises(UserError) as error:
         run(TokTrainConfig(**flags, vocab_size=2_000))
-    assert code(error) == "too-few-merges" and error.value.values["doc_cap"] == 200 and "train on more text" not in str(error.value)
+    assert (
+        code(error) == "too-few-merges"
+        and error.value.values["doc_cap"] == 200
+        and "train on more text" not in str(error.value)
+    )
     run(TokTrainConfig(**flags, vocab_size=error.value.values["possible"]))
     assert "2 of 2 documents are longer than 200 characters" in capsys.readouterr().out
 
 
 def peak_mib(script: str) -> float:
-    """Peak resident memory of a Python process that runs `script`. VmHWM, since getrusage begins with what this process held when it forked."""
+    """Peak resident memory of a Python process that runs `script`. VmHWM, since getrusage begins with what this process
+    held when it forked.
+    """
     read = "; print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-    done = subprocess.run([sys.executable, "-c", script.rstrip("; ") + read], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script.rstrip("; ") + read], stdout=subprocess.PIPE, text=True, check=True
+    )
     return int(done.stdout.split("VmHWM:")[1].split()[0]) / 1024
 
 
-IMPORTS = "from nanolab.config import *; from nanolab.data.corpus import open_data; from nanolab.data.packing import PackedBatches; from nanolab.data.tokenizer import Tokenizer; "
+IMPORTS = (
+    "from nanolab.data.config import DataConfig; from nanolab.data.corpus import open_data; from nanolab.data.packing"
+    " import PackedBatches; from nanolab.data.tokenizer import Tokenizer; "
+)
 LOADER = (
-    IMPORTS + "b = PackedBatches(open_data(DataConfig(data_dir={0!r}, val_data={1!r})).train, Tokenizer.train([], 265), seq_len=256, "
-    "device_batch_size=8, rows_per_step=32); [b.next() for _ in range(40)]"
+    IMPORTS + "b = PackedBatches(open_data(DataConfig(data_dir={0!r}, val_data={1!r})).train, Tokenizer.train([], 265),"
+    " seq_len=256, device_batch_size=8, rows_per_step=32); [b.next() for _ in range(40)]"
 )
 
 
@@ -273,10 +331,18 @@ LOADER = (
 def test_a_document_that_all_streams_read_is_tokenised_once(tmp_path, monkeypatch):
     tokenizer, lengths = Tokenizer.train([], 265), []
     encode = tokenizer.encode_arrays
-    monkeypatch.setattr(tokenizer, "encode_arrays", lambda texts, *rest: lengths.extend(map(len, texts)) or encode(texts, *rest))
+    monkeypatch.setattr(
+        tokenizer, "encode_arrays", lambda texts, *rest: lengths.extend(map(len, texts)) or encode(texts, *rest)
+    )
     monkeypatch.setattr("nanolab.data.packing.AHEAD_CHARS", 10_000)
     text = "word " * 20_000
-    batches = PackedBatches([(Documents("a", [write_lines(tmp_path / "a.jsonl", [text])]), 1.0)], tokenizer, seq_len=64, device_batch_size=16, rows_per_step=16)
+    batches = PackedBatches(
+        [(Documents("a", [write_lines(tmp_path / "a.jsonl", [text])]), 1.0)],
+        tokenizer,
+        seq_len=64,
+        device_batch_size=16,
+        rows_per_step=16,
+    )
     batches.next()
     assert sum(lengths) == len(text)
 
@@ -296,7 +362,9 @@ def test_a_large_row_group_needs_little_memory(tmp_path, base_dir):
     path, val = tmp_path / "a.parquet", write_lines(tmp_path / "v.jsonl", ["held out"])
     found = ["".join(f" {i}w{j}" for j in range(300)) for i in range(40_000)]
     pq.write_table(pa.table({"text": found}), path, row_group_size=10**6)
-    reading = peak_mib(f"from scripts.data import *; run(DataBuildConfig(data_dir={str(path)!r}, val_data={str(val)!r}))")
+    reading = peak_mib(
+        f"from scripts.data import *; run(DataBuildConfig(data_dir={str(path)!r}, val_data={str(val)!r}))"
+    )
     loading = peak_mib(LOADER.format(str(path), str(val)))
     bare = peak_mib(IMPORTS)
     assert sum(map(len, found)) > 95e6 and reading - bare < 150 and loading - bare < 200, (bare, reading, loading)
@@ -309,13 +377,21 @@ NEW_KINDS = [pa.string_view(), pa.dictionary(pa.int8(), pa.string()), pa.diction
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("kind", [pa.large_string(), *(pytest.param(kind, marks=pytest.mark.fault("L6")) for kind in NEW_KINDS)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), *(pytest.param(kind, marks=pytest.mark.fault("L6")) for kind in NEW_KINDS)], ids=str
+)
 def test_columns_of_every_kind_of_string_are_read(tmp_path, monkeypatch, kind, large):
     if large:
-        monkeypatch.setattr("nanolab.data.formats.LARGE_ROW_GROUP", 100, raising=False)
+        monkeypatch.setattr("nanolab.data.parquet.LARGE_ROW_GROUP", 100, raising=False)
     found = [f"text {i % 60} é" for i in range(200)] + [None, ""]
     column = pa.array(found, pa.string())
-    pq.write_table(pa.table({"text": column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)}), tmp_path / "a.parquet", row_group_size=70)
+    pq.write_table(
+        pa.table(
+            {"text": column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)}
+        ),
+        tmp_path / "a.parquet",
+        row_group_size=70,
+    )
     documents = Documents("a", [tmp_path / "a.parquet"])
     assert list(documents.iterate()) == found[:200] and documents.n_documents == 202
     assert sorted(t or "" for t in map(documents.get, range(202))) == sorted(t or "" for t in found)
@@ -326,8 +402,8 @@ def test_large_row_groups_give_the_same_documents_in_the_same_order(tmp_path, mo
     pq.write_table(pa.table({"text": found}), tmp_path / "a.parquet", row_group_size=300)
     usual = Documents("a", [tmp_path / "a.parquet"])
     expected = list(usual.iterate()), [usual.get(n) for n in range(1200)]
-    monkeypatch.setattr("nanolab.data.formats.LARGE_ROW_GROUP", 100)
-    monkeypatch.setattr("nanolab.data.formats.PART_BYTES", 1000)
+    monkeypatch.setattr("nanolab.data.parquet.LARGE_ROW_GROUP", 100)
+    monkeypatch.setattr("nanolab.data.parquet.PART_BYTES", 1000)
     large = Documents("a", [tmp_path / "a.parquet"])
     assert (list(large.iterate()), [large.get(n) for n in range(1200)]) == expected
 
@@ -427,5 +503,11 @@ def test_packed_conversations_are_named_for_what_they_are(tmp_path, kind):
         read_conversations(path)
     assert code(error) == "file-kind" and error.value.values["kind"] == kind
     if kind == "parquet":  # the command writes lines that are read
-        subprocess.run(error.value.values["command"], shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        subprocess.run(
+            error.value.values["command"],
+            shell=True,
+            check=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        )
         assert read_conversations(tmp_path / "OUT.jsonl") == [CHAT] * 3

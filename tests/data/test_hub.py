@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import hub
+from nanolab.data.config import DataConfig
 from nanolab.data.corpus import CORPORA, open_data
-from nanolab.data.formats import locked
 from nanolab.data.hub import HubCorpus
+from nanolab.files import locked
 
 REVISION = "1" * 40
 
@@ -30,7 +31,9 @@ def shard(seed: int, rows: int = 300) -> bytes:
 
 
 class Hub(ThreadingHTTPServer):
-    """`faults[path]` is a list of what happens to the next requests for that file: drop, truncate, flip, whole, 404, 503."""
+    """`faults[path]` is a list of what happens to the next requests for that file: drop, truncate, flip, whole, 404,
+    503.
+    """
 
     daemon_threads = True
 
@@ -62,11 +65,18 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path.startswith("/api/datasets/me/data/tree/"):
             entries = [
-                {"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest(),
-                 "lfs": {"oid": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 130}}
+                {
+                    "type": "file",
+                    "path": f,
+                    "size": len(b),
+                    "oid": hashlib.sha1(b).hexdigest(),
+                    "lfs": {"oid": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 130},
+                }
                 for f, b in hub_.files.items()
-            ]  # fmt: skip
-            self.reply(json.dumps([{"type": "file", "path": "README.md", "size": 3, "oid": "0" * 40}, *entries]).encode())
+            ]
+            self.reply(
+                json.dumps([{"type": "file", "path": "README.md", "size": 3, "oid": "0" * 40}, *entries]).encode()
+            )
         elif path.startswith("/api/datasets/me/data"):
             self.reply(json.dumps({"id": "me/data", "sha": hub_.revision}).encode())
         elif path.startswith(prefix := f"/datasets/me/data/resolve/{hub_.revision}/"):
@@ -106,7 +116,7 @@ def server(monkeypatch):
     monkeypatch.setattr(hub, "BACK_OFF", 0.01)
     toy = HubCorpus("me/data", REVISION, "data/shard_*.parquet", "data/shard_5.parquet", 5)
     monkeypatch.setitem(hub.CORPORA, "toy", toy)
-    monkeypatch.setitem(CORPORA, "toy", lambda num_shards, workers: hub.ensure("toy", num_shards, workers))
+    monkeypatch.setitem(CORPORA, "toy", lambda num_shards, workers: hub.ensure_corpus("toy", num_shards, workers))
     yield hub_
     hub_.shutdown()
     hub_.server_close()
@@ -149,7 +159,7 @@ def test_processes_share_one_download_and_wait_only_for_what_they_lack(server, b
     assert len({data.fingerprint for data in opened}) == 1
     assert sorted(server.gets) == [f"data/shard_{i}.parquet" for i in (0, 1, 5)]
     assert capsys.readouterr().out.count("downloading") == 1
-    with locked("corpora/toy"):  # somebody downloads more of it
+    with locked(base_dir / "corpora" / "toy"):  # somebody downloads more of it
         reader = pool.submit(toy, 2)
         wait([reader], timeout=20)
         assert reader.done()
@@ -243,7 +253,9 @@ def test_a_damaged_file_on_disk_is_refused(server, base_dir):
 
 def test_no_network(base_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="tinystories is not downloaded and http://127.0.0.1:9 cannot be asked.*try --data pydocs"):
+    with pytest.raises(
+        UserError, match="tinystories is not downloaded and http://127.0.0.1:9 cannot be asked.*try --data pydocs"
+    ):
         open_data(DataConfig(data="tinystories"))
     assert not (base_dir / "corpora/tinystories").exists()
 
@@ -256,7 +268,8 @@ def test_table_is_pinned():
 
 
 def test_the_command_ends_with_code_1_and_names_what_failed(server, capsys):
-    from nanolab.config import DataBuildConfig, main
+    from nanolab.cli import main
+    from nanolab.data.config import DataBuildConfig
     from scripts.data import run
 
     server.faults = {"data/shard_0.parquet": ["404"]}
@@ -267,6 +280,9 @@ def test_the_command_ends_with_code_1_and_names_what_failed(server, capsys):
         main(lambda: run(DataBuildConfig(data="toy", num_shards=2, json=True)))
     assert end.value.code == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(s["source"], s["documents"], s["files"]) for s in report["sources"]] == [("toy", 600, 2), ("validation", 300, 1)]
+    assert [(s["source"], s["documents"], s["files"]) for s in report["sources"]] == [
+        ("toy", 600, 2),
+        ("validation", 300, 1),
+    ]
     tables = [pq.read_table(io.BytesIO(server.files[f"data/shard_{i}.parquet"])) for i in (0, 1)]
     assert report["sources"][0]["bytes"] == sum(len(t) for table in tables for t in table["text"].to_pylist())

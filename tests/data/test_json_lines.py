@@ -1,4 +1,6 @@
-"""Lines that JSON allows and Python does not read, too long ones, in every reader: the error names file and line. Oracle: where the line was put."""
+"""Lines that JSON allows and Python does not read, too long ones, in every reader: the error names file and line.
+Oracle: where the line was put.
+"""
 
 import gzip
 import json
@@ -7,15 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import UserError, read_toml
-from nanolab.data import chat
-from nanolab.data.chat import read_conversations, read_jsonl
+from nanolab.cli import UserError, read_toml
+from nanolab.data import chat_files
+from nanolab.data.chat_files import read_conversations, read_jsonl
 from nanolab.data.formats import index_file
 from nanolab.data.synthesis import Collection, Spec
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import read_rows
 
-UNREADABLE = {"digits": "1" * 5000, "lists": "[" * 100_000 + "]" * 100_000, "objects": '{"a": ' * 100_000 + "1" + "}" * 100_000}
+UNREADABLE = {
+    "digits": "1" * 5000,
+    "lists": "[" * 100_000 + "]" * 100_000,
+    "objects": '{"a": ' * 100_000 + "1" + "}" * 100_000,
+}
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 READERS: dict[str, tuple[dict, Callable]] = {  # a good line; the reader
     "corpus": ({"text": "some words"}, index_file),
@@ -45,8 +51,16 @@ def test_other_files_that_python_cannot_read_are_named(tmp_path, what):
     (tmp_path / "tokenizer").mkdir()
     for path, text, read in (
         (tmp_path / "tokenizer" / "tokenizer.json", f'{{"n": {UNREADABLE[what]}}}', Tokenizer.load),
-        (tmp_path / "stages.toml", f"n = {UNREADABLE[what]}" if what != "objects" else "n = " + "{a = " * 5000 + "1" + "}" * 5000, read_toml),
-        (tmp_path / "chats.jsonl", f'{{"index": {UNREADABLE[what]}}}\n', lambda path: Collection(path, Spec({}, "", ""), 1)),
+        (
+            tmp_path / "stages.toml",
+            f"n = {UNREADABLE[what]}" if what != "objects" else "n = " + "{a = " * 5000 + "1" + "}" * 5000,
+            read_toml,
+        ),
+        (
+            tmp_path / "chats.jsonl",
+            f'{{"index": {UNREADABLE[what]}}}\n',
+            lambda path: Collection(path, Spec({}, "", ""), 1),
+        ),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=path.name):
@@ -56,7 +70,7 @@ def test_other_files_that_python_cannot_read_are_named(tmp_path, what):
 @pytest.mark.fault("outer D21")
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_line_is_bounded_as_it_is_unpacked(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(chat, "MAX_LINE", 1000, raising=False)
+    monkeypatch.setattr(chat_files, "MAX_LINE", 1000, raising=False)
     path: Path = tmp_path / f"a{suffix}"
     pack = gzip.compress if suffix.endswith(".gz") else bytes
 

@@ -1,4 +1,6 @@
-"""Packing: every token once, exact state, the same rows on any number of ranks. Oracles: the texts, and a slow best fit."""
+"""Packing: every token once, exact state, the same rows on any number of ranks. Oracles: the texts, and a slow best
+fit.
+"""
 
 import json
 import random
@@ -17,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
-from nanolab.data.packing import POOL, Packer, PackedBatches, merge_states, validation_rows
+from nanolab.cli import UserError
+from nanolab.data.packing import POOL, PackedBatches, Packer
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.validation import validation_rows
 
 TOKENIZER = Tokenizer.train([], 265)  # one token per byte, so that lengths are known
 BOS = TOKENIZER.bos
@@ -40,7 +43,14 @@ class ListDocuments:
 def make(texts, *, T=16, B=1, rows_per_step=4, rank=0, world_size=1) -> PackedBatches:
     sources = texts if isinstance(texts[0], tuple) else [(ListDocuments(texts), 1.0)]
     return PackedBatches(
-        sources, TOKENIZER, seq_len=T, device_batch_size=B, rows_per_step=rows_per_step, rank=rank, world_size=world_size, threads=1
+        sources,
+        TOKENIZER,
+        seq_len=T,
+        device_batch_size=B,
+        rows_per_step=rows_per_step,
+        rank=rank,
+        world_size=world_size,
+        threads=1,
     )
 
 
@@ -78,7 +88,7 @@ def test_every_text_token_appears_exactly_once_an_epoch(texts, T, rows_per_step)
     for _ in range(20_000):
         (row,) = rows_of(batches.next())
         assert len(row) == T + 1 and row.min() >= 0
-        (labels,) = batches.snapshot().labels
+        (labels,) = batches.position.labels
         found = pieces(row)
         if len(found) == len(labels) + 1:  # a last place that has room for bos only
             assert found.pop() == []
@@ -89,7 +99,7 @@ def test_every_text_token_appears_exactly_once_an_epoch(texts, T, rows_per_step)
         if all(len(seen[n]) >= len(tokens) for n, tokens in expected.items()):
             break
     assert {n: seen[n] for n in expected} == expected
-    assert batches.epoch >= 1.9
+    assert batches.position.epoch >= 1.9
 
 
 def slow_rows(documents: list[list[int]], T: int, n: int) -> list[list[int]]:
@@ -119,7 +129,9 @@ def slow_rows(documents: list[list[int]], T: int, n: int) -> list[list[int]]:
             longest = max(map(len, fitting)) if fitting else None
             shortest = min(map(len, pool))
             # of equals the newest that fits, the oldest to be cut
-            piece = [p for p in fitting if len(p) == longest][-1] if fitting else [p for p in pool if len(p) == shortest][0]
+            piece = (
+                [p for p in fitting if len(p) == longest][-1] if fitting else [p for p in pool if len(p) == shortest][0]
+            )
         rows.append(row)
     return rows
 
@@ -140,7 +152,9 @@ def test_packer_equals_a_slow_best_fit(seed, longest, T):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 9999), longest=st.integers(1, 400), T=st.sampled_from([8, 32, 100]), before=st.integers(0, 60))
+@given(
+    seed=st.integers(0, 9999), longest=st.integers(1, 400), T=st.sampled_from([8, 32, 100]), before=st.integers(0, 60)
+)
 def test_nothing_waits_longer_than_the_pool_has_places(seed, longest, T, before):
     rng = random.Random(seed)
     supply = ((i, np.zeros(rng.randint(1, longest) + 1, dtype=np.int32)) for i in count())
@@ -153,9 +167,23 @@ def test_nothing_waits_longer_than_the_pool_has_places(seed, longest, T, before)
     assert waiting <= used
 
 
-def global_rows(texts, world_size: int, n: int, *, B: int = 1, state=None, rows_per_step=16, T=24) -> tuple[list[list[int]], dict]:
+def state_of(ranks: list[PackedBatches]) -> dict:
+    """The state that ranks in processes of their own would gather."""
+
+    class Together:
+        def gather_objects(self, _):
+            return [rank.position.mine() for rank in ranks]
+
+    return ranks[0].position.json(Together())
+
+
+def global_rows(
+    texts, world_size: int, n: int, *, B: int = 1, state=None, rows_per_step=16, T=24
+) -> tuple[list[list[int]], dict]:
     """The first n rows of all ranks together, in global order, and the merged state after them, through JSON."""
-    ranks = [make(texts, T=T, B=B, rows_per_step=rows_per_step, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [
+        make(texts, T=T, B=B, rows_per_step=rows_per_step, rank=r, world_size=world_size) for r in range(world_size)
+    ]
     if state:
         for rank in ranks:
             rank.load_state_dict(state)
@@ -163,7 +191,7 @@ def global_rows(texts, world_size: int, n: int, *, B: int = 1, state=None, rows_
     for _ in range(n // (B * world_size)):
         parts = [rows_of(rank.next()) for rank in ranks]
         out += [parts[g % world_size][g // world_size].tolist() for g in range(B * world_size)]
-    return out, json.loads(json.dumps(merge_states([rank.local_state(rank.snapshot()) for rank in ranks])))
+    return out, json.loads(json.dumps(state_of(ranks)))
 
 
 def test_ranks_see_the_same_global_batches():
@@ -174,9 +202,15 @@ def test_ranks_see_the_same_global_batches():
         assert rows == one and other == state
 
 
-def by_step(texts, world_size: int, steps: int, *, B=4, rows_per_step=48, T=24, state=None) -> tuple[list[list[list[int]]], dict, list[set[int]]]:
-    """(the rows of each global batch, sorted; the state after them, through JSON; for each rank the rows that it had in a step)."""
-    ranks = [make(texts, T=T, B=B, rows_per_step=rows_per_step, rank=r, world_size=world_size) for r in range(world_size)]
+def by_step(
+    texts, world_size: int, steps: int, *, B=4, rows_per_step=48, T=24, state=None
+) -> tuple[list[list[list[int]]], dict, list[set[int]]]:
+    """(the rows of each global batch, sorted; the state after them, through JSON; for each rank the rows that it had in
+    a step).
+    """
+    ranks = [
+        make(texts, T=T, B=B, rows_per_step=rows_per_step, rank=r, world_size=world_size) for r in range(world_size)
+    ]
     if state:
         for rank in ranks:
             rank.load_state_dict(state)
@@ -191,7 +225,7 @@ def by_step(texts, world_size: int, steps: int, *, B=4, rows_per_step=48, T=24, 
             rows += mine
             seen.add(len(mine))
         out.append(sorted(rows))
-    return out, json.loads(json.dumps(ranks[0].merge([rank.local_state(rank.snapshot()) for rank in ranks]))), shares
+    return out, json.loads(json.dumps(state_of(ranks))), shares
 
 
 @pytest.mark.fault("F7", "core D2")
@@ -201,7 +235,9 @@ def test_any_number_of_ranks_sees_the_global_batches_of_one(ranks):
     one, state, _ = by_step(texts, 1, 4)
     many, other, shares = by_step(texts, ranks, 4)
     assert many == one and other == state
-    assert [{48 // ranks + (rank < 48 % ranks)} for rank in range(ranks)] == shares, "as even as can be, the same in every step"
+    assert [{48 // ranks + (rank < 48 % ranks)} for rank in range(ranks)] == shares, (
+        "as even as can be, the same in every step"
+    )
 
 
 @pytest.mark.fault("F7")
@@ -214,7 +250,10 @@ def test_sixty_four_ranks_and_rows_that_are_a_multiple_of_nothing():
 
 @pytest.mark.fault("F7")
 def test_a_run_moves_between_any_numbers_of_ranks():
-    texts = [(ListDocuments(words(150, longest=80) + ["y" * 2000, None, ""], "a"), 0.7), (ListDocuments(words(40, 1), "b"), 0.3)]
+    texts = [
+        (ListDocuments(words(150, longest=80) + ["y" * 2000, None, ""], "a"), 0.7),
+        (ListDocuments(words(40, 1), "b"), 0.3),
+    ]
     whole, end, _ = by_step(texts, 1, 7)
     found, state = [], None
     for ranks, steps, B in ((3, 2, 4), (2, 1, 8), (5, 2, 3), (1, 1, 16), (32, 1, 1)):
@@ -223,13 +262,20 @@ def test_a_run_moves_between_any_numbers_of_ranks():
     assert found == whole and state == end
 
 
-# Written by commit 9e9a9b1 after 3 steps of 4 rows of words(5), T = 16, the same for 1, 2 and 4 ranks; and the rows of the next 2 steps.
-OLD_STATE = json.loads("""{"rows":12,"sources":[["list",5]],"n_streams":4,
+# Written by commit 9e9a9b1 after 3 steps of 4 rows of words(5), T = 16, the same for 1, 2 and 4 ranks; and the rows of
+# the next 2 steps.
+OLD_STATE = json.loads(
+    """{"rows":12,"sources":[["list",5]],"n_streams":4,
 "streams":[
-{"next":[56],"taken":[580],"pool":[[0,12,0,58],[0,16,0,28],[0,20,0,26],[0,24,0,58],[0,28,0,26],[0,32,0,26],[0,36,0,26],[0,40,0,26],[0,44,0,58],[0,48,0,56],[0,0,16,42],[0,52,0,26],[0,4,16,34],[0,8,16,42]]},
-{"next":[57],"taken":[616],"pool":[[0,13,0,26],[0,17,0,58],[0,21,0,50],[0,25,0,28],[0,29,0,56],[0,33,0,50],[0,37,0,58],[0,41,0,50],[0,45,0,58],[0,49,0,28],[0,1,16,12],[0,5,16,10],[0,53,0,50],[0,9,16,34]]},
-{"next":[50],"taken":[594],"pool":[[0,14,0,50],[0,18,0,50],[0,22,0,56],[0,26,0,50],[0,30,0,28],[0,34,0,58],[0,38,0,56],[0,42,0,28],[0,2,16,40],[0,46,0,50],[0,6,16,40],[0,10,16,40]]},
-{"next":[59],"taken":[580],"pool":[[0,15,0,26],[0,19,0,56],[0,23,0,28],[0,27,0,58],[0,31,0,56],[0,35,0,50],[0,39,0,28],[0,43,0,56],[0,47,0,26],[0,51,0,56],[0,55,0,58],[0,3,16,10],[0,7,16,12],[0,11,16,12]]}]}""")
+{"next":[56],"taken":[580],"pool":[[0,12,0,58],[0,16,0,28],[0,20,0,26],[0,24,0,58],[0,28,0,26],[0,32,0,26],
+[0,36,0,26],[0,40,0,26],[0,44,0,58],[0,48,0,56],[0,0,16,42],[0,52,0,26],[0,4,16,34],[0,8,16,42]]},
+{"next":[57],"taken":[616],"pool":[[0,13,0,26],[0,17,0,58],[0,21,0,50],[0,25,0,28],[0,29,0,56],[0,33,0,50],
+[0,37,0,58],[0,41,0,50],[0,45,0,58],[0,49,0,28],[0,1,16,12],[0,5,16,10],[0,53,0,50],[0,9,16,34]]},
+{"next":[50],"taken":[594],"pool":[[0,14,0,50],[0,18,0,50],[0,22,0,56],[0,26,0,50],[0,30,0,28],[0,34,0,58],
+[0,38,0,56],[0,42,0,28],[0,2,16,40],[0,46,0,50],[0,6,16,40],[0,10,16,40]]},
+{"next":[59],"taken":[580],"pool":[[0,15,0,26],[0,19,0,56],[0,23,0,28],[0,27,0,58],[0,31,0,56],[0,35,0,50],
+[0,39,0,28],[0,43,0,56],[0,47,0,26],[0,51,0,56],[0,55,0,58],[0,3,16,10],[0,7,16,12],[0,11,16,12]]}]}"""
+)
 OLD_ROWS = [
     [
         [256, 51, 58, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120],
@@ -253,7 +299,9 @@ def test_a_state_of_an_older_version_goes_on_exactly(ranks):
 
 
 def test_ranks_hold_few_streams_and_read_few_documents_twice():
-    """A rank packs the streams that its rows come from: those of no other rank where the ranks divide 16, two more elsewhere."""
+    """A rank packs the streams that its rows come from: those of no other rank where the ranks divide 16, two more
+    elsewhere.
+    """
     for ranks, most in ((1, 16), (2, 8), (4, 4), (16, 1), (3, 7), (5, 5), (6, 4), (12, 3), (32, 2), (48, 1)):
         made = [make(["a"], B=1, rows_per_step=48, rank=rank, world_size=ranks) for rank in range(ranks)]
         assert max(len(one.mine) for one in made) <= most
@@ -261,7 +309,12 @@ def test_ranks_hold_few_streams_and_read_few_documents_twice():
 
 
 @settings(max_examples=25, deadline=None)
-@given(steps=st.integers(0, 12), before=st.sampled_from([1, 2, 4, 8]), after=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99))
+@given(
+    steps=st.integers(0, 12),
+    before=st.sampled_from([1, 2, 4, 8]),
+    after=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+)
 def test_resume_continues_with_the_very_next_row(steps, before, after, seed):
     texts = words(150, seed, longest=80) + ["y" * 2000, None, ""]
     mixture = [(ListDocuments(texts, "a"), 0.7), (ListDocuments(words(40, seed + 1), "b"), 0.3)]
@@ -302,15 +355,15 @@ def test_epochs_are_counted_by_text_read():
     texts = words(60)
     total = sum(map(len, texts))
     batches = make(texts, T=32, B=16, rows_per_step=16)
-    for done in range(1, 61):
+    for _ in range(60):
         rows = rows_of(batches.next())
     read = 60 * (rows.size) / total  # bos included: a few per cent
-    assert batches.epoch == pytest.approx(read, rel=0.1)
+    assert batches.position.epoch == pytest.approx(read, rel=0.1)
     two = [make(texts, T=32, B=8, rows_per_step=16, rank=r, world_size=2) for r in range(2)]
     for _ in range(60):
         for rank in two:
             rank.next()
-    assert sum(rank.epoch for rank in two) / 2 == pytest.approx(batches.epoch)
+    assert sum(rank.position.epoch for rank in two) / 2 == pytest.approx(batches.position.epoch)
 
 
 @pytest.mark.parametrize("texts", [["a"], ["hello"], ["x" * 1000], ["a", "b"], [None, "", "word", None]])
@@ -321,8 +374,8 @@ def test_tiny_corpora_repeat_and_count_epochs(texts, rows_per_step):
     for _ in range(40):
         (row,) = rows_of(batches.next())
         assert all(any(bytes(p).decode() in t for t in text) for p in pieces(row))
-    assert batches.epoch > 40 * 8 / (sum(map(len, filter(None, texts))) + 100)
-    assert batches.where().startswith("list documents ")
+    assert batches.position.epoch > 40 * 8 / (sum(map(len, filter(None, texts))) + 100)
+    assert batches.position.where().startswith("list documents ")
 
 
 @pytest.mark.parametrize("texts", [[None], ["", None, ""], [None] * 50])
@@ -335,20 +388,30 @@ def test_mixture_weights_hold():
     weights = {"a": 0.7, "b": 0.25, "c": 0.05}
     lengths = {"a": 20, "b": 300, "c": 45}
     letters = {name: ord(name) for name in weights}
-    sources = [(ListDocuments([name * (lengths[name] + i % 7) for i in range(50)], name), 10 * w) for name, w in weights.items()]
+    sources = [
+        (ListDocuments([name * (lengths[name] + i % 7) for i in range(50)], name), 10 * w)
+        for name, w in weights.items()
+    ]
     batches = make(sources, T=256, B=20, rows_per_step=20)
     rows = np.concatenate([rows_of(batches.next()) for _ in range(300)])
     total = (rows != BOS).sum()
     for name, weight in weights.items():
         assert abs((rows == letters[name]).sum() / total - weight) < 0.01 * weight
-    assert "a documents" in batches.where() and "b documents" in batches.where()
+    assert "a documents" in batches.position.where() and "b documents" in batches.position.where()
 
 
 def test_batches_that_do_not_divide_say_what_to_type():
     with pytest.raises(UserError, match=r"not a multiple of 80 \(device batch size 5 x row 16\)") as error:
         make(["a"], rows_per_step=16, B=5)
     for flag, value in re.findall(r"--(total|device)-batch-size (\d+)", str(error.value)):
-        make(["a"], **({"rows_per_step": int(value) // 16, "B": 5} if flag == "total" else {"rows_per_step": 16, "B": int(value)}))
+        make(
+            ["a"],
+            **(
+                {"rows_per_step": int(value) // 16, "B": 5}
+                if flag == "total"
+                else {"rows_per_step": 16, "B": int(value)}
+            ),
+        )
 
 
 @pytest.mark.fault("F7")
@@ -364,7 +427,7 @@ def test_fewer_rows_than_ranks_are_refused_with_both_numbers_and_advice_that_wor
 def test_a_state_of_something_else_is_refused():
     batches = make(words(30), B=2, rows_per_step=16)
     batches.next()
-    state = batches.state_dict()
+    state = batches.position.json()
     with pytest.raises(UserError, match="give the former --data"):
         make(words(31), B=2, rows_per_step=16).load_state_dict(state)
     with pytest.raises(UserError, match="does not fit 8 streams"):
@@ -372,11 +435,17 @@ def test_a_state_of_something_else_is_refused():
     with pytest.raises(UserError, match="4 rows at a time"):
         make(words(30), B=4, rows_per_step=16).load_state_dict(state)
     with pytest.raises(UserError, match="the text or the tokenizer has changed"):
-        make(["x"] * 30, B=2, rows_per_step=16).load_state_dict(state | {"streams": [s | {"pool": [[0, 3, 1, 4]]} for s in state["streams"]]})
+        make(["x"] * 30, B=2, rows_per_step=16).load_state_dict(
+            state | {"streams": [s | {"pool": [[0, 3, 1, 4]]} for s in state["streams"]]}
+        )
 
 
 @settings(max_examples=80, deadline=None)
-@given(texts=st.lists(st.text(alphabet="abcé中", max_size=60), max_size=25), T=st.integers(1, 40), limit=st.sampled_from([-1, 1, 37, 200]))
+@given(
+    texts=st.lists(st.text(alphabet="abcé中", max_size=60), max_size=25),
+    T=st.integers(1, 40),
+    limit=st.sampled_from([-1, 1, 37, 200]),
+)
 def test_validation_rows_count_each_text_token_once(texts, T, limit):
     tokens = [list(text.encode()) for text in texts]
     budget = sum(map(len, tokens)) if limit < 0 else limit
@@ -414,11 +483,24 @@ class Together:
     """Ranks as threads: `gather_objects` as `Runtime` has it."""
 
     def __init__(self, world_size: int) -> None:
-        self.world_size, self.barrier, self.given = world_size, threading.Barrier(world_size, timeout=60), [None] * world_size
+        self.world_size, self.barrier, self.given = (
+            world_size,
+            threading.Barrier(world_size, timeout=60),
+            [None] * world_size,
+        )
 
     def run(self, work: Callable) -> list:
         with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(lambda rank: work(SimpleNamespace(rank=rank, world_size=self.world_size, gather_objects=partial(self.gather, rank))), range(self.world_size)))
+            return list(
+                pool.map(
+                    lambda rank: work(
+                        SimpleNamespace(
+                            rank=rank, world_size=self.world_size, gather_objects=partial(self.gather, rank)
+                        )
+                    ),
+                    range(self.world_size),
+                )
+            )
 
     def gather(self, rank: int, mine: Any) -> list:
         self.given[rank] = mine
@@ -444,7 +526,9 @@ class Counting:
 @pytest.mark.parametrize("limit", [-1, 5000])
 @pytest.mark.fault("core likely: Evaluation while training is uncompiled")
 def test_ranks_share_the_validation_rows_of_one(ranks, limit):
-    """Rank r gets rows r, r + W, ... to the bit and tokenises its share, so that the bytes that it holds fall with their number."""
+    """Rank r gets rows r, r + W, ... to the bit and tokenises its share, so that the bytes that it holds fall with
+    their number.
+    """
     texts, whole = words(1500) + ["longer " * 300], Counting()
     inputs, targets, n_bytes = validation_rows(texts, whole, 64, limit)
     assert inputs.dtype == targets.dtype == np.int32

@@ -1,4 +1,6 @@
-"""The offline corpus: what is taken from a file, what is dropped, and that the same installation gives the same corpus."""
+"""The offline corpus: what is taken from a file, what is dropped, and that the same installation gives the same
+corpus.
+"""
 
 import importlib.metadata
 import json
@@ -9,11 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.requirements import Requirement
 
-from nanolab.config import DataConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data import pydocs
-from nanolab.data.corpus import hold_out, open_data
+from nanolab.data.config import DataConfig
+from nanolab.data.corpus import hold_out_groups, open_data
 
-PROSE = "The quick reader will note that this is a sentence of the kind that people write when they have to explain a thing. "
+PROSE = (
+    "The quick reader will note that this is a sentence of the kind that people write when they have to explain a"
+    " thing. "
+)
 
 
 def units(tmp_path, source, name="m.py"):
@@ -47,10 +53,12 @@ def test_docstrings_are_read_with_their_names_and_nothing_is_run(tmp_path):
                 """
             class D:
                 """Inner words."""
-        add_docstr(thing, r"""''' + PROSE * 3 + '''""".format(**common))
+        add_docstr(thing, r"""'''
+        + PROSE * 3
+        + '''""".format(**common))
         short = "not long enough"
         ''',
-    )  # fmt: skip
+    )
     assert found == [
         [("", "Module words.")],
         [("f(a, b, c)", "Function words.")],
@@ -66,13 +74,18 @@ def test_long_comments_of_a_file_are_one_document(tmp_path):
     assert units(tmp_path, source)[1:] == [[("", f"{PROSE}\n\n{PROSE}\n"), ("", f"{PROSE}\n" * 3)]]
 
 
-@pytest.mark.parametrize("content", ['"""unclosed', '"""x"""\nprint "old"', '"""x\0y"""', "# -*- coding: nonsense -*-\n'''x'''"])
+@pytest.mark.parametrize(
+    "content", ['"""unclosed', '"""x"""\nprint "old"', '"""x\0y"""', "# -*- coding: nonsense -*-\n'''x'''"]
+)
 def test_files_that_do_not_parse_hold_nothing(tmp_path, content):
     assert units(tmp_path, content) == []
 
 
 def test_a_description_follows_the_headers(tmp_path):
-    assert units(tmp_path, "Name: x\nVersion: 1\n\n# Title\n\nWords.\n", "METADATA") == [[], [("", "# Title\n\nWords.\n")]]
+    assert units(tmp_path, "Name: x\nVersion: 1\n\n# Title\n\nWords.\n", "METADATA") == [
+        [],
+        [("", "# Title\n\nWords.\n")],
+    ]
 
 
 def test_clean_drops_sessions_code_and_the_headings_they_leave():
@@ -96,7 +109,9 @@ def test_clean_drops_sessions_code_and_the_headings_they_leave():
     --------
     more words"""
     text += "\n\n    ```python\n    x = 1\n    ```\nNotes\n=====\n\n>>> only()\n\n[![badge](x)](y)\n"
-    cleaned = "Words before.\n\n    Parameters\n    ----------\n    x : kept\n\n    See Also\n    --------\n    more words"
+    cleaned = (
+        "Words before.\n\n    Parameters\n    ----------\n    x : kept\n\n    See Also\n    --------\n    more words"
+    )
     assert pydocs.clean(text) == cleaned
 
 
@@ -104,7 +119,9 @@ def test_prose_is_told_from_code_tables_and_other_languages():
     assert pydocs.is_prose(PROSE * 2)
     assert not pydocs.is_prose("x = foo(bar, baz) + qux[3] ** 2; return x.y.z\n" * 6)
     assert not pydocs.is_prose("0.1  0.2  0.3  the  4.5\n" * 12)
-    assert not pydocs.is_prose("Dies ist ein Satz, den jemand auf Deutsch geschrieben hat, damit er etwas erklären kann. " * 3)
+    assert not pydocs.is_prose(
+        "Dies ist ein Satz, den jemand auf Deutsch geschrieben hat, damit er etwas erklären kann. " * 3
+    )
 
 
 def test_documents_are_long_enough_and_each_text_appears_once():
@@ -119,15 +136,15 @@ def test_documents_are_long_enough_and_each_text_appears_once():
         ("c", [unit(("", "Alone."))]),
         ("d", [unit(("", long[2])), unit(("f()", "# " + "x = 1; " * 60))]),
     ]
-    assert list(pydocs.gather(files)) == [
+    assert list(pydocs.gather_documents(files)) == [
         ("a", f"f()\n\n{long[0]}"),
         ("b", f"class C\n\nTiny.\n\nC.h()\n\n{long[1]}"),
         ("d", long[2]),
     ]
     licence = "Permission is hereby granted to anybody who would like to read these words.\n\nBrief."
-    said = [*pydocs.gather([(g, [unit(("", f"{g}{g} {PROSE * 2}\n\n{licence}"))]) for g in ("a", "b")])]
+    said = [*pydocs.gather_documents([(g, [unit(("", f"{g}{g} {PROSE * 2}\n\n{licence}"))]) for g in ("a", "b")])]
     assert said == [("a", f"aa {PROSE * 2}\n\n{licence}"), ("b", f"bb {PROSE * 2}\n\nBrief.")]
-    joined = list(pydocs.gather([("a", [unit(("", "Words. " + PROSE)), unit(("g()", "Brief. " + PROSE))])]))
+    joined = list(pydocs.gather_documents([("a", [unit(("", "Words. " + PROSE)), unit(("g()", "Brief. " + PROSE))])]))
     assert joined == [("a", f"Words. {PROSE}\n\ng()\n\nBrief. {PROSE}")]
 
 
@@ -147,25 +164,31 @@ def test_sources_are_the_standard_library_and_required_distributions_only():
     assert not found.keys() & {"pytest", "hypothesis", "nanolab"}
     files, versions, _ = pydocs.source_files()
     groups = {g for g, _ in files}
-    assert {"python.asyncio", "python.argparse", "numpy", "numpy.linalg"} <= groups and not groups & {"python.test", "python.site-packages"}
+    assert {"python.asyncio", "python.argparse", "numpy", "numpy.linalg"} <= groups and not groups & {
+        "python.test",
+        "python.site-packages",
+    }
     assert versions == {name: importlib.metadata.version(name) for name in found}
     assert len(files) == len(set(files))
 
 
 def test_groups_held_out_fit_the_cap_and_do_not_depend_on_order():
     sizes = {f"p{i}": 100 * (i % 7 + 1) for i in range(200)} | {"huge": 50_000}
-    chosen = hold_out(sizes)
+    chosen = hold_out_groups(sizes)
     total = sum(sizes[g] for g in chosen)
     assert "huge" not in chosen and 0.04 * sum(sizes.values()) <= total <= 0.05 * sum(sizes.values())
-    assert hold_out(dict(reversed(sizes.items()))) == chosen
-    assert len(hold_out({str(i): 10**6 for i in range(1000)})) == 8  # of a gigabyte 10 MB at most
+    assert hold_out_groups(dict(reversed(sizes.items()))) == chosen
+    assert len(hold_out_groups({str(i): 10**6 for i in range(1000)})) == 8  # of a gigabyte 10 MB at most
 
 
 @pytest.fixture
 def few_sources(monkeypatch):
     """The corpus from a dozen packages of the standard library: the real path in a second."""
     files, versions, left_out = pydocs.source_files()
-    wanted = {f"python.{n}" for n in "asyncio email http logging unittest xml json turtle argparse typing difflib pydoc_data".split()}
+    wanted = {
+        f"python.{n}"
+        for n in "asyncio email http logging unittest xml json turtle argparse typing difflib pydoc_data".split()
+    }
     files = [f for f in files if f[0] in wanted]
     monkeypatch.setattr(pydocs, "source_files", lambda: (files, versions, left_out))
 
@@ -197,7 +220,7 @@ def test_a_failed_build_leaves_nothing_and_damage_is_refused(few_sources, base_d
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as m:
-        m.setattr("nanolab.data.formats.pq.write_table", disk_full)
+        m.setattr("nanolab.data.parquet.pq.write_table", disk_full)
         with pytest.raises(OSError):
             open_data(DataConfig())
     assert [p.name for p in (base_dir / "corpora").iterdir()] == ["pydocs.lock"]

@@ -1,7 +1,6 @@
 """Synthetic conversations from a small local server that is busy, slow, wrong, or repeats itself."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import GenChatConfig, UserError, main
-from nanolab.data import synthesis
-from nanolab.data.chat import read_conversations
-from nanolab.data.synthesis import NEAR, Endpoint, Refused, Seen, messages_of, read_spec, shingles
+from nanolab.cli import UserError, main
+from nanolab.data import endpoint, synthesis
+from nanolab.data.chat_files import read_conversations
+from nanolab.data.config import GenChatConfig
+from nanolab.data.endpoint import Endpoint, Refused
+from nanolab.data.synthesis import NEAR, Seen, messages_of, read_spec, shingles
 from scripts.gen_chat import run
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,11 @@ class Handler(BaseHTTPRequestHandler):
         text = self.server.conversation(body)
         if fault.isdecimal():
             location = {"Location": self.server.url} if fault == "302" else {}
-            return self.reply(int(fault), f"no: {self.headers.get('Authorization')} says {fault}".encode(), {"Retry-After": "0"} | location)
+            return self.reply(
+                int(fault),
+                f"no: {self.headers.get('Authorization')} says {fault}".encode(),
+                {"Retry-After": "0"} | location,
+            )
         if fault == "drop":
             self.close_connection = True
             return self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n{")
@@ -54,13 +59,22 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
         if fault == "empty":
             return self.reply(200, b"{}")
-        texts = {"malformed": text[:-9], "prose": "Of course! Here it is.", "same": self.server.conversation({"seed": 0})}
-        content = {"message": {"content": texts.get(fault, text)}, "finish_reason": "length" if fault == "length" else "stop"}
-        self.reply(200, json.dumps({"choices": [content], "usage": {"prompt_tokens": 20, "completion_tokens": 22}}).encode())
+        texts = {
+            "malformed": text[:-9],
+            "prose": "Of course! Here it is.",
+            "same": self.server.conversation({"seed": 0}),
+        }
+        content = {
+            "message": {"content": texts.get(fault, text)},
+            "finish_reason": "length" if fault == "length" else "stop",
+        }
+        self.reply(
+            200, json.dumps({"choices": [content], "usage": {"prompt_tokens": 20, "completion_tokens": 22}}).encode()
+        )
 
-    def reply(self, status: int, body: bytes, headers: dict[str, str] = {}) -> None:
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -76,11 +90,20 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.faults, self.requests, self.pause, self.guard = f"http://127.0.0.1:{self.server_address[1]}/v1", [], [], 0.0, threading.Lock()
+        self.url, self.faults, self.requests, self.pause, self.guard = (
+            f"http://127.0.0.1:{self.server_address[1]}/v1",
+            [],
+            [],
+            0.0,
+            threading.Lock(),
+        )
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def conversation(self, body: dict) -> str:
-        turns = [("user", f"What is {body['seed']} like?"), ("assistant", f"Like {body['seed'] + 1}, " + " ".join(f"w{body['seed'] * k}" for k in range(9)))]
+        turns = [
+            ("user", f"What is {body['seed']} like?"),
+            ("assistant", f"Like {body['seed'] + 1}, " + " ".join(f"w{body['seed'] * k}" for k in range(9))),
+        ]
         return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
     def handle_error(self, request, client_address) -> None:
@@ -92,7 +115,7 @@ def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(synthesis, "BACK_OFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACK_OFF", 0.01)
     found = Server()
     yield found
     found.shutdown()
@@ -106,7 +129,20 @@ def work(server, tmp_path):
     spec.write_text(SPEC)
 
     def go(**flags) -> int:
-        return run(GenChatConfig(**{"spec": str(spec), "output": str(output), "model": "m", "url": server.url, "num": 8, "workers": 3, "timeout": 5.0} | flags))
+        return run(
+            GenChatConfig(
+                **{
+                    "spec": str(spec),
+                    "output": str(output),
+                    "model": "m",
+                    "url": server.url,
+                    "num": 8,
+                    "workers": 3,
+                    "timeout": 5.0,
+                }
+                | flags
+            )
+        )
 
     def rows() -> dict[int, dict]:
         found = [json.loads(line) for line in output.read_text().splitlines()]
@@ -120,8 +156,13 @@ def work(server, tmp_path):
 def test_every_conversation_is_kept_with_what_was_asked_for(work, server, capsys):
     work(json=True)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {
-        "output": str(work.output), "conversations": 8, "tokens": 8 * 42, "kept": 8, "again": 0, "given up": 0,
-    }  # fmt: skip
+        "output": str(work.output),
+        "conversations": 8,
+        "tokens": 8 * 42,
+        "kept": 8,
+        "again": 0,
+        "given up": 0,
+    }
     rows, spec = work.rows(), read_spec(work.spec)
     assert sorted(rows) == list(range(8)) and len(read_conversations(work.output)) == 8
     asked = Counter(body["messages"][0]["content"] for _, _, body in server.requests)
@@ -131,7 +172,13 @@ def test_every_conversation_is_kept_with_what_was_asked_for(work, server, capsys
         asked[f"About {row['topic']} by {row['persona']}, {row['opening']}, {row['dynamic']}; {{this}} stays."] -= 1
     assert not any(asked.values())
     path, headers, body = server.requests[0]
-    assert (path, headers["Authorization"], body["model"], body["temperature"], body["max_tokens"]) == ("/v1/chat/completions", f"Bearer {KEY}", "m", 1.0, 4096)
+    assert (path, headers["Authorization"], body["model"], body["temperature"], body["max_tokens"]) == (
+        "/v1/chat/completions",
+        f"Bearer {KEY}",
+        "m",
+        1.0,
+        4096,
+    )
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["messages"]["items"]["required"] == ["role", "content"]
     assert len({body["seed"] for _, _, body in server.requests}) == 8
@@ -162,11 +209,21 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(work, server):
     assert len(work.rows()) == 1 and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("fault, why", [("malformed", "not JSON"), ("prose", "not JSON"), ("length", "cut for length"), ("empty", "not what its API promises")])
+@pytest.mark.parametrize(
+    "fault, why",
+    [
+        ("malformed", "not JSON"),
+        ("prose", "not JSON"),
+        ("length", "cut for length"),
+        ("empty", "not what its API promises"),
+    ],
+)
 def test_a_malformed_answer_is_replaced_by_another(work, server, capsys, fault, why):
     server.faults = [fault, fault]
     work(num=2, workers=1)
-    assert len(work.rows()) == 2 and [body["seed"] for _, _, body in server.requests] == list(dict.fromkeys(body["seed"] for _, _, body in server.requests))
+    assert len(work.rows()) == 2 and [body["seed"] for _, _, body in server.requests] == list(
+        dict.fromkeys(body["seed"] for _, _, body in server.requests)
+    )
     out = capsys.readouterr().out
     assert out.count("| again    |") == 2 and why in out
 
@@ -176,7 +233,11 @@ def test_duplicates_are_left_out_and_given_up_after_three(work, server, capsys):
     work(num=3, workers=1)
     assert sorted(work.rows()) == [0, 2]
     out = capsys.readouterr().out
-    assert out.count("100% the same as conversation 0") == 3 and out.count("| given up |") == 1 and "2 of 3 conversations are in" in out
+    assert (
+        out.count("100% the same as conversation 0") == 3
+        and out.count("| given up |") == 1
+        and "2 of 3 conversations are in" in out
+    )
 
 
 def test_nothing_of_use_ends_the_command(work, server, monkeypatch):
@@ -189,7 +250,11 @@ def test_nothing_of_use_ends_the_command(work, server, monkeypatch):
 
 @pytest.mark.parametrize(
     "status, said",
-    [("401", "answers with status 401.*--api-key-env"), ("400", "answers with status 400.*--response-format"), ("302", "a redirect to .*is not followed")],
+    [
+        ("401", "answers with status 401.*--api-key-env"),
+        ("400", "answers with status 400.*--response-format"),
+        ("302", "a redirect to .*is not followed"),
+    ],
 )
 def test_what_asking_again_does_not_mend_ends_at_once_and_keeps_what_is_there(work, server, status, said, capsys):
     work(num=2)
@@ -204,7 +269,7 @@ def test_what_asking_again_does_not_mend_ends_at_once_and_keeps_what_is_there(wo
 
 
 def test_an_endpoint_that_stays_away_ends_the_command(work, server, monkeypatch):
-    monkeypatch.setattr(synthesis, "TRIES", 3)
+    monkeypatch.setattr(endpoint, "TRIES", 3)
     server.faults = ["503"] * 99
     with pytest.raises(UserError, match=r"did not answer 3 times in a row \(status 503: .*type the same command later"):
         work(workers=1)
@@ -224,7 +289,10 @@ def test_the_key_is_written_nowhere(work, server, capsys):
 def test_without_a_key_none_is_sent(work, server, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     work(num=1)
-    assert "Authorization" not in server.requests[0][1] and "no key is sent: OPENAI_API_KEY is not set" in capsys.readouterr().out
+    assert (
+        "Authorization" not in server.requests[0][1]
+        and "no key is sent: OPENAI_API_KEY is not set" in capsys.readouterr().out
+    )
 
 
 def test_a_second_command_asks_only_for_what_is_missing(work, server):
@@ -232,7 +300,11 @@ def test_a_second_command_asks_only_for_what_is_missing(work, server):
     before = work.output.read_bytes()
     server.requests.clear()
     work(num=8)
-    assert len(server.requests) == 5 and sorted(work.rows()) == list(range(8)) and work.output.read_bytes().startswith(before)
+    assert (
+        len(server.requests) == 5
+        and sorted(work.rows()) == list(range(8))
+        and work.output.read_bytes().startswith(before)
+    )
     server.requests.clear()
     work(num=8)
     assert server.requests == []
@@ -249,8 +321,26 @@ def test_a_torn_last_line_is_dropped_and_made_again(work, server):
 
 def test_killed_and_started_again_it_makes_each_conversation_once(work, server):
     server.pause = 0.03
-    flags = ["--spec", str(work.spec), "--output", str(work.output), "--model", "m", "--url", server.url, "--num", "40", "--workers", "3"]
-    process = subprocess.Popen([sys.executable, "-m", "scripts.gen_chat", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = [
+        "--spec",
+        str(work.spec),
+        "--output",
+        str(work.output),
+        "--model",
+        "m",
+        "--url",
+        server.url,
+        "--num",
+        "40",
+        "--workers",
+        "3",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.gen_chat", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not work.output.exists() or work.output.read_bytes().count(b"\n") < 7:
         assert time.monotonic() < deadline and process.poll() is None
@@ -271,9 +361,12 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(work, server):
     server.pause = 20.0
     flags = ["--spec", str(work.spec), "--output", str(work.output), "--model", "m", "--url", server.url]
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.gen_chat", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "scripts.gen_chat", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 60
     while not server.requests:
         assert time.monotonic() < deadline and process.poll() is None
@@ -287,7 +380,10 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(work, server):
     "change, said",
     [
         (lambda work: work(seed=7), "made with another spec file or --seed"),
-        (lambda work: (work.spec.write_text(SPEC.replace("calm", "wild")), work()), "made with another spec file or --seed"),
+        (
+            lambda work: (work.spec.write_text(SPEC.replace("calm", "wild")), work()),
+            "made with another spec file or --seed",
+        ),
         (lambda work: (work.output.write_text('{"a": 1}\n'), work()), r"chats.jsonl:1 is not a line of this command"),
         (lambda work: work(output="/dev/null/x"), "cannot be written"),
         (lambda work: work(output=""), "--spec or --output is not given"),
@@ -359,10 +455,10 @@ def test_an_object_with_or_without_a_fence_is_read(text):
         ('{"messages"', '{"title": 1, "messages"', "no object with the one field"),
         ('"b"', "7", "message 2 is not an object"),
         ('"content": "b"', '"content": "b", "mood": "good"', "message 2 is not an object"),
-        ("assistant", "system", "message 2 is system's"),
-        ("assistant", "user", "message 2 is user's"),
+        ("assistant", "system", "message 2: expected role assistant, got system"),
+        ("assistant", "user", "message 2: expected role assistant, got user"),
         ('"b"', '"  "', "message 2 .* is empty"),
-        (']}', ', {"role": "user", "content": "c"}]}', "end with the assistant"),
+        ("]}", ', {"role": "user", "content": "c"}]}', "end with the assistant"),
         ('[{"role": "user"', '[{"role": "system", "content": "s"}, {"role": "user"', "does not begin with the user"),
         ("{", "Sure! {", "not JSON"),
     ],
@@ -391,7 +487,9 @@ def test_likeness_is_the_shared_part_of_all_runs_of_five_words():
 
 
 def test_case_punctuation_and_encodings_do_not_matter():
-    assert shingles(chat("Café, TWO; three", "four five!")) == shingles(chat("cafe\u0301 two", "Ｔhree -- four... five"))
+    assert shingles(chat("Café, TWO; three", "four five!")) == shingles(
+        chat("cafe\u0301 two", "Ｔhree -- four... five")
+    )
     assert shingles(chat("!?", "...")) != shingles(chat("?!", "..."))  # without a word, signs are words
 
 
@@ -405,10 +503,12 @@ ESCAPES = b"\x1b[2J\x1b]0;owned\x07 denied \xc2\x9b31m \x00\x08\r"
 def test_a_terminal_gets_no_control_characters_of_an_endpoint(work, server, monkeypatch, capsys, status):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply(status, ESCAPES, {"Location": "http://x.example/\x1b]0;y\x07"} if status == 302 else {"Retry-After": "0"})
+        self.reply(
+            status, ESCAPES, {"Location": "http://x.example/\x1b]0;y\x07"} if status == 302 else {"Retry-After": "0"}
+        )
 
     monkeypatch.setattr(Handler, "do_POST", do_POST)
-    monkeypatch.setattr(synthesis, "TRIES", 2)
+    monkeypatch.setattr(endpoint, "TRIES", 2)
     with pytest.raises(SystemExit) as end:
         main(lambda: work(num=1, workers=1))
     told = capsys.readouterr()
@@ -417,10 +517,20 @@ def test_a_terminal_gets_no_control_characters_of_an_endpoint(work, server, monk
 
 
 @pytest.mark.fault("outer D22")
-@pytest.mark.parametrize(("url", "host"), [
-    ("http://127.0.0.1:8000/v1", ""), ("http://localhost/v1", ""), ("http://[::1]:8000/v1", ""), ("http://127.9.9.9/v1", ""), ("https://api.example/v1", ""),
-    ("http://api.example/v1", "api.example"), ("http://192.168.0.9:8000/v1", "192.168.0.9"), ("http://localhost.example/v1", "localhost.example"), ("http://[fe80::1]/v1", "fe80::1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://127.0.0.1:8000/v1", ""),
+        ("http://localhost/v1", ""),
+        ("http://[::1]:8000/v1", ""),
+        ("http://127.9.9.9/v1", ""),
+        ("https://api.example/v1", ""),
+        ("http://api.example/v1", "api.example"),
+        ("http://192.168.0.9:8000/v1", "192.168.0.9"),
+        ("http://localhost.example/v1", "localhost.example"),
+        ("http://[fe80::1]/v1", "fe80::1"),
+    ],
+)
 def test_a_key_over_plain_http_is_warned_about(work, monkeypatch, capsys, url, host):
     monkeypatch.setattr(synthesis, "generate", lambda *_, **__: iter(()))
     work(url=url)
@@ -443,4 +553,7 @@ def test_what_models_and_files_say_is_printed_without_control_characters(capsys)
     with pytest.raises(SystemExit):
         main(failing)
     told = capsys.readouterr()
-    assert told.out == "a\ufffd[2J\ufffdb\ufffd\tc\nd 3\n" and told.err == "error: a\ufffd[2J\ufffdb\ufffd\tc\nd cannot be read\n"
+    assert (
+        told.out == "a\ufffd[2J\ufffdb\ufffd\tc\nd 3\n"
+        and told.err == "error: a\ufffd[2J\ufffdb\ufffd\tc\nd cannot be read\n"
+    )

@@ -1,4 +1,6 @@
-"""Tokenizer: same ids as `tokenizers`, lossless, text stays text, exact bytes, refusals. Oracle: `tokenizers` and UTF-8."""
+"""Tokenizer: same ids as `tokenizers`, lossless, text stays text, exact bytes, refusals. Oracle: `tokenizers` and
+UTF-8.
+"""
 
 import argparse
 import ast
@@ -15,11 +17,14 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import tokenizer_files as files
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-FOREIGN = "Größe façade naïve 東京都は大きい。 Привет, мир! नमस्ते दुनिया مرحبا 한국어 👩‍👩‍👧‍👦🇺🇳 ﬁ Å ſ'ſ ¼½ ١٢٣\u2028\u0085\u00a0"
+FOREIGN = (
+    "Größe façade naïve 東京都は大きい。 Привет, мир! नमस्ते दुनिया مرحبا 한국어 👩‍👩‍👧‍👦🇺🇳 ﬁ Å ſ'ſ ¼½"
+    " ١٢٣\u2028\u0085\u00a0"
+)
 TEXTS = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, ast)] + [FOREIGN * 4]
 VOCAB = 1200
 
@@ -111,7 +116,13 @@ def test_every_code_point_has_the_ids_of_tokenizers(tok, hf, gpt2_style):
     """Two regex engines read the two built-in patterns; a newer Unicode table in one of them would show here."""
     gpt2 = Tokenizer.load(gpt2_style)
     gpt2_hf = tokenizers.ByteLevelBPETokenizer(str(gpt2_style / "vocab.json"), str(gpt2_style / "merges.txt"))
-    ranges = chain(range(0xD800), range(0xE000, 0x20000), range(0x20000, 0x30000, 61), range(0x30000, 0x34000), range(0xE0000, 0xE0200))
+    ranges = chain(
+        range(0xD800),
+        range(0xE000, 0x20000),
+        range(0x20000, 0x30000, 61),
+        range(0x30000, 0x34000),
+        range(0xE0000, 0xE0200),
+    )
     points = [chr(i) for i in ranges]  # all planes that hold more than ideographs, newest additions included
     for context in ("a{0}b", "'{0}s", "1{0}2", " {0} x", "!{0}\n", "  {0}\n\n{0}", "'l{0}"):
         texts = ["".join(context.format(c) for c in points[i : i + 512]) for i in range(0, len(points), 512)]
@@ -168,7 +179,9 @@ def test_saving_and_loading_keeps_ids_and_hash(tok, tmp_path):
     path = tok.save(tmp_path / "a")
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
     for again in (Tokenizer.load(path), Tokenizer.load(path.parent)):
-        assert again.hash == tok.hash and again.encode(TEXTS[0]) == tok.encode(TEXTS[0]) and again.specials == tok.specials
+        assert (
+            again.hash == tok.hash and again.encode(TEXTS[0]) == tok.encode(TEXTS[0]) and again.specials == tok.specials
+        )
     reordered = json.loads(path.read_text())
     reordered["model"]["vocab"] = dict(reversed(reordered["model"]["vocab"].items()))
     path.write_text(json.dumps(reordered, indent=4))
@@ -228,12 +241,17 @@ def refused(tok: Tokenizer, folder: Path, change, message: str) -> None:
 def ambiguous(raw: dict) -> None:
     """bytes a, b, c become ab, c by the list, but a whole-word look-up would find abc."""
     keep = {s: i for s, i in raw["model"]["vocab"].items() if i < 256}
-    raw["model"] |= {"vocab": keep | {"ab": 256, "bc": 257, "abc": 258}, "merges": [["a", "b"], ["b", "c"], ["a", "bc"]]}
+    raw["model"] |= {
+        "vocab": keep | {"ab": 256, "bc": 257, "abc": 258},
+        "merges": [["a", "b"], ["b", "c"], ["a", "bc"]],
+    }
     raw["added_tokens"] = []
 
 
 def late(raw: dict) -> None:
-    """abcd: by the list cd comes before the second pair of abc; by rank abc, listed first as a + bc, comes before cd."""
+    """abcd: by the list cd comes before the second pair of abc; by rank abc, listed first as a + bc, comes before
+    cd.
+    """
     ambiguous(raw)
     raw["model"]["vocab"]["cd"] = 259
     raw["model"]["merges"] += [["c", "d"], ["ab", "c"]]
@@ -273,7 +291,10 @@ def test_other_patterns_are_accepted_when_they_read_the_same(tok, tmp_path):
     assert other.hash != tok.hash
 
 
-CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"  # tiktoken's cl100k_base
+CL100K = (  # tiktoken's cl100k_base
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
 
 
 @pytest.mark.fault("L3")
@@ -292,7 +313,9 @@ PATTERNS = [r"\d", r"\d{1,2}", r"\d{1,3}", r"\d+", r"\d{2}|\d", r"\d{3}|\d{1,2}"
 
 
 def test_cuts_are_compared_without_a_vocabulary():
-    """A text of digits cut by one pattern is what tiktoken cuts by another exactly where a plain search of Python's cuts alike."""
+    """A text of digits cut by one pattern is what tiktoken cuts by another exactly where a plain search of Python's
+    cuts alike.
+    """
     import re
 
     text = "2018222200"
@@ -305,9 +328,20 @@ def test_cuts_are_compared_without_a_vocabulary():
 def specials_first(folder: Path, vocab_size: int = 600) -> Path:
     """A tokenizer as people train them with `tokenizers`: the trainer puts its special tokens first."""
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer, learner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    learner.pre_tokenizer, learner.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    learner.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False))
+    learner.train_from_iterator(
+        TEXTS,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>", "<|pad|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     folder.mkdir(exist_ok=True)
     learner.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -315,7 +349,9 @@ def specials_first(folder: Path, vocab_size: int = 600) -> Path:
 
 @pytest.mark.fault("L2")
 def test_special_tokens_keep_their_ids_wherever_they_are(tok, tmp_path):
-    """In `tokenizers`, which numbers tokens that are only added after the vocabulary: first, last, and inside a vocabulary with shuffled ids."""
+    """In `tokenizers`, which numbers tokens that are only added after the vocabulary: first, last, and inside a
+    vocabulary with shuffled ids.
+    """
     first = specials_first(tmp_path / "first")
     raw = json.loads(tok.save(tmp_path / "last").read_text())
     ids = np.random.default_rng(0).permutation(VOCAB).tolist()
@@ -328,10 +364,16 @@ def test_special_tokens_keep_their_ids_wherever_they_are(tok, tmp_path):
         hf = hugging_face(ours.save(tmp_path / "saved"))
         assert {name: hf.token_to_id(name) for name in ours.specials} == ours.specials
         assert all(original.token_to_id(name) in (None, i) for name, i in ours.specials.items())
-        assert hf.get_vocab_size() == ours.vocab_size and [hf.decode([i], skip_special_tokens=False) for i in range(ours.vocab_size)] == [ours.decode([i]) for i in range(ours.vocab_size)]
+        assert hf.get_vocab_size() == ours.vocab_size and [
+            hf.decode([i], skip_special_tokens=False) for i in range(ours.vocab_size)
+        ] == [ours.decode([i]) for i in range(ours.vocab_size)]
         assert hf.decode(list(ours.specials.values())) == ""
         for text in [*TEXTS, "<|endoftext|>I find it<|pad|>"]:
-            assert ours.encode(text) == hf.encode(text, add_special_tokens=False).ids == original.encode(text, add_special_tokens=False).ids
+            assert (
+                ours.encode(text)
+                == hf.encode(text, add_special_tokens=False).ids
+                == original.encode(text, add_special_tokens=False).ids
+            )
         assert Tokenizer.load(tmp_path / "saved").hash == ours.hash
     assert Tokenizer.load(first).bos == 0
 
@@ -351,7 +393,10 @@ def test_special_ids_that_tokenizers_would_not_give_are_said(tok, tmp_path, caps
     said = capsys.readouterr().out
     assert f"{number} in the file" in said and f"{theirs} there" in said and said.count("\n") == 1
     hf = hugging_face(ours.save(tmp_path / "again"))
-    assert hf.token_to_id("<|x|>") == ours.special("<|x|>") == number and hf.token_to_id("<|bos|>") == ours.special("<|bos|>") == max(VOCAB - 9, number) + 1
+    assert (
+        hf.token_to_id("<|x|>") == ours.special("<|x|>") == number
+        and hf.token_to_id("<|bos|>") == ours.special("<|bos|>") == max(VOCAB - 9, number) + 1
+    )
     Tokenizer.load(tmp_path / "again")
     assert capsys.readouterr().out == ""
 
@@ -414,8 +459,12 @@ def test_scripts_train_and_evaluate(tmp_path):
     done = script("tok_eval", *flags, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
-    assert document["hash"] == tok.hash and document["lossless"] and document["unreachable"].keys() == {"GPT-2", "GPT-4"}
-    assert document["texts"]["prose"]["bytes_per_token"]["nanolab"] > 1.3 and "unreachable" in done.stdout.splitlines()[5]
+    assert (
+        document["hash"] == tok.hash and document["lossless"] and document["unreachable"].keys() == {"GPT-2", "GPT-4"}
+    )
+    assert (
+        document["texts"]["prose"]["bytes_per_token"]["nanolab"] > 1.3 and "unreachable" in done.stdout.splitlines()[5]
+    )
 
 
 def test_training_text_follows_the_weights_and_the_caps():

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import text_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.engine import Engine
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
@@ -25,10 +25,19 @@ class ListTask:
 
     version, split = 1, "test"
 
-    def __init__(self, rows: list[tuple[str, str]], letters: list[tuple[str, ...]] | None = None, name: str = "list", baseline: float = 0.0):
+    def __init__(
+        self,
+        rows: list[tuple[str, str]],
+        letters: list[tuple[str, ...]] | None = None,
+        name: str = "list",
+        baseline: float = 0.0,
+    ):
         self.name, self.kind, self.baseline = name, "categorical" if letters else "generative", baseline
         self.examples = [
-            Example([{"role": "user", "content": q}, {"role": "assistant", "content": a}], a, letters[i] if letters else ()) for i, (q, a) in enumerate(rows)
+            Example(
+                [{"role": "user", "content": q}, {"role": "assistant", "content": a}], a, letters[i] if letters else ()
+            )
+            for i, (q, a) in enumerate(rows)
         ]
 
     def __len__(self) -> int:
@@ -46,7 +55,9 @@ def tokenizer() -> Tokenizer:
 
 
 def engine(runtime: Runtime = CPU, seed: int = 0, scale: float = 0.3, **architecture: Any) -> Engine:
-    """On a model with weights far from their initial ones: what it says is noise, but it depends on all that it reads."""
+    """On a model with weights far from their initial ones: what it says is noise, but it depends on all that it
+    reads.
+    """
     tok = tokenizer()
     flags = {"sequence_len": 96, "n_layer": 2, "n_head": 2, "n_embd": 32} | architecture
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **flags))

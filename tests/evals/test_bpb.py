@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.evals.bpb import bits_per_byte
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
@@ -36,7 +37,9 @@ def make_rows(n: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids[:, :-1].astype(np.int32), targets.astype(np.int32), lengths
 
 
-def by_definition(model: GPT, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> tuple[float, float, int, int, float]:
+def by_definition(
+    model: GPT, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray
+) -> tuple[float, float, int, int, float]:
     rows, n_tokens = [], 0  # nats and bytes of each
     for row, wanted in zip(inputs, targets):
         nats, n_bytes = 0.0, 0
@@ -75,7 +78,9 @@ def test_special_and_ignored_targets_count_neither_as_nats_nor_as_bytes():
     masked = targets.copy()
     masked[(targets >= 0) & (lengths[targets] == 0)] = -1
     assert (masked != targets).any()
-    assert bits_per_byte(model, (inputs, targets), lengths, RUNTIME) == bits_per_byte(model, (inputs, masked), lengths, RUNTIME)
+    assert bits_per_byte(model, (inputs, targets), lengths, RUNTIME) == bits_per_byte(
+        model, (inputs, masked), lengths, RUNTIME
+    )
     without_row = tuple(np.delete(half, 2, axis=0) for half in (inputs, targets))
     got, expected = (bits_per_byte(model, rows, lengths, RUNTIME, 1) for rows in ((inputs, targets), without_row))
     assert got == pytest.approx(expected, rel=1e-12)
@@ -87,7 +92,10 @@ def test_the_interval_is_that_of_drawing_rows_again():
     for row, end in zip(targets, rng.integers(1, 17, len(targets))):
         row[end:] = -1
     got = bits_per_byte(model, (inputs, targets), lengths, RUNTIME)
-    each = [bits_per_byte(model, (inputs[i : i + 1], targets[i : i + 1]), lengths, RUNTIME) for i in np.flatnonzero((lengths[targets] * (targets >= 0)).any(1))]
+    each = [
+        bits_per_byte(model, (inputs[i : i + 1], targets[i : i + 1]), lengths, RUNTIME)
+        for i in np.flatnonzero((lengths[targets] * (targets >= 0)).any(1))
+    ]
     nats, n_bytes = np.array([(row.nats, row.n_bytes) for row in each]).T
     draws = rng.integers(0, len(each), (4000, len(each)))
     ratios = nats[draws].sum(1) / n_bytes[draws].sum(1) / math.log(2)
@@ -132,7 +140,10 @@ def measure(runtime: Runtime) -> tuple:
 @pytest.mark.parametrize("ranks, n", [(3, 7), (5, 7), (7, 3)])
 def test_any_number_of_ranks_measures_what_one_measures(ranks, n):
     """Some of seven ranks have no row at all."""
-    model, g = GPT(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_embd=32)), torch.Generator().manual_seed(0)
+    model, g = (
+        GPT(GPTConfig(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_embd=32)),
+        torch.Generator().manual_seed(0),
+    )
     model.init_weights(1)
     inputs, targets = (torch.randint(64, (n, 8), generator=g).numpy() for _ in range(2))
     parts = []
@@ -142,9 +153,17 @@ def test_any_number_of_ranks_measures_what_one_measures(ranks, n):
             parts.append(tensor.clone())
             return sum(parts)
 
-    alone = bits_per_byte(model, (inputs, targets), np.ones(64, dtype=np.int32), Runtime(torch.device("cpu"), torch.float32), 2)
+    alone = bits_per_byte(
+        model, (inputs, targets), np.ones(64, dtype=np.int32), Runtime(torch.device("cpu"), torch.float32), 2
+    )
     for rank in range(ranks):
-        last = bits_per_byte(model, (inputs, targets), np.ones(64, dtype=np.int32), Rank(torch.device("cpu"), torch.float32, rank=rank, world_size=ranks), 2)
+        last = bits_per_byte(
+            model,
+            (inputs, targets),
+            np.ones(64, dtype=np.int32),
+            Rank(torch.device("cpu"), torch.float32, rank=rank, world_size=ranks),
+            2,
+        )
     assert last.nats == pytest.approx(alone.nats, rel=1e-6) and last[2:4] == alone[2:4]
 
 

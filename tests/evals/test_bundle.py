@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.bundle import CORE, fingerprint, open_bundle, read_items
-from nanolab.evals.icl import Item
+from nanolab.evals.icl import Question
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
 tiny = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -59,7 +59,7 @@ def test_items_are_shuffled_by_a_fixed_seed_and_then_cut(folder):
     task = open_bundle(folder).tasks["winograd"]
     rows = list(tiny.SCHEMAS)
     random.Random(1337).shuffle(rows)
-    want = [Item(tuple(row["context_options"]), (row["continuation"],), row["gold"]) for row in rows]
+    want = [Question(tuple(row["context_options"]), (row["continuation"],), row["gold"]) for row in rows]
     assert read_items(task) == want and read_items(task, 2) == want[:2] and rows != tiny.SCHEMAS
 
 
@@ -77,7 +77,13 @@ def test_the_fingerprint_is_of_all_that_is_asked(folder):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"icl_task_type": "schemas"}, "task type 'schemas' is unknown; expected one of multiple_choice, schema, language_modeling; did you mean schema"),
+        (
+            {"icl_task_type": "schemas"},
+            (
+                "task type 'schemas' is unknown; expected one of multiple_choice, schema, language_modeling; did you"
+                " mean schema"
+            ),
+        ),
         ({"icl_task_type": None}, "icl_task_type is None; expected a str"),
         ({"num_fewshot": 3}, "num_fewshot is 3; expected a list"),
         ({"num_fewshot": []}, r"num_fewshot is \[\]; expected a list with a number of solved items, such as \[10\]"),
@@ -88,7 +94,9 @@ def test_the_fingerprint_is_of_all_that_is_asked(folder):
 )
 def test_a_mistake_in_one_entry_is_named_and_leaves_the_others(folder, fields, text):
     bundle = open_bundle(changed(folder, "copa", **fields))
-    assert list(bundle.tasks) == ["winograd", "lambada_openai", "hellaswag_zeroshot"] and list(bundle.broken) == ["copa"]
+    assert list(bundle.tasks) == ["winograd", "lambada_openai", "hellaswag_zeroshot"] and list(bundle.broken) == [
+        "copa"
+    ]
     with pytest.raises(UserError, match=text):
         raise UserError(bundle.broken["copa"])
     assert "copa" not in bundle.missing
@@ -97,7 +105,10 @@ def test_a_mistake_in_one_entry_is_named_and_leaves_the_others(folder, fields, t
 @pytest.mark.parametrize(
     ("lines", "text"),
     [
-        ("winograd,,50,\n", "its random baseline in .*eval_meta_data.csv is missing; expected a percentage; add a line for copa"),
+        (
+            "winograd,,50,\n",
+            "its random baseline in .*eval_meta_data.csv is missing; expected a percentage; add a line for copa",
+        ),
         ("copa,\nwinograd,,50,\n", "its random baseline in .* is None; expected a percentage"),
         ("copa,,lots,\nwinograd,,50,\n", "its random baseline in .* is 'lots'; expected a percentage"),
         ("copa,,100,\nwinograd,,50,\n", "its random baseline is 100 %; expected at least 0 and below 100"),
@@ -117,7 +128,10 @@ def test_a_baseline_that_is_missing_or_impossible_is_named(folder, lines, text):
         (b'{"query": "a", ', r"choices.jsonl:3 is not JSON \(.*\); expected one object per line"),
         (b"\xff\xfe", r"choices.jsonl:3 is not JSON \(.*\)"),
         (b"[1, 2]", "choices.jsonl:3 holds a list; expected an object"),
-        (b'{"query": "a", "choices": ["b"], "gold": 0}', r"choices.jsonl:3: choices is \['b'\]; expected a list of at least 2 texts; mend the line"),
+        (
+            b'{"query": "a", "choices": ["b"], "gold": 0}',
+            r"choices.jsonl:3: choices is \['b'\]; expected a list of at least 2 texts; mend the line",
+        ),
         (b'{"query": "a", "choices": ["b", "c"], "gold": 2}', "choices.jsonl:3: gold is 2; expected the number"),
     ],
 )
@@ -131,7 +145,9 @@ def test_a_broken_line_is_named_by_file_and_number(folder, line, text):
 
 def test_an_empty_delimiter_is_no_word_none(folder):
     entries = yaml.safe_load((folder / "core.yaml").read_text())["icl_tasks"]
-    (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entries[0] | {"continuation_delimiter": None}, *entries[1:]]}))
+    (folder / "core.yaml").write_text(
+        yaml.safe_dump({"icl_tasks": [entries[0] | {"continuation_delimiter": None}, *entries[1:]]})
+    )
     bundle = open_bundle(folder)
     assert list(bundle.broken) == ["copa"] and "continuation_delimiter is None; expected text" in bundle.broken["copa"]
 
@@ -148,7 +164,10 @@ def test_data_that_cannot_be_read_is_a_mistake_of_its_task(folder, monkeypatch):
 
 def test_too_few_items_are_named(folder):
     task = open_bundle(folder).tasks["copa"]
-    with pytest.raises(UserError, match=r"choices.jsonl has 2 items of 7 \(--max-per-task 2\); expected at least 3, one to ask and 2 solved ones"):
+    with pytest.raises(
+        UserError,
+        match=r"choices.jsonl has 2 items of 7 \(--max-per-task 2\); expected at least 3, one to ask and 2 solved ones",
+    ):
         read_items(task, 2)
     task.path.write_text(json.dumps(tiny.CHOICES[0]) + "\n")
     with pytest.raises(UserError, match="choices.jsonl has 1 items; expected at least 3"):
@@ -164,7 +183,9 @@ def test_a_folder_that_is_no_bundle_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="has no extra.yaml"):
         open_bundle(folder, ("core.yaml", "extra.yaml"))
     (folder / "eval_meta_data.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="eval_meta_data.csv has the columns a, b; expected Eval Task and Random baseline"):
+    with pytest.raises(
+        UserError, match="eval_meta_data.csv has the columns a, b; expected Eval Task and Random baseline"
+    ):
         open_bundle(folder)
     (folder / "eval_meta_data.csv").write_bytes(b"Eval Task,Random baseline\n\xff,3\n")
     with pytest.raises(UserError, match="eval_meta_data.csv cannot be read .*; expected a CSV file in UTF-8"):

@@ -6,18 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatEvalConfig, GPTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import parts_of, render
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.evals.score import wilson
+from nanolab.lab.evaluate_chat import chatcore_of, powers
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
-from scripts.chat_eval import powers, run, score
+from scripts.chat_eval import run
 from tasks import TASKS, build
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
-SUMS = [{"question": f"{a} and {b}?", "answer": f"<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"} for a, b in ((1, 2), (10, 7), (30, 5), (4, 4))]
+SUMS = [
+    {"question": f"{a} and {b}?", "answer": f"<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
+    for a, b in ((1, 2), (10, 7), (30, 5), (4, 4))
+]
 SCIENCE = [
     {"query": "Question: hot?", "choices": ["ice", "fire"], "gold": 1},
     {"query": "Question: wet?", "choices": ["rain", "dust", "sun"], "gold": 0},
@@ -27,9 +33,14 @@ SCIENCE = [
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> tuple[Path, GPT, Tokenizer]:
-    """(data folder, model, tokenizer): the model knows the science answers and the first three sums, and takes the fourth for the third."""
+    """(data folder, model, tokenizer): the model knows the science answers and the first three sums, and takes the
+    fourth for the third.
+    """
     data = tmp_path_factory.mktemp("eval")
-    for name, rows in {"gsm8k/test.jsonl": SUMS, "eval_bundle/eval_data/world_knowledge/arc_easy.jsonl": SCIENCE}.items():
+    for name, rows in {
+        "gsm8k/test.jsonl": SUMS,
+        "eval_bundle/eval_data/world_knowledge/arc_easy.jsonl": SCIENCE,
+    }.items():
         (data / name).parent.mkdir(parents=True)
         (data / name).write_text("\n".join(json.dumps(row) for row in rows))
     tasks = [build(name, "test", str(data)) for name in ("gsm8k", "arc-easy")]
@@ -67,7 +78,9 @@ def world(learned, base_dir, monkeypatch):
 
     def save(step: int, kind: str = "sft") -> None:
         meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": kind}
-        checkpoint.save(run_dir / "checkpoints", step, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
+        checkpoint.save(
+            run_dir / "checkpoints", step, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME
+        )
 
     def evaluate(**flags) -> dict:
         assert run(ChatEvalConfig(device_type="cpu", **{"data": str(data), "max_tokens": 24} | flags)) == 0
@@ -83,7 +96,11 @@ def world(learned, base_dir, monkeypatch):
 def test_accuracies_are_those_of_what_was_learned(world, capsys):
     result = world(tasks="gsm8k,arc-easy", json=True)
     out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1]) == result and (result["model"], result["step"], result["kind"]) == ("clever", 9, "sft")
+    assert json.loads(out.splitlines()[-1]) == result and (result["model"], result["step"], result["kind"]) == (
+        "clever",
+        9,
+        "sft",
+    )
     sums, science = result["tasks"]["gsm8k"], result["tasks"]["arc-easy"]
     assert (sums["n"], sums["accuracy"], science["n"], science["accuracy"]) == (4, 0.75, 3, 1.0)
     assert (sums["interval"], science["interval"]) == (list(wilson(0.75, 4)), list(wilson(1.0, 3)))
@@ -92,10 +109,14 @@ def test_accuracies_are_those_of_what_was_learned(world, capsys):
     known, wrong = by_question["10 and 7?"], by_question["4 and 4?"]
     assert known["correct"] and known["reply"] == "[calculator: 10+7 = 17] 17\n#### 17" == known["reference"]
     assert not wrong["correct"] and wrong["reply"] == "35\n#### 35" and "8" in wrong["reference"]
-    assert sums["outcomes"] == [float(by_question[q]["correct"]) for q in sorted(by_question, key=lambda q: by_question[q]["index"])]
+    assert sums["outcomes"] == [
+        float(by_question[q]["correct"]) for q in sorted(by_question, key=lambda q: by_question[q]["index"])
+    ]
     assert sorted(sums["outcomes"]) == [0, 1, 1, 1] and science["outcomes"] == [1, 1, 1]
     assert (sums["called"], science["called"]) == (0.75, 0.0)
-    assert result["chatcore"]["label"] == "ChatCORE-2 of 6" and result["chatcore"]["value"] == pytest.approx((0.75 + 1.0) / 2)
+    assert result["chatcore"]["label"] == "ChatCORE-2 of 6" and result["chatcore"]["value"] == pytest.approx(
+        (0.75 + 1.0) / 2
+    )
     assert result["chatcore"]["lacks"] == ["arc-challenge", "mmlu", "humaneval", "spellingbee"]
     assert "ChatCORE-2 of 6" in out and "without arc-challenge, mmlu, humaneval, spellingbee" in out
     row = next(line for line in out.splitlines() if line.startswith("  gsm8k"))
@@ -108,18 +129,32 @@ def test_gsm8k_has_both_extracts(world, monkeypatch, capsys):
     from tasks.gsm8k import GSM8K
 
     found = world(tasks="gsm8k")["tasks"]["gsm8k"]
-    assert (found["accuracy"], found["strict"]["accuracy"], found["strict"]["interval"]) == (0.75, 0.75, list(wilson(0.75, 4)))
+    assert (found["accuracy"], found["strict"]["accuracy"], found["strict"]["interval"]) == (
+        0.75,
+        0.75,
+        list(wilson(0.75, 4)),
+    )
     real = GSM8K.strict
-    monkeypatch.setattr(GSM8K, "strict", lambda self, example, content: real(self, example, "".join(p["text"] for p in parts_of(content)).replace("####", "")))
+    monkeypatch.setattr(
+        GSM8K,
+        "strict",
+        lambda self, example, content: real(
+            self, example, "".join(p["text"] for p in parts_of(content)).replace("####", "")
+        ),
+    )
     capsys.readouterr()
     found = world(tasks="gsm8k")["tasks"]["gsm8k"]
     assert (found["accuracy"], found["strict"]["accuracy"], found["strict"]["outcomes"]) == (0.75, 0.0, [0.0] * 4)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "flexible extract" in line or "strict extract" in line]
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "flexible extract" in line or "strict extract" in line
+    ]
     assert "flexible" in lines[0] and "0.7500" in lines[0] and "strict" in lines[1] and "0.0000" in lines[1]
 
 
 def test_without_a_tool_calls_stay_unanswered(world):
-    (example, *_) = [e for e in world(tasks="gsm8k", tool="")["tasks"]["gsm8k"]["examples"] if e["question"] == "10 and 7?"]
+    example, *_ = [
+        e for e in world(tasks="gsm8k", tool="")["tasks"]["gsm8k"]["examples"] if e["question"] == "10 and 7?"
+    ]
     assert example["reply"].startswith("[python: 10+7]") and "= 17" not in example["reply"]
 
 
@@ -151,16 +186,26 @@ def test_no_evaluation_is_lost(world):
     both = world(tasks="arc-easy")
     assert both["tasks"]["gsm8k"] == sums and both["chatcore"]["label"] == "ChatCORE-2 of 6"
     other = world(tasks="arc-easy", seed=1)
-    assert set(other["tasks"]) == {"arc-easy", "gsm8k"} and other["tasks"]["gsm8k"] == sums and other["chatcore"] is None, "not a mean over what was asked otherwise"
-    assert other["tasks"]["arc-easy"]["settings"]["seed"] == 1 and [(row["spec"], row["settings"]["seed"]) for row in other["earlier"]] == [("arc-easy", 42)]
+    assert (
+        set(other["tasks"]) == {"arc-easy", "gsm8k"} and other["tasks"]["gsm8k"] == sums and other["chatcore"] is None
+    ), "not a mean over what was asked otherwise"
+    assert other["tasks"]["arc-easy"]["settings"]["seed"] == 1 and [
+        (row["spec"], row["settings"]["seed"]) for row in other["earlier"]
+    ] == [("arc-easy", 42)]
     again = world(tasks="arc-easy", seed=1)
     assert len(again["earlier"]) == 1 and set(again["tasks"]) == set(other["tasks"])
     world.save(10)
     later = world(tasks="gsm8k", max_problems=2)
     assert set(later["tasks"]) == {"gsm8k"} and later["step"] == 10
-    assert sorted((row["step"], row["spec"], row["n"]) for row in later["earlier"]) == [(9, "arc-easy", 3), (9, "arc-easy", 3), (9, "gsm8k", 4)]
+    assert sorted((row["step"], row["spec"], row["n"]) for row in later["earlier"]) == [
+        (9, "arc-easy", 3),
+        (9, "arc-easy", 3),
+        (9, "gsm8k", 4),
+    ]
     back = world(model="clever@9", tasks="arc-easy")
-    assert (back["step"], set(back["tasks"])) == (9, {"arc-easy", "gsm8k"}) and [(row["step"], row["n"]) for row in back["earlier"]] == [(10, 2), (9, 3)]
+    assert (back["step"], set(back["tasks"])) == (9, {"arc-easy", "gsm8k"}) and [
+        (row["step"], row["n"]) for row in back["earlier"]
+    ] == [(10, 2), (9, 3)]
 
 
 @pytest.mark.fault("N2")
@@ -184,13 +229,21 @@ def test_the_table_says_what_a_number_measures_where_it_is_not_the_answer(world,
 
 def of_file(folder: Path, n: int) -> Path:
     path = folder / "chats.jsonl"
-    path.write_text("".join(json.dumps([{"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": str(2 * i)}]) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(
+            json.dumps([{"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": str(2 * i)}])
+            + "\n"
+            for i in range(n)
+        )
+    )
     return path
 
 
 @pytest.mark.fault("N4")
 def test_conversations_without_answers_give_a_loss(world, learned, tmp_path, capsys):
-    """One of them alone is compared with the model's own loss; tests/training/test_chat_sft.py compares many with what fine-tuning measured."""
+    """One of them alone is compared with the model's own loss; tests/training/test_chat_sft.py compares many with what
+    fine-tuning measured.
+    """
     _, model, tokenizer = learned
     path = of_file(tmp_path, 60)
     (chat,) = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()[:1]]
@@ -198,9 +251,13 @@ def test_conversations_without_answers_give_a_loss(world, learned, tmp_path, cap
     ids, mask = render(tokenizer, chat)
     targets = torch.tensor([i if trained else -1 for i, trained in zip(ids[1:], mask[1:])])
     with torch.no_grad():
-        loss = float(torch.nn.functional.cross_entropy(model(torch.tensor([ids[:-1]]))[0].float(), targets, ignore_index=-1))
+        loss = float(
+            torch.nn.functional.cross_entropy(model(torch.tensor([ids[:-1]]))[0].float(), targets, ignore_index=-1)
+        )
     one = world(tasks=f"jsonl={tmp_path / 'one.jsonl'}:all")["tasks"][f"jsonl={tmp_path / 'one.jsonl'}:all"]
-    assert (one["n"], one["tokens"], one["interval"]) == (1, sum(mask), None) and one["loss"] == pytest.approx(loss, rel=1e-5)
+    assert (one["n"], one["tokens"], one["interval"]) == (1, sum(mask), None) and one["loss"] == pytest.approx(
+        loss, rel=1e-5
+    )
     row = world(tasks=f"jsonl={path}:all,gsm8k")["tasks"][f"jsonl={path}:all"]
     assert row["n"] == 60 and row["interval"][0] < row["loss"] < row["interval"][1] and "accuracy" not in row
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  jsonl={path}"))
@@ -213,7 +270,10 @@ def test_more_samples_give_pass_at_k_and_splits_have_names(world, capsys):
     result = world(tasks="gsm8k,arithmetic@3:phrasings", num_samples=5, temperature=1.5, top_k=0, max_tokens=9)
     sums = result["tasks"]["gsm8k"]
     assert list(sums["pass_at"]) == ["1", "2", "3", "4", "5"] == list(sums["intervals"])
-    assert list(sums["pass_at"].values()) == sorted(sums["pass_at"].values()) and (sums["k"], sums["replies"]) == (5, 20)
+    assert list(sums["pass_at"].values()) == sorted(sums["pass_at"].values()) and (sums["k"], sums["replies"]) == (
+        5,
+        20,
+    )
     assert sums["pass_at"]["1"] == sums["accuracy"]
     assert len(sums["outcomes"]) == 4 and sum(sums["outcomes"]) / 4 == pytest.approx(sums["accuracy"])
     assert {5 * share % 1 for share in sums["outcomes"]} == {0}
@@ -226,9 +286,14 @@ def test_more_samples_give_pass_at_k_and_splits_have_names(world, capsys):
 
 def test_chatcore_counts_the_test_split_alone():
     row = {"task": "gsm8k", "split": "test", "baseline": 0.0, "accuracy": 0.2, "interval": [0.1, 0.4]}
-    other, trained_on = {**row, "task": "mmlu", "baseline": 0.25}, {**row, "split": "train", "accuracy": 0.9, "interval": [0.8, 1.0]}
-    assert score({"gsm8k": row, "mmlu": other, "gsm8k:train": trained_on}) == score({"gsm8k": row, "mmlu": other})
-    assert score({"gsm8k:train": trained_on, "mmlu": other}) is None
+    other, trained_on = (
+        {**row, "task": "mmlu", "baseline": 0.25},
+        {**row, "split": "train", "accuracy": 0.9, "interval": [0.8, 1.0]},
+    )
+    assert chatcore_of({"gsm8k": row, "mmlu": other, "gsm8k:train": trained_on}) == chatcore_of(
+        {"gsm8k": row, "mmlu": other}
+    )
+    assert chatcore_of({"gsm8k:train": trained_on, "mmlu": other}) is None
 
 
 @pytest.mark.parametrize("k, shown", [(1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8]), (9, [2, 4, 8, 9])])
@@ -264,9 +329,14 @@ def test_what_cannot_be_done_is_refused(world, flags, said):
 def test_a_split_follows_a_file_with_a_colon_in_its_name(tmp_path):
     """Of the tasks that come from a file only identity and jsonl had one then; neither is graded, but both open."""
     path = tmp_path / "a:b.jsonl"
-    path.write_text("".join(f'[{{"role":"user","content":"q{i}"}},{{"role":"assistant","content":"a"}}]\n' for i in range(9)))
-    from scripts.chat_eval import open_tasks
+    path.write_text(
+        "".join(f'[{{"role":"user","content":"q{i}"}},{{"role":"assistant","content":"a"}}]\n' for i in range(9))
+    )
+    from nanolab.lab.evaluate_chat import open_tasks
 
     tasks, _ = open_tasks(ChatEvalConfig(tasks=f"jsonl={path}:all,arithmetic@9:train,arithmetic"))
-    assert [(task.name, task.split, len(task)) for task in list(tasks.values())[:2]] == [("jsonl", "all", 9), ("arithmetic", "train", 9)]
+    assert [(task.name, task.split, len(task)) for task in list(tasks.values())[:2]] == [
+        ("jsonl", "all", 9),
+        ("arithmetic", "train", 9),
+    ]
     assert list(tasks.values())[2].split == "test"

@@ -3,13 +3,16 @@
 import importlib.util
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanolab.evals import generative, multiple_choice
-from nanolab.evals.chatcore import MEMBERS, centred, chatcore, chatcore_score, evaluate
+from nanolab.evals.chatcore import MEMBERS, centred, chatcore, chatcore_score, evaluate_task
+from nanolab.evals.generative import GREEDY
 from nanolab.evals.score import Interval
+from nanolab.inference.request import Request
 from nanolab.inference.tools import TOOLS
 from tasks import TASKS
 
@@ -34,7 +37,8 @@ def test_the_score_is_the_mean_of_centred_accuracies_by_hand():
 def test_a_mean_over_all_members_and_only_that_is_called_chatcore():
     rows = [(name, 0.0, 0.5, Interval(0.4, 0.6)) for name in MEMBERS]
     assert chatcore_score(rows)[:2] == ("ChatCORE", 0.5)
-    assert chatcore_score([*rows, ("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))])[:2] == ("ChatCORE", 0.5)  # not a member
+    # not a member
+    assert chatcore_score([*rows, ("arithmetic", 0.0, 1.0, Interval(0.9, 1.0))])[:2] == ("ChatCORE", 0.5)
     assert chatcore_score(rows[1:]).label == "ChatCORE-5 of 6"
     assert chatcore_score([("arithmetic", 0.0, 1.0, Interval(0.9, 1.0)), rows[0]]) is None  # one member is no mean
 
@@ -48,24 +52,39 @@ def test_members_are_tasks_that_can_be_graded():
 
 def tasks():
     letters = [("A", "B")] * 4
-    categorical = examples.ListTask([("plain?", "A"), ("words", "B"), ("é", "A"), ("only", "A")], letters, name="mmlu", baseline=0.25)
-    return [categorical, examples.ListTask([("one", "a"), ("two", ""), ("three", "e")], name="gsm8k"), examples.ListTask([("x", "")], name="arithmetic")]
+    categorical = examples.ListTask(
+        [("plain?", "A"), ("words", "B"), ("é", "A"), ("only", "A")], letters, name="mmlu", baseline=0.25
+    )
+    return [
+        categorical,
+        examples.ListTask([("one", "a"), ("two", ""), ("three", "e")], name="gsm8k"),
+        examples.ListTask([("x", "")], name="arithmetic"),
+    ]
 
 
 def test_a_look_while_training_names_every_task_and_what_is_lacking():
     engine, (categorical, generated, other) = examples.engine(), tasks()
     found = chatcore(engine, tasks(), 3, 2, max_tokens=5)
-    a = multiple_choice.evaluate(engine, categorical, range(3)).accuracy
-    b = generative.evaluate(engine, generated, range(2), max_tokens=5).accuracy
+    a = multiple_choice.evaluate_letters(engine, categorical, range(3)).accuracy
+    b = generative.evaluate_sampled(engine, generated, range(2), replace(GREEDY, max_tokens=5)).accuracy
     assert found == pytest.approx(
-        {"chatcore/mmlu": a, "chatcore/gsm8k": b, "chatcore/arithmetic": 1.0, "chatcore/ChatCORE-2 of 6": ((a - 0.25) / 0.75 + b) / 2}
+        {
+            "chatcore/mmlu": a,
+            "chatcore/gsm8k": b,
+            "chatcore/arithmetic": 1.0,
+            "chatcore/ChatCORE-2 of 6": ((a - 0.25) / 0.75 + b) / 2,
+        }
     )
     assert set(chatcore(engine, [other], max_tokens=5)) == {"chatcore/arithmetic"}
 
 
 def test_the_kind_of_a_task_decides_how_it_is_answered_and_the_limit_how_often():
     engine, (categorical, generated, _) = examples.engine(), tasks()
-    assert evaluate(engine, categorical, -1) == multiple_choice.evaluate(engine, categorical, range(4))
-    assert evaluate(engine, categorical, 99).n == 4 and evaluate(engine, generated, 2, max_tokens=3).n == 2
-    settings = dict(num_samples=2, temperature=1.0, top_k=5, seed=9, max_tokens=6, tools=TOOLS["calculator"])
-    assert evaluate(engine, generated, **settings) == generative.evaluate(engine, generated, range(3), **settings)
+    assert evaluate_task(engine, categorical, -1) == multiple_choice.evaluate_letters(engine, categorical, range(4))
+    assert (
+        evaluate_task(engine, categorical, 99).n == 4
+        and evaluate_task(engine, generated, 2, replace(GREEDY, max_tokens=3)).n == 2
+    )
+    request = Request(temperature=1.0, top_k=5, seed=9, max_tokens=6, tools=TOOLS["calculator"])
+    two = dict(request=request, num_samples=2)
+    assert evaluate_task(engine, generated, **two) == generative.evaluate_sampled(engine, generated, range(3), **two)

@@ -10,10 +10,12 @@ import subprocess
 
 import pytest
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.compressors import COMPRESSORS, compressor_bpb
 
-WORDS = random.Random(0).choices("the of and to in is that for it as was with be by on not he his but at".split(), k=30_000)
+WORDS = random.Random(0).choices(
+    "the of and to in is that for it as was with be by on not he his but at".split(), k=30_000
+)
 TEXT = " ".join(WORDS)
 UNPACK = {"gzip -9": gzip.decompress, "bz2 -9": bz2.decompress, "xz -9e": lzma.decompress}
 
@@ -45,7 +47,9 @@ def test_pieces_count_as_one_text_and_bytes_as_their_utf8():
     assert compressor_bpb(["naïve " * 50, "caf", "é"]) == whole
     assert compressor_bpb(["naïve " * 50 + "caf", b"\xc3", b"\xa9"]) == whole
     accents = ("é" * 500).encode()
-    assert compressor_bpb(["é" * 500]) == {name: 8 * len(compress(accents)) / 1000 for name, compress in COMPRESSORS.items()}
+    assert compressor_bpb(["é" * 500]) == {
+        name: 8 * len(compress(accents)) / 1000 for name, compress in COMPRESSORS.items()
+    }
 
 
 def test_no_text_is_an_error():

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, open_bundle, read_items
-from nanolab.evals.core import Core, TaskScore, csv_lines, metrics, summary
-from nanolab.evals.hellaswag import encode, hellaswag, lambada, original_items
+from nanolab.evals.core import Core, TaskScore, core_score, csv_lines, metrics
+from nanolab.evals.hellaswag import encode_ending, hellaswag, lambada, original_items
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.score import wilson
 from nanolab.runtime import Runtime
@@ -54,7 +54,7 @@ def folder(tmp_path) -> Path:
 def by_hand(table, tokenizer, task, max_items: int = -1) -> str:
     """1 or 0 for each item, by the definitions of the three kinds."""
     items, out = read_items(task, max_items), ""
-    for group in icl.encode(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
+    for group in icl.encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
         if task.kind == "language_modeling":
             right = table.greedy(*group.texts()[0])
         else:
@@ -72,18 +72,35 @@ def test_every_task_and_their_mean(table, tokenizer, folder):
     for label, score in found.tasks.items():
         outcomes = by_hand(table, tokenizer, bundle.tasks[label])
         accuracy, baseline = outcomes.count("1") / len(outcomes), bundle.tasks[label].baseline
-        assert (score.outcomes, score.n, score.accuracy, score.interval) == (outcomes, len(outcomes), accuracy, wilson(accuracy, len(outcomes)))
+        assert (score.outcomes, score.n, score.accuracy, score.interval) == (
+            outcomes,
+            len(outcomes),
+            accuracy,
+            wilson(accuracy, len(outcomes)),
+        )
         assert score.centred == pytest.approx((accuracy - baseline) / (1 - baseline)) and score.cut == 0
         above.append(score.centred)
-    assert (found.label, found.value) == ("CORE-4 of 22", pytest.approx(sum(above) / 4)) and found.interval.low < found.value < found.interval.high
+    assert (found.label, found.value) == (
+        "CORE-4 of 22",
+        pytest.approx(sum(above) / 4),
+    ) and found.interval.low < found.value < found.interval.high
     assert set("".join(s.outcomes for s in found.tasks.values())) == {"0", "1"} and not found.failed
-    assert [line.split()[0] for line in lines[1:5]] == list(bundle.tasks) and "left" in lines[1] and "left" not in lines[4]
-    assert "CORE-4 of 22" in lines[5] and lines[6].startswith("  missing from the bundle: jeopardy, bigbench_qa_wikidata, arc_easy")
-    assert metrics(found) == {"core_metric": found.value, "centered_results": {k: s.centred for k, s in found.tasks.items()}, "core_tasks": 4}
+    assert (
+        [line.split()[0] for line in lines[1:5]] == list(bundle.tasks) and "left" in lines[1] and "left" not in lines[4]
+    )
+    assert "CORE-4 of 22" in lines[5] and lines[6].startswith(
+        "  missing from the bundle: jeopardy, bigbench_qa_wikidata, arc_easy"
+    )
+    assert metrics(found) == {
+        "core_metric": found.value,
+        "centered_results": {k: s.centred for k, s in found.tasks.items()},
+        "core_tasks": 4,
+    }
     rows = [line.split(",") for line in csv_lines(found.to_json())]
     assert rows[0] == ["Task", "Accuracy", "Centered"] and rows[-1][:2] == ["CORE-4 of 22", ""]
     assert [(name, float(a), float(c)) for name, a, c in rows[1:-1]] == [
-        (name, pytest.approx(s.accuracy, abs=1e-6), pytest.approx(s.centred, abs=1e-6)) for name, s in found.tasks.items()
+        (name, pytest.approx(s.accuracy, abs=1e-6), pytest.approx(s.centred, abs=1e-6))
+        for name, s in found.tasks.items()
     ]
     json.dumps(found.to_json())
 
@@ -92,9 +109,14 @@ def test_it_keeps_what_is_there_after_each_task_and_stops_between_tasks_without_
     core, kept = Core(open_bundle(folder), tokenizer, CPU), []
     whole = core.evaluate(table, keep=kept.append)
     labels = list(whole.tasks)
-    assert [list(found.tasks) for found in kept] == [labels[:1], labels[:2], labels[:3]] and [len(found.failed) for found in kept] == [3, 2, 1]
+    assert [list(found.tasks) for found in kept] == [labels[:1], labels[:2], labels[:3]] and [
+        len(found.failed) for found in kept
+    ] == [3, 2, 1]
     kept.clear()
-    assert core.evaluate(table, keep=kept.append, stop=lambda: len(kept) == 2) is None and list(kept[-1].tasks) == labels[:2]
+    assert (
+        core.evaluate(table, keep=kept.append, stop=lambda: len(kept) == 2) is None
+        and list(kept[-1].tasks) == labels[:2]
+    )
 
 
 @pytest.mark.fault("F17")
@@ -102,7 +124,10 @@ def test_it_stops_inside_a_task_too(table, tokenizer, folder, monkeypatch):
     passes, logits = [], tiny.Table.logits
     monkeypatch.setattr(tiny.Table, "logits", lambda self, reads: passes.append(1) or logits(self, reads))
     monkeypatch.setattr(tiny.Table, "tokens", 1)
-    assert Core(open_bundle(folder), tokenizer, CPU).evaluate(table, stop=lambda: len(passes) == 2) is None and len(passes) == 2
+    assert (
+        Core(open_bundle(folder), tokenizer, CPU).evaluate(table, stop=lambda: len(passes) == 2) is None
+        and len(passes) == 2
+    )
 
 
 def test_a_cut_takes_the_first_of_the_shuffle_and_shots_from_among_them(table, tokenizer, folder):
@@ -120,7 +145,9 @@ def test_a_task_that_fails_is_named_and_the_mean_is_over_the_others(table, token
     found = Core(open_bundle(folder), tokenizer, CPU).evaluate(table, lines.append)
     assert list(found.failed) == ["lambada_openai"] and "words.jsonl:7 is not JSON" in found.failed["lambada_openai"]
     assert found.label == "CORE-3 of 22" and "lambada_openai" not in found.missing
-    assert {k: v.outcomes for k, v in found.tasks.items()} == {k: v.outcomes for k, v in whole_one.tasks.items() if k != "lambada_openai"}
+    assert {k: v.outcomes for k, v in found.tasks.items()} == {
+        k: v.outcomes for k, v in whole_one.tasks.items() if k != "lambada_openai"
+    }
     assert found.value == pytest.approx(sum(s.centred for s in found.tasks.values()) / 3)
     assert lines[-1].startswith("  failed: lambada_openai: ")
     assert metrics(found)["core_tasks"] == 3
@@ -137,20 +164,38 @@ def test_a_text_that_the_model_cannot_read_fails_its_task_alone(table, tokenizer
     table.limit = 45
     lines: list[str] = []
     found = Core(open_bundle(folder), tokenizer, CPU).evaluate(table, lines.append)
-    assert found.tasks["copa"].cut == 7 and found.tasks["winograd"].cut == 0 and any("7 cut (100 %)" in line for line in lines)
+    assert (
+        found.tasks["copa"].cut == 7
+        and found.tasks["winograd"].cut == 0
+        and any("7 cut (100 %)" in line for line in lines)
+    )
     n = sum(s.n for s in found.tasks.values())
     cut, of = (sum(getattr(s, name) for label, s in found.tasks.items() if label in CORE) for name in ("cut", "n"))
     assert any(line.startswith(f"  cut: 7 of {n} items ({100 * 7 / n:.0f} %)") for line in lines)
-    assert (found.context, found.cut, found.label) == (45, cut / of, f"CORE-3 of 22@45, {100 * cut / of:.0f} % cut") and found.to_json()["cut"] == cut / of
-    assert any(found.label in line for line in lines) and found.label in next(csv.reader(csv_lines(found.to_json())[-1:])) and metrics(found)["core_cut"] == cut / of
+    assert (found.context, found.cut, found.label) == (
+        45,
+        cut / of,
+        f"CORE-3 of 22@45, {100 * cut / of:.0f} % cut",
+    ) and found.to_json()["cut"] == cut / of
+    assert (
+        any(found.label in line for line in lines)
+        and found.label in next(csv.reader(csv_lines(found.to_json())[-1:]))
+        and metrics(found)["core_cut"] == cut / of
+    )
 
 
 @pytest.mark.fault("outer D15")
 def test_a_mean_over_cut_items_says_so():
     """61 of 100 items of each task, in its label; and what nobody cut is CORE alone."""
     scores = {label: TaskScore("schema", 0, 100, 0.6, wilson(0.6, 100), 0.5, 0.2, 61, 1.0, "") for label in CORE}
-    assert summary(scores, [], {}, 512).label == "CORE@512, 61 % cut" and summary({k: replace(s, cut=0) for k, s in scores.items()}, [], {}, 512).label == "CORE"
-    assert summary({k: replace(s, cut=int(k == "copa")) for k, s in scores.items()}, [], {}, 512).label == "CORE@512, under 1 % cut"
+    assert (
+        core_score(scores, [], {}, 512).label == "CORE@512, 61 % cut"
+        and core_score({k: replace(s, cut=0) for k, s in scores.items()}, [], {}, 512).label == "CORE"
+    )
+    assert (
+        core_score({k: replace(s, cut=int(k == "copa")) for k, s in scores.items()}, [], {}, 512).label
+        == "CORE@512, under 1 % cut"
+    )
 
 
 def score(centred: float, baseline: float = 0.5) -> TaskScore:
@@ -160,12 +205,14 @@ def score(centred: float, baseline: float = 0.5) -> TaskScore:
 
 def test_it_is_called_core_with_all_22_alone():
     scores = {label: score(i / 100) for i, label in enumerate(CORE)}
-    found = summary(scores, [], {})
-    assert (found.label, found.value) == ("CORE", pytest.approx(sum(range(22)) / 2200)) and "core_tasks" not in metrics(found)
-    assert summary({**scores, "more": score(1.0)}, [], {}).value == found.value, "other tasks do not count"
+    found = core_score(scores, [], {})
+    assert (found.label, found.value) == ("CORE", pytest.approx(sum(range(22)) / 2200)) and "core_tasks" not in metrics(
+        found
+    )
+    assert core_score({**scores, "more": score(1.0)}, [], {}).value == found.value, "other tasks do not count"
     del scores["coqa"]
-    assert summary({**scores, "more": score(1.0)}, ["coqa"], {}).label == "CORE-21 of 22"
-    assert summary({"more": score(1.0)}, [], {}).value is None
+    assert core_score({**scores, "more": score(1.0)}, ["coqa"], {}).label == "CORE-21 of 22"
+    assert core_score({"more": score(1.0)}, [], {}).value is None
 
 
 def test_the_interval_is_narrower_than_a_tasks_and_holds_the_mean_of_draws():
@@ -174,18 +221,22 @@ def test_the_interval_is_narrower_than_a_tasks_and_holds_the_mean_of_draws():
 
 
 def covered(alike: Sequence[str] = ()) -> int:
-    """Of 400 simulated tables, how many have the true mean in their interval. alike: tasks with one draw of items for all of them."""
+    """Of 400 simulated tables, how many have the true mean in their interval. alike: tasks with one draw of items for
+    all of them.
+    """
     rng, inside = np.random.default_rng(0), 0
     for _ in range(400):
         drawn = {label: score((rng.binomial(100, 0.6) / 100 - 0.5) / 0.5) for label in CORE}
         drawn |= {label: drawn[alike[0]] for label in alike}
-        low, high = summary(drawn, [], {}).interval
+        low, high = core_score(drawn, [], {}).interval
         inside += low <= 0.2 <= high
     return inside
 
 
 def test_two_tasks_on_the_same_items_do_not_make_the_interval_wrong():
-    """hellaswag and hellaswag_zeroshot have the same items, which the interval does not know; were half of the tasks so alike, it would be too narrow."""
+    """hellaswag and hellaswag_zeroshot have the same items, which the interval does not know; were half of the tasks so
+    alike, it would be too narrow.
+    """
     assert 370 <= covered(["hellaswag", "hellaswag_zeroshot"]) <= 394
     assert covered(list(CORE)[:11]) < 320
 
@@ -193,7 +244,9 @@ def test_two_tasks_on_the_same_items_do_not_make_the_interval_wrong():
 @pytest.mark.fault("outer D16")
 def test_hellaswag_by_four_rules(table, tokenizer):
     rows = [icl.KINDS["multiple_choice"].item(row) for row in tiny.CHOICES]
-    items = [item._replace(answers=tuple(f"{a}{' and é' * j}" for j, a in enumerate(item.answers))) for item in rows] * 4
+    items = [
+        item._replace(answers=tuple(f"{a}{' and é' * j}" for j, a in enumerate(item.answers))) for item in rows
+    ] * 4
     for bos in (True, False):
         want = {"sum": 0, "per_token": 0, "per_character": 0, "per_byte": 0}
         chosen = set()
@@ -201,8 +254,15 @@ def test_hellaswag_by_four_rules(table, tokenizer):
             head = [tokenizer.bos] * bos + tokenizer.encode(item.contexts[0])
             tails = [tokenizer.encode(" " + answer) for answer in item.answers]
             nats = [table.nats(head + tail, len(head)) for tail in tails]
-            picks = {rule: min(range(3), key=lambda i: nats[i] / size(i)) for rule, size in {
-                "sum": lambda i: 1, "per_token": lambda i: len(tails[i]), "per_character": lambda i: len(item.answers[i]), "per_byte": lambda i: len(item.answers[i].encode())}.items()}  # fmt: skip
+            picks = {
+                rule: min(range(3), key=lambda i: nats[i] / size(i))
+                for rule, size in {
+                    "sum": lambda i: 1,
+                    "per_token": lambda i: len(tails[i]),
+                    "per_character": lambda i: len(item.answers[i]),
+                    "per_byte": lambda i: len(item.answers[i].encode()),
+                }.items()
+            }
             chosen.add(tuple(picks.values()))
             for rule, pick in picks.items():
                 want[rule] += pick == item.gold
@@ -224,40 +284,58 @@ class Marked:
 def test_hellaswags_endings_have_one_blank_under_any_tokenizer(tokenizer):
     items = [icl.KINDS["multiple_choice"].item(row) for row in tiny.CHOICES]
     for encoder in (tokenizer, Marked()):
-        for group, item in zip(encode(items, range(7), encoder, True), items):
+        for group, item in zip(encode_ending(items, range(7), encoder, True), items):
             for text, answer in zip(group.texts(), item.answers):
                 whole = [encoder.bos, *encoder.encode_batch([f"{item.contexts[0]} {answer}"])[0]]
                 (context,) = encoder.encode_batch(item.contexts)
                 assert (list(text.ids), text.start) == (whole, 1 + len(context))
-    (group,) = encode([icl.Item(("cup ",), ("was", "and"))], [0], tokenizer, False)  # where whole texts are other tokens: as published
-    assert [list(text.ids) for text in group.texts()] == [tokenizer.encode("cup ") + tokenizer.encode(f" {word}") for word in ("was", "and")]
+    # where whole texts are other tokens: as published
+    (group,) = encode_ending([icl.Question(("cup ",), ("was", "and"))], [0], tokenizer, False)
+    assert [list(text.ids) for text in group.texts()] == [
+        tokenizer.encode("cup ") + tokenizer.encode(f" {word}") for word in ("was", "and")
+    ]
 
 
 def test_half_a_surrogate_pair_is_three_bytes(table, tokenizer):
-    assert hellaswag(table, tokenizer, [icl.Item(("a",), ("\ud800 b", "c"))], CPU)["n"] == 1
+    assert hellaswag(table, tokenizer, [icl.Question(("a",), ("\ud800 b", "c"))], CPU)["n"] == 1
 
 
 def test_hellaswag_as_its_authors_publish_it(tmp_path):
     path = tmp_path / "hellaswag.jsonl"
-    rows = [{"ctx": f"A man {i}", "ctx_a": "x", "endings": ["sits.", "runs.", "eats.", "is."], "label": label} for i, label in enumerate((3, "1"))]
+    rows = [
+        {"ctx": f"A man {i}", "ctx_a": "x", "endings": ["sits.", "runs.", "eats.", "is."], "label": label}
+        for i, label in enumerate((3, "1"))
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert sorted(original_items(path)) == [icl.Item((f"A man {i}",), ("sits.", "runs.", "eats.", "is."), gold) for i, gold in enumerate((3, 1))]
-    for change, text in (({"label": ""}, "label is ''"), ({"endings": None}, "endings is missing"), ({"ctx": None}, "ctx is missing")):
+    assert sorted(original_items(path)) == [
+        icl.Question((f"A man {i}",), ("sits.", "runs.", "eats.", "is."), gold) for i, gold in enumerate((3, 1))
+    ]
+    for change, text in (
+        ({"label": ""}, "label is ''"),
+        ({"endings": None}, "endings is missing"),
+        ({"ctx": None}, "ctx is missing"),
+    ):
         path.write_text(json.dumps(rows[0] | change))
-        with pytest.raises(UserError, match=f"hellaswag.jsonl:1: {text}; .*; expected HellaSwag's own fields ctx, endings and label"):
+        with pytest.raises(
+            UserError, match=f"hellaswag.jsonl:1: {text}; .*; expected HellaSwag's own fields ctx, endings and label"
+        ):
             original_items(path)
 
 
 def test_lambada_by_its_words(table, tokenizer, folder):
     task = open_bundle(folder).tasks["lambada_openai"]
     items = read_items(task)
-    groups = icl.encode(task.kind, items, range(len(items)), 0, " ", tokenizer)
+    groups = icl.encode_groups(task.kind, items, range(len(items)), 0, " ", tokenizer)
     nats = [table.nats(*group.texts()[0]) for group in groups]
     found = lambada(table, tokenizer, task, CPU)
     assert found["perplexity"] == pytest.approx(math.exp(statistics.fmean(nats)))
     half = 1.959964 * statistics.stdev(nats) / math.sqrt(6)
-    assert found["perplexity_interval"] == pytest.approx((found["perplexity"] / math.exp(half), found["perplexity"] * math.exp(half)), rel=1e-5)
-    assert found["accuracy"] == by_hand(table, tokenizer, task).count("1") / 6 and found["interval"] == wilson(found["accuracy"], 6)
+    assert found["perplexity_interval"] == pytest.approx(
+        (found["perplexity"] / math.exp(half), found["perplexity"] * math.exp(half)), rel=1e-5
+    )
+    assert found["accuracy"] == by_hand(table, tokenizer, task).count("1") / 6 and found["interval"] == wilson(
+        found["accuracy"], 6
+    )
     assert lambada(table, tokenizer, task, CPU, 1)["perplexity_interval"] is None
 
 
@@ -267,11 +345,22 @@ def on_rank(runtime: Runtime, folder: str):
     bundle, reader = open_bundle(folder), GPTReader(engine.model, runtime)
     core = Core(bundle, engine.tokenizer, runtime, 5).evaluate(reader)
     items = read_items(bundle.tasks["hellaswag_zeroshot"])
-    swag, words = hellaswag(reader, engine.tokenizer, items, runtime), lambada(reader, engine.tokenizer, bundle.tasks["lambada_openai"], runtime)
+    swag, words = (
+        hellaswag(reader, engine.tokenizer, items, runtime),
+        lambada(reader, engine.tokenizer, bundle.tasks["lambada_openai"], runtime),
+    )
     reader.limit = 12
     short = Core(bundle, engine.tokenizer, runtime).evaluate(reader)
     outcomes = {label: s.outcomes for label, s in core.tasks.items()}
-    return outcomes, round(core.value, 9), core.label, swag, [f"{x:.3g}" for x in np.hstack(list(words.values()))], sorted(short.failed), sorted(short.tasks)
+    return (
+        outcomes,
+        round(core.value, 9),
+        core.label,
+        swag,
+        [f"{x:.3g}" for x in np.hstack(list(words.values()))],
+        sorted(short.failed),
+        sorted(short.tasks),
+    )
 
 
 def test_any_number_of_ranks_finds_the_same(run_ranks, folder):

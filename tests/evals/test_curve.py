@@ -1,4 +1,6 @@
-"""The drawing of score over training: what is in the file, read back from the SVG's own coordinates and the PNG's own header."""
+"""The drawing of score over training: what is in the file, read back from the SVG's own coordinates and the PNG's own
+header.
+"""
 
 import math
 import re
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.curve import COLOURS, DASHES, MARKERS, counted, draw, spread
 
 pytest.importorskip("matplotlib", reason="needs the extra plots")
@@ -31,7 +33,11 @@ def coordinates(text: str) -> list[tuple[float, float]]:
 def lines(svg: str, colour: str, width: str) -> list[list[tuple[float, float]]]:
     """Vertices of the paths with this stroke."""
     found = (path.attrib for path in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path"))
-    return [coordinates(p["d"]) for p in found if f"stroke: {colour.lower()};" in p.get("style", "") and f"stroke-width: {width}" in p.get("style", "")]
+    return [
+        coordinates(p["d"])
+        for p in found
+        if f"stroke: {colour.lower()};" in p.get("style", "") and f"stroke-width: {width}" in p.get("style", "")
+    ]
 
 
 def texts(svg: str) -> list[str]:
@@ -56,7 +62,10 @@ def test_points_stand_where_their_numbers_say_in_any_order(tmp_path):
 def test_intervals_have_their_ends_and_gaps_and_are_inside_the_picture(tmp_path):
     svg = draw({"long": RUN}, tmp_path / "a.svg", **LABELS).read_text()
     (line,) = lines(svg, COLOURS[0], "1.7")
-    height = lambda score: line[0][1] + (score - RUN[0][1]) * (line[1][1] - line[0][1]) / (RUN[1][1] - RUN[0][1])  # noqa: E731
+
+    def height(score):
+        return line[0][1] + (score - RUN[0][1]) * (line[1][1] - line[0][1]) / (RUN[1][1] - RUN[0][1])
+
     for end, edge in zip((2, 3), lines(svg, COLOURS[0], "0.6")):
         assert [y for _, y in edge] == pytest.approx([height(p[end]) for p in RUN if p[end] is not None], abs=1e-3)
     frame = coordinates(re.search(r'id="patch_2".*?d="(.*?)"', svg, re.S)[1])
@@ -69,7 +78,10 @@ def test_a_point_alone_has_a_bar(tmp_path):
     assert foot[0] == pytest.approx(head[0]) and foot[1] > head[1] + 50
 
 
-@pytest.mark.parametrize(("xs", "scale"), [([1e6 * 3**i for i in range(6)], math.log), ([1e6 * (i + 1) for i in range(60)], float), ([0, 1e6, 1e9], float)])
+@pytest.mark.parametrize(
+    ("xs", "scale"),
+    [([1e6 * 3**i for i in range(6)], math.log), ([1e6 * (i + 1) for i in range(60)], float), ([0, 1e6, 1e9], float)],
+)
 def test_x_is_logarithmic_where_most_points_would_crowd_at_the_left(tmp_path, xs, scale):
     svg = draw({"r": [(x, 0.3, None, None) for x in xs]}, tmp_path / "a.svg", **LABELS).read_text()
     (line,) = lines(svg, COLOURS[0], "1.7")
@@ -79,7 +91,12 @@ def test_x_is_logarithmic_where_most_points_would_crowd_at_the_left(tmp_path, xs
 
 def test_every_run_and_reference_is_named_and_unlike_the_others(tmp_path):
     names = [f"run-{i}" for i in range(8)]
-    svg = draw({n: [(x, y + i / 99, None, None) for x, y, *_ in RUN] for i, n in enumerate(names)}, tmp_path / "a.svg", references=[("chance & <cost> $5$", 0.25)], **LABELS)
+    svg = draw(
+        {n: [(x, y + i / 99, None, None) for x, y, *_ in RUN] for i, n in enumerate(names)},
+        tmp_path / "a.svg",
+        references=[("chance & <cost> $5$", 0.25)],
+        **LABELS,
+    )
     assert {*names, "chance & <cost> $5$"} <= set(texts(svg.read_text()))
     looks = {(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]) for i in range(56)}
     assert len(looks) == 56
@@ -117,7 +134,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
         draw({"a": RUN}, tmp_path / "a.png", **LABELS)
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0"), (12, "12"), (999, "999"), (4000, "4k"), (2.5e6, "2.5M"), (1.2e9, "1.2B"), (3e12, "3T")])
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0"), (12, "12"), (999, "999"), (4000, "4k"), (2.5e6, "2.5M"), (1.2e9, "1.2B"), (3e12, "3T")]
+)
 def test_counts_are_written_as_people_do(n, text):
     assert counted(n) == text
 
@@ -125,7 +144,9 @@ def test_counts_are_written_as_people_do(n, text):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(-4, 24), st.integers(1, 6)), min_size=1, max_size=3))
 def test_names_are_moved_as_little_as_the_others_allow(names):
-    """Against the best of all places on a grid of twentieths, where any best place of such numbers is at least near a grid point."""
+    """Against the best of all places on a grid of twentieths, where any best place of such numbers is at least near a
+    grid point.
+    """
     wanted, sizes = [w / 20 for w, _ in names], [s / 20 for _, s in names]
     got = spread(wanted, sizes)
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -138,7 +159,9 @@ def test_names_are_moved_as_little_as_the_others_allow(names):
             return 0.0
         i = order[place]
         starts = [k / 40 for k in range(41) if floor - 1e-9 <= k / 40 <= 1 - sizes[i] + 1e-9]
-        return min(((s + sizes[i] / 2 - wanted[i]) ** 2 + best(place + 1, s + sizes[i]) for s in starts), default=math.inf)
+        return min(
+            ((s + sizes[i] / 2 - wanted[i]) ** 2 + best(place + 1, s + sizes[i]) for s in starts), default=math.inf
+        )
 
     cost = sum((y - w) ** 2 for y, w in zip(got, wanted))
     assert cost <= best(0, 0.0) + 1e-9

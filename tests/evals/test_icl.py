@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import UserError
-from nanolab.evals.icl import KINDS, Item, encode, is_greedy, judged, lowest_mean, rendered, shots
+from nanolab.cli import UserError
+from nanolab.evals.icl import KINDS, Question, encode_groups, is_greedy, judge_groups, lowest_mean, rendered, shots
 from nanolab.evals.likelihood import Score
 from nanolab.runtime import Runtime
 
@@ -29,12 +29,16 @@ def tokenizer():
     return tiny.tokenizer()
 
 
-def items(kind: str, rows: list[dict]) -> list[Item]:
+def items(kind: str, rows: list[dict]) -> list[Question]:
     return [KINDS[kind].item(row) for row in rows]
 
 
 def test_a_choice_is_asked_after_solved_ones():
-    rows = [{"query": " Q0 ", "choices": ["a", "b"], "gold": 1}, {"query": "Q1", "choices": ["c", "d"], "gold": 0}, {"query": "Q2", "choices": ["e", "f", 7], "gold": 2}]
+    rows = [
+        {"query": " Q0 ", "choices": ["a", "b"], "gold": 1},
+        {"query": "Q1", "choices": ["c", "d"], "gold": 0},
+        {"query": "Q2", "choices": ["e", "f", 7], "gold": 2},
+    ]
     assert shots(0, 3, 2) == [2, 1] and shots(1, 3, 1) == [2]
     assert rendered("multiple_choice", items("multiple_choice", rows), 0, 2, "\nAnswer: ") == [
         "Q2\nAnswer: 7\n\nQ1\nAnswer: c\n\n Q0 \nAnswer: a",
@@ -43,14 +47,23 @@ def test_a_choice_is_asked_after_solved_ones():
 
 
 def test_a_schema_tells_one_end_after_each_beginning():
-    rows = [{"context_options": ["She", "He"], "continuation": "left.", "gold": 1}, {"context_options": ["A", "B"], "continuation": "c", "gold": 0}]
+    rows = [
+        {"context_options": ["She", "He"], "continuation": "left.", "gold": 1},
+        {"context_options": ["A", "B"], "continuation": "c", "gold": 0},
+    ]
     assert rendered("schema", items("schema", rows), 0, 1, " ") == ["A c\n\nShe left.", "A c\n\nHe left."]
 
 
 def test_a_language_item_is_trimmed_before_its_answer_and_stripped_without_it():
     rows = [{"context": " one \n", "continuation": "two "}, {"context": "\tthree", "continuation": " four"}]
-    assert rendered("language_modeling", items("language_modeling", rows), 0, 1, " ") == ["three  four\n\none two ", "three  four\n\none"]
-    assert rendered("language_modeling", items("language_modeling", rows), 1, 0, "\nA: ") == ["three\nA:  four", "three\nA:"]
+    assert rendered("language_modeling", items("language_modeling", rows), 0, 1, " ") == [
+        "three  four\n\none two ",
+        "three  four\n\none",
+    ]
+    assert rendered("language_modeling", items("language_modeling", rows), 1, 0, "\nA: ") == [
+        "three\nA:  four",
+        "three\nA:",
+    ]
 
 
 @pytest.mark.parametrize(("i", "n", "k"), [(0, 2, 1), (3, 9, 8), (8, 9, 3), (500, 1319, 10)])
@@ -58,15 +71,19 @@ def test_the_solved_ones_are_drawn_as_the_reference_draws_them(i, n, k):
     assert shots(i, n, k) == random.Random(1234 + i).sample([j for j in range(n) if j != i], k)
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)]
+)
 @pytest.mark.parametrize("delimiter", [" ", "\nAnswer: "])
 def test_tokens_are_those_of_the_whole_text_and_the_answers_alone_are_scored(tokenizer, kind, rows, delimiter):
     all_items = items(kind, rows)
-    groups = list(encode(kind, all_items, range(len(rows)), 2, delimiter, tokenizer))
+    groups = list(encode_groups(kind, all_items, range(len(rows)), 2, delimiter, tokenizer))
     for i, group in enumerate(groups):
         texts = rendered(kind, all_items, i, 2, delimiter)
         assert (group.index, group.gold) == (i, rows[i].get("gold", 0))
-        assert [list(t.ids) for t in group.texts()] == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts[: len(group.tails)]]
+        assert [list(t.ids) for t in group.texts()] == [
+            [tokenizer.bos, *tokenizer.encode(text)] for text in texts[: len(group.tails)]
+        ]
         scored = [tokenizer.decode(t.ids[t.start :]) for t in group.texts()]
         if kind == "multiple_choice":  # up to where the choices differ, and not a token less
             before = {tuple(t.ids[: t.start]) for t in group.texts()}
@@ -80,16 +97,18 @@ def test_tokens_are_those_of_the_whole_text_and_the_answers_alone_are_scored(tok
 
 
 def test_a_choice_that_begins_the_others_is_scored_at_its_last_token(tokenizer):
-    (group,) = encode("multiple_choice", [Item(("Is it?",), ("no", "no cup"))], [0], 0, " ", tokenizer)
+    (group,) = encode_groups("multiple_choice", [Question(("Is it?",), ("no", "no cup"))], [0], 0, " ", tokenizer)
     short, long = group.texts()
     assert short.start == long.start == len(short.ids) - 1
 
 
 def test_a_token_over_the_seam_is_scored(tokenizer):
     """With no blank between them, what ends the question and what begins the answer may be one token."""
-    (group,) = encode("language_modeling", [Item(("the c",), ("up was",))], [0], 0, "", tokenizer)
+    (group,) = encode_groups("language_modeling", [Question(("the c",), ("up was",))], [0], 0, "", tokenizer)
     (text,) = group.texts()
-    assert tokenizer.decode(text.ids[1 : text.start]) == "the" and tokenizer.decode(text.ids[text.start :]) == " cup was"
+    assert (
+        tokenizer.decode(text.ids[1 : text.start]) == "the" and tokenizer.decode(text.ids[text.start :]) == " cup was"
+    )
 
 
 def scores(*values: tuple[float, int, bool]) -> list[Score]:
@@ -98,19 +117,25 @@ def scores(*values: tuple[float, int, bool]) -> list[Score]:
 
 def test_decisions():
     assert lowest_mean(scores((6.0, 3, False), (3.0, 1, True), (2.1, 1, True)), 0), "the mean decides, not the sum"
-    assert lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 0) and not lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 1), "the first of equals"
+    assert lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 0) and not lowest_mean(
+        scores((4.0, 2, False), (2.0, 1, False)), 1
+    ), "the first of equals"
     assert is_greedy(scores((9.0, 1, True)), 0) and not is_greedy(scores((0.1, 1, False)), 0)
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("multiple_choice", tiny.CHOICES), ("schema", tiny.SCHEMAS), ("language_modeling", tiny.WORDS)]
+)
 def test_every_kind_decides_as_sums_over_a_table_do(tokenizer, kind, rows):
     table = tiny.Table(tokenizer.vocab_size)
     if kind == "language_modeling":  # so that some are right
-        rows = [{"context": "after all the cup", "continuation": answer} for answer in ("and the", "was", "and no", "and")]
+        rows = [
+            {"context": "after all the cup", "continuation": answer} for answer in ("and the", "was", "and no", "and")
+        ]
         ids = tokenizer.encode("cup and the")
         table.table[ids[:-1], ids[1:]] += 99
-    groups = list(encode(kind, items(kind, rows), range(len(rows)), 1, " ", tokenizer))
-    found = judged(table, groups[::-1], CPU, lambda s, group: KINDS[kind].right(s, group.gold))
+    groups = list(encode_groups(kind, items(kind, rows), range(len(rows)), 1, " ", tokenizer))
+    found = judge_groups(table, groups[::-1], CPU, lambda s, group: KINDS[kind].right(s, group.gold))
     want = []
     for group in groups:
         if kind == "language_modeling":
@@ -124,9 +149,11 @@ def test_every_kind_decides_as_sums_over_a_table_do(tokenizer, kind, rows):
 def test_a_text_that_cannot_be_scored_is_named(tokenizer):
     table = tiny.Table(tokenizer.vocab_size)
     table.limit = 4
-    groups = list(encode("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
-    with pytest.raises(UserError, match="for a model that reads 4; expected at least one scored token, and one before it"):
-        judged(table, groups, CPU, lambda s, group: s)
+    groups = list(encode_groups("multiple_choice", items("multiple_choice", tiny.CHOICES), range(2), 0, " ", tokenizer))
+    with pytest.raises(
+        UserError, match="for a model that reads 4; expected at least one scored token, and one before it"
+    ):
+        judge_groups(table, groups, CPU, lambda s, group: s)
 
 
 def test_a_group_that_cannot_be_made_is_an_error_of_all_ranks(tokenizer):
@@ -136,7 +163,7 @@ def test_a_group_that_cannot_be_made_is_an_error_of_all_ranks(tokenizer):
 
     said = []
     with pytest.raises(UserError, match="no bos"):
-        judged(tiny.Table(9), groups(), Gathers(said), lambda s, group: s)
+        judge_groups(tiny.Table(9), groups(), Gathers(said), lambda s, group: s)
     assert said == [([], "no bos")]
 
 
@@ -149,8 +176,13 @@ class Gathers:
         return [obj]
 
 
-# sha256 of what karpathy/nanochat's (dev/bench/reference_texts.py compares with a checkout of it, by hand) render_prompts_* and batch_sequences_* make of the tiny bundle's rows, with two solved ones and the tokens of `words`
-GOLDEN = {"multiple_choice": ("0afa1adae8873aee", tiny.CHOICES), "schema": ("30e930e1a9c78018", tiny.SCHEMAS), "language_modeling": ("726059d4d0737808", tiny.WORDS)}
+# sha256 of what karpathy/nanochat's (dev/bench/reference_texts.py compares with a checkout of it, by hand)
+# render_prompts_* and batch_sequences_* make of the tiny bundle's rows, with two solved ones and the tokens of `words`
+GOLDEN = {
+    "multiple_choice": ("0afa1adae8873aee", tiny.CHOICES),
+    "schema": ("30e930e1a9c78018", tiny.SCHEMAS),
+    "language_modeling": ("726059d4d0737808", tiny.WORDS),
+}
 
 
 class Words:
@@ -165,8 +197,16 @@ def test_ids_and_starts_are_those_that_the_reference_made(kind):
     sha256, rows = GOLDEN[kind]
     rows = items(kind, rows)
     random.Random(1337).shuffle(rows)
-    both = [[[[list(t.ids), t.start] for t in group.texts()] for group in encode(kind, rows, range(len(rows)), 2, d, Words())] for d in (" ", "\nAnswer: ")]
-    assert hashlib.sha256(json.dumps([group for pair in zip(*both) for group in pair]).encode()).hexdigest()[:16] == sha256
+    both = [
+        [
+            [[list(t.ids), t.start] for t in group.texts()]
+            for group in encode_groups(kind, rows, range(len(rows)), 2, d, Words())
+        ]
+        for d in (" ", "\nAnswer: ")
+    ]
+    assert (
+        hashlib.sha256(json.dumps([group for pair in zip(*both) for group in pair]).encode()).hexdigest()[:16] == sha256
+    )
 
 
 ROWS = {

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.evals.likelihood import GPTReader, Text, score
 from nanolab.inference import prefill
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
@@ -28,7 +28,11 @@ V, LIMIT = 61, 64
 CONFIG = replace(axes.BASE, sequence_len=LIMIT)
 # Of each axis, the values that a cache, a window, padding or the head can meet; norms, gains and inits cannot tell.
 ALIKE = ("dropout", "norm=", "norm_gain", "init", "mlp=", "qk_")
-KINDS = {name: replace(c, sequence_len=LIMIT) for name, c in axes.singles().items() if not any(word in name for word in ALIKE)}
+KINDS = {
+    name: replace(c, sequence_len=LIMIT)
+    for name, c in axes.singles().items()
+    if not any(word in name for word in ALIKE)
+}
 KINDS |= {f"{n} layers": replace(CONFIG, n_layer=n, backout=True) for n in (1, 2)}  # the middle one is the last
 
 
@@ -55,7 +59,9 @@ def choices(context: int, *tails: int, seed: int = 0) -> list[Text]:
 
 def schema(*contexts: int, tail: int = 3, seed: int = 0) -> list[Text]:
     """Contexts that differ with one tail, which is scored."""
-    return [Text(ids(5, seed) + ids(n, 100 * seed + i) + ids(tail, seed + 50), 5 + n) for i, n in enumerate(contexts, 1)]
+    return [
+        Text(ids(5, seed) + ids(n, 100 * seed + i) + ids(tail, seed + 50), 5 + n) for i, n in enumerate(contexts, 1)
+    ]
 
 
 GROUPS = [
@@ -89,7 +95,9 @@ def alone(model: GPT, text: Text, limit: int = LIMIT) -> tuple[float, bool]:
     return nats, greedy
 
 
-def check(model: GPT, groups: list[list[Text]], reference: GPT | None = None, atol: float = 1e-9, **how) -> list[list[float]]:
+def check(
+    model: GPT, groups: list[list[Text]], reference: GPT | None = None, atol: float = 1e-9, **how
+) -> list[list[float]]:
     found = score(GPTReader(model, CPU), groups, **how)
     assert [len(scores) for scores in found] == [len(group) for group in groups]
     for group, scores in zip(groups, found):
@@ -112,7 +120,9 @@ def test_scores_are_those_that_each_text_gets_alone(kind):
 def test_any_packing_finds_the_same(tokens):
     model = build()
     whole = check(model, GROUPS, tokens=tokens)
-    assert whole[3:6] == [[pytest.approx(nats, abs=1e-9) for nats in group] for group in check(model, GROUPS[3:6], tokens=tokens)]
+    assert whole[3:6] == [
+        [pytest.approx(nats, abs=1e-9) for nats in group] for group in check(model, GROUPS[3:6], tokens=tokens)
+    ]
 
 
 def test_the_head_reads_places_a_block_at_a_time(monkeypatch):
@@ -132,7 +142,7 @@ def test_results_are_in_the_order_of_the_groups():
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-4), (torch.bfloat16, 1.5)])
 def test_fp32_and_bf16_are_close_and_so_is_a_served_model(dtype, atol):
     check(build(dtype=dtype), GROUPS, build(), atol)
-    check(served(build(dtype=dtype)), GROUPS, build(), atol)
+    check(prepare_for_inference(build(dtype=dtype)), GROUPS, build(), atol)
 
 
 class Counted:
@@ -159,7 +169,8 @@ def test_a_prefix_is_read_once_and_the_head_sees_only_what_counts():
     reader = Counted(build())
     score(reader, [choices(50, 2, 3, 4)])
     (reads,) = reader.seen
-    assert reads.prefixes.shape == (1, 49) and reads.ids.shape == (3, 4)  # the last token of the context, and all but the last of the tail
+    # the last token of the context, and all but the last of the tail
+    assert reads.prefixes.shape == (1, 49) and reads.ids.shape == (3, 4)
     assert len(reads.rows) == 2 + 3 + 4
 
 
@@ -171,7 +182,11 @@ def test_what_is_the_same_is_read_once():
 
 def test_passes_keep_to_the_tokens_that_they_may_have():
     reader = Counted(build())
-    score(reader, [choices(30 + i % 7, 3, 4, 2, seed=i) for i in range(20)] + [[Text(ids(5 + i, i), 4)] for i in range(20)], tokens=150)
+    score(
+        reader,
+        [choices(30 + i % 7, 3, 4, 2, seed=i) for i in range(20)] + [[Text(ids(5 + i, i), 4)] for i in range(20)],
+        tokens=150,
+    )
     sizes = [reads.ids.size + (0 if reads.prefixes is None else reads.prefixes.size) for reads in reader.seen]
     assert max(sizes) <= 150 and len(sizes) < 16
 
@@ -187,7 +202,10 @@ def test_of_equally_likely_tokens_the_lowest_is_the_greedy_one():
 
 def test_texts_are_of_any_sequence():
     lists = [[Text(t.ids, t.start) for t in choices(30, 2, 3)]]
-    arrays = [[Text(np.array(t.ids, dtype=np.int32), t.start) for t in lists[0]], [Text(tuple(t.ids), t.start) for t in lists[0]]]
+    arrays = [
+        [Text(np.array(t.ids, dtype=np.int32), t.start) for t in lists[0]],
+        [Text(tuple(t.ids), t.start) for t in lists[0]],
+    ]
     reader = GPTReader(build(), CPU)
     for scores in score(reader, arrays):
         assert [s.nats for s in scores] == pytest.approx([s.nats for s in score(reader, lists)[0]], abs=1e-9)

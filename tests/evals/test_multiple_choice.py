@@ -7,16 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
-from nanolab.evals.multiple_choice import evaluate, last_logits
+from nanolab.evals.multiple_choice import evaluate_letters, last_logits
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_examples", Path(__file__).with_name("examples.py"))
 examples = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(examples)
 
 ABC, ABCDE = ("A", "B", "C"), ("A", "B", "C", "D", "E")
-QUESTIONS = ["plain?", "words and words and words", "é", "only", "which of these words is a plain one, and which is not?", "A", "one two", "longer"]
+QUESTIONS = [
+    "plain?",
+    "words and words and words",
+    "é",
+    "only",
+    "which of these words is a plain one, and which is not?",
+    "A",
+    "one two",
+    "longer",
+]
 ARCHITECTURES = {
     "default": {},
     "windows": {"window_pattern": "SL", "window_size": 4},
@@ -45,13 +54,15 @@ def test_logits_after_each_prompt_of_a_batch_are_those_it_gets_alone(flags):
     engine = examples.engine(**flags)
     assert flags.get("bos", engine.tokenizer.bos) == engine.tokenizer.bos
     prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": q}]) for q in QUESTIONS]
-    torch.testing.assert_close(last_logits(engine.model, prompts, torch.device("cpu")), torch.stack([alone(engine, q) for q in QUESTIONS]))
+    torch.testing.assert_close(
+        last_logits(engine.model, prompts, torch.device("cpu")), torch.stack([alone(engine, q) for q in QUESTIONS])
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_letter_with_the_largest_logit_is_the_reply(batch_size):
     engine, questions, seen = examples.engine(), task(), []
-    result = evaluate(engine, questions, range(len(QUESTIONS)), batch_size=batch_size, on_reply=seen.append)
+    result = evaluate_letters(engine, questions, range(len(QUESTIONS)), batch_size=batch_size, on_reply=seen.append)
     for reply in result.replies:
         example = questions.example(reply.index)
         logits = alone(engine, QUESTIONS[reply.index])
@@ -66,7 +77,7 @@ def test_a_model_that_prefers_nothing_says_the_first_letter():
     engine = examples.engine()
     with torch.no_grad():
         engine.model.lm_head.weight.zero_()
-    result = evaluate(engine, task("ABCAACAB"), [0, 1, 3, 4])
+    result = evaluate_letters(engine, task("ABCAACAB"), [0, 1, 3, 4])
     assert [r.content for r in result.replies] == ["A"] * 4 and result.accuracy == 0.75
 
 
@@ -75,7 +86,7 @@ def test_a_prompt_that_the_model_cannot_read_counts_as_wrong():
     rows = [("é", "A"), ("words " * 12, "A"), ("words é " * 3, "A")]
     lengths = [len(render_prompt(engine.tokenizer, [{"role": "user", "content": q}])) for q, _ in rows]
     assert [n < 12 for n in lengths] == [True, False, False]
-    result = evaluate(engine, examples.ListTask(rows, [("A",)] * 3), [0, 1, 2])
+    result = evaluate_letters(engine, examples.ListTask(rows, [("A",)] * 3), [0, 1, 2])
     assert (result.n, result.too_long, result.accuracy) == (3, 2, pytest.approx(1 / 3))
 
 
@@ -92,11 +103,11 @@ def test_what_cannot_be_compared_is_refused(letters, kind, indices, said):
     broken = examples.ListTask([("q", "A")], [letters])
     broken.kind = kind
     with pytest.raises(UserError, match=said):
-        evaluate(examples.engine(), broken, indices)
+        evaluate_letters(examples.engine(), broken, indices)
 
 
 def on_rank(runtime, indices):
-    return evaluate(examples.engine(runtime), task(), indices, batch_size=2)
+    return evaluate_letters(examples.engine(runtime), task(), indices, batch_size=2)
 
 
 @pytest.mark.parametrize("indices", [range(8), [4]], ids=["all", "fewer than ranks"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data import hub
 from nanolab.evals import published
 from nanolab.evals.bundle import open_bundle
@@ -72,7 +72,7 @@ def server(tmp_path, monkeypatch):
 def test_it_is_downloaded_once_pinned_and_said(server, tmp_path, base_dir, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.drops = 2
-    folder = published.ensure()
+    folder = published.ensure_bundle()
     assert folder == base_dir / "eval_bundle" and len(open_bundle(folder).tasks) == 4
     for path in (tmp_path / "source").rglob("*.*"):
         assert (folder / path.relative_to(tmp_path / "source")).read_bytes() == path.read_bytes()
@@ -84,22 +84,26 @@ def test_it_is_downloaded_once_pinned_and_said(server, tmp_path, base_dir, capsy
     assert len(server.seen) == 3 and server.seen[1]["Range"] != "bytes=0-", "continued"
     assert not any("Authorization" in headers for headers in server.seen), "the hub's token is not for others"
     assert sorted(p.name for p in base_dir.iterdir()) == ["eval_bundle", "eval_bundle.lock"]
-    published.ensure()
+    published.ensure_bundle()
     assert len(server.seen) == 3
     (folder / "core.yaml").write_text("icl_tasks: [{label: a}]")
-    with pytest.raises(UserError, match="core.yaml is not the file that was downloaded; expected sha256 .*; type rm -r"):
-        published.ensure()
+    with pytest.raises(
+        UserError, match="core.yaml is not the file that was downloaded; expected sha256 .*; type rm -r"
+    ):
+        published.ensure_bundle()
 
 
 def test_a_damaged_archive_leaves_nothing(server, base_dir):
     at = server.body.index(b"was too small")
     server.body = server.body[:at] + b"W" + server.body[at + 1 :]
-    with pytest.raises(UserError, match="is damaged .*Bad CRC-32.*; expected a whole zip archive; type the same command again"):
-        published.ensure()
+    with pytest.raises(
+        UserError, match="is damaged .*Bad CRC-32.*; expected a whole zip archive; type the same command again"
+    ):
+        published.ensure_bundle()
     assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"]
     server.body = b"<html>not here</html>"
     with pytest.raises(UserError, match="is damaged .*not a zip file"):
-        published.ensure()
+        published.ensure_bundle()
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "eval_bundle/../../outside.txt", "link"])
@@ -112,7 +116,7 @@ def test_an_archive_that_reaches_out_is_refused(server, tmp_path, base_dir, name
         file.writestr(info, str(tmp_path / "outside.txt"))
     server.body = out.getvalue()
     with pytest.raises(UserError, match="holds '.*', which is a link or lies outside of it; expected plain files"):
-        published.ensure()
+        published.ensure_bundle()
     assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"] and not list(tmp_path.rglob("outside.txt"))
 
 
@@ -127,19 +131,25 @@ def test_an_archive_that_would_fill_the_disk_is_not_unpacked(server, base_dir, m
     for name, value in limit.items():
         monkeypatch.setattr(published, name, value, raising=False)
     with pytest.raises(UserError) as error:
-        published.ensure()
+        published.ensure_bundle()
     assert error.value.code == "archive-too-large" and error.value.values["bytes"] > 4 * 10**6
     assert [p.name for p in base_dir.iterdir()] == ["eval_bundle.lock"]
 
 
 def test_without_a_network_the_flag_is_named(monkeypatch, base_dir):
     monkeypatch.setattr(published, "URL", "http://127.0.0.1:9/eval_bundle.zip")
-    with pytest.raises(UserError, match=r"is not in .*eval_bundle, and http.* cannot be downloaded \(.*refused.*\); expected a network; type --eval-bundle DIR"):
-        published.ensure()
+    with pytest.raises(
+        UserError,
+        match=(
+            r"is not in .*eval_bundle, and http.* cannot be downloaded \(.*refused.*\); expected a network; type"
+            r" --eval-bundle DIR"
+        ),
+    ):
+        published.ensure_bundle()
 
 
 def test_a_folder_of_ones_own_is_taken_as_it_is(tmp_path):
     folder = tiny.write(tmp_path / "mine")
-    assert published.ensure(str(folder)) == folder
+    assert published.ensure_bundle(str(folder)) == folder
     with pytest.raises(UserError, match="--eval-bundle .*nowhere is not a folder; expected core.yaml"):
-        published.ensure(str(tmp_path / "nowhere"))
+        published.ensure_bundle(str(tmp_path / "nowhere"))

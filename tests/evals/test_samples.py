@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, print_samples, unconditioned
+from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -18,7 +18,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(make_gpt, tokenizer):
-    return make_gpt(GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), scale=0.3)
+    return make_gpt(
+        GPTConfig(sequence_len=96, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32), scale=0.3
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""pass@k against enumeration, Wilson's interval against its definition and published values, paired differences by hand and by simulation."""
+"""pass@k against enumeration, Wilson's interval against its definition and published values, paired differences by hand
+and by simulation.
+"""
 
 import itertools
 import math
@@ -6,7 +8,7 @@ import random
 
 import pytest
 
-from nanolab.evals.score import Graded, paired, pass_at_k, readable, summary, wilson
+from nanolab.evals.score import Graded, paired, pass_at_k, readable_turn, summary, wilson
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -23,7 +25,10 @@ def test_pass_at_k_stays_exact_for_many_replies():
 
 
 # R. G. Newcombe, Statistics in Medicine 17 (1998), 857-872, table I, method 3
-@pytest.mark.parametrize("right, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
 def test_wilson_agrees_with_published_values(right, n, low, high):
     assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
 
@@ -41,7 +46,12 @@ def test_the_ends_of_wilsons_interval_are_just_not_rejected(p, n):
 
 def test_a_summary_counts_every_problem():
     """Three problems, one of them unread, two replies each: by hand."""
-    replies = [Graded(7, 1, "b", True, True), Graded(7, 0, "a", False, True), Graded(3, 0, "c", True, False), Graded(3, 1, "d", True, True)]
+    replies = [
+        Graded(7, 1, "b", True, True),
+        Graded(7, 0, "a", False, True),
+        Graded(3, 0, "c", True, False),
+        Graded(3, 1, "d", True, True),
+    ]
     result = summary("t", [3, 5, 7], 2, replies)
     assert (result.task, result.n, result.k, result.too_long) == ("t", 3, 2, 1)
     assert result.pass_at == pytest.approx({1: (1 + 0 + 0.5) / 3, 2: (1 + 0 + 1) / 3})
@@ -100,7 +110,9 @@ def test_paired_intervals_of_shares_hold_the_true_difference_as_often_as_they_sa
     rng, held = random.Random(1), 0
     for _ in range(1000):
         hard = [rng.random() for _ in range(100)]
-        before, after = ([sum(rng.random() < p + gain * (1 - p) for _ in range(4)) / 4 for p in hard] for gain in (0, 0.2))
+        before, after = (
+            [sum(rng.random() < p + gain * (1 - p) for _ in range(4)) / 4 for p in hard] for gain in (0, 0.2)
+        )
         _, (low, high) = paired(before, after)
         held += low <= 0.1 <= high  # the mean of 0.2 (1 - p)
     assert 0.925 <= held / 1000 <= 0.97
@@ -112,8 +124,12 @@ def test_paired_needs_the_same_problems():
 
 
 def test_a_turn_is_readable():
-    call = [{"type": "python", "text": "12+34"}, {"type": "python_output", "text": "46"}, {"type": "text", "text": " It is 46. "}]
-    assert readable(call, "calculator") == "[calculator: 12+34 = 46]  It is 46."
-    assert readable([{"type": "text", "text": "So "}, *call[:1]]) == "So [python: 12+34]"
-    assert readable([*call[:2], *call[:2]], "c") == "[c: 12+34 = 46] [c: 12+34 = 46]"
-    assert readable("plain") == "plain"
+    call = [
+        {"type": "python", "text": "12+34"},
+        {"type": "python_output", "text": "46"},
+        {"type": "text", "text": " It is 46. "},
+    ]
+    assert readable_turn(call, "calculator") == "[calculator: 12+34 = 46]  It is 46."
+    assert readable_turn([{"type": "text", "text": "So "}, *call[:1]]) == "So [python: 12+34]"
+    assert readable_turn([*call[:2], *call[:2]], "c") == "[c: 12+34 = 46] [c: 12+34 = 46]"
+    assert readable_turn("plain") == "plain"

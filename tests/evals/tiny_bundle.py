@@ -12,14 +12,55 @@ import yaml
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.likelihood import Reads
 
-CHOICES = [{"query": f"Which is {i}?", "choices": [f"the {i}", "another", f"no {i} at all"], "gold": i % 3} for i in range(7)]
-SCHEMAS = [{"context_options": [f"The cup, since cup {i}", f"The cup, since the larger bag {i}"], "continuation": "was too small.", "gold": i % 2} for i in range(5)]
+CHOICES = [
+    {"query": f"Which is {i}?", "choices": [f"the {i}", "another", f"no {i} at all"], "gold": i % 3} for i in range(7)
+]
+SCHEMAS = [
+    {
+        "context_options": [f"The cup, since cup {i}", f"The cup, since the larger bag {i}"],
+        "continuation": "was too small.",
+        "gold": i % 2,
+    }
+    for i in range(5)
+]
 WORDS = [{"context": f" after {i} comes \n", "continuation": f"{i + 1} and {i + 2}"} for i in range(6)]
 TASKS: list[tuple[dict[str, Any], list[dict[str, Any]], str]] = [  # entry of the list, rows, baseline in percent
-    ({"label": "copa", "dataset_uri": "a/choices.jsonl", "num_fewshot": [2], "icl_task_type": "multiple_choice", "continuation_delimiter": "\nAnswer: "}, CHOICES, "25"),
-    ({"label": "winograd", "dataset_uri": "b/schemas.jsonl", "num_fewshot": [0], "icl_task_type": "schema"}, SCHEMAS, "50"),
-    ({"label": "lambada_openai", "dataset_uri": "b/words.jsonl", "num_fewshot": [0], "icl_task_type": "language_modeling"}, WORDS, "0"),
-    ({"label": "hellaswag_zeroshot", "dataset_uri": "a/choices.jsonl", "num_fewshot": [0], "icl_task_type": "multiple_choice"}, CHOICES, "33.3"),
+    (
+        {
+            "label": "copa",
+            "dataset_uri": "a/choices.jsonl",
+            "num_fewshot": [2],
+            "icl_task_type": "multiple_choice",
+            "continuation_delimiter": "\nAnswer: ",
+        },
+        CHOICES,
+        "25",
+    ),
+    (
+        {"label": "winograd", "dataset_uri": "b/schemas.jsonl", "num_fewshot": [0], "icl_task_type": "schema"},
+        SCHEMAS,
+        "50",
+    ),
+    (
+        {
+            "label": "lambada_openai",
+            "dataset_uri": "b/words.jsonl",
+            "num_fewshot": [0],
+            "icl_task_type": "language_modeling",
+        },
+        WORDS,
+        "0",
+    ),
+    (
+        {
+            "label": "hellaswag_zeroshot",
+            "dataset_uri": "a/choices.jsonl",
+            "num_fewshot": [0],
+            "icl_task_type": "multiple_choice",
+        },
+        CHOICES,
+        "33.3",
+    ),
 ]
 
 
@@ -31,7 +72,12 @@ def write(folder: Path, tasks=TASKS) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [entry for entry, *_ in tasks]}))
     with open(folder / "eval_meta_data.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("Eval Task", "Task Category", "Random baseline", "Description"), *((e["label"], "", b, 'commas, "quotes"') for e, _, b in tasks)])
+        csv.writer(file).writerows(
+            [
+                ("Eval Task", "Task Category", "Random baseline", "Description"),
+                *((e["label"], "", b, 'commas, "quotes"') for e, _, b in tasks),
+            ]
+        )
     return folder
 
 
@@ -45,7 +91,9 @@ class Table:
     limit, tokens, shares = 10_000, 4096, False
 
     def __init__(self, vocab_size: int, seed: int = 0):
-        self.table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.table = torch.randn(
+            vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
 
     def logits(self, reads: Reads) -> Iterator[torch.Tensor]:
         yield self.table[torch.from_numpy(reads.ids[reads.rows, reads.columns])]

@@ -8,10 +8,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Demands(TorchDispatchMode):
-    """Checks each call of an operator that is strict on GPUs against its documentation and counts them; notes what is T x T.
+    """Checks each call of an operator that is strict on GPUs against its documentation and counts them; notes what is T
+    x T.
 
-    Flash: torch's sdp_utils and the kernels' own checks. _scaled_mm: cuBLASLt's rules for 8-bit floats, as torch 2.13's meta function has them.
-    """
+    Flash: torch's sdp_utils and the kernels' own checks. _scaled_mm: cuBLASLt's rules for 8-bit floats, as torch 2.13's
+    meta function has them."""
 
     def __init__(self, T: int = 0, ampere: bool = True):
         super().__init__()
@@ -44,7 +45,9 @@ class Demands(TorchDispatchMode):
 
 
 def fused(capability):
-    """F.scaled_dot_product_attention as a GPU has it: the flash kernel, or the memory-efficient one, never the T x T scores."""
+    """F.scaled_dot_product_attention as a GPU has it: the flash kernel, or the memory-efficient one, never the T x T
+    scores.
+    """
 
     def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         assert attn_mask is None and is_causal and scale is not None
@@ -58,16 +61,47 @@ def fused(capability):
     return attend
 
 
-def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
-                    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip
+def flash_attn_func(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+):
     """The arguments of FlashAttention 3's function."""
     Demands().flash(q, k, v)
     assert causal and window_size[1] == 0 and q.dtype == torch.bfloat16
     return q + 0 * (k.mean() + v.mean())
 
 
-def flex_attention(q, k, v, score_mod=None, block_mask=None, scale=None, enable_gqa=False, return_lse=False, kernel_options=None, *, return_aux=None):
-    assert min(q.size(-1), v.size(-1)) >= 16 and q.size(-1) == k.size(-1), "torch/_inductor/kernel/flex refuses heads of fewer channels"
+def flex_attention(
+    q,
+    k,
+    v,
+    score_mod=None,
+    block_mask=None,
+    scale=None,
+    enable_gqa=False,
+    return_lse=False,
+    kernel_options=None,
+    *,
+    return_aux=None,
+):
+    assert min(q.size(-1), v.size(-1)) >= 16 and q.size(-1) == k.size(-1), (
+        "torch/_inductor/kernel/flex refuses heads of fewer channels"
+    )
     assert enable_gqa or q.size(1) == k.size(1)
     aux = type("Aux", (), {"lse": q.float().sum(-1)})
     return q[..., :1].expand(*q.shape[:-1], v.size(-1)) + 0 * (k.mean() + v.mean()), aux

@@ -4,8 +4,8 @@ import pytest
 import torch
 from demands import Demands, aten
 
-from nanolab.config import GPTConfig
 from nanolab.model import fp8
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 
@@ -24,10 +24,12 @@ def test_every_product_of_a_layer(tokens, dtype):
 def test_a_step_of_a_converted_model(gpu):
     gpu((9, 0))
     with torch.device("meta"):
-        model, idx = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, sequence_len=64, vocab_size=509), torch.bfloat16), torch.empty(3, 40, dtype=torch.long)
+        model, idx = (
+            GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, sequence_len=64, vocab_size=509), torch.bfloat16),
+            torch.empty(3, 40, dtype=torch.long),
+        )
     assert fp8.convert(model) > 8
-    model.kernel_names("cuda")
-    model._kernels["meta"] = model._kernels["cuda"]
+    model.place("cuda")
     with Demands() as demands:
         model(idx, idx, reduction="sum").backward()
     assert demands.counts[aten._scaled_mm.default] % 3 == 0

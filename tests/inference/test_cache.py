@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
-CONFIG = GPTConfig(sequence_len=192, vocab_size=50, n_layer=3, n_head=4, attention="gqa:2", n_embd=32, window_pattern="SL")  # S is 128
+# S is 128
+CONFIG = GPTConfig(
+    sequence_len=192, vocab_size=50, n_layer=3, n_head=4, attention="gqa:2", n_embd=32, window_pattern="SL"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,9 @@ def through_cache(model: GPT, ids: torch.Tensor, cuts: list[int]) -> torch.Tenso
     return torch.cat([model(chunk, cache=cache) for chunk in ids.tensor_split(cuts, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("cuts", [[], [1], [100], [3, 4, 130, 131], list(range(1, 160))], ids=["whole", "one", "two", "uneven", "by-token"])
+@pytest.mark.parametrize(
+    "cuts", [[], [1], [100], [3, 4, 130, 131], list(range(1, 160))], ids=["whole", "one", "two", "uneven", "by-token"]
+)
 def test_reading_in_any_chunks_equals_one_forward(model, cuts):
     ids = tokens(2, 160)
     with torch.no_grad():
@@ -74,7 +80,9 @@ def test_rows_of_different_lengths_can_be_copied_together(model):
     assert cache.lengths == cache.pos.tolist() == [30, 9, 9]
     logits = model(more, cache=cache)
     for r, ids in enumerate([prompts[0], prompts[1], prompts[1]]):
-        torch.testing.assert_close(logits[r : r + 1], model(torch.cat((ids, more[r : r + 1]), dim=1))[:, -2:], atol=2e-4, rtol=0)
+        torch.testing.assert_close(
+            logits[r : r + 1], model(torch.cat((ids, more[r : r + 1]), dim=1))[:, -2:], atol=2e-4, rtol=0
+        )
 
 
 def test_unused_slots_are_zero_after_growth():
@@ -150,7 +158,9 @@ def test_a_windowed_layer_keeps_its_window_and_one():
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(3))
 def test_rings_hold_the_last_positions_of_every_row_whatever_the_chunks(seed):
-    """The stored vector of position p is p + 1000 row: what `append` returns is where `positions` says, and all that may be seen is there."""
+    """The stored vector of position p is p + 1000 row: what `append` returns is where `positions` says, and all that
+    may be seen is there.
+    """
     rng = torch.Generator().manual_seed(seed)
     cache, lengths = KVCache(RING, 3, capacity=4), [0, 0, 0]
     for row in range(3):  # rows of different lengths
@@ -173,6 +183,8 @@ def test_rings_hold_the_last_positions_of_every_row_whatever_the_chunks(seed):
             for row in range(3):
                 for q in new[row].tolist():
                     seen = (positions[row] <= q) & (positions[row] >= q - window)
-                    assert sorted(k[row, seen, 0, 0].tolist()) == [p + 1000 * row for p in range(max(0, q - window), q + 1)]
+                    assert sorted(k[row, seen, 0, 0].tolist()) == [
+                        p + 1000 * row for p in range(max(0, q - window), q + 1)
+                    ]
         cache.advance(T)
         lengths = [n + T for n in lengths]

@@ -1,4 +1,6 @@
-"""The terminal talk as a person sees it: a process with a prompt, a pipe, or a terminal, against a naive greedy loop."""
+"""The terminal talk as a person sees it: a process with a prompt, a pipe, or a terminal, against a naive greedy
+loop.
+"""
 
 import codecs
 import io
@@ -15,16 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatConfig, GPTConfig, UserError, to_json
-from nanolab.data.chat import read_conversations, render, render_prompt
+from nanolab.cli import UserError, to_json
+from nanolab.data.chat import render, render_prompt
+from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.calculator import calculator
 from nanolab.inference.commands import COMMANDS
 from nanolab.inference.dialogue import Dialogue, as_written
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.tools import calculator
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
+from nanolab.serving.config import ChatConfig
 from scripts.chat_cli import BLOCK, call_marks, run, show, stream, typed
 
 ROOT = Path(__file__).parents[2]
@@ -35,13 +40,17 @@ GREEDY = ["--temperature", "0", "--device-type", "cpu"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, GPT, Tokenizer]:
-    """A base directory with one finished run, whose model has learned TEXT by heart; characters are several tokens long."""
+    """A base directory with one finished run, whose model has learned TEXT by heart; characters are several tokens
+    long.
+    """
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     ids = [tokenizer.bos, *tokenizer.encode(TEXT * 4)][:129]
     return finished_run(tmp_path_factory.mktemp("world"), tokenizer, [(ids[:-1], ids[1:])], "base", 1024)
 
 
-def finished_run(base: Path, tokenizer: Tokenizer, rows: list[tuple[list[int], list[int]]], kind: str, sequence_len: int) -> tuple[Path, GPT, Tokenizer]:
+def finished_run(
+    base: Path, tokenizer: Tokenizer, rows: list[tuple[list[int], list[int]]], kind: str, sequence_len: int
+) -> tuple[Path, GPT, Tokenizer]:
     """(base, model, tokenizer) with the run "parrot", whose model has learned the targets of these inputs by heart."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64))
@@ -58,14 +67,20 @@ def finished_run(base: Path, tokenizer: Tokenizer, rows: list[tuple[list[int], l
     assert loss < 0.1
     folder = base / "runs" / "parrot"
     meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": kind}
-    checkpoint.save(folder / "checkpoints", 150, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
+    checkpoint.save(
+        folder / "checkpoints", 150, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME
+    )
     tokenizer.save(folder / "tokenizer")
     (folder / "result.json").write_text(json.dumps({}))
     return base, model.eval(), tokenizer
 
 
 HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "é 🙂 hello"}]
-CALL = [{"type": "python", "text": "12*34"}, {"type": "python_output", "text": "408"}, {"type": "text", "text": "It is 408."}]
+CALL = [
+    {"type": "python", "text": "12*34"},
+    {"type": "python_output", "text": "408"},
+    {"type": "text", "text": "It is 408."},
+]
 PRODUCT = [{"role": "user", "content": "12*34?"}, {"role": "assistant", "content": CALL}]
 FORGETS = "forgotten: the model reads 80 tokens in all"
 
@@ -97,11 +112,16 @@ def naive_answer(world, messages: list[dict], n: int = 30) -> str:
             call = tokenizer.decode(ids[len(ids) - 1 - ids[::-1].index(special("<|python_start|>")) + 1 : -1])
             ids += [special("<|output_start|>"), *tokenizer.encode(calculator(call)), special("<|output_end|>")]
     marks = {special("<|python_start|>"): b"[", special("<|output_start|>"): b" = ", special("<|output_end|>"): b"]"}
-    return b"".join(marks.get(i, b"" if i >= tokenizer.bos else tokenizer.decode_bytes([i])) for i in ids[start:]).decode("utf-8", "ignore") + "\n"
+    return (
+        b"".join(marks.get(i, b"" if i >= tokenizer.bos else tokenizer.decode_bytes([i])) for i in ids[start:]).decode(
+            "utf-8", "ignore"
+        )
+        + "\n"
+    )
 
 
 def test_a_chat_model_answers_remembers_and_shows_its_calls(chat):
-    done = subprocess.run(**command(chat), input="hi\n12*34?\n".encode(), capture_output=True, check=True)
+    done = subprocess.run(**command(chat), input=b"hi\n12*34?\n", capture_output=True, check=True)
     assert done.stdout.decode() == naive_answer(chat, HELLO[:1]) + naive_answer(chat, HELLO + PRODUCT[:1])
     assert done.stdout.decode() == "é 🙂 hello\n[12*34 = 408]It is 408.\n"
     assert b"remembers the conversation" in done.stderr and b"base model" not in done.stderr
@@ -139,30 +159,38 @@ def test_flags_say_whether_the_text_goes_into_the_template(world, chat, inside):
 
 
 def test_the_oldest_turns_are_forgotten_with_a_word_when_they_no_longer_fit(chat, inside):
-    """80 tokens, 20 of them kept for the reply: the third turn drops the first, and an overlong line changes nothing."""
+    """80 tokens, 20 of them kept for the reply: the third turn drops the first, and an overlong line changes
+    nothing.
+    """
     tokenizer = chat[2]
     longer = [{"role": "user", "content": "hi hi hi hi hi hi hi"}]
     lengths = [len(render_prompt(tokenizer, m)) for m in (HELLO + HELLO + longer, HELLO + longer)]
     assert lengths[0] > 60 >= lengths[1]
     lines = ["hi", "hi", "long " * 100, longer[0]["content"]]
     out, notes = inside(chat, "\n".join(lines), max_tokens=20)
-    assert out == naive_answer(chat, HELLO[:1], 20) + naive_answer(chat, HELLO + HELLO[:1], 20) + naive_answer(chat, HELLO + longer, 20)
+    assert out == naive_answer(chat, HELLO[:1], 20) + naive_answer(chat, HELLO + HELLO[:1], 20) + naive_answer(
+        chat, HELLO + longer, 20
+    )
     assert notes.count(f"(the oldest turn is {FORGETS})") == 1 and "this model reads 1 to 79" in notes
     assert notes.index("1 to 79") < notes.index(FORGETS)
 
 
 def test_an_answer_that_was_stopped_stays_as_far_as_it_went(chat, capsys):
-    """Ctrl-C comes in the midst of a step, in which the model runs: the step is finished, and what it has read can be used."""
+    """Ctrl-C comes in the midst of a step, in which the model runs: the step is finished, and what it has read can be
+    used.
+    """
     _, model, tokenizer = chat
     talk = Dialogue(Engine(model, tokenizer, RUNTIME, prefix_bytes=1 << 24))
     request = Request((), 30, temperature=0.0, tools=calculator)
 
     def stopped_in_pass(n: int) -> None:
         passes = iter(range(1, n))  # the first reads the prompt
-        ctrl_c = model.register_forward_hook(lambda *_: None if next(passes, None) else signal.raise_signal(signal.SIGINT))
+        ctrl_c = model.register_forward_hook(
+            lambda *_: None if next(passes, None) else signal.raise_signal(signal.SIGINT)
+        )
         try:
             with pytest.raises(KeyboardInterrupt):
-                stream(talk.reply("hi", request), tokenizer, call_marks(tokenizer, calculator))
+                stream(talk.reply("hi", request), call_marks(calculator))
         finally:
             ctrl_c.remove()
 
@@ -180,7 +208,9 @@ def test_each_token_of_a_conversation_is_read_once(chat, inside, monkeypatch):
     """Over two turns, one with a tool, the model reads as many tokens as the whole conversation has but its last."""
     read, forward = [], GPT.forward
     monkeypatch.setattr("nanolab.inference.recorded.ROWS_ON_CPU", 0)  # a recorded step calls no model
-    monkeypatch.setattr(GPT, "forward", lambda self, ids, *args, **named: read.append(ids.numel()) or forward(self, ids, *args, **named))
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, ids, *args, **named: read.append(ids.numel()) or forward(self, ids, *args, **named)
+    )
     out, _ = inside(chat, "12*34?\nhi\n", max_tokens=26)
     assert out == "[12*34 = 408]It is 408.\né 🙂 hello\n"
     assert sum(read) == len(render(chat[2], PRODUCT + HELLO).ids) - 1
@@ -213,7 +243,21 @@ def asked(monkeypatch) -> list[list[int]]:
 
 
 def test_commands_change_what_the_model_is_asked(chat, inside, asked):
-    lines = ["hi", "/system be kind", "hi", "/undo", "hi", "hi", "/again", "/new", "hi", "/system", "//hi", "/quit", "hi"]
+    lines = [
+        "hi",
+        "/system be kind",
+        "hi",
+        "/undo",
+        "hi",
+        "hi",
+        "/again",
+        "/new",
+        "hi",
+        "/system",
+        "//hi",
+        "/quit",
+        "hi",
+    ]
     out, notes = inside(chat, "\n".join(lines), max_tokens=20)
     inside(chat, prompt="hi", system="be kind")
     hi, told = HELLO[:1], [SYSTEM, HELLO[0]]
@@ -221,7 +265,12 @@ def test_commands_change_what_the_model_is_asked(chat, inside, asked):
     assert out.startswith("é 🙂 hello\n" * 3)
     expected = [hi, told, told, [SYSTEM, *HELLO, *hi], [SYSTEM, *HELLO, *hi], told, slash, told]
     assert asked == [render_prompt(chat[2], messages) for messages in expected]
-    for note in ("(a new conversation, with this system prompt)", "(taken back: 'hi')", "with the same system", "without a system"):
+    for note in (
+        "(a new conversation, with this system prompt)",
+        "(taken back: 'hi')",
+        "with the same system",
+        "without a system",
+    ):
         assert notes.count(note) == 1
 
 
@@ -241,7 +290,9 @@ def test_a_saved_conversation_is_read_by_training_and_gone_on_with(chat, inside,
     file.write_text(file.read_text() + "\n" + json.dumps([SYSTEM, *PRODUCT, HELLO[0]]))
     _, notes = inside(chat, f"/load {file}\n/save {tmp_path}/two.jsonl\nhi\n", max_tokens=9)
     assert read_conversations(tmp_path / "two.jsonl") == [[SYSTEM, *PRODUCT]] and "the last of 3 conversations" in notes
-    assert asked == [render_prompt(chat[2], messages) for messages in (HELLO + PRODUCT[:1], [SYSTEM, *PRODUCT, HELLO[0]])]
+    assert asked == [
+        render_prompt(chat[2], messages) for messages in (HELLO + PRODUCT[:1], [SYSTEM, *PRODUCT, HELLO[0]])
+    ]
 
 
 def test_the_whole_conversation_is_saved_and_the_system_prompt_never_forgotten(chat, inside, asked, tmp_path):
@@ -255,11 +306,29 @@ def test_the_whole_conversation_is_saved_and_the_system_prompt_never_forgotten(c
 def test_settings_hold_from_the_next_reply_on(world, inside):
     """Two replies after /seed 7 have the seeds 7 and 8; a temperature of 0 is greedy whatever the seed."""
     _, model, tokenizer = world
-    lines = ["/seed 7", "/temperature 1.5", "/top-k 9", "/top-p 0.9", "/max-tokens 12", "hi", "/again", "/temperature 0", "hi", "/seed", "/max-tokens"]
+    lines = [
+        "/seed 7",
+        "/temperature 1.5",
+        "/top-k 9",
+        "/top-p 0.9",
+        "/max-tokens 12",
+        "hi",
+        "/again",
+        "/temperature 0",
+        "hi",
+        "/seed",
+        "/max-tokens",
+    ]
     out, notes = inside(world, "\n".join(lines))
     engine, prompt = Engine(model, tokenizer, RUNTIME), [tokenizer.bos, *tokenizer.encode("hi")]
-    drawn = [engine.complete([prompt], max_tokens=12, temperature=1.5, top_k=9, top_p=0.9, seed=seed)[0] for seed in (7, 8)]
-    assert drawn[0] != drawn[1] and drawn[0] != engine.complete([prompt], max_tokens=12, temperature=1.5, seed=7)[0]
+    drawn = [
+        engine.complete([prompt], Request(max_tokens=12, temperature=1.5, top_k=9, top_p=0.9, seed=seed))[0]
+        for seed in (7, 8)
+    ]
+    assert (
+        drawn[0] != drawn[1]
+        and drawn[0] != engine.complete([prompt], Request(max_tokens=12, temperature=1.5, seed=7))[0]
+    )
     assert out == "".join(cut_text(tokenizer, ids) + "\n" for ids in drawn) + naive_reply(world, "hi", 12) + "\n"
     assert "(seed is 10)" in notes and "(max-tokens is 12)" in notes and "cut: /max-tokens is 12" in notes
 
@@ -275,31 +344,39 @@ SLIPS = {
     "/max-tokens 0": "expected at least 1; try /max-tokens 256",
     "/seed -1": "expected a whole number from 0; try /seed 42",
     f"/seed {1 << 63}": "try /seed 42",
-    "/undo 3": "/undo with '3'; expected nothing behind it; type /undo",
+    "/undo 3": "/undo with '3'; expected nothing after it; type /undo",
     "/undo": "nothing was answered yet",
     "/again": "type a text first",
-    "/save": "/save with nothing behind it; expected a file; try /save chat.jsonl",
+    "/save": "/save with nothing after it; expected a file; try /save chat.jsonl",
     "/save chat.jsonl": "nothing was answered yet",
     "/load nowhere.jsonl": "nowhere.jsonl is not a file",
 }
 
 
 def test_a_slip_is_one_line_and_the_talk_goes_on(chat, world, inside, tmp_path):
-    out, notes = inside(chat, "\n".join([*SLIPS, "hi", f"/save {tmp_path}/talk.json", f"/save {tmp_path}/none/talk.jsonl"]), max_tokens=9)
+    out, notes = inside(
+        chat,
+        "\n".join([*SLIPS, "hi", f"/save {tmp_path}/talk.json", f"/save {tmp_path}/none/talk.jsonl"]),
+        max_tokens=9,
+    )
     errors = [line for line in notes.splitlines() if line.startswith("error: ")]
     assert out == naive_answer(chat, HELLO[:1], 9) and len(errors) == len(SLIPS) + 2
     for (line, expected), error in zip(SLIPS.items(), errors):
         assert expected in error, line
-    assert "expected .jsonl" in errors[-2] and "No such file or directory" in errors[-1] and not list(tmp_path.iterdir())
+    assert (
+        "expected .jsonl" in errors[-2] and "No such file or directory" in errors[-1] and not list(tmp_path.iterdir())
+    )
     out, notes = inside(world, "/save x.jsonl\n/help\n/system be kind\n")
     assert out == "" and notes.count("start with --chat") == 2 and "  /again" in notes and "  /save" not in notes
-    with pytest.raises(UserError, match="--system, but this model continues texts.*--chat"):
+    with pytest.raises(UserError, match="--system requires a chat model.*--chat"):
         inside(world, system="be kind")
 
 
 def test_help_names_every_command(chat, inside):
     _, notes = inside(chat, "/help\n")
-    assert [line.split()[0] for line in notes.splitlines() if line.startswith("  /") and line[3] != "/"] == [f"/{name}" for name in COMMANDS]
+    assert [line.split()[0] for line in notes.splitlines() if line.startswith("  /") and line[3] != "/"] == [
+        f"/{name}" for name in COMMANDS
+    ]
     assert "/help" in notes.splitlines()[1]
 
 
@@ -349,7 +426,7 @@ def test_calls_are_dim_on_a_terminal_that_can(chat, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for kind, first in ("xterm", "\x1b[2m["), ("dumb", "["):
         monkeypatch.setenv("TERM", kind)
-        assert call_marks(chat[2], calculator)[chat[2].special("<|python_start|>")] == first
+        assert call_marks(calculator)["python"][0] == first
 
 
 @torch.no_grad()
@@ -366,7 +443,9 @@ def naive_reply(world, text: str, n: int) -> str:
 
 def cut_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of a reply that was cut: without the beginning of a character at its end."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(tokenizer.decode_bytes([i for i in ids if i < tokenizer.bos]))
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(
+        tokenizer.decode_bytes([i for i in ids if i < tokenizer.bos])
+    )
 
 
 def command(world, *flags: str) -> dict:
@@ -397,7 +476,12 @@ def test_an_overlong_prompt_is_an_error(world, inside):
 def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
     terminal, inside = pty.openpty()
     chat = subprocess.Popen(
-        **command(world, "--max-tokens", "1000"), stdin=inside, stdout=inside, stderr=inside, start_new_session=True, preexec_fn=own_terminal
+        **command(world, "--max-tokens", "1000"),
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=own_terminal,
     )
     os.close(inside)
     try:
@@ -415,7 +499,11 @@ def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
     assert "Ctrl-D leaves" in seen and "Traceback" not in seen
 
 
-@pytest.mark.parametrize("is_terminal, shown", [(True, "\ufffd[2Jé\t\n\ufffd\ufffd"), (False, "\x1b[2Jé\t\n\x9b\x00")], ids=["terminal", "pipe"])
+@pytest.mark.parametrize(
+    "is_terminal, shown",
+    [(True, "\ufffd[2Jé\t\n\ufffd\ufffd"), (False, "\x1b[2Jé\t\n\x9b\x00")],
+    ids=["terminal", "pipe"],
+)
 def test_a_terminal_gets_no_control_characters_and_a_pipe_gets_every_byte(monkeypatch, is_terminal, shown):
     out = io.StringIO()
     out.isatty = lambda: is_terminal

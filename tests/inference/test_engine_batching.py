@@ -1,7 +1,7 @@
 """Requests that come and go: whatever runs beside a row, its greedy text is what the model without any cache says.
 
-The oracle reads prompt and reply in one forward without a cache: every token must be the best there, or within a near-tie of it.
-"""
+The oracle reads prompt and reply in one forward without a cache: every token must be the best there, or within a
+near-tie of it."""
 
 import gc
 import random
@@ -11,12 +11,13 @@ from collections import Counter
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference import prefill
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.served import served
+from nanolab.inference.prepare import prepare_for_inference
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
@@ -29,10 +30,24 @@ VARIANTS = {
     "gqa-alibi-sink": GPTConfig(**SMALL, window_size=5, attention="gqa:2", positions="alibi", normaliser="sink"),
     "mla": GPTConfig(**SMALL, window_size=9, attention="mla", value_embeds=False),
     "gpt2": GPTConfig(
-        **SMALL, positions="learned", window_pattern="L", qk_norm="none", qk_gain=1.0, value_embeds=False, residual_scalars=False, smear=False, backout=False,
-        embed_norm=False, mlp="gelu_tanh", norm="layernorm", norm_gain=True, bias="qkv,out,mlp,norm", softcap=0.0, tied_head=True,
+        **SMALL,
+        positions="learned",
+        window_pattern="L",
+        qk_norm="none",
+        qk_gain=1.0,
+        value_embeds=False,
+        residual_scalars=False,
+        smear=False,
+        backout=False,
+        embed_norm=False,
+        mlp="gelu_tanh",
+        norm="layernorm",
+        norm_gain=True,
+        bias="qkv,out,mlp,norm",
+        softcap=0.0,
+        tied_head=True,
     ),
-}  # fmt: skip
+}
 
 
 def build(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
@@ -82,10 +97,21 @@ def drain(engine: Engine, replies: dict[int, list[int]]) -> dict[int, str]:
     return ends
 
 
-@pytest.mark.parametrize("seed, graphs", [(0, False), (1, True), *(pytest.param(n, n % 2 == 0, marks=pytest.mark.slow) for n in range(2, 10))])
+@pytest.mark.parametrize(
+    "seed, graphs",
+    [(0, False), (1, True), *(pytest.param(n, n % 2 == 0, marks=pytest.mark.slow) for n in range(2, 10))],
+)
 def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, graphs):
     rng = random.Random(seed)
-    engine = Engine(model, None, RUNTIME, max_rows=6 if graphs else rng.randint(1, 5), prefill_tokens=rng.randint(1, 40), prefix_bytes=rng.choice([0, 300_000]), graphs=graphs)
+    engine = Engine(
+        model,
+        None,
+        RUNTIME,
+        max_rows=6 if graphs else rng.randint(1, 5),
+        prefill_tokens=rng.randint(1, 40),
+        prefix_bytes=rng.choice([0, 300_000]),
+        graphs=graphs,
+    )
     if graphs:
         engine.recorder.after = 2
     prompts, replies, cancelled, live, cached = {}, {}, set(), [], 0
@@ -94,7 +120,11 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, g
             prompt, kind = ids(rng, rng.randint(1, 50)), rng.random()
             if kind < 0.5 and prompts:  # the next turn of a conversation, or once more the same
                 before = rng.choice(list(prompts))
-                prompt = [*prompts[before], *replies.get(before, []), *ids(rng, rng.randint(0, 5))][-95:] if kind < 0.35 else prompts[before]
+                prompt = (
+                    [*prompts[before], *replies.get(before, []), *ids(rng, rng.randint(0, 5))][-95:]
+                    if kind < 0.35
+                    else prompts[before]
+                )
             number = engine.add(greedy(prompt, rng.randint(1, 30)))
             prompts[number], live = tuple(prompt), [*live, number]
         if rng.random() < 0.1 and live:
@@ -118,8 +148,10 @@ def test_any_schedule_gives_the_text_of_the_model_without_a_cache(model, seed, g
 
 @pytest.mark.parametrize("name", ["default", "mla"])
 def test_in_bf16_a_row_differs_from_itself_alone_by_a_near_tie_at_most(name):
-    """Rounding may differ with the batch: where the texts part, the two best logits are within bf16's steps of each other."""
-    model = served(build(VARIANTS[name], torch.bfloat16))
+    """Rounding may differ with the batch: where the texts part, the two best logits are within bf16's steps of each
+    other.
+    """
+    model = prepare_for_inference(build(VARIANTS[name], torch.bfloat16))
     rng = random.Random(3)
     prompts = [ids(rng, n) for n in (1, 30, 12, 44, 7)]
     alone, together = [], {}
@@ -233,16 +265,20 @@ def test_sampled_rows_depend_on_their_own_seed_alone(default):
         return [replies[i] for i in range(len(requests))]
 
     requests = [
-        Request((1, 2, 3), 20, 1.0, seed=5, stop_ids=()), Request((1, 2, 3), 20, 1.0, seed=6, stop_ids=()),
-        Request((7,) * 20, 20, 0.8, top_p=0.9, seed=5, stop_ids=()), Request((4,), 20, 0.8, top_k=9, repetition_penalty=1.3, seed=5, stop_ids=()),
-    ]  # fmt: skip
+        Request((1, 2, 3), 20, 1.0, seed=5, stop_ids=()),
+        Request((1, 2, 3), 20, 1.0, seed=6, stop_ids=()),
+        Request((7,) * 20, 20, 0.8, top_p=0.9, seed=5, stop_ids=()),
+        Request((4,), 20, 0.8, top_k=9, repetition_penalty=1.3, seed=5, stop_ids=()),
+    ]
     alone = [run([request], 0)[0] for request in requests]
     assert run(requests, 0) == run(requests, 3) == alone and alone[0] != alone[1]
 
 
 @pytest.mark.fault("S5")
 def test_scores_of_a_prompt_are_those_of_the_model_without_a_cache(model, monkeypatch):
-    """Whatever is read beside it and in what chunks; equal prompts that are not scored, or with fewer alternatives, keep what is theirs."""
+    """Whatever is read beside it and in what chunks; equal prompts that are not scored, or with fewer alternatives,
+    keep what is theirs.
+    """
     monkeypatch.setattr(prefill, "LOGITS", 7 * SMALL["vocab_size"])
     rng, asked, found, replies = random.Random(0), {}, {}, {}
     engine = Engine(model, None, RUNTIME, max_rows=5, prefill_tokens=17, prefix_bytes=1 << 20)
@@ -266,12 +302,16 @@ def test_scores_of_a_prompt_are_those_of_the_model_without_a_cache(model, monkey
         for score, following, logprobs in zip(found[row][1:], prompt[1:], expected[prompt]):
             assert score.logprob == pytest.approx(logprobs[following].item(), abs=TIE)
             assert [value for _, value in score.top] == pytest.approx(logprobs.topk(top).values.tolist(), abs=TIE)
-            assert [value for _, value in score.top] == pytest.approx([logprobs[token].item() for token, _ in score.top], abs=TIE)
+            assert [value for _, value in score.top] == pytest.approx(
+                [logprobs[token].item() for token, _ in score.top], abs=TIE
+            )
 
 
 @pytest.mark.fault("S5")
 def test_scoring_a_prompt_takes_turns_with_the_others_and_never_holds_all_its_logits(default, monkeypatch):
-    """A row decodes one token in each step while 90 tokens are scored eight at a time; the head sees four places at once."""
+    """A row decodes one token in each step while 90 tokens are scored eight at a time; the head sees four places at
+    once.
+    """
     monkeypatch.setattr(prefill, "LOGITS", 4 * SMALL["vocab_size"])
     engine, rng, sizes, logits = Engine(default, None, RUNTIME, prefill_tokens=8), random.Random(0), [], default.logits
     monkeypatch.setattr(default, "logits", lambda x: sizes.append(x.numel() // x.size(-1)) or logits(x))
@@ -280,7 +320,9 @@ def test_scoring_a_prompt_takes_turns_with_the_others_and_never_holds_all_its_lo
     long = engine.add(greedy(ids(rng, 90), 1, prompt_logprobs=0))
     steps = [engine.step() for _ in range(12)]
     assert [sum(new.row == beside for new in step) for step in steps] == [1] * 12
-    assert [sum(new.row == long for new in step) for step in steps] == [0] * 11 + [1] and len(steps[-1][-1].scores) == 90
+    assert [sum(new.row == long for new in step) for step in steps] == [0] * 11 + [1] and len(
+        steps[-1][-1].scores
+    ) == 90
     assert max(sizes) == 4
 
 
@@ -291,7 +333,12 @@ def test_a_prompt_that_begins_with_a_snapshot_starts_there(default):
     first = engine.add(greedy(prompt, 10))
     drain(engine, replies)
     following = [*prompt, *replies[first], *ids(rng, 4)]
-    for text, expected in ((following, 29), (prompt, 20), (prompt[:19] + [prompt[19] ^ 1], 0), ([*prompt, *ids(rng, 3)], 20)):
+    for text, expected in (
+        (following, 29),
+        (prompt, 20),
+        (prompt[:19] + [prompt[19] ^ 1], 0),
+        ([*prompt, *ids(rng, 3)], 20),
+    ):
         number = engine.add(greedy(text, 10))
         new = next(new for new in iter(engine.step, None) for new in new)
         assert new.cached == expected
@@ -313,15 +360,21 @@ def test_snapshots_are_bounded_in_bytes_and_the_oldest_goes_first(default):
     assert kept[0] == 2 and kept[-1] == kept[-2] > 2
     talks = {key[0] for key in engine.prefixes.kept}
     assert talks == set(range(12 - len(talks), 12))
-    assert len(talks) == len(engine.prefixes.kept) - 1  # of a prompt and its reply, which begins with it, both stay only while there is room
+    # of a prompt and its reply, which begins with it, both stay only while there is room
+    assert len(talks) == len(engine.prefixes.kept) - 1
     assert Engine(default, None, RUNTIME).prefixes is None
 
 
 def alive() -> Counter:
     """The tensors, by shape, and the objects of this package that the process holds."""
     gc.collect()
-    found = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) or str(type(one).__module__).startswith("nanolab."))
-    return Counter((type(one).__name__, str(getattr(one, "shape", ""))) for one in found)  # as text: tests of compiling leave symbolic ones
+    found = (
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), torch.Tensor) or str(type(one).__module__).startswith("nanolab.")
+    )
+    # as text: tests of compiling leave symbolic ones
+    return Counter((type(one).__name__, str(getattr(one, "shape", ""))) for one in found)
 
 
 def test_memory_is_flat_over_many_requests(default):
@@ -353,7 +406,10 @@ def counts_after_rounds(engine: Engine) -> list[Counter]:
 def test_special_tokens_are_not_penalised_for_repetition():
     """Greedy at a penalty, against a loop without a cache that divides the logits of the text's tokens only."""
     tokenizer = Tokenizer.train(["plain"], 265)
-    model, specials = build(GPTConfig(**{**SMALL, "vocab_size": 265, "bos": tokenizer.bos})), set(tokenizer.specials.values())
+    model, specials = (
+        build(GPTConfig(**{**SMALL, "vocab_size": 265, "bos": tokenizer.bos})),
+        set(tokenizer.specials.values()),
+    )
     with torch.no_grad():  # special tokens are likely, so that replies hold some
         model.lm_head.weight[sorted(specials)] *= 1.5
     prompt = [tokenizer.bos, 5, 6, 7, *specials, 8, 9]
@@ -372,7 +428,7 @@ def test_special_tokens_are_not_penalised_for_repetition():
 def test_generate_runs_beside_what_was_added(default):
     engine = Engine(default, None, RUNTIME)
     number, replies = engine.add(greedy([3, 4], 6)), {}
-    assert len(engine.complete([[1, 2]], max_tokens=5, temperature=0.0, stop_ids=())[0]) == 5
+    assert len(engine.complete([[1, 2]], Request(max_tokens=5, temperature=0.0, stop_ids=()))[0]) == 5
     assert drain(engine, replies) == {number: "length"} and len(replies[number]) == 6
 
 
@@ -393,10 +449,16 @@ def test_a_stop_string_ends_its_row_in_the_step_that_completes_it(default):
     assert drain(engine, replies) == {number: "stop"} and replies[number] == free[0][: at + 3]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"prompt": ()}, "has 0 tokens"), ({"prompt": (1,) * 96}, "96 tokens; this model reads 1 to 95"), ({"max_tokens": 0}, "max-tokens"),
-    ({"temperature": -1.0}, "--temperature"), ({"repetition_penalty": -1.0}, "penalty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt": ()}, "has 0 tokens"),
+        ({"prompt": (1,) * 96}, "96 tokens; this model reads 1 to 95"),
+        ({"max_tokens": 0}, "max-tokens"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"repetition_penalty": -1.0}, "penalty"),
+    ],
+)
 def test_bad_requests_are_refused_at_once(default, change, message):
     engine = Engine(default, None, RUNTIME)
     with pytest.raises(UserError, match=message):
@@ -458,8 +520,12 @@ def test_what_was_generated_leaves_no_memory_behind(default):
     others = [x for x in gc.get_objects() if type(x) is KVCache]  # of other tests
     gc.disable()
     try:
-        for _ in engine.generate([[1, 2, 3], [4, 5]], max_tokens=4, stop_ids=()):
-            made = made or [weakref.ref(x) for x in gc.get_objects() if type(x) is KVCache and not any(x is other for other in others)]
+        for _ in engine.generate([[1, 2, 3], [4, 5]], Request(max_tokens=4, stop_ids=())):
+            made = made or [
+                weakref.ref(x)
+                for x in gc.get_objects()
+                if type(x) is KVCache and not any(x is other for other in others)
+            ]
         assert made and not any(ref() for ref in made)
     finally:
         gc.enable()

@@ -1,4 +1,6 @@
-"""Tool use inside a generation, against a loop that recomputes everything for every token and knows the protocol by heart."""
+"""Tool use inside a generation, against a loop that recomputes everything for every token and knows the protocol by
+heart.
+"""
 
 import math
 import threading
@@ -7,18 +9,21 @@ import time
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.inference.calculator import calculator
 from nanolab.inference.engine import Engine, Request
-from nanolab.inference.sampling import Draws, choose, row_generators
-from nanolab.inference.tools import calculator
+from nanolab.inference.sampling import SamplingState, choose, row_generators
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train(["plain"], 265)  # bytes and special tokens
 CONFIG = GPTConfig(sequence_len=96, vocab_size=265, n_layer=2, n_head=2, n_embd=32, window_pattern="SL")
-START, END, OUT, OUT_END, STOP = (TOKENIZER.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end"))
+START, END, OUT, OUT_END, STOP = (
+    TOKENIZER.special(f"<|{name}|>")
+    for name in ("python_start", "python_end", "output_start", "output_end", "assistant_end")
+)
 
 
 def ids(text: str) -> list[int]:
@@ -46,7 +51,7 @@ def run(model, prompts, tools=calculator, **settings):
     """By row: tokens, forced flags, log probabilities; and how the row ended."""
     rows = [([], [], []) for _ in prompts]
     ends = [None] * len(prompts)
-    for step in Engine(model, TOKENIZER, RUNTIME).generate(prompts, tools=tools, **settings):
+    for step in Engine(model, TOKENIZER, RUNTIME).generate(prompts, Request(tools=tools, **settings)):
         for new in step:
             assert ends[new.row] is None
             for part, value in zip(rows[new.row], (new.token, new.forced, new.logprob)):
@@ -60,13 +65,14 @@ REPLY = [*CALL[1:], OUT, *ids("42"), OUT_END, *ids("b"), STOP]
 
 
 def test_the_result_is_forced_after_the_call_and_the_model_reads_it():
-    model = Chain(CALL, [OUT_END, *ids("b"), STOP], [END, STOP], [OUT, STOP], [*ids("4"), STOP], [*ids("2"), STOP])  # it would end where it is forced
+    # it would end where it is forced
+    model = Chain(CALL, [OUT_END, *ids("b"), STOP], [END, STOP], [OUT, STOP], [*ids("4"), STOP], [*ids("2"), STOP])
     ((tokens, forced, logprobs),), ends = run(model, [ids("a")])
     assert tokens == REPLY and ends == ["stop"]
     assert forced == [False] * 5 + [True] * 4 + [False] * 2
     assert [p == 0.0 for p in logprobs[5:9]] == [True] * 4 and all(p == pytest.approx(0, abs=1e-4) for p in logprobs)
     assert [t for (t,) in model.read] == [*ids("a"), *REPLY[:-1]]  # every token once, forced ones too, the stop not
-    assert Engine(model, TOKENIZER, RUNTIME).complete([ids("a")], tools=calculator) == [REPLY[:-1]]
+    assert Engine(model, TOKENIZER, RUNTIME).complete([ids("a")], Request(tools=calculator)) == [REPLY[:-1]]
 
 
 def test_without_tools_a_call_is_text_like_any_other():
@@ -100,7 +106,7 @@ def test_the_tool_runs_after_its_call_was_handed_out():
     """So that a page shows the call while the tool works; and a talk that is given up does not run it."""
     made = []
     model = Chain(CALL, [END, STOP])
-    steps = Engine(model, TOKENIZER, RUNTIME).generate([ids("a")], tools=lambda code: made.append(code) or "")
+    steps = Engine(model, TOKENIZER, RUNTIME).generate([ids("a")], Request(tools=lambda code: made.append(code) or ""))
     while next(steps)[0].token != END:
         pass
     assert made == []
@@ -109,13 +115,18 @@ def test_the_tool_runs_after_its_call_was_handed_out():
 
 
 def test_an_error_is_a_result_too():
-    model = Chain([*ids("a"), START, *ids("1/0"), END], [OUT_END, STOP], *([i, STOP] for i in (END, OUT, *ids("error: division by zero"))))
+    model = Chain(
+        [*ids("a"), START, *ids("1/0"), END],
+        [OUT_END, STOP],
+        *([i, STOP] for i in (END, OUT, *ids("error: division by zero"))),
+    )
     model.after |= {ids("1")[0]: ids("/")[0], ids("/")[0]: ids("0")[0], ids("0")[0]: END}
     ((tokens, _, _),), _ = run(model, [ids("a")])
     assert "<|output_start|>error: division by zero<|output_end|>" in TOKENIZER.decode(tokens)
 
 
-# ------------------------------------------------------------------------- a real model that calls its tool all the time
+# ------------------------------------------------------------------------- a real model that calls its tool all the
+# time
 
 
 class Eager(torch.nn.Module):
@@ -154,7 +165,7 @@ SETTINGS = dict(max_tokens=50, temperature=0.9, top_p=0.98)
 @torch.no_grad()
 def naive(model, prompt: list[int], seed: int, stop_ids: set[int]) -> tuple[list[int], list[bool]]:
     """One row: sample, and behind each finished call put the result; recomputes all for every sampled token."""
-    draws = Draws(SETTINGS["temperature"], 0, SETTINGS["top_p"], row_generators([seed], 1)[0])
+    draws = SamplingState(SETTINGS["temperature"], 0, SETTINGS["top_p"], row_generators([seed], 1)[0])
     new: list[int] = []
     forced: list[bool] = []
     while len(new) < SETTINGS["max_tokens"]:
@@ -181,12 +192,15 @@ def test_rows_with_calls_are_what_each_would_be_alone(eager):
         assert [p == 0 for p in logprobs] == forced and all(math.isfinite(p) for p in logprobs)
     flags = [forced for _, forced, _ in rows]
     assert sum(map(any, flags)) >= 4 and len(set(ends)) == 2  # most rows made calls; some stopped, some were cut
-    assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))  # forced and sampled tokens in one batch
+    # forced and sampled tokens in one batch
+    assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_rows_whose_tool_takes_long_step_aside(eager, graphs):
-    """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up meanwhile is gone."""
+    """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up
+    meanwhile is gone.
+    """
     engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=5, tool_threads=1, graphs=graphs)
     if graphs:
         engine.recorder.after = 2
@@ -241,7 +255,11 @@ def test_a_tool_that_the_machine_fails_is_a_result_too(eager):
 def test_a_row_that_finds_no_place_waits_without_spinning(eager):
     engine = Engine(eager, TOKENIZER, RUNTIME, max_rows=1, tool_threads=1)
     for i in (2, 2):
-        engine.add(Request(tuple(PROMPTS[i]), top_k=0, stop_ids=(), tools=lambda code: time.sleep(0.2) or "ok", seed=22, **SETTINGS))
+        engine.add(
+            Request(
+                tuple(PROMPTS[i]), top_k=0, stop_ids=(), tools=lambda code: time.sleep(0.2) or "ok", seed=22, **SETTINGS
+            )
+        )
     steps = 0
     while not engine.idle:
         engine.step()

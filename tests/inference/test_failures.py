@@ -1,7 +1,8 @@
-"""What goes wrong beside the text: recording, a tool, memory, logits. The rows that are not concerned get the text that they get alone."""
+"""What goes wrong beside the text: recording, a tool, memory, logits. The rows that are not concerned get the text that
+they get alone.
+"""
 
 import copy
-import logging
 import random
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference import engine as engine_module
 from nanolab.inference import recorded
@@ -17,17 +18,31 @@ from nanolab.inference.cache import KVCache
 from nanolab.inference.dialogue import Dialogue
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.tools import ToolUse
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train(["plain"], 265)  # bytes and special tokens
-CONFIG = GPTConfig(sequence_len=96, vocab_size=265, n_layer=2, n_head=2, n_embd=32, window_size=7, window_pattern="SL", bos=TOKENIZER.bos)
+CONFIG = GPTConfig(
+    sequence_len=96,
+    vocab_size=265,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    window_size=7,
+    window_pattern="SL",
+    bos=TOKENIZER.bos,
+)
 PROMPTS = [tuple(random.Random(i).randrange(250) for _ in range(n)) for i, n in enumerate((9, 30, 3, 17, 9, 22))]
 ERRORS = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"),
-]  # fmt: skip
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+        " allocate 4096 bytes"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,9 @@ def once(function, error: BaseException, at: int):
 
 
 @pytest.mark.fault("outer D2")
-@pytest.mark.parametrize("error", [RuntimeError("not supported"), TypeError("x"), *ERRORS], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("not supported"), TypeError("x"), *ERRORS], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_recorder_that_fails_is_said_once_and_done_without(model, alone, monkeypatch, caplog, error, replay):
     made = []
@@ -142,7 +159,9 @@ def test_a_snapshot_larger_than_the_room_is_not_made_and_nothing_goes_for_it(mod
     kept, used = list(engine.prefixes.kept), engine.prefixes.used
     assert len(kept) == 6 and used <= 20_000
     copies = []
-    monkeypatch.setattr(KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: copies.append(row) or plain(cache, row))
+    monkeypatch.setattr(
+        KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: copies.append(row) or plain(cache, row)
+    )
     number = engine.add(Request(tuple(range(10, 90)), 4, 0.0, stop_ids=()))
     got, _ = drain(engine)
     assert len(got[number]) == 4
@@ -161,7 +180,7 @@ def test_a_prompt_whose_reply_is_kept_goes_before_another_conversation(model):
 
 def test_the_longest_snapshot_is_found(model):
     """Of random sequences over two tokens, against the definition."""
-    rng, prefixes = random.Random(0), engine_module.Prefixes(1 << 30)
+    rng, prefixes = random.Random(0), engine_module.PrefixCache(1 << 30)
     cache = KVCache(CONFIG, 1, capacity=1)
     kept = {tuple(rng.choices((1, 2), k=rng.randint(1, 9))): rng.random() < 0.5 for _ in range(60)}
     for ids, has_logits in kept.items():
@@ -172,11 +191,14 @@ def test_the_longest_snapshot_is_found(model):
         found = prefixes.find(prompt)
         assert found is (prefixes.kept[max(fitting, key=len)] if fitting else None)
     for ids in kept:
-        assert (id(prefixes.kept[ids]) in prefixes.contained) == any(other[: len(ids)] == ids and other != ids for other in kept)
+        contained = id(prefixes.kept[ids]) in prefixes.contained
+        assert contained == any(other[: len(ids)] == ids and other != ids for other in kept)
 
 
 @pytest.mark.fault("outer D10")
-@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3), None], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), KeyError("x"), SystemExit(3), None], ids=repr
+)
 def test_a_tool_that_raises_anything_or_gives_no_text_is_a_result_and_logged(caplog, error):
     def tool(code: str):
         if error:
@@ -204,14 +226,13 @@ def test_rows_go_on_where_no_thread_starts_for_a_tool(model, alone, monkeypatch,
     got, forced = {calling: [], beside: []}, []
     engine.live[calling].waiting.extend([start, *TOKENIZER.encode("1")])
     heard = engine.live[calling]
-    heard.use.code = TOKENIZER.encode("1")
     while not engine.idle:
         for new in engine.step():
             got[new.row].append(new.token)
             if new.row == calling and new.forced:
                 forced.append(new.token)
                 if len(forced) == 2:
-                    heard.tokens[-1], heard.unheard = end, True  # as if the model had ended its call
+                    heard.tokens[-1], heard.call = end, "1"  # as if the model had ended its call
     assert "error: RuntimeError" in TOKENIZER.decode(forced)
     assert got[beside] == alone[1] and len(got[calling]) == 40
 
@@ -229,9 +250,15 @@ POINTS = {
 
 @pytest.mark.fault("outer D11")
 @pytest.mark.parametrize("point", list(POINTS))
-@pytest.mark.parametrize("error, prefix_bytes", [(ERRORS[0], 0), (ERRORS[1], 1 << 20), (ERRORS[2], 1 << 20)], ids=["cuda", "python", "cpu"])
-def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(model, alone, monkeypatch, caplog, point, error, prefix_bytes):
-    """Memory runs out once, at the first, the second, ... of the places where that could be; rows come in over several steps."""
+@pytest.mark.parametrize(
+    "error, prefix_bytes", [(ERRORS[0], 0), (ERRORS[1], 1 << 20), (ERRORS[2], 1 << 20)], ids=["cuda", "python", "cpu"]
+)
+def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(
+    model, alone, monkeypatch, caplog, point, error, prefix_bytes
+):
+    """Memory runs out once, at the first, the second, ... of the places where that could be; rows come in over several
+    steps.
+    """
     ran_out = 0
     for at in (0, 2, 9, 20):
         with monkeypatch.context() as patch:
@@ -264,7 +291,9 @@ def test_out_of_memory_costs_snapshots_and_then_the_youngest_rows(model, alone, 
 
 @pytest.mark.fault("outer D11")
 def test_with_room_for_two_rows_the_two_oldest_of_six_arrive(model, alone, monkeypatch):
-    """A cache of at most 2 rows' keys, whenever it grows: the youngest are given up until the others fit; then there is room for new ones."""
+    """A cache of at most 2 rows' keys, whenever it grows: the youngest are given up until the others fit; then there is
+    room for new ones.
+    """
     plain = KVCache._resize
 
     def limited(cache, rows):
@@ -299,7 +328,7 @@ def test_rows_that_wait_for_a_tool_survive_too(model, monkeypatch):
                 for new in engine.step():
                     out.append(new.token)
                     if len(out) == 4:
-                        row.use.code, row.tokens[-1], row.unheard = TOKENIZER.encode("7"), TOKENIZER.special("<|python_end|>"), True
+                        row.tokens[-1], row.call = TOKENIZER.special("<|python_end|>"), "7"
         engine.close()
         assert not engine.failed
         return out, made
@@ -312,7 +341,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_an_error_with_a_code(model,
     engine = Engine(model, TOKENIZER, RUNTIME)
     monkeypatch.setattr(GPT, "forward", once(GPT.forward, MemoryError(), 2))
     with pytest.raises(UserError) as error:
-        engine.complete([PROMPTS[0]], max_tokens=20, temperature=0.0, stop_ids=())
+        engine.complete([PROMPTS[0]], Request(max_tokens=20, temperature=0.0, stop_ids=()))
     assert error.value.code == "out-of-memory"
 
 
@@ -349,8 +378,7 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(model, alone, graphs):
         numbers = [engine.add(r) for r in (request(0), request(0, 30), bad, request(1))]
         bad = numbers[2]
         for _ in range(3):
-            for new in engine.step():
-                pass
+            list(engine.step())
         assert [(row, code) for row, code, _ in engine.failed] == [(bad, "non_finite_logits")]
         engine.failed.clear()
         engine.add(request(2))

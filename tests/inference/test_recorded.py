@@ -1,8 +1,8 @@
-"""Recorded steps as a GPU makes them, with stand-ins for torch.cuda that take what the installed torch's own signatures take.
+"""Recorded steps as a GPU makes them, with stand-ins for torch.cuda that take what the installed torch's own signatures
+take.
 
-The stand-in of a graph keeps the operators of a capture with the very tensors they were called on, and replays those: what a capture
-froze stays frozen, as on a GPU.
-"""
+The stand-in of a graph keeps the operators of a capture with the very tensors they were called on, and replays those:
+what a capture froze stays frozen, as on a GPU."""
 
 import inspect
 import random
@@ -15,17 +15,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 
-from nanolab.config import GPTConfig
 from nanolab.inference import recorded
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.recorded import AFTER, Recorder
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
-SMALL = dict(sequence_len=200, vocab_size=61, n_layer=2, n_head=4, n_embd=32, bos=60, window_size=7, window_pattern="SL")
-CONFIGS = {"default": GPTConfig(**SMALL), "gqa-alibi-sink": GPTConfig(**SMALL, attention="gqa:2", positions="alibi", normaliser="sink")}
+SMALL = dict(
+    sequence_len=200, vocab_size=61, n_layer=2, n_head=4, n_embd=32, bos=60, window_size=7, window_pattern="SL"
+)
+CONFIGS = {
+    "default": GPTConfig(**SMALL),
+    "gqa-alibi-sink": GPTConfig(**SMALL, attention="gqa:2", positions="alibi", normaliser="sink"),
+}
 
 
 def build(config: GPTConfig) -> GPT:
@@ -72,16 +77,22 @@ class Cuda:
             def replay(self):
                 cuda.replays += 1
                 for function, args, kwargs, out in self.calls:
-                    inputs = {x.untyped_storage().data_ptr() for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+                    inputs = {
+                        x.untyped_storage().data_ptr() for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)
+                    }
                     for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs))):
-                        if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in inputs:  # neither a view nor written in place
+                        if (
+                            isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in inputs
+                        ):  # neither a view nor written in place
                             old.copy_(new)
 
         class graph:
             def __init__(self, cuda_graph, pool, stream, capture_error_mode, **others):
                 self.graph, self.operators = cuda_graph, Operators()
                 asked = dict(pool=pool, stream=stream, mode=capture_error_mode)
-                cuda.captures.append(asked | dict(thread=threading.get_ident(), locked=recorded.RECORDING.locked(), device=cuda.device))
+                cuda.captures.append(
+                    asked | dict(thread=threading.get_ident(), locked=recorded.RECORDING.locked(), device=cuda.device)
+                )
 
             def __enter__(self):
                 self.operators.__enter__()
@@ -178,8 +189,14 @@ def test_two_engines_capture_each_on_its_own_device_under_one_lock(cuda):
     assert all(c["locked"] and c["mode"] == "thread_local" and c["stream"].device == c["device"] for c in cuda.captures)
     for i, thread in enumerate(threads):
         mine = [c for c in cuda.captures if c["stream"].device.index == i]
-        assert len(mine) >= 2 and {c["thread"] for c in mine} == {thread.ident} and len({id(c["stream"]) for c in mine}) == 1
-    assert not {c["pool"] for c in cuda.captures if c["device"].index == 0} & {c["pool"] for c in cuda.captures if c["device"].index == 1}
+        assert (
+            len(mine) >= 2
+            and {c["thread"] for c in mine} == {thread.ident}
+            and len({id(c["stream"]) for c in mine}) == 1
+        )
+    assert not {c["pool"] for c in cuda.captures if c["device"].index == 0} & {
+        c["pool"] for c in cuda.captures if c["device"].index == 1
+    }
 
 
 def stores(cache: KVCache) -> list[StorageWeakRef]:
@@ -211,7 +228,8 @@ def test_a_cache_that_was_replaced_is_freed(cuda, grow):
     assert logits.shape == (1, 61) and not recorder.steps  # the graph reads memory that has gone
     assert [ref.expired() for ref in old] == ([False, True] if grow == "capacity" else [True, True]) * 2
     recorder.step(cache, step)
-    assert len(recorder.steps) == 1 and cuda.captures[-1]["pool"] != pool  # torch's allocator refuses a pool whose graphs have all gone
+    # torch's allocator refuses a pool whose graphs have all gone
+    assert len(recorder.steps) == 1 and cuda.captures[-1]["pool"] != pool
 
 
 def test_replies_grow_past_what_was_recorded(cuda):

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import UserError
-from nanolab.inference.sampling import Draws, check_settings, choose, row_generators, truncate
+from nanolab.cli import UserError
+from nanolab.inference.sampling import SamplingState, check_settings, choose, row_generators, truncate
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: list) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: list
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log probabilities of rows with the same settings."""
-    chosen = choose(logits, [Draws(temperature, top_k, top_p, g) for g in generators])
+    chosen = choose(logits, [SamplingState(temperature, top_k, top_p, g) for g in generators])
     return torch.tensor([c.token for c in chosen]), torch.tensor([c.logprob for c in chosen])
 
 
@@ -34,7 +36,9 @@ def nucleus(logits: np.ndarray, temperature: float, top_k: int, top_p: float) ->
     return out / out.sum()
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", list(itertools.product([0.5, 1.0, 2.0], [0, 1, 3, 50], [0.0, 0.3, 0.9, 1.0])))
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", list(itertools.product([0.5, 1.0, 2.0], [0, 1, 3, 50], [0.0, 0.3, 0.9, 1.0]))
+)
 def test_truncated_distribution_is_the_formula(temperature, top_k, top_p):
     logits = np.random.default_rng(3).normal(size=(6, 20)).astype(np.float32) * 2
     scores = truncate(torch.from_numpy(logits) / temperature, top_k, top_p)
@@ -42,7 +46,9 @@ def test_truncated_distribution_is_the_formula(temperature, top_k, top_p):
     np.testing.assert_allclose(scores.softmax(-1).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("top_k, top_p, kept", [(3, 1.0, [1, 2, 4]), (1, 1.0, [1]), (0, 0.55, [1, 2, 4]), (0, 0.5, [1, 2]), (4, 0.4, [1, 2])])
+@pytest.mark.parametrize(
+    "top_k, top_p, kept", [(3, 1.0, [1, 2, 4]), (1, 1.0, [1]), (0, 0.55, [1, 2, 4]), (0, 0.5, [1, 2]), (4, 0.4, [1, 2])]
+)
 def test_ties_at_the_cut_go_to_the_lowest_ids(top_k, top_p, kept):
     probs = torch.tensor([[0.0625, 0.25, 0.25, 0.0625, 0.1875, 0.1875]])
     assert torch.isfinite(truncate(probs.log(), top_k, top_p))[0].nonzero()[:, 0].tolist() == kept
@@ -82,7 +88,7 @@ def test_a_row_draws_the_same_alone_and_among_others():
     logits = torch.from_numpy(np.random.default_rng(1).normal(size=(30, 5, 40)))  # 30 steps, 5 rows
 
     def draw(rows: list[int], generators: list[torch.Generator]) -> list[list[int]]:
-        draws = [Draws(1.0, 0, 0.95, g) for g in generators]
+        draws = [SamplingState(1.0, 0, 0.95, g) for g in generators]
         return [[c.token for c in choose(step[rows], draws)] for step in logits]
 
     together = draw([0, 1, 2, 3, 4], row_generators([10, 11, 12, 13, 14], 5))
@@ -105,7 +111,16 @@ def test_extreme_logits_stay_finite():
         assert torch.isfinite(logprobs).all() and ((0 <= ids) & (ids < 3)).all()
 
 
-@pytest.mark.parametrize("settings, flag", [((-1.0, 0, 1.0), "--temperature"), ((float("nan"), 0, 1.0), "--temperature"), ((1.0, -2, 1.0), "--top-k"), ((1.0, 0, 1.5), "--top-p"), ((1.0, 0, 1.0, 0.0), "penalty")])
+@pytest.mark.parametrize(
+    "settings, flag",
+    [
+        ((-1.0, 0, 1.0), "--temperature"),
+        ((float("nan"), 0, 1.0), "--temperature"),
+        ((1.0, -2, 1.0), "--top-k"),
+        ((1.0, 0, 1.5), "--top-p"),
+        ((1.0, 0, 1.0, 0.0), "penalty"),
+    ],
+)
 def test_meaningless_settings_are_refused(settings, flag):
     with pytest.raises(UserError, match=flag):
         check_settings(*settings)
@@ -119,10 +134,20 @@ def test_a_wrong_number_of_seeds_is_refused():
 def test_rows_with_settings_of_their_own_are_drawn_as_each_alone():
     rng = np.random.default_rng(4)
     logits = torch.from_numpy(rng.normal(size=(40, 9, 30))).float()
-    settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.5), (1.0, 0, 0.9), (0.7, 5, 0.8), (0.0, 3, 0.5)]
+    settings = [
+        (0.0, 0, 1.0),
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (1.0, 5, 1.0),
+        (2.0, 5, 1.0),
+        (1.0, 0, 0.5),
+        (1.0, 0, 0.9),
+        (0.7, 5, 0.8),
+        (0.0, 3, 0.5),
+    ]
 
     def draw(members: list[int]) -> list[list[int]]:
-        draws = [Draws(*settings[i], row_generators([i], 1)[0], 1.0 + 0.2 * (i % 2), i % 3) for i in members]
+        draws = [SamplingState(*settings[i], row_generators([i], 1)[0], 1.0 + 0.2 * (i % 2), i % 3) for i in members]
         return [[c.token for c in choose(step[members], draws)] for step in logits]
 
     together = draw(list(range(9)))
@@ -133,13 +158,13 @@ def test_rows_with_settings_of_their_own_are_drawn_as_each_alone():
 def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.2], [2.0, 1.5, -1.0, -1.2]])
     seen = torch.tensor([True, False, True, False])
-    rows = [Draws(0.0, 0, 1.0, None, 1.5, 4, seen), Draws(0.0, 0, 1.0, None)]
+    rows = [SamplingState(0.0, 0, 1.0, None, 1.5, 4, seen), SamplingState(0.0, 0, 1.0, None)]
     penalised, plain = choose(logits, rows)
     assert (penalised.token, plain.token) == (1, 0)  # 2 / 1.5 < 1.5
     assert penalised.logprob == pytest.approx(logits[0].log_softmax(-1)[1].item(), abs=1e-6)  # the model's own
     assert [i for i, _ in penalised.top] == [0, 1, 2, 3] and plain.top == ()
     n = 4000
-    draws = [Draws(1.0, 0, 1.0, g, 1.5, 0, seen) for g in row_generators(3, n)]
+    draws = [SamplingState(1.0, 0, 1.0, g, 1.5, 0, seen) for g in row_generators(3, n)]
     counts = np.bincount([c.token for c in choose(logits[:1].expand(n, -1), draws)], minlength=4) / n
     weights = np.exp([2 / 1.5, 1.5, -1.5, -1.2])
     np.testing.assert_allclose(counts, weights / weights.sum(), atol=0.03)
@@ -147,7 +172,7 @@ def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negat
 
 def test_the_likeliest_are_reported_with_the_models_own_log_probabilities():
     logits = torch.from_numpy(np.random.default_rng(2).normal(size=(3, 12))).float()
-    chosen = choose(logits, [Draws(0.5, 2, 1.0, g, 1.0, n) for g, n in zip(row_generators(1, 3), (0, 2, 20))])
+    chosen = choose(logits, [SamplingState(0.5, 2, 1.0, g, 1.0, n) for g, n in zip(row_generators(1, 3), (0, 2, 20))])
     assert [len(c.top) for c in chosen] == [0, 2, 12]
     for c, row in zip(chosen, logits.double().log_softmax(-1).numpy()):
         order = np.argsort(-row)[: len(c.top)]

@@ -15,10 +15,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.tools import MAX_DIGITS, TOOLS, ToolUse, calculator
+from nanolab.data.turn import TurnParser
+from nanolab.inference.calculator import MAX_DIGITS, calculator
+from nanolab.inference.tools import TOOLS, ToolUse
 
 GSM8K = Path(__file__).parents[3] / "shared/data/eval/gsm8k/test.jsonl"
-BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}  # fmt: skip
+BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 
 
 class NotWhole(Exception):
@@ -50,10 +59,12 @@ expressions = st.recursive(
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "//", "%", " + ", " - "]), inner).map("".join),
         st.tuples(inner, st.sampled_from(["**2", "**-1", "**0", "**-3", " ** 3"])).map("".join),
-        inner.map("({})".format), inner.map("-{}".format), inner.map("+{}".format),
+        inner.map("({})".format),
+        inner.map("-{}".format),
+        inner.map("+{}".format),
     ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -78,31 +89,92 @@ def test_a_value_is_that_of_pythons_parse_in_fractions(expression):
     assert not re.search(r"\.\d*0$|\.$|^-0$", result)
 
 
-@pytest.mark.parametrize("expression, result", [
-    ("2/4", "0.5"), ("1/3", "0.3333333333"), ("2/3", "0.6666666667"), ("0.1+0.2", "0.3"), ("1/7*7", "1"), ("6/3", "2"),
-    ("1,234,567+1", "1234568"), ("12,345.5*2", "24691"), (".5*4", "2"), ("5.", "5"), ("1e3+1", "1001"), ("2.5e-3*2", "0.005"),
-    ("-2**2", "-4"), ("2**-1", "0.5"), ("2**3**2", "512"), ("2**-1**2", "0.5"), ("-7//2", "-4"), ("-7%3", "2"), ("8-3-2", "3"), ("8/4/2", "1"),
-    ("100*1.1", "110"), ("0**0", "1"), ("-0.0", "0"), ("123456789012345/7", "17636684144620.71"), ("1/2**40", "0.0000000000009094947018"),
-    ("1/3**100", "1.940325217e-48"), ("10**99", "1" + "0" * 99), ("1**10000000000000000000", "1"), ("(-1)**10000000000000000001", "-1"),
-    (" 1 +\n\t2 ", "3"), ("((2))", "2"),
-    ('"strawberry".count("r")', "3"), ("'a b a'.count('a b')", "1"), ('"aaa".count("aa")', "1"), ('"ab".count("")', "3"),
-    ("""'it\\'s'.count("'") + 2*"xx".count("x")""", "5"), ('"+".count("+")', "1"), (r'"a\\n\n".count("\n")', "1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression, result",
+    [
+        ("2/4", "0.5"),
+        ("1/3", "0.3333333333"),
+        ("2/3", "0.6666666667"),
+        ("0.1+0.2", "0.3"),
+        ("1/7*7", "1"),
+        ("6/3", "2"),
+        ("1,234,567+1", "1234568"),
+        ("12,345.5*2", "24691"),
+        (".5*4", "2"),
+        ("5.", "5"),
+        ("1e3+1", "1001"),
+        ("2.5e-3*2", "0.005"),
+        ("-2**2", "-4"),
+        ("2**-1", "0.5"),
+        ("2**3**2", "512"),
+        ("2**-1**2", "0.5"),
+        ("-7//2", "-4"),
+        ("-7%3", "2"),
+        ("8-3-2", "3"),
+        ("8/4/2", "1"),
+        ("100*1.1", "110"),
+        ("0**0", "1"),
+        ("-0.0", "0"),
+        ("123456789012345/7", "17636684144620.71"),
+        ("1/2**40", "0.0000000000009094947018"),
+        ("1/3**100", "1.940325217e-48"),
+        ("10**99", "1" + "0" * 99),
+        ("1**10000000000000000000", "1"),
+        ("(-1)**10000000000000000001", "-1"),
+        (" 1 +\n\t2 ", "3"),
+        ("((2))", "2"),
+        ('"strawberry".count("r")', "3"),
+        ("'a b a'.count('a b')", "1"),
+        ('"aaa".count("aa")', "1"),
+        ('"ab".count("")', "3"),
+        ("""'it\\'s'.count("'") + 2*"xx".count("x")""", "5"),
+        ('"+".count("+")', "1"),
+        (r'"a\\n\n".count("\n")', "1"),
+    ],
+)
 def test_values(expression, result):
     assert calculator(expression) == result
 
 
-@pytest.mark.parametrize("expression, reason", [
-    ("2**99999999", "number too large"), ("9**9**9", "number too large"), ("2**-99999999", "number too large"), ("1e999", "number too large"),
-    ("0.5**9**9", "number too large"), ("*".join(["9" * 90] * 10), "number too large"), ("10**100", "a result of more than 100 digits"),
-    ("1/0", "division by zero"), ("1//0", "division by zero"), ("1%0", "division by zero"), ("0**-1", "division by zero"),
-    ("2**0.5", "the exponent is not a whole number"), ("(" * 60 + "1" + ")" * 60, "nested too deep"), ("-" * 60 + "1", "nested too deep"),
-    ("2**" * 60 + "1", "nested too deep"), ('"a".count("' + "a" * 2**20 + '")', "more than 1000 characters"), ("1+" * 10**6 + "1", "more than 1000 characters"),
-    ("", "expected a number, found the end"), ("1+", "expected a number, found the end"), ("1 2", "expected the end, found 2"), ("(1", "expected ), found the end"),
-    ("1,23", "unexpected ','"), ("1234,567", "unexpected ','"), ("1,2345", "expected the end, found 5"), ("2=2", "unexpected '='"), ("x", "unexpected 'x'"),
-    ('"abc"', "expected .count, found the end"), ('"a".upper()', "unexpected '.'"), ('"a".count(1)', "expected a string, found 1"), ('"a".count("b"', "expected ), found the end"),
-    ('"a"*1000', "expected .count, found *"), (r'"\x41".count("A")', r"unknown escape \x"), ("__import__('os')", "unexpected '_'"), ('"a', "unexpected '\"'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression, reason",
+    [
+        ("2**99999999", "number too large"),
+        ("9**9**9", "number too large"),
+        ("2**-99999999", "number too large"),
+        ("1e999", "number too large"),
+        ("0.5**9**9", "number too large"),
+        ("*".join(["9" * 90] * 10), "number too large"),
+        ("10**100", "a result of more than 100 digits"),
+        ("1/0", "division by zero"),
+        ("1//0", "division by zero"),
+        ("1%0", "division by zero"),
+        ("0**-1", "division by zero"),
+        ("2**0.5", "the exponent is not a whole number"),
+        ("(" * 60 + "1" + ")" * 60, "nested too deep"),
+        ("-" * 60 + "1", "nested too deep"),
+        ("2**" * 60 + "1", "nested too deep"),
+        ('"a".count("' + "a" * 2**20 + '")', "more than 1000 characters"),
+        ("1+" * 10**6 + "1", "more than 1000 characters"),
+        ("", "expected a number, found the end"),
+        ("1+", "expected a number, found the end"),
+        ("1 2", "expected the end, found 2"),
+        ("(1", "expected ), found the end"),
+        ("1,23", "unexpected ','"),
+        ("1234,567", "unexpected ','"),
+        ("1,2345", "expected the end, found 5"),
+        ("2=2", "unexpected '='"),
+        ("x", "unexpected 'x'"),
+        ('"abc"', "expected .count, found the end"),
+        ('"a".upper()', "unexpected '.'"),
+        ('"a".count(1)', "expected a string, found 1"),
+        ('"a".count("b"', "expected ), found the end"),
+        ('"a"*1000', "expected .count, found *"),
+        (r'"\x41".count("A")', r"unknown escape \x"),
+        ("__import__('os')", "unexpected '_'"),
+        ('"a', "unexpected '\"'"),
+    ],
+)
 def test_refusals(expression, reason):
     assert calculator(expression) == f"error: {reason}"
 
@@ -120,10 +192,25 @@ def test_count_is_pythons(text, part):
     assert calculator(f"{text!r}.count({part!r})") == str(text.count(part))
 
 
-@pytest.mark.parametrize("expression", [
-    "9**646*" * 140 + "1", "1/3**640+" * 100 + "1", "(" * 49 + "7**700" + ")" * 49, "1/7+" * 249 + "1", "*".join(["1.0000001"] * 90),
-    "2**" * 300 + "2", "(" * 500, "-" * 1000, '"' + "a" * 900 + '".count("a")', '"' + "\\" * 998, "9" * 1000, "1e-300/" * 100 + "1", "," * 1000, "1," * 500,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "9**646*" * 140 + "1",
+        "1/3**640+" * 100 + "1",
+        "(" * 49 + "7**700" + ")" * 49,
+        "1/7+" * 249 + "1",
+        "*".join(["1.0000001"] * 90),
+        "2**" * 300 + "2",
+        "(" * 500,
+        "-" * 1000,
+        '"' + "a" * 900 + '".count("a")',
+        '"' + "\\" * 998,
+        "9" * 1000,
+        "1e-300/" * 100 + "1",
+        "," * 1000,
+        "1," * 500,
+    ],
+)
 def test_nothing_takes_long(expression):
     began = time.process_time()
     calculator(expression)
@@ -141,7 +228,11 @@ def test_it_works_in_any_thread():
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs the GSM8K test set beside the repository")
 def test_every_calculation_of_gsm8k():
     """The data set's own results, which its authors rounded here and there: to half a unit, or to a percent."""
-    marks = [mark for line in GSM8K.read_text().splitlines() for mark in re.findall(r"<<([^<>=]+)=([^<>=]+)>>", json.loads(line)["answer"])]
+    marks = [
+        mark
+        for line in GSM8K.read_text().splitlines()
+        for mark in re.findall(r"<<([^<>=]+)=([^<>=]+)>>", json.loads(line)["answer"])
+    ]
     results = [(calculator(question), float(calculator(answer))) for question, answer in marks]
     assert len(results) > 3000
     assert not [mark for mark, (result, _) in zip(marks, results) if result.startswith("error")]
@@ -166,11 +257,12 @@ def tokenizer() -> Tokenizer:
 
 def feed(tokenizer: Tokenizer, tool, parts: list[str]) -> list[list[int]]:
     """What is answered to each part: a special token's name, or text."""
-    use = ToolUse(tokenizer, tool)
+    use, parser = ToolUse(tokenizer, tool), TurnParser(tokenizer)
 
     def heard(part: str) -> list[int]:
-        calls = [use.called(i) for i in ([tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part))]
-        return [i for code in calls if code is not None for i in use.answer(code)]
+        ids = [tokenizer.special(part)] if part in tokenizer.specials else tokenizer.encode(part)
+        events = [(i, parser.push(i)) for i in ids]
+        return [new for i, found in events if use.ends(i, found) for new in use.answer(found[0].part)]
 
     return [heard(part) for part in parts]
 
@@ -183,7 +275,16 @@ def test_a_call_is_answered_at_its_end(tokenizer):
 
 def test_calls_are_independent_and_a_second_start_begins_anew(tokenizer):
     seen = []
-    parts = ["<|python_start|>", "1", "<|python_end|>", "<|python_start|>", "2", "<|python_start|>", "3", "<|python_end|>"]
+    parts = [
+        "<|python_start|>",
+        "1",
+        "<|python_end|>",
+        "<|python_start|>",
+        "2",
+        "<|python_start|>",
+        "3",
+        "<|python_end|>",
+    ]
     feed(tokenizer, lambda code: seen.append(code) or "ok", parts)
     assert seen == ["1", "3"]
 
@@ -198,5 +299,7 @@ def test_a_result_cannot_forge_special_tokens(tokenizer):
 
 
 def test_a_call_cut_inside_a_character_is_still_text(tokenizer):
-    use = ToolUse(tokenizer, calculator)
-    assert [use.called(i) for i in [use.start, *tokenizer.encode("é")[:1], use.end]] == [None, None, "\ufffd"]
+    use, parser = ToolUse(tokenizer, calculator), TurnParser(tokenizer)
+    for i in [tokenizer.special("<|python_start|>"), *tokenizer.encode("é")[:1], use.end]:
+        events = parser.push(i)
+    assert use.ends(i, events) and events[0].part == "\ufffd"

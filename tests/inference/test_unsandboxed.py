@@ -1,7 +1,8 @@
-"""Where a wall is missing, code of a model's does not run; and however a run ends or fails to begin, nothing of it is left.
+"""Where a wall is missing, code of a model's does not run; and however a run ends or fails to begin, nothing of it is
+left.
 
-What is missing is missing in a copy of the jail whose system calls the kernel refuses: it finds out as it would on an old kernel.
-"""
+What is missing is missing in a copy of the jail whose system calls the kernel refuses: it finds out as it would on an
+old kernel."""
 
 import errno
 import json
@@ -16,12 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import ChatConfig, ChatEvalConfig, GPTConfig, RLConfig, ServeConfig, SFTConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.config import ChatEvalConfig
 from nanolab.inference import sandbox
+from nanolab.lab import evaluate_chat
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
+from nanolab.serving.config import ChatConfig, ServeConfig
+from nanolab.stages.config import RLConfig, SFTConfig
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, chat_web
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these protections are Linux's")
@@ -54,7 +60,10 @@ def running(marker: Path) -> int:
     n = 0
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            n += str(marker).encode() in (path / "environ").read_bytes() and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            n += (
+                str(marker).encode() in (path / "environ").read_bytes()
+                and (path / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            )
         except OSError:
             pass
     return n
@@ -87,24 +96,33 @@ def folders(tmp_path, monkeypatch) -> Path:
 def test_without_a_wall_the_program_does_not_run(folders, change, what, tmp_path):
     *changes, layers = MISSING[what]
     change(*changes)
-    for run in (lambda code: sandbox.run_python(code, timeout=30), lambda code: sandbox.check_program(code, "assert f()", timeout=30)):
+    for run in (
+        lambda code: sandbox.run_python(code, timeout=30),
+        lambda code: sandbox.check_program(code, "assert f()", timeout=30),
+    ):
         with pytest.raises(UserError) as error:
             run(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nprint('ran')\ndef f(): return True")
         assert (error.value.code, set(error.value.values["missing"])) == ("no-sandbox", layers)
     assert not (tmp_path / "ran").exists()
     asked = [name for name in sandbox.LAYERS if name not in layers]
-    assert sandbox.run_python("print('ran')", layers=asked, timeout=30).stdout == "ran\n"  # who asks for the others alone gets them
+    # who asks for the others alone gets them
+    assert sandbox.run_python("print('ran')", layers=asked, timeout=30).stdout == "ran\n"
 
 
 ADD = {
-    "task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """a + b"""\n', "entry_point": "add", "canonical_solution": "    return a + b\n",
+    "task_id": "HumanEval/0",
+    "prompt": 'def add(a, b):\n    """a + b"""\n',
+    "entry_point": "add",
+    "canonical_solution": "    return a + b\n",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> tuple[Path, str]:
-    """A base directory with the runs "talks" and "base", of random weights; and a folder with one problem of HumanEval."""
+    """A base directory with the runs "talks" and "base", of random weights; and a folder with one problem of
+    HumanEval.
+    """
     base = tmp_path_factory.mktemp("world")
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
     for name, kind in (("base", "base"), ("talks", "sft")):
@@ -112,7 +130,14 @@ def world(tmp_path_factory) -> tuple[Path, str]:
         model.init_weights(0)
         meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": kind}
         runtime = Runtime(torch.device("cpu"), torch.float32)
-        checkpoint.save(base / "runs" / name / "checkpoints", 1, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=runtime)
+        checkpoint.save(
+            base / "runs" / name / "checkpoints",
+            1,
+            weights=dict(model.state_dict()),
+            optimizer=None,
+            meta=meta,
+            runtime=runtime,
+        )
         tokenizer.save(base / "runs" / name / "tokenizer")
         (base / "runs" / name / "result.json").write_text(f'{{"kind": "{kind}"}}')
     (base / "data" / "humaneval").mkdir(parents=True)
@@ -124,10 +149,34 @@ def commands(data: str) -> dict:
     cpu = {"device_type": "cpu"}
     return {
         "chat_web": (chat_web.run, ServeConfig, {"model": "talks", "tool": "python", "port": 0, **cpu}),
-        "chat_cli": (chat_cli.run, ChatConfig, {"model": "talks", "tool": "python", "prompt": "x", "max_tokens": 1, **cpu}),
-        "chat_eval": (chat_eval.run, ChatEvalConfig, {"model": "talks", "tasks": "humaneval", "data": data, "max_tokens": 1, **cpu}),
-        "chat_rl": (chat_rl.run, RLConfig, {"model": "talks", "task": "humaneval", "split": "test", "data": data, "eval_every": -1, "dry_run": True, **cpu}),
-        "chat_sft": (chat_sft.run, SFTConfig, {"model": "base", "chatcore_every": 1, "chatcore_tasks": "humaneval", "data": data, "dry_run": True, **cpu}),
+        "chat_cli": (
+            chat_cli.run,
+            ChatConfig,
+            {"model": "talks", "tool": "python", "prompt": "x", "max_tokens": 1, **cpu},
+        ),
+        "chat_eval": (
+            chat_eval.run,
+            ChatEvalConfig,
+            {"model": "talks", "tasks": "humaneval", "data": data, "max_tokens": 1, **cpu},
+        ),
+        "chat_rl": (
+            chat_rl.run,
+            RLConfig,
+            {
+                "model": "talks",
+                "task": "humaneval",
+                "split": "test",
+                "data": data,
+                "eval_every": -1,
+                "dry_run": True,
+                **cpu,
+            },
+        ),
+        "chat_sft": (
+            chat_sft.run,
+            SFTConfig,
+            {"model": "base", "chatcore_every": 1, "chatcore_tasks": "humaneval", "data": data, "dry_run": True, **cpu},
+        ),
     }
 
 
@@ -179,9 +228,17 @@ def test_a_calculator_needs_no_sandbox_and_reads_no_flag_about_it(world, change,
 def test_an_evaluation_of_all_tasks_leaves_those_out_that_would_run_code(world, change, monkeypatch, capsys):
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(world[0]))
     change(*MISSING["no landlock"][:2])
-    tasks = {name: chat_eval.open_tasks(ChatEvalConfig(tasks=name, data=world[1]))[0][name] for name in ("humaneval", "arithmetic")}
-    kept, missing, said = chat_eval.with_walls(ChatEvalConfig(), tasks, {})
-    assert list(kept) == ["arithmetic"] and list(missing) == ["humaneval"] and "landlock" in missing["humaneval"] and said == []
+    tasks = {
+        name: evaluate_chat.open_tasks(ChatEvalConfig(tasks=name, data=world[1]))[0][name]
+        for name in ("humaneval", "arithmetic")
+    }
+    kept, missing, said = evaluate_chat.with_walls(ChatEvalConfig(), tasks, {})
+    assert (
+        list(kept) == ["arithmetic"]
+        and list(missing) == ["humaneval"]
+        and "landlock" in missing["humaneval"]
+        and said == []
+    )
 
 
 # --- runs that cannot begin, or are broken off ------------------------------------------------------------------------
@@ -234,15 +291,22 @@ def test_a_jail_whose_parent_has_gone_while_it_started_runs_nothing(folders, mon
     assert (outcome.stdout, outcome.isolation) == ("", {})
 
 
-WINDOW = r"(?m)^def keeper\((.*)\) -> None:$", r"def keeper(\1) -> None:\n    time.sleep(0.5)"  # before the keeper has told the kernel of its parent
+# before the keeper has told the kernel of its parent
+WINDOW = (r"(?m)^def keeper\((.*)\) -> None:$", r"def keeper(\1) -> None:\n    time.sleep(0.5)")
 HANDLER = r"(?m)^    signal\.signal\(signal\.SIGTERM, stop\)$"
 
 
 @pytest.mark.fault("outer D18")
 @pytest.mark.parametrize("layers", [("landlock", "seccomp"), sandbox.LAYERS])
 def test_an_end_that_comes_while_the_jail_starts_ends_all_of_it(folders, change, layers):
-    """SIGTERM between the fork of the keeper and the handler that would end it: the warden gives it to itself, at that place."""
-    change(*WINDOW, HANDLER, r"    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    signal.signal(signal.SIGTERM, stop)")
+    """SIGTERM between the fork of the keeper and the handler that would end it: the warden gives it to itself, at that
+    place.
+    """
+    change(
+        *WINDOW,
+        HANDLER,
+        r"    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.1)\n    signal.signal(signal.SIGTERM, stop)",
+    )
     outcome = sandbox.run_python("import time\nprint('ran', flush=True)\ntime.sleep(60)", timeout=20, layers=layers)
     assert (outcome.stdout, outcome.status) == ("", "error")
 

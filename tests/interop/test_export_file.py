@@ -1,4 +1,6 @@
-"""The exported modelling file: one file that is nanolab's model for every variant, under the interface of transformers."""
+"""The exported modelling file: one file that is nanolab's model for every variant, under the interface of
+transformers.
+"""
 
 import ast
 import importlib.util
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import to_json
+from nanolab.cli import to_json
 from nanolab.interop import one_file
 from nanolab.interop.export import castable
 from nanolab.model.gpt import GPT
@@ -47,9 +49,26 @@ def greedy_by_hand(native, idx, n):
 # Whole models: the default one with its windows and value embeddings, and what singles do not put together.
 WHOLE = {
     "default": dict(value_embeds=True),
-    "mla": dict(attention="mla", positions="rnope", normaliser="sink", document_mask=True, bias="qkv,out,mlp,norm,head", tied_head=True),
-    "alibi": dict(attention="gqa:2", positions="alibi", normaliser="softmax1", score_softcap=2.0, qk_norm="l2", norm_gain=True),
-    "learned": dict(positions="learned", qk_norm="layernorm", normaliser="softmax_n", gate="head", mlp="swiglu", norm="layernorm", attention="mqa"),
+    "mla": dict(
+        attention="mla",
+        positions="rnope",
+        normaliser="sink",
+        document_mask=True,
+        bias="qkv,out,mlp,norm,head",
+        tied_head=True,
+    ),
+    "alibi": dict(
+        attention="gqa:2", positions="alibi", normaliser="softmax1", score_softcap=2.0, qk_norm="l2", norm_gain=True
+    ),
+    "learned": dict(
+        positions="learned",
+        qk_norm="layernorm",
+        normaliser="softmax_n",
+        gate="head",
+        mlp="swiglu",
+        norm="layernorm",
+        attention="mqa",
+    ),
 }
 CONFIGS = axes.singles() | {name: axes.config(changes) for name, changes in WHOLE.items()}
 
@@ -71,7 +90,9 @@ PLAIN = dict(do_sample=False, eos_token_id=None, pad_token_id=1)
 
 @torch.no_grad()
 def is_the_native_model(file, config):
-    """Logits to the bit; greedy text of a batch of unequal prompts as of each alone, without a cache, from the native model."""
+    """Logits to the bit; greedy text of a batch of unequal prompts as of each alone, without a cache, from the native
+    model.
+    """
     native = contracts.build(config)
     model, idx = exported(file, native), contracts.tokens(config)
     assert type(model.gpt).__module__ == "exported_nanolab"
@@ -121,13 +142,20 @@ def idx(native):
 
 def test_the_file_needs_torch_and_transformers_alone(file):
     tree = ast.parse(Path(file.__file__).read_text())
-    found = {node.module if isinstance(node, ast.ImportFrom) else alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    found = {
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert list(file.KERNELS) == ["eager", "sdpa", "banded"] and file.PREFERENCE["cuda"] == ("sdpa", "banded", "eager")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", [dict(), dict(use_cache=False), dict(num_beams=1, repetition_penalty=1.0, output_scores=True)], ids=str)
+@pytest.mark.parametrize(
+    "how", [dict(), dict(use_cache=False), dict(num_beams=1, repetition_penalty=1.0, output_scores=True)], ids=str
+)
 def test_greedy_text(model, native, idx, how):
     prompt = idx[:, :20]
     got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, **PLAIN | how)
@@ -139,7 +167,16 @@ def test_sampling_draws_from_the_model(model, native, idx):
     """The same random numbers choose the same tokens from the native model's probabilities."""
     want = prompt = idx[:, :10]
     torch.manual_seed(7)
-    got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=True, temperature=0.7, top_k=0, eos_token_id=None, pad_token_id=1)
+    got = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=6,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+        eos_token_id=None,
+        pad_token_id=1,
+    )
     torch.manual_seed(7)
     for _ in range(6):
         want = torch.cat([want, torch.multinomial((native(want)[:, -1] / 0.7).softmax(-1), 1)], dim=1)
@@ -150,7 +187,10 @@ def test_sampling_draws_from_the_model(model, native, idx):
 def test_beam_search_reorders_the_cache(model, idx):
     """Of unequal prompts: the same beams as without a cache, which has nothing to reorder, and not the greedy text."""
     ids, mask = left_padded([idx[0, :6], idx[1, :12], idx[2, :12]])
-    beams, plain = (model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=4, use_cache=use_cache, **PLAIN) for use_cache in (True, False))
+    beams, plain = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=4, use_cache=use_cache, **PLAIN)
+        for use_cache in (True, False)
+    )
     assert torch.equal(beams, plain)
     assert not torch.equal(beams, model.generate(ids, attention_mask=mask, max_new_tokens=8, **PLAIN))
 
@@ -159,9 +199,13 @@ def test_beam_search_reorders_the_cache(model, idx):
 @pytest.mark.fault("L1")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_reads_each_token_once(model, idx, beams):
-    """The first call reads the prompt; each later one reads one token of each row, whatever transformers calls the cache."""
+    """The first call reads the prompt; each later one reads one token of each row, whatever transformers calls the
+    cache.
+    """
     read = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].size(1)), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].size(1)), with_kwargs=True
+    )
     try:
         model.generate(idx[:1, :4], attention_mask=torch.ones(1, 4), max_new_tokens=5, num_beams=beams, **PLAIN)
     finally:
@@ -175,7 +219,11 @@ def test_the_cache_has_two_names(model, idx, name):
     """In `forward` and in `prepare_inputs_for_generation`, which passes on the name that came."""
     cache = model(idx[:, :7], use_cache=True).past_key_values
     inputs = model.prepare_inputs_for_generation(idx[:, :9], use_cache=True, **{name: cache})
-    assert inputs[name] is cache and inputs["input_ids"].tolist() == idx[:, 7:9].tolist() and not {"cache", "past_key_values"} - {name} & inputs.keys()
+    assert (
+        inputs[name] is cache
+        and inputs["input_ids"].tolist() == idx[:, 7:9].tolist()
+        and not {"cache", "past_key_values"} - {name} & inputs.keys()
+    )
     out = model(**inputs)
     assert out.past_key_values is cache and cache.columns == 9
     torch.testing.assert_close(out.logits, model(idx[:, :9]).logits[:, 7:], atol=2e-5, rtol=0)
@@ -188,33 +236,54 @@ def test_a_text_stops_where_the_rows_end(model, native, idx):
     got = model.generate(ids, attention_mask=mask, max_new_tokens=400, **PLAIN)
     assert got.shape == (2, native.config.sequence_len)
     assert torch.equal(got[1], greedy_by_hand(native, idx[1:2, :20], 12)[0])
-    with pytest.raises(ValueError, match="a prompt of 32 tokens; this model reads 32, prompt and reply together; shorten the prompt"):
+    with pytest.raises(
+        ValueError, match="a prompt of 32 tokens; this model reads 32, prompt and reply together; shorten the prompt"
+    ):
         model.generate(torch.ones(1, 32, dtype=torch.int64), max_new_tokens=1)
     out = model(idx, use_cache=True)
-    with pytest.raises(ValueError, match="a text of 33 tokens; this model reads 32 at most; shorten it, or generate fewer tokens with max_new_tokens"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "a text of 33 tokens; this model reads 32 at most; shorten it, or generate fewer tokens with max_new_tokens"
+        ),
+    ):
         model(idx[:, :9], past_key_values=out.past_key_values, use_cache=True)
 
 
 @torch.no_grad()
 def test_a_second_turn_goes_on_from_the_cache(model, native, idx):
-    first = model.generate(idx[:, :8], attention_mask=torch.ones(3, 8), max_new_tokens=4, return_dict_in_generate=True, **PLAIN)
+    first = model.generate(
+        idx[:, :8], attention_mask=torch.ones(3, 8), max_new_tokens=4, return_dict_in_generate=True, **PLAIN
+    )
     both = torch.cat([first.sequences, idx[:, 12:18]], dim=1)
-    again = model.generate(both, attention_mask=torch.ones_like(both), past_key_values=first.past_key_values, max_new_tokens=4, **PLAIN)
+    again = model.generate(
+        both, attention_mask=torch.ones_like(both), past_key_values=first.past_key_values, max_new_tokens=4, **PLAIN
+    )
     assert torch.equal(again, greedy_by_hand(native, both, 4))
 
 
 @torch.no_grad()
 def test_a_second_turn_of_rows_of_unequal_length(model, native, idx):
-    """Its mask says what the first one said of the padding; also where a row has ended, whose end and padding are then read as text."""
+    """Its mask says what the first one said of the padding; also where a row has ended, whose end and padding are then
+    read as text.
+    """
     ids, mask = left_padded([idx[0, :5], idx[1, :8]])
     alone = greedy_by_hand(native, idx[:1, :5], 4)[0, 5:]
     end, stays = alone[1].item(), greedy_by_hand(native, idx[1:2, :8], 4)[0]
     assert end not in stays[8:] and end != alone[0]
-    first = model.generate(ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **PLAIN | {"eos_token_id": end})
+    first = model.generate(
+        ids, attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True, **PLAIN | {"eos_token_id": end}
+    )
     assert first.sequences[0, 8:].tolist() == [alone[0], end, 1, 1] and torch.equal(first.sequences[1], stays)
     both = torch.cat([first.sequences, idx[:2, 12:15]], dim=1)
     ones = torch.ones(2, 7, dtype=torch.int64)
-    again = model.generate(both, attention_mask=torch.cat([mask, ones], dim=1), past_key_values=first.past_key_values, max_new_tokens=3, **PLAIN)
+    again = model.generate(
+        both,
+        attention_mask=torch.cat([mask, ones], dim=1),
+        past_key_values=first.past_key_values,
+        max_new_tokens=3,
+        **PLAIN,
+    )
     for row, begins in ((0, 3), (1, 0)):
         assert torch.equal(again[row, begins:], greedy_by_hand(native, both[row : row + 1, begins:], 3)[0])
 
@@ -223,10 +292,22 @@ def test_a_second_turn_of_rows_of_unequal_length(model, native, idx):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda mask: mask[1, 8].fill_(0), "attention_mask of row 1 is 0 at tokens that past_key_values has read, or at new ones; expected padding only where the first call"),
+        (
+            lambda mask: mask[1, 8].fill_(0),
+            (
+                "attention_mask of row 1 is 0 at tokens that past_key_values has read, or at new ones; expected padding"
+                " only where the first call"
+            ),
+        ),
         (lambda mask: mask[0, 5].fill_(0), "attention_mask of row 0 is 0"),
         (lambda mask: (mask[0, 2].fill_(1), mask[0, 9].fill_(0)), "attention_mask of row 0 is 0"),
-        (lambda mask: mask.set_(mask[:, 8:].clone()), r"attention_mask has the shape \(2, 3\); expected \(2, 11\): what past_key_values has read, and the new tokens"),
+        (
+            lambda mask: mask.set_(mask[:, 8:].clone()),
+            (
+                r"attention_mask has the shape \(2, 3\); expected \(2, 11\): what past_key_values has read, and the new"
+                r" tokens"
+            ),
+        ),
     ],
 )
 def test_what_a_second_turn_cannot_leave_out_is_said(model, idx, change, text):
@@ -271,9 +352,13 @@ def test_loss_and_last_logits(model, native, idx):
 @pytest.mark.fault("L5")
 @pytest.mark.parametrize("at_padding", [-100, 7])
 def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(model, native, idx, at_padding):
-    """The first token of a row that is padded on the left is predicted by padding, and so is the padding after its first column."""
+    """The first token of a row that is padded on the left is predicted by padding, and so is the padding after its
+    first column.
+    """
     texts = [idx[0, :7], idx[1, :24], idx[2, :15]]
-    nats = sum(torch.nn.functional.cross_entropy(native(text[None])[0, :-1], text[1:], reduction="sum") for text in texts)
+    nats = sum(
+        torch.nn.functional.cross_entropy(native(text[None])[0, :-1], text[1:], reduction="sum") for text in texts
+    )
     ids, mask = left_padded(texts)
     loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, at_padding)).loss
     torch.testing.assert_close(loss, nats / sum(len(text) - 1 for text in texts), atol=1e-5, rtol=0)
@@ -368,7 +453,12 @@ def test_the_slopes_of_alibi_survive_loading_and_casting(file, idx, tmp_path):
     assert torch.equal(loaded(idx).logits, native(idx))
     half = file.NanolabForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     slopes = native.positions.slopes_H
-    for model in (half, loaded.to(torch.bfloat16), loaded.double(), loaded.to_empty(device="meta").to_empty(device="cpu")):
+    for model in (
+        half,
+        loaded.to(torch.bfloat16),
+        loaded.double(),
+        loaded.to_empty(device="meta").to_empty(device="cpu"),
+    ):
         assert model.gpt.positions.slopes_H.dtype == torch.float32 and torch.equal(model.gpt.positions.slopes_H, slopes)
     assert not [name for name in native.state_dict() if "slopes" in name]
 
@@ -384,10 +474,21 @@ HOLE = torch.tensor([[1, 1, 0, 1, 1, 1]])
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda m, ids: m(ids, attention_mask=HOLE), "attention_mask of row 0 is not one piece of 1s; expected a text with padding before or behind it"),
+        (
+            lambda m, ids: m(ids, attention_mask=HOLE),
+            "attention_mask of row 0 is not one piece of 1s; expected a text with padding before or behind it",
+        ),
         (lambda m, ids: m(ids, attention_mask=0 * HOLE), "attention_mask of row 0 is not one piece"),
-        (lambda m, ids: m(ids, attention_mask=HOLE[:, :3]), r"has the shape \(1, 3\); expected that of input_ids, \(1, 6\)"),
-        (lambda m, ids: m.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=2, pad_token_id=1), "ends in 0: a text cannot go on behind its padding"),
+        (
+            lambda m, ids: m(ids, attention_mask=HOLE[:, :3]),
+            r"has the shape \(1, 3\); expected that of input_ids, \(1, 6\)",
+        ),
+        (
+            lambda m, ids: m.generate(
+                ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), max_new_tokens=2, pad_token_id=1
+            ),
+            "ends in 0: a text cannot go on behind its padding",
+        ),
         (lambda m, ids: m(inputs_embeds=torch.zeros(1, 6, 32)), "inputs_embeds is not offered"),
         (lambda m, ids: m(ids, output_hidden_states=True), "output_hidden_states is not offered"),
         (lambda m, ids: m(), "input_ids is missing"),
@@ -401,7 +502,9 @@ def test_what_it_cannot_do_is_said(model, idx, call, text):
 
 
 def test_resizing_is_refused(model):
-    with pytest.raises(NotImplementedError, match="resize_token_embeddings: the tables of this model have 61 tokens and keep them"):
+    with pytest.raises(
+        NotImplementedError, match="resize_token_embeddings: the tables of this model have 61 tokens and keep them"
+    ):
         model.resize_token_embeddings(70)
 
 
@@ -409,32 +512,51 @@ A = "from nanolab.b import f\n\n\ndef main(x):\n    return f(x)\n"
 
 
 def test_only_what_is_read_is_stitched():
-    """Text as it stands, with its comments; what nobody reads stays behind, and so do tables' lines of omitted modules."""
+    """Text as it stands, with its comments; what nobody reads stays behind, and so do tables' lines of omitted
+    modules.
+    """
     b = (
-        "\"\"\"Doubling.\"\"\"\nimport math\nimport os\nfrom typing import Callable\nfrom nanolab.model import flex\n"
-        "# why two\nTWO = 2  # a pair\nUNREAD = os.name\n"
-        "TABLE = {\n    'a': TWO,\n    'b': flex.run,\n    'c': math.pi,\n    'd': flex.run,\n}\nORDER = {'x': ('b', 'a', 'd', 'c', 'd'), 'y': ['b']}\n"
-        "def f(x: Callable) -> int:\n    math = 3  # its own\n    return TABLE['a'] * x + len(ORDER['x']) * 0\n"
+        '"""Doubling."""\nimport math\nimport os\nfrom typing import Callable\nfrom nanolab.model.kernels import flex\n'
+        "# why two\nTWO = 2  # a pair\nUNREAD = os.name\nTABLE = {\n    'a': TWO,\n    'b': flex.run,\n    'c':"
+        " math.pi,\n    'd': flex.run,\n}\nORDER = {'x': ('b', 'a', 'd', 'c', 'd'), 'y': ['b']}\ndef f(x: Callable) ->"
+        " int:\n    math = 3  # its own\n    return TABLE['a'] * x + len(ORDER['x']) * 0\n"
     )
     text = one_file.stitch("nanolab.a", "head", {"nanolab.a": A, "nanolab.b": b})
     assert text.startswith('"""head"""\n\nimport math\nfrom collections.abc import Callable\n')
-    assert "# nanolab/b.py: Doubling.\n" in text and "# why two\nTWO = 2  # a pair" in text and "UNREAD" not in text and "flex" not in text
+    assert (
+        "# nanolab/b.py: Doubling.\n" in text
+        and "# why two\nTWO = 2  # a pair" in text
+        and "UNREAD" not in text
+        and "flex" not in text
+    )
     space = {}
     exec(text, space)
-    assert space["main"](21) == 42 and space["TABLE"] == {"a": 2, "c": math.pi} and space["ORDER"] == {"x": ("a", "c"), "y": []}
+    assert (
+        space["main"](21) == 42
+        and space["TABLE"] == {"a": 2, "c": math.pi}
+        and space["ORDER"] == {"x": ("a", "c"), "y": []}
+    )
 
 
 @pytest.mark.parametrize(
     ("b", "text"),
     [
         ("def f(x):\n    return main(x)\ndef main(x): pass\n", "main is defined in nanolab.b and in nanolab.a"),
-        ("from math import sin as main\ndef f(x):\n    return main(x)\n", "main is defined in nanolab.a and is elsewhere from math import sin as main"),
+        (
+            "from math import sin as main\ndef f(x):\n    return main(x)\n",
+            "main is defined in nanolab.a and is elsewhere from math import sin as main",
+        ),
         ("def len(x): pass\ndef f(x):\n    return len(x)\n", "len, defined in nanolab.b, is a name of Python's own"),
         ("from nanolab.c import g as h\ndef f(x):\n    return h(x)\n", "imports g under the name h"),
         ("import nanolab.c\ndef f(x):\n    return nanolab.c.g(x)\n", "imports nanolab.c as a whole"),
-        ("def f(x):\n    from nanolab.c import g\n    return g(x)\n", "an import of nanolab within f"),
-        ("from nanolab.model import flash3\ndef f(x):\n    return flash3.run(x)\n", "reads flash3, which one file does not have"),
-        ("from nanolab.c import g\nfrom math import pi\ndef f(x):\n    return g(pi)\n", "pi is from cmath import pi and, in nanolab.b, from math import pi"),
+        (
+            "from nanolab.model.kernels import fa3\ndef f(x):\n    return fa3.run(x)\n",
+            "reads fa3, which one file does not have",
+        ),
+        (
+            "from nanolab.c import g\nfrom math import pi\ndef f(x):\n    return g(pi)\n",
+            "pi is from cmath import pi and, in nanolab.b, from math import pi",
+        ),
     ],
 )
 def test_what_would_mean_something_else_is_refused(b, text):

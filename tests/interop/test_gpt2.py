@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from nanolab.config import GPTConfig, InspectConfig, UserError, from_preset
+from nanolab.cli import UserError, from_preset
 from nanolab.interop import gpt2
+from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.training.schedule import gpt_config
 
@@ -73,13 +74,23 @@ def test_a_model_of_ours_is_one_of_theirs(changes):
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt2.config_to_hf(c))).eval()
     out = gpt2.to_hf({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, c)
     loaded = other.load_state_dict(out, strict=False)
-    assert not loaded.unexpected_keys and set(loaded.missing_keys) <= {"lm_head.weight"} and (other.config.bos_token_id, other.config.eos_token_id) == (61, 61)
+    assert (
+        not loaded.unexpected_keys
+        and set(loaded.missing_keys) <= {"lm_head.weight"}
+        and (other.config.bos_token_id, other.config.eos_token_id) == (61, 61)
+    )
     other.tie_weights()
     idx = torch.randint(70, (2, 32), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(idx), other(idx).logits, atol=1e-4, rtol=0)
     assert c == dataclasses.replace(gpt2.config_from_hf(other.config.to_dict()), bos=61, **changes)
     back = gpt2.from_hf(out, c)
-    assert all(torch.equal(back[name][:70] if "wte" in name or "head" in name else back[name], tensor[:70] if "wte" in name or "head" in name else tensor) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(
+            back[name][:70] if "wte" in name or "head" in name else back[name],
+            tensor[:70] if "wte" in name or "head" in name else tensor,
+        )
+        for name, tensor in model.state_dict().items()
+    )
     GPT(c).load_state_dict(back, strict=True)
 
 
@@ -89,7 +100,10 @@ def test_names_of_other_wrappers_and_of_old_versions():
     want = gpt2.from_hf(state, c)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
-    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(), "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(),
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
     for spelled in (bare, compiled, state | masks, bare | {"h.0.attn.bias": masks["transformer.h.0.attn.bias"]}):
         got = gpt2.from_hf(spelled, c)
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
@@ -117,8 +131,14 @@ def test_a_tied_table_may_be_under_either_name(tmp_path):
     "change,says",
     [
         (lambda s: s.pop("transformer.h.1.mlp.c_fc.bias"), r"lack transformer\.h\.1\.mlp\.c_fc\.bias;"),
-        (lambda s: s.update({"multiple_choice_head.summary.weight": torch.ones(1)}), "hold multiple_choice_head.summary.weight"),
-        (lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(128, 32)}), r"h\.0\.mlp\.c_fc\.weight has the shape \(128, 32\); expected \(32, 128\)"),
+        (
+            lambda s: s.update({"multiple_choice_head.summary.weight": torch.ones(1)}),
+            "hold multiple_choice_head.summary.weight",
+        ),
+        (
+            lambda s: s.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(128, 32)}),
+            r"h\.0\.mlp\.c_fc\.weight has the shape \(128, 32\); expected \(32, 128\)",
+        ),
         (lambda s: s.update({"lm_head.weight": torch.ones(32, 32)}), "lm_head.weight differs from wte.weight"),
     ],
 )
@@ -133,10 +153,15 @@ def test_weights_that_do_not_fit_are_named(change, says):
 @pytest.mark.parametrize(
     "setting,value",
     [
-        ("activation_function", "gelu"), ("n_inner", 100), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True), ("add_cross_attention", True),
+        ("activation_function", "gelu"),
+        ("n_inner", 100),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("reorder_and_upcast_attn", True),
+        ("add_cross_attention", True),
     ],
-)  # fmt: skip
+)
 def test_settings_that_gpt2_does_not_have_are_named(setting, value):
     config = transformers.GPT2Config(**SQUARE).to_dict()
     assert gpt2.config_from_hf(config | {"n_inner": 128, "activation_function": "gelu_pytorch_tanh"}).n_embd == 32
@@ -158,11 +183,39 @@ def test_the_presets_are_gpt2(name):
     assert gpt2.is_gpt2(c) == "" and gpt2.config_from_hf(gpt2.config_to_hf(c)) == c
 
 
-ALIKE = dict(rope_base=10.0, mla_kv_rank=7, softmax_n=3.0, embed_dropout=0.1, init="normal02", pad_vocab_to=64, bos=3, tied_head=False, window_pattern="SL", window_size=1024)
+ALIKE = dict(
+    rope_base=10.0,
+    mla_kv_rank=7,
+    softmax_n=3.0,
+    embed_dropout=0.1,
+    init="normal02",
+    pad_vocab_to=64,
+    bos=3,
+    tied_head=False,
+    window_pattern="SL",
+    window_size=1024,
+)
 OTHER = dict(
-    positions="rope", attention="gqa:2", normaliser="softmax1", gate="head", qk_norm="rms", qk_gain=1.2, score_softcap=30.0, document_mask=True, value_embeds=True,
-    residual_scalars=True, smear=True, backout=True, embed_norm=True, mlp="gelu", norm="rms", norm_gain=False, bias="qkv,out,mlp", softcap=15.0, window_pattern="SL",
-)  # fmt: skip
+    positions="rope",
+    attention="gqa:2",
+    normaliser="softmax1",
+    gate="head",
+    qk_norm="rms",
+    qk_gain=1.2,
+    score_softcap=30.0,
+    document_mask=True,
+    value_embeds=True,
+    residual_scalars=True,
+    smear=True,
+    backout=True,
+    embed_norm=True,
+    mlp="gelu",
+    norm="rms",
+    norm_gain=False,
+    bias="qkv,out,mlp",
+    softcap=15.0,
+    window_pattern="SL",
+)
 
 
 def test_what_is_not_gpt2_is_named():

@@ -1,4 +1,6 @@
-"""Exports under the versions of transformers that people have, each installed beside the locked one for one subprocess."""
+"""Exports under the versions of transformers that people have, each installed beside the locked one for one
+subprocess.
+"""
 
 import importlib.metadata
 import json
@@ -13,19 +15,35 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import render, template_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 pytestmark = pytest.mark.slow
-VERSIONS = ["4.57.6", "5.20.0", "5.22.0", "5.23.0", pytest.param("5.24.0", marks=pytest.mark.fault("L1"))]  # the oldest that an export names; 5.24 renamed the cache
+# the oldest that an export names; 5.24 renamed the cache
+VERSIONS = ["4.57.6", "5.20.0", "5.22.0", "5.23.0", pytest.param("5.24.0", marks=pytest.mark.fault("L1"))]
 CONFIG = GPTConfig(sequence_len=32, vocab_size=285, n_layer=2, n_head=2, n_embd=32)
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
 CHATS = [  # a text ends in a character of several tokens
-    [{"role": "user", "content": "three times four?"}, {"role": "assistant", "content": "\U0001f600"}, {"role": "user", "content": "and"}, {"role": "assistant", "content": "12", "weight": 0}],
-    [{"role": "user", "content": "3"}, {"role": "assistant", "content": [{"type": "text", "text": "\u00e9\U0001f600"}, {"type": "python", "text": "3"}, {"type": "python_output", "text": "3\u00e9"}]}],
+    [
+        {"role": "user", "content": "three times four?"},
+        {"role": "assistant", "content": "\U0001f600"},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": "12", "weight": 0},
+    ],
+    [
+        {"role": "user", "content": "3"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "\u00e9\U0001f600"},
+                {"type": "python", "text": "3"},
+                {"type": "python_output", "text": "3\u00e9"},
+            ],
+        },
+    ],
 ]
 PROMPT = [[250, 5, 17, 99]]
 
@@ -33,16 +51,23 @@ PROMPT = [[250, 5, 17, 99]]
 READ = """
 import sys
 sys.modules["nanolab"] = None
-sys.modules["kernels"] = None  # the installed one is younger than transformers 4.57 and its huggingface_hub, which import it; a reader of an old version has none or an old one
+# the installed one is younger than transformers 4.57 and its huggingface_hub, which import it; a reader of an old
+# version has none or an old one
+sys.modules["kernels"] = None
 import json, torch, transformers
-folder, prompt, chats, template = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), json.loads(sys.argv[3]), sys.argv[4]
+folder, prompt = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+chats, template = json.loads(sys.argv[3]), sys.argv[4]
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-plain = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+plain = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
+plain |= dict(eos_token_id=None, pad_token_id=0)
 read = []
 model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-said = {"version": transformers.__version__, "vocabulary": [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(model.config.vocab_size)]}
-for name, how in {"greedy": {}, "beams": {"num_beams": 3}, "no cache": {"use_cache": False}, "beams, no cache": {"num_beams": 3, "use_cache": False}}.items():
+words = [tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in range(model.config.vocab_size)]
+said = {"version": transformers.__version__, "vocabulary": words}
+ways = {"greedy": {}, "beams": {"num_beams": 3}}
+ways |= {"no cache": {"use_cache": False}, "beams, no cache": {"num_beams": 3, "use_cache": False}}
+for name, how in ways.items():
     read.clear()
     said[name] = {"text": model.generate(prompt, **plain | how)[0].tolist(), "read": list(read)}
 first = model.generate(prompt, return_dict_in_generate=True, **plain)
@@ -65,9 +90,11 @@ for kwargs in (None, {}, {"use_reentrant": True}, {"use_reentrant": False}):
     model(input_ids=prompt, labels=prompt).loss.backward()
     said["gradients"].append([p.grad.norm().item() for p in model.parameters()])
 base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa")
-said["base"] = (base(prompt).last_hidden_state - model.base_model(input_ids=prompt).last_hidden_state).abs().max().item()
+hidden = base(prompt).last_hidden_state
+said["base"] = (hidden - model.base_model(input_ids=prompt).last_hidden_state).abs().max().item()
 try:
-    transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="flash_attention_2")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(folder, trust_remote_code=True, attn_implementation="flash_attention_2")
 except ValueError as error:
     said["flash"] = str(error)
 print(json.dumps(said))
@@ -92,13 +119,28 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export.write(folder, model, tokenizer, "base")
+    export.write_export(folder, model, tokenizer, "base")
     return folder
 
 
 def pip(folder: Path, *packages: str) -> None:
     """Install into `folder`, and nothing else; a registry that cannot be reached skips the test."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--retries", "1", "--timeout", "30", "--target", str(folder), *packages]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--retries",
+        "1",
+        "--timeout",
+        "30",
+        "--target",
+        str(folder),
+        *packages,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode and re.search("from versions: none|connection|timed out", done.stderr, re.IGNORECASE):
         pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
@@ -110,8 +152,16 @@ def install(version: str, folder: Path) -> None:
     if importlib.metadata.version("transformers") == version:
         return
     pip(folder, f"transformers=={version}")
-    asked = [Requirement(line) for line in next(iter(importlib.metadata.distributions(name="transformers", path=[str(folder)]))).requires]
-    pinned = [r for r in asked if (r.marker is None or r.marker.evaluate({"extra": ""})) and not r.specifier.contains(importlib.metadata.version(r.name))]
+    asked = [
+        Requirement(line)
+        for line in next(iter(importlib.metadata.distributions(name="transformers", path=[str(folder)]))).requires
+    ]
+    pinned = [
+        r
+        for r in asked
+        if (r.marker is None or r.marker.evaluate({"extra": ""}))
+        and not r.specifier.contains(importlib.metadata.version(r.name))
+    ]
     if pinned:
         pip(folder, *map(str, pinned))
 
@@ -134,16 +184,41 @@ def beside():
 def test_generation_reads_each_token_once(version, beside, folder, model, tokenizer, tmp_path):
     """Also with beams and in a second turn; the text is the one without a cache, and the native model's."""
     install(version, beside)
-    env = os.environ | {"PYTHONPATH": str(beside), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-W", "ignore", "-c", READ, str(folder), json.dumps(PROMPT), json.dumps(CHATS), template_of(tokenizer)]
+    env = os.environ | {
+        "PYTHONPATH": str(beside),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        READ,
+        str(folder),
+        json.dumps(PROMPT),
+        json.dumps(CHATS),
+        template_of(tokenizer),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["version"] == version
-    assert said["greedy"]["read"] == said["beams"]["read"] == [4, 1, 1, 1, 1] and said["no cache"]["read"] == [4, 5, 6, 7, 8]
+    assert said["greedy"]["read"] == said["beams"]["read"] == [4, 1, 1, 1, 1] and said["no cache"]["read"] == [
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]
     assert said["greedy"]["text"] == said["no cache"]["text"] == greedy(model, PROMPT[0], 5)
     assert said["beams"]["text"] == said["beams, no cache"]["text"]
-    assert said["second turn"] == {"text": greedy(model, said["greedy"]["text"] + PROMPT[0], 5), "read": [5, 1, 1, 1, 1]}  # the last token of a text is not read
+    # the last token of a text is not read
+    assert said["second turn"] == {
+        "text": greedy(model, said["greedy"]["text"] + PROMPT[0], 5),
+        "read": [5, 1, 1, 1, 1],
+    }
     assert said["vocabulary"] == [tokenizer.decode([i]) for i in range(285)]
     assert [tuple(pair) for pair in said["chats"]] == [tuple(map(list, render(tokenizer, chat))) for chat in CHATS]
     plain, *others = said["gradients"]

@@ -1,22 +1,33 @@
-"""TRL's SFTTrainer on an exported folder, with its defaults: its loss is ours, of the rows and tokens that we train on, and it learns."""
+"""TRL's SFTTrainer on an exported folder, with its defaults: its loss is ours, of the rows and tokens that we train on,
+and it learns.
+"""
 
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.interop import export
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.presets import GPT2
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault("S13")]
 TEXT = "the crow saw the cheese and took it. The fox said: three times four is 12, isn't it?\n\tA\u00e9\U0001f600 " * 3
 DEFAULT = GPTConfig(sequence_len=64, vocab_size=285, n_layer=2, n_head=2, n_embd=32)
-SQUARE = GPTConfig(**{name: value for name, value in GPT2.items() if name in GPTConfig.__dataclass_fields__} | dict(sequence_len=64, vocab_size=285, n_layer=2, n_head=2, n_embd=16))
+SQUARE = GPTConfig(
+    **{name: value for name, value in GPT2.items() if name in GPTConfig.__dataclass_fields__}
+    | dict(sequence_len=64, vocab_size=285, n_layer=2, n_head=2, n_embd=16)
+)
 CHATS = [
     [{"role": "user", "content": "three times four?"}, {"role": "assistant", "content": "the fox said it"}],
-    [{"role": "system", "content": "the crow"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "took it."}, {"role": "user", "content": "and"}, {"role": "assistant", "content": "12"}],
+    [
+        {"role": "system", "content": "the crow"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "took it."},
+        {"role": "user", "content": "and"},
+        {"role": "assistant", "content": "12"},
+    ],
 ]
 
 
@@ -30,7 +41,7 @@ def made(request, tmp_path):
             p.add_(0.2 * torch.randn(p.shape, generator=g))
 
     def folder(kind):
-        export.write(tmp_path, model, tokenizer, kind)
+        export.write_export(tmp_path, model, tokenizer, kind)
         return tmp_path
 
     return folder, model, tokenizer
@@ -39,7 +50,14 @@ def made(request, tmp_path):
 def nats(model, rows):
     """Mean over the rows' tokens of mask 1."""
     with torch.no_grad():
-        found = [model(torch.tensor([ids[:-1]]), torch.tensor([[i if m else -1 for i, m in zip(ids, mask)][1:]]), reduction="none")[0] for ids, mask in rows]
+        found = [
+            model(
+                torch.tensor([ids[:-1]]),
+                torch.tensor([[i if m else -1 for i, m in zip(ids, mask)][1:]]),
+                reduction="none",
+            )[0]
+            for ids, mask in rows
+        ]
     return (sum(x.sum() for x in found) / sum(sum(mask[1:]) for _, mask in rows)).item()
 
 
@@ -49,7 +67,16 @@ def trained(folder, rows, out, **settings):
     import transformers
     import trl
 
-    args = trl.SFTConfig(output_dir=str(out), max_steps=1, report_to="none", use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, **settings)
+    args = trl.SFTConfig(
+        output_dir=str(out),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        **settings,
+    )
     if (folder / export.CODE).exists():
         args.model_init_kwargs = {"trust_remote_code": True}
     trainer = trl.SFTTrainer(model=str(folder), args=args, train_dataset=datasets.Dataset.from_list(rows))
@@ -68,7 +95,9 @@ def test_conversations(made, tmp_path):
     """assistant_only_loss counts what chat_sft counts."""
     folder, model, tokenizer = made
     want = nats(model, [render(tokenizer, chat) for chat in CHATS])
-    loss, moved = trained(folder("sft"), [{"messages": chat} for chat in CHATS], tmp_path / "out", assistant_only_loss=True, packing=False)
+    loss, moved = trained(
+        folder("sft"), [{"messages": chat} for chat in CHATS], tmp_path / "out", assistant_only_loss=True, packing=False
+    )
     assert loss == pytest.approx(want, abs=2e-4) and moved > 0
 
 
@@ -78,7 +107,9 @@ def test_prompts_and_completions(made, tmp_path):
     for chat in CHATS:
         ids, start = render(tokenizer, chat).ids, len(render(tokenizer, chat[:-1]).ids) + 1  # with assistant_start
         rows.append((ids, [0] * start + [1] * (len(ids) - start)))
-    loss, moved = trained(folder("sft"), [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in CHATS], tmp_path / "out")
+    loss, moved = trained(
+        folder("sft"), [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in CHATS], tmp_path / "out"
+    )
     assert loss == pytest.approx(nats(model, rows), abs=2e-4) and moved > 0
 
 
@@ -89,5 +120,6 @@ def test_texts_on_a_base_model(made, tmp_path):
     rows = [(ids := [*tokenizer.encode(text), tokenizer.bos], [1] * len(ids)) for text in texts]
     loss, moved = trained(folder("base"), [{"text": text} for text in texts], tmp_path / "out")
     labels = sum(len(ids) for ids, _ in rows)
-    share = 1 if export.brings_code(model) else (labels - len(rows)) / labels  # transformers' own classes divide by all labels, also those of first tokens, which nothing predicts
+    # transformers' own classes divide by all labels, also those of first tokens, which nothing predicts
+    share = 1 if export.brings_code(model) else (labels - len(rows)) / labels
     assert loss == pytest.approx(nats(model, rows) * share, abs=2e-4) and moved > 0

@@ -1,4 +1,6 @@
-"""A GPT-2 of transformers made in a second: a folder with config, random weights and a tokenizer, as save_pretrained leaves it."""
+"""A GPT-2 of transformers made in a second: a folder with config, random weights and a tokenizer, as save_pretrained
+leaves it.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +9,11 @@ import tokenizers
 import torch
 import transformers
 
-TEXTS = ["the cat sat on the mat and the dog sat on the cat; ", "naïve café\n\n    return 12 + 345\n", "it's what they'll say, isn't it? "] * 5
+TEXTS = [
+    "the cat sat on the mat and the dog sat on the cat; ",
+    "naïve café\n\n    return 12 + 345\n",
+    "it's what they'll say, isn't it? ",
+] * 5
 END = "<|endoftext|>"
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 CONFIG = GPTConfig(sequence_len=48, vocab_size=100, n_layer=3, n_head=4, attention="gqa:2", n_embd=64)
@@ -23,7 +23,9 @@ def test_parameters_by_group(make_gpt):
     measured = {}
     for name, p in model.named_parameters():
         head = name.split(".")[0]
-        group = {"wte": "wte", "value_embeds": "value_embeds", "lm_head": "lm_head", "h": "matrices"}.get(head, "scalars")
+        group = {"wte": "wte", "value_embeds": "value_embeds", "lm_head": "lm_head", "h": "matrices"}.get(
+            head, "scalars"
+        )
         measured[group] = measured.get(group, 0) + p.numel()
     measured["total"] = sum(measured.values())
     measured["scaling"] = measured["matrices"] + measured["lm_head"]
@@ -41,8 +43,8 @@ def test_windows(T):
 
 
 def test_nominal_flops_bracket_what_kernels_do():
-    """The eager kernel multiplies the whole T x T square, also where the window forbids most of it; the banded one only blocks that
-    reach into the band. The nominal count (min(window, T) keys for every query) lies between."""
+    """The eager kernel multiplies the whole T x T square, also where the window forbids most of it; the banded one only
+    blocks that reach into the band. The nominal count (min(window, T) keys for every query) lies between."""
     config = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=2, n_head=1, n_embd=32)
     idx, measured = torch.zeros(1, 1024, dtype=torch.int64), {}
     for name in ("eager", "banded"):

@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
+from nanolab.model.config import GPTConfig
 
-CONFIG = GPTConfig(sequence_len=24, vocab_size=50, n_layer=1, n_head=4, attention="gqa:2", n_embd=32, positions="nope", value_embeds=False, qk_gain=1.3)
+CONFIG = GPTConfig(
+    sequence_len=24,
+    vocab_size=50,
+    n_layer=1,
+    n_head=4,
+    attention="gqa:2",
+    n_embd=32,
+    positions="nope",
+    value_embeds=False,
+    qk_gain=1.3,
+)
 
 
 def layer_by_formula(layer, x: np.ndarray, config: GPTConfig) -> np.ndarray:
@@ -47,7 +57,12 @@ def layer_by_formula(layer, x: np.ndarray, config: GPTConfig) -> np.ndarray:
 @pytest.mark.parametrize(
     "changes",
     [dict(qk_norm=name) for name in ("none", "rms", "layernorm", "l2")]
-    + [dict(normaliser="softmax1"), dict(normaliser="softmax_n", softmax_n=0.3), dict(normaliser="softmax_n", softmax_n=0.0), dict(normaliser="sink")]
+    + [
+        dict(normaliser="softmax1"),
+        dict(normaliser="softmax_n", softmax_n=0.3),
+        dict(normaliser="softmax_n", softmax_n=0.0),
+        dict(normaliser="sink"),
+    ]
     + [dict(gate="head"), dict(gate="elementwise")],
     ids=str,
 )
@@ -57,7 +72,9 @@ def test_layer_is_the_formula(make_gpt, changes):
     layer = model.h[0].attn
     layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out))
     model(torch.arange(17)[None] * 2)
-    np.testing.assert_allclose(seen["y"][0].detach(), layer_by_formula(layer, seen["x"][0].detach().double().numpy(), config), atol=1e-5)
+    np.testing.assert_allclose(
+        seen["y"][0].detach(), layer_by_formula(layer, seen["x"][0].detach().double().numpy(), config), atol=1e-5
+    )
 
 
 def test_l2_starts_at_the_log_of_the_pairs():

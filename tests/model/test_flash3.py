@@ -1,4 +1,6 @@
-"""FlashAttention-3's wrapper on CPU tensors. Stand-ins for the package that brings the kernel have the signatures of the installed one."""
+"""FlashAttention-3's wrapper on CPU tensors. Stand-ins for the package that brings the kernel have the signatures of
+the installed one.
+"""
 
 import json
 import math
@@ -10,20 +12,28 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
-from nanolab.config import UserError
-from nanolab.model import flash3
-from nanolab.model.kernels import choose_kernel, eager
-from nanolab.model.rules import Rules
+from nanolab.cli import UserError
+from nanolab.model.kernels import fa3
+from nanolab.model.kernels.choice import choose_kernel
+from nanolab.model.kernels.reference import eager
+from nanolab.model.kernels.spec import AttnSpec
 
 HOPPER = (9, 0)
-VARIANTS = ("torch212-cxx11-cu130-x86_64-linux", "torch-stable-abi29-cu128-x86_64-linux", "torch-stable-abi29-cu130-x86_64-linux")  # some of version 1's
+# some of version 1's
+VARIANTS = (
+    "torch212-cxx11-cu130-x86_64-linux",
+    "torch-stable-abi29-cu128-x86_64-linux",
+    "torch-stable-abi29-cu130-x86_64-linux",
+)
 
 
 def working(q, k, v, causal=False, window_size=(-1, -1), deterministic=False):
-    """The kernel's contract in plain operators: (B, T, heads, D), scores scaled by 1/sqrt(D), left < 0 for the whole row."""
+    """The kernel's contract in plain operators: (B, T, heads, D), scores scaled by 1/sqrt(D), left < 0 for the whole
+    row.
+    """
     assert causal and window_size[1] == 0
     left = q.size(1) if window_size[0] < 0 else window_size[0]
-    return eager(q, k, v, Rules(left, 1 / math.sqrt(q.size(-1))))
+    return eager(q, k, v, AttnSpec(left, 1 / math.sqrt(q.size(-1))))
 
 
 def with_log_sum_exp(q, k, v, **options):
@@ -58,14 +68,16 @@ def install(monkeypatch):
         monkeypatch.setattr(package, "get_kernel", brings)
         if kernel is None:
             monkeypatch.setitem(sys.modules, "kernels", None)
-        monkeypatch.setattr(flash3, "probed", lambda device_type: flash3.probe("cpu", HOPPER, flash3.load))
+        monkeypatch.setattr(fa3, "probed", lambda device_type: fa3.probe("cpu", HOPPER, fa3.load))
 
     return put
 
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """A folder with a build as version 1 has it, whose function is a stand-in, and torch as its wheel for CUDA 13.0 says it is."""
+    """A folder with a build as version 1 has it, whose function is a stand-in, and torch as its wheel for CUDA 13.0
+    says it is.
+    """
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
@@ -74,16 +86,28 @@ def build(tmp_path, monkeypatch):
     for variant in VARIANTS:
         folder = tmp_path / "repository" / "build" / variant
         folder.mkdir(parents=True)
-        about = {"id": f"flash_attn3_{tmp_path.name}", "name": "flash-attn3", "version": 1, "license": "BSD-3-Clause", "python-depends": []}
-        (folder / "metadata.json").write_text(json.dumps(about | {"backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}))
+        about = {
+            "id": f"flash_attn3_{tmp_path.name}",
+            "name": "flash-attn3",
+            "version": 1,
+            "license": "BSD-3-Clause",
+            "python-depends": [],
+        }
+        (folder / "metadata.json").write_text(
+            json.dumps(about | {"backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}})
+        )
         (folder / "__init__.py").write_text("from .flash_attn_interface import flash_attn_func\n")
-        (folder / "flash_attn_interface.py").write_text(f"def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):\n    return {variant!r}\n")
+        (folder / "flash_attn_interface.py").write_text(
+            f"def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):\n    return {variant!r}\n"
+        )
     return tmp_path / "repository"
 
 
 @pytest.mark.fault("P1", "core D1")
 def test_the_installed_package_trusts_finds_and_loads_it(build, monkeypatch):
-    """The package's own code from trust to import; only the hub's answers are stand-ins. It prefers the newest build for any torch."""
+    """The package's own code from trust to import; only the hub's answers are stand-ins. It prefers the newest build
+    for any torch.
+    """
     kernels = pytest.importorskip("kernels")
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFolder
@@ -112,7 +136,7 @@ def test_the_installed_package_trusts_finds_and_loads_it(build, monkeypatch):
     answer("list_repo_tree", lambda *args, **named: [RepoFolder(path=f"build/{v}", oid="0") for v in VARIANTS])
     answer("hf_hub_download", in_build)
     answer("snapshot_download", lambda *args, **named: str(build))
-    attend = flash3.load()
+    attend = fa3.load()
     assert attend(None, None, None, causal=True, window_size=(8, 0)) == VARIANTS[-1]
     assert "get_organization_overview" in asked and kernels.get_loaded_kernels()
 
@@ -125,13 +149,13 @@ def test_LOCAL_KERNELS_names_a_folder_to_load_from(build, monkeypatch):
 
     monkeypatch.setattr(HfApi, "get_organization_overview", lambda *_: pytest.fail("the hub was asked"))
     monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={build}")
-    assert flash3.load()(None, None, None) == VARIANTS[-1]
+    assert fa3.load()(None, None, None) == VARIANTS[-1]
 
 
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
 def test_a_working_kernel_is_loaded_and_trusted(install, kernel):
     install(kernel)
-    assert flash3.probed("cuda") == (kernel, "")
+    assert fa3.probed("cuda") == (kernel, "")
     for needs in ((), ("window",), ("sink",)):
         assert choose_kernel(frozenset(needs), "cuda", torch.bfloat16, capability=HOPPER) == "fa3"
 
@@ -148,7 +172,7 @@ def test_a_working_kernel_is_loaded_and_trusted(install, kernel):
 )
 def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel, words):
     install(kernel)
-    attend, reason = flash3.probed("cuda")
+    attend, reason = fa3.probed("cuda")
     assert attend is None and re.search(words, reason), reason
     assert choose_kernel(frozenset(), "cuda", torch.bfloat16, capability=HOPPER) == "sdpa"
     with pytest.raises(UserError, match="--attn-kernel fa3 cannot run this model: .*try --attn-kernel sdpa") as refusal:
@@ -158,40 +182,49 @@ def test_a_kernel_that_fails_is_not_used_and_asked_for_says_why(install, kernel,
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (10, 0)])
 def test_nothing_is_fetched_for_other_devices(capability):
-    attend, reason = flash3.probe("cuda", capability, load=lambda: pytest.fail("loaded"))
-    assert attend is None and "it needs a Hopper GPU" in reason and (capability is None or f"{capability[0]}.0" in reason)
+    attend, reason = fa3.probe("cuda", capability, load=lambda: pytest.fail("loaded"))
+    assert (
+        attend is None and "it needs a Hopper GPU" in reason and (capability is None or f"{capability[0]}.0" in reason)
+    )
 
 
 def test_the_device_is_asked_once(monkeypatch):
     answers = iter([(working, "")])
-    monkeypatch.setattr(flash3, "_FOUND", {})
-    monkeypatch.setattr(flash3, "probe", lambda *_: next(answers))
-    assert [flash3.missing(frozenset(needs), "cuda", torch.bfloat16, HOPPER) for needs in ((), ("window",))] == ["", ""]
+    monkeypatch.setattr(fa3, "_FOUND", {})
+    monkeypatch.setattr(fa3, "probe", lambda *_: next(answers))
+    assert [fa3.missing(frozenset(needs), "cuda", torch.bfloat16, HOPPER) for needs in ((), ("window",))] == ["", ""]
 
 
-@pytest.mark.parametrize("needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)])
+@pytest.mark.parametrize(
+    "needs,dtype", [({"documents"}, torch.bfloat16), ({"window", "sink"}, torch.bfloat16), (set(), torch.float32)]
+)
 def test_nothing_is_fetched_for_a_layer_that_it_cannot_do(monkeypatch, needs, dtype):
-    monkeypatch.setattr(flash3, "probed", lambda device_type: pytest.fail("probed"))
-    assert flash3.missing(frozenset(needs), "cuda", dtype, HOPPER)
+    monkeypatch.setattr(fa3, "probed", lambda device_type: pytest.fail("probed"))
+    assert fa3.missing(frozenset(needs), "cuda", dtype, HOPPER)
 
 
 @pytest.mark.parametrize("kernel", [working, with_log_sum_exp])
 @pytest.mark.parametrize("sink", [None, 0.0, math.log(1e-3), "learned"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_equals_eager_forward_and_backward(install, kernel, sink, heads):
-    """Also with a scale other than 1/sqrt(D), shared heads with sinks of their own, and head sizes that need padding or not."""
+    """Also with a scale other than 1/sqrt(D), shared heads with sinks of their own, and head sizes that need padding or
+    not.
+    """
     install(kernel)
     g = torch.Generator().manual_seed(0)
     for size in (6, 8):
-        inputs = [torch.randn(2, 7, n, size, generator=g, dtype=torch.float64).requires_grad_() for n in (heads[0], heads[1], heads[1])]
+        inputs = [
+            torch.randn(2, 7, n, size, generator=g, dtype=torch.float64).requires_grad_()
+            for n in (heads[0], heads[1], heads[1])
+        ]
         log_sink = sink
         if sink == "learned":
             log_sink = torch.randn(heads[0], generator=g, dtype=torch.float64).requires_grad_()
             inputs.append(log_sink)
         for window in (7,) if sink is not None else (7, 3, 0):
             for scale in (1 / math.sqrt(size), 0.9):
-                rules = Rules(window, scale, log_sink)
-                y, want = flash3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
+                rules = AttnSpec(window, scale, log_sink)
+                y, want = fa3.run(*inputs[:3], rules), eager(*inputs[:3], rules)
                 torch.testing.assert_close(y, want)
                 upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
                 for a, b in zip(torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(want, inputs, upstream)):
@@ -200,18 +233,22 @@ def test_equals_eager_forward_and_backward(install, kernel, sink, heads):
 
 @pytest.mark.parametrize("n", [1e-3, 3.0, 500.0])
 def test_bf16_does_not_round_the_sink(install, n):
-    """Equal keys with values 1 give y = T / (n + T), hence n. In one bf16 channel ln n would be off by up to 2^-9 of itself, n by 1 %."""
+    """Equal keys with values 1 give y = T / (n + T), hence n. In one bf16 channel ln n would be off by up to 2^-9 of
+    itself, n by 1 %.
+    """
     install(lambda q, k, v, **options: working(q.double(), k.double(), v.double(), **options))
     q = torch.zeros(1, 4, 1, 8, dtype=torch.bfloat16)
-    y = flash3.run(q, q, torch.ones_like(q), Rules(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
+    y = fa3.run(q, q, torch.ones_like(q), AttnSpec(4, 1.0, math.log(n)))[0, -1, 0, 0].item()
     assert abs(4 / y - 4 - n) < 2e-4 * n
 
 
 def test_a_sink_on_a_row_longer_than_the_full_window_is_refused_not_ignored(install):
     install(working)
     q = torch.zeros(1, 8, 1, 8)
-    with pytest.raises(UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"):
-        flash3.run(q, q, q, Rules(4, 1.0, 0.0))
+    with pytest.raises(
+        UserError, match="no sink on rows of 8 tokens, longer than the model's 4; try --attn-kernel sdpa"
+    ):
+        fa3.run(q, q, q, AttnSpec(4, 1.0, 0.0))
 
 
 @pytest.mark.fault("core D5")
@@ -224,7 +261,7 @@ def test_deterministic_algorithms_are_asked_of_it(install):
         asked.clear()
         torch.use_deterministic_algorithms(on)
         try:
-            flash3.run(q, q, q, Rules(4, 1.0))
+            fa3.run(q, q, q, AttnSpec(4, 1.0))
         finally:
             torch.use_deterministic_algorithms(False)
         assert set(asked) == {on}
@@ -235,4 +272,4 @@ def test_a_hopper_gpu_loads_it():
     """With a network or a filled cache: fetched, launched forward and backward, and right."""
     if torch.cuda.get_device_capability() != HOPPER:
         pytest.skip("needs a Hopper GPU")
-    assert flash3.probed("cuda")[1] == ""
+    assert fa3.probed("cuda")[1] == ""

@@ -1,4 +1,6 @@
-"""Float8Linear against formulas of its own: the 8-bit grids are written out from their bit patterns, products are taken in fp64."""
+"""Float8Linear against formulas of its own: the 8-bit grids are written out from their bit patterns, products are taken
+in fp64.
+"""
 
 import math
 
@@ -8,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model import fp8
 from nanolab.model.accounting import train_flops_per_token
-from nanolab.model.blocks import Linear
+from nanolab.model.config import GPTConfig
 from nanolab.model.fp8 import Float8Linear, convert, eligible, full_precision, quantise
-from nanolab.model.gpt import GPT
+from nanolab.model.gpt import GPT, Linear
 
 needs_product = pytest.mark.skipif(bool(why := fp8.missing(torch.device("cpu"))), reason=f"{why}; torch 2.13 can")
 
@@ -23,7 +25,9 @@ FORMATS = {VALUES: (4, 3, 448.0), GRADIENTS: (5, 2, 57344.0)}
 
 
 def grid(dtype: torch.dtype) -> np.ndarray:
-    """Every number >= 0 of a format, ascending: (-1)^s 2^(e - bias) (1 + m / 2^M), and 2^(1 - bias) m / 2^M for e = 0."""
+    """Every number >= 0 of a format, ascending: (-1)^s 2^(e - bias) (1 + m / 2^M), and 2^(1 - bias) m / 2^M for e =
+    0.
+    """
     E, M, largest = FORMATS[dtype]
     bias = 2 ** (E - 1) - 1
     values = [2.0 ** (max(e, 1) - bias) * ((e > 0) + m / 2**M) for e in range(2**E) for m in range(2**M)]
@@ -31,7 +35,9 @@ def grid(dtype: torch.dtype) -> np.ndarray:
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x (float) on the grid: the nearest number, of two equally near the one with the even mantissa; past the end, the end."""
+    """x (float) on the grid: the nearest number, of two equally near the one with the even mantissa; past the end, the
+    end.
+    """
     g, a = grid(dtype), x.abs().double().numpy()
     above = np.searchsorted(g, a).clip(1, len(g) - 1)
     below = above - 1
@@ -116,7 +122,11 @@ def test_forward_and_gradients_are_products_of_the_quantised_tensors(shape):
     linear, g = layer(), torch.Generator().manual_seed(2)
     x, dy = torch.randn(*shape, 128, generator=g), torch.randn(*shape, 256, generator=g) * 1e-5
     y, dx, dw = run(linear, x, dy)
-    x8, w8, dy8 = dequantised(x, VALUES).view(-1, 128), dequantised(linear.weight.detach(), VALUES), dequantised(dy, GRADIENTS).view(-1, 256)
+    x8, w8, dy8 = (
+        dequantised(x, VALUES).view(-1, 128),
+        dequantised(linear.weight.detach(), VALUES),
+        dequantised(dy, GRADIENTS).view(-1, 256),
+    )
     assert y.shape == (*shape, 256)
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.float32,) * 3
     assert gap(y.view(-1, 256), x8 @ w8.mT) < 1e-6
@@ -192,7 +202,9 @@ def test_bias_is_added_after_and_has_its_gradient():
 
 @needs_product
 def test_operands_that_the_gpu_takes(monkeypatch):
-    """First operand row-major, second column-major, inner dimension in tiles of 16, fast accumulation in forward only."""
+    """First operand row-major, second column-major, inner dimension in tiles of 16, fast accumulation in forward
+    only.
+    """
     seen, product = [], torch._scaled_mm
 
     def spy(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
@@ -201,7 +213,8 @@ def test_operands_that_the_gpu_takes(monkeypatch):
 
     linear = layer()
     monkeypatch.setattr(torch, "_scaled_mm", spy)
-    run(linear, torch.randn(128, 40).mT, torch.randn(256, 40).mT)  # both arrive column-major, and 40 is no multiple of 16
+    # both arrive column-major, and 40 is no multiple of 16
+    run(linear, torch.randn(128, 40).mT, torch.randn(256, 40).mT)
     assert seen == [
         (1, 1, 0, 0, VALUES, VALUES, True),
         (1, 1, 0, 0, GRADIENTS, VALUES, False),
@@ -229,7 +242,18 @@ def test_torch_compile_computes_the_same():
 # conversion
 
 
-@pytest.mark.parametrize(("n_in", "n_out", "yes"), [(128, 128, True), (768, 3072, True), (112, 256, False), (256, 112, False), (136, 256, False), (256, 50257, False), (12, 6, False)])
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "yes"),
+    [
+        (128, 128, True),
+        (768, 3072, True),
+        (112, 256, False),
+        (256, 112, False),
+        (136, 256, False),
+        (256, 50257, False),
+        (12, 6, False),
+    ],
+)
 def test_only_large_matrices_of_whole_tiles_are_eligible(n_in, n_out, yes):
     assert eligible(nn.Linear(n_in, n_out, bias=False, device="meta")) is yes
 
@@ -246,7 +270,9 @@ def test_the_default_dial_converts_what_the_reference_does(depth, layers):
 
 def test_a_tied_head_keeps_its_products():
     """Its matrix is the embedding table, which is looked up in fp32; only matrices of layers are converted."""
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, tied_head=True, bias="qkv,out,mlp,norm,head", value_embeds=False)
+    config = GPTConfig(
+        n_layer=3, n_head=2, n_embd=128, tied_head=True, bias="qkv,out,mlp,norm,head", value_embeds=False
+    )
     with torch.device("meta"):
         model = GPT(config)
     names = list(model.state_dict())
@@ -282,9 +308,20 @@ def test_layers_in_any_container_are_found_and_other_classes_are_left_alone():
     class Special(Linear):
         pass
 
-    model = nn.ModuleDict({"list": nn.ModuleList([Linear(128, 128), Special(128, 128)]), "gate": Linear(12, 6), "one": nn.Sequential(Linear(128, 256))})
+    model = nn.ModuleDict(
+        {
+            "list": nn.ModuleList([Linear(128, 128), Special(128, 128)]),
+            "gate": Linear(12, 6),
+            "one": nn.Sequential(Linear(128, 256)),
+        }
+    )
     assert convert(model.to("meta")) == 2
-    assert [type(m) for m in (model["list"][0], model["list"][1], model["gate"], model["one"][0])] == [Float8Linear, Special, Linear, Float8Linear]
+    assert [type(m) for m in (model["list"][0], model["list"][1], model["gate"], model["one"][0])] == [
+        Float8Linear,
+        Special,
+        Linear,
+        Float8Linear,
+    ]
 
 
 @needs_product
@@ -365,7 +402,9 @@ def test_a_device_without_8_bit_products_is_refused(monkeypatch):
         raise RuntimeError("torch._scaled_mm is only supported on compute capability >= 9.0\nand more")
 
     monkeypatch.setattr(torch, "_scaled_mm", no)
-    with pytest.raises(UserError, match=r"--fp8: this cpu device .*compute capability >= 9.0\); expected .* leave --fp8 out"):
+    with pytest.raises(
+        UserError, match=r"--fp8: this cpu device .*compute capability >= 9.0\); expected .* leave --fp8 out"
+    ):
         convert(nn.Sequential(Linear(128, 128)))
 
 

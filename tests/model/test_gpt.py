@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 
 PLAIN = GPTConfig(sequence_len=32, vocab_size=61, n_layer=3, n_head=2, n_embd=48)
@@ -70,7 +70,10 @@ def definition(model: GPT, idx: list[int]) -> np.ndarray:
     return 15 * np.tanh(x @ w["lm_head.weight"][: c.vocab_size].T / 15)
 
 
-@pytest.mark.parametrize("config", [PLAIN, SHARED, GPTConfig(sequence_len=16, vocab_size=50, n_layer=1, n_head=3, attention="mqa", n_embd=36)])
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, SHARED, GPTConfig(sequence_len=16, vocab_size=50, n_layer=1, n_head=3, attention="mqa", n_embd=36)],
+)
 def test_forward_is_the_definition(make_gpt, config):
     model = make_gpt(config)
     set_windows(model, [5, 1, 3, 16][: config.n_layer])
@@ -127,7 +130,9 @@ def test_backward_equals_finite_differences(make_gpt):
 
 
 def test_init_moments():
-    """Mean, deviation, kurtosis (the shape) and bounds of every parameter; a sample's lie within five standard errors."""
+    """Mean, deviation, kurtosis (the shape) and bounds of every parameter; a sample's lie within five standard
+    errors.
+    """
     config = GPTConfig(sequence_len=32, vocab_size=512, n_layer=4, n_head=2, n_embd=128)
     model = GPT(config)
     model.init_weights(seed=3)
@@ -197,7 +202,9 @@ def test_chunked_prefill_and_decode_equal_the_full_forward(make_gpt, config):
             sizes.append(min(rng.randint(1, 9), 23 - sum(sizes)))
         chunkings.append(sizes)
     for sizes in chunkings:
-        torch.testing.assert_close(cached_logits(model, idx, sizes), full, atol=2e-5, rtol=0, msg=lambda m: f"chunks {sizes}: {m}")
+        torch.testing.assert_close(
+            cached_logits(model, idx, sizes), full, atol=2e-5, rtol=0, msg=lambda m: f"chunks {sizes}: {m}"
+        )
 
 
 @torch.no_grad()
@@ -243,6 +250,9 @@ def test_bf16_follows_fp32(make_gpt):
 
 @torch.no_grad()
 def test_a_full_layer_sees_rows_longer_than_those_trained_on(make_gpt):
-    model, idx = make_gpt(GPTConfig(sequence_len=8, vocab_size=61, n_layer=1, n_head=2, n_embd=32)), ids(PLAIN, B=1, T=20)
+    model, idx = (
+        make_gpt(GPTConfig(sequence_len=8, vocab_size=61, n_layer=1, n_head=2, n_embd=32)),
+        ids(PLAIN, B=1, T=20),
+    )
     before, idx[0, 0] = model(idx), (idx[0, 0] + 1) % 61
     assert (before[0, -1] != model(idx)[0, -1]).any()

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from nanolab.config import InspectConfig, from_preset
+from nanolab.cli import from_preset
 from nanolab.inference.cache import KVCache
+from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.training.schedule import gpt_config
 
@@ -15,7 +16,12 @@ TOY = dict(depth=3, aspect_ratio=16, head_dim=12, max_seq_len=40, vocab_size=131
 def theirs(c):
     """Their model of the same size, in eval mode, every weight moved off its initial value, biases and gains too."""
     config = transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.sequence_len, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, attn_implementation="eager"
+        vocab_size=c.vocab_size,
+        n_positions=c.sequence_len,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        attn_implementation="eager",
     )
     torch.manual_seed(0)
     model, g = transformers.GPT2LMHeadModel(config).eval(), torch.Generator().manual_seed(1)
@@ -85,7 +91,17 @@ def test_loss_and_gradients_are_theirs():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flag,value", [("mlp", "gelu"), ("mlp", "relu"), ("qk_gain", 1.2), ("softcap", 15.0), ("normaliser", "softmax1"), ("window_size", 30)])
+@pytest.mark.parametrize(
+    "flag,value",
+    [
+        ("mlp", "gelu"),
+        ("mlp", "relu"),
+        ("qk_gain", 1.2),
+        ("softcap", 15.0),
+        ("normaliser", "softmax1"),
+        ("window_size", 30),
+    ],
+)
 def test_one_flag_more_is_another_model(flag, value):
     """1e-4 tells GPT-2 from its neighbours, even from the other gelu."""
     changes = {flag: value} | ({"window_pattern": "S"} if flag == "window_size" else {})
@@ -93,7 +109,13 @@ def test_one_flag_more_is_another_model(flag, value):
     assert (ours(ids(c)) - other(ids(c)).logits).abs().max() > 3e-4
 
 
-PUBLISHED = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}  # layers, width, heads
+# layers, width, heads
+PUBLISHED = {
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -104,7 +126,9 @@ def test_every_size_has_their_tensors(name):
     with torch.device("meta"):
         ours = GPT(gpt_config(preset, preset.vocab_size))
         other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, n_embd=width, n_head=heads))
-    assert {n: p.shape for n, p in ours_named(other.state_dict(), layers).items()} == {n: p.shape for n, p in ours.state_dict().items()}
+    assert {n: p.shape for n, p in ours_named(other.state_dict(), layers).items()} == {
+        n: p.shape for n, p in ours.state_dict().items()
+    }
     assert sum(p.numel() for p in ours.parameters()) == other.num_parameters() and ours.config.n_head == heads
 
 

@@ -7,13 +7,25 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
-from nanolab.model.latent import rotary_width
+from nanolab.model.variants.latent import rotary_width
 
-CONFIG = GPTConfig(sequence_len=32, vocab_size=50, n_layer=3, n_head=2, n_embd=64, attention="mla", value_embeds=False, mla_kv_rank=40, mla_q_rank=48, mla_rope_dim=10)
+CONFIG = GPTConfig(
+    sequence_len=32,
+    vocab_size=50,
+    n_layer=3,
+    n_head=2,
+    n_embd=64,
+    attention="mla",
+    value_embeds=False,
+    mla_kv_rank=40,
+    mla_q_rank=48,
+    mla_rope_dim=10,
+)
 VARIANTS = {
     "rope": {},
     "no positions": dict(positions="nope"),
@@ -42,19 +54,24 @@ def layer_by_formula(layer, x: np.ndarray, config: GPTConfig) -> np.ndarray:
         k_content, v = c_kv @ w["c_uk.weight"][mine].T, c_kv @ w["c_uv.weight"][mine].T
         for t in range(T):
             q = np.concatenate((c_q[t] @ w["c_uq.weight"][mine].T, turn(c_q[t] @ w["rotary.c_q.weight"][rotary].T, t)))
-            scores = [1.44 * q @ np.concatenate((k_content[s], turn(w["rotary.c_k.weight"] @ x[s], s))) / math.sqrt(D + R) for s in range(t + 1)]
+            scores = [
+                1.44 * q @ np.concatenate((k_content[s], turn(w["rotary.c_k.weight"] @ x[s], s))) / math.sqrt(D + R)
+                for s in range(t + 1)
+            ]
             p = np.exp(scores)
             out[t, mine] = (p / p.sum()) @ v[: t + 1]
     return out @ w["c_proj.weight"].T
 
 
 def test_layer_is_the_formula(make_gpt):
-    model, x = make_gpt(CONFIG), torch.randn(1, 11, 64, generator=torch.Generator().manual_seed(3))
+    model = make_gpt(CONFIG)
     seen = {}
     layer = model.h[1].attn
     layer.register_forward_hook(lambda _, args, out: seen.update(x=args[0], y=out))
     model(torch.arange(11)[None] * 4)
-    np.testing.assert_allclose(seen["y"][0].detach(), layer_by_formula(layer, seen["x"][0].detach().double().numpy(), CONFIG), atol=2e-6)
+    np.testing.assert_allclose(
+        seen["y"][0].detach(), layer_by_formula(layer, seen["x"][0].detach().double().numpy(), CONFIG), atol=2e-6
+    )
 
 
 @torch.no_grad()
@@ -89,13 +106,21 @@ def test_default_widths():
     c = GPTConfig(n_layer=1, n_head=12, n_embd=768, attention="mla", value_embeds=False)
     model = GPT(c)
     shapes = {name: tuple(p.shape) for name, p in model.h[0].attn.named_parameters()}
-    assert (shapes["c_dkv.weight"], shapes["rotary.c_k.weight"], shapes["c_dq.weight"]) == ((256, 768), (32, 768), (768, 768))
+    assert (shapes["c_dkv.weight"], shapes["rotary.c_k.weight"], shapes["c_dq.weight"]) == (
+        (256, 768),
+        (32, 768),
+        (768, 768),
+    )
     assert rotary_width(dataclasses.replace(c, positions="nope"), 0) == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "flags"),
-    [(dict(value_embeds=True), ("--attention mla", "--no-value-embeds")), (dict(qk_norm="l2"), ("--attention mla", "--qk-norm l2")), (dict(mla_rope_dim=7), ("--mla-rope-dim",))],
+    [
+        (dict(value_embeds=True), ("--attention mla", "--no-value-embeds")),
+        (dict(qk_norm="l2"), ("--attention mla", "--qk-norm l2")),
+        (dict(mla_rope_dim=7), ("--mla-rope-dim",)),
+    ],
 )
 def test_what_cannot_work_names_both_flags(changes, flags):
     with pytest.raises(UserError) as error:

@@ -1,4 +1,6 @@
-"""Memory: the formula against the peak of a process that trains, measured from outside the formula; and what activation checkpointing keeps."""
+"""Memory: the formula against the peak of a process that trains, measured from outside the formula; and what activation
+checkpointing keeps.
+"""
 
 import subprocess
 import sys
@@ -9,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nanolab.config import BaseTrainConfig, GPTConfig
 from nanolab.model import accounting
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import DTYPES, Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training import optim
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
@@ -20,7 +23,7 @@ from nanolab.training.schedule import make_plan
 
 TRAIN = """
 import sys, torch
-from nanolab.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, keep_freed_memory
 from nanolab.training.optim import MuonAdamW
@@ -46,11 +49,20 @@ print(runtime.peak_memory_mib() - before)
 """
 
 
-@pytest.mark.parametrize("rows, again", [(8, False), pytest.param(24, False, marks=pytest.mark.slow), pytest.param(24, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows, again",
+    [(8, False), pytest.param(24, False, marks=pytest.mark.slow), pytest.param(24, True, marks=pytest.mark.slow)],
+)
 def test_predicted_peak_is_near_the_measured(rows, again):
-    measured = float(subprocess.run([sys.executable, "-c", TRAIN, str(rows), "again" * again], capture_output=True, text=True, check=True).stdout)
+    measured = float(
+        subprocess.run(
+            [sys.executable, "-c", TRAIN, str(rows), "again" * again], capture_output=True, text=True, check=True
+        ).stdout
+    )
     config = GPTConfig(sequence_len=256, vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
-    assert accounting.peak_bytes(accounting.train_memory(config, rows, 4, activation_checkpointing=again)) / 2**20 == pytest.approx(measured, rel=0.4)
+    assert accounting.peak_bytes(
+        accounting.train_memory(config, rows, 4, activation_checkpointing=again)
+    ) / 2**20 == pytest.approx(measured, rel=0.4)
 
 
 def kept_bytes(config: GPTConfig, rows: int, activation_checkpointing: bool) -> int:
@@ -99,14 +111,27 @@ class Live(TorchDispatchMode):
 
 
 def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
-    """For some recipes and sizes of stacks: (state and step of this rank's optimizer by the plan, bytes of its state, peak of the bytes that a step makes)."""
+    """For some recipes and sizes of stacks: (state and step of this rank's optimizer by the plan, bytes of its state,
+    peak of the bytes that a step makes).
+    """
     found = []
     for recipe, chunk in (("dial", optim.BIG_CHUNK), ("dial", 100_000), ("adamw_cosine", optim.BIG_CHUNK)):
         optim.CHUNK["cpu"] = chunk
-        cfg = BaseTrainConfig(depth=5, head_dim=32, aspect_ratio=24, max_seq_len=64, recipe=recipe, device_batch_size=2, total_batch_size=1536)
+        cfg = BaseTrainConfig(
+            depth=5,
+            head_dim=32,
+            aspect_ratio=24,
+            max_seq_len=64,
+            recipe=recipe,
+            device_batch_size=2,
+            total_batch_size=1536,
+        )
         plan = make_plan(cfg, 1000, runtime.world_size)
         with torch.device("meta"):
-            planned = MuonAdamW(param_groups(GPT(plan.model), cfg, plan), Runtime(runtime.device, runtime.dtype, world_size=runtime.world_size)).memory()
+            planned = MuonAdamW(
+                param_groups(GPT(plan.model), cfg, plan),
+                Runtime(runtime.device, runtime.dtype, world_size=runtime.world_size),
+            ).memory()
         model = GPT(plan.model)
         model.init_weights(0)
         optimizer = MuonAdamW(param_groups(model, cfg, plan), runtime)
@@ -114,15 +139,20 @@ def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
             p.grad = torch.ones_like(p)
         with Live() as live:
             optimizer.step()
-        found.append((planned, sum(t.nbytes for name, t in optimizer.state_dict().items() if name != "step"), live.peak))
+        found.append(
+            (planned, sum(t.nbytes for name, t in optimizer.state_dict().items() if name != "step"), live.peak)
+        )
     return found
 
 
-@pytest.mark.parametrize("ranks, dtype", [(1, "float32"), (1, "bfloat16"), (2, "float32"), pytest.param(3, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks, dtype",
+    [(1, "float32"), (1, "bfloat16"), (2, "float32"), pytest.param(3, "bfloat16", marks=pytest.mark.slow)],
+)
 @pytest.mark.fault("core likely: Memory plan without communication")
 def test_the_plan_knows_what_the_optimizer_holds(run_ranks, monkeypatch, ranks, dtype):
-    """Its state to the byte. The peak of a step, of every storage that an operator makes in it on the rank with most, is not above the plan (by small vectors
-    at most), nor far below it: gloo may let go of a message sooner or later."""
+    """Its state to the byte. The peak of a step, of every storage that an operator makes in it on the rank with most,
+    is not above the plan (by small vectors at most), nor far below it: gloo may let go of a message sooner or later."""
     monkeypatch.setattr(optim, "CHUNK", dict(optim.CHUNK))
     alone = Runtime(torch.device("cpu"), DTYPES[dtype])
     found = [optimizer_bytes(alone)] if ranks == 1 else run_ranks(optimizer_bytes, ranks, dtype=dtype)
@@ -136,4 +166,7 @@ def test_parts_that_are_not_there_at_once_are_not_added():
     c = GPTConfig(sequence_len=64, vocab_size=512, n_layer=4, n_head=2, n_embd=64)
     memory = accounting.train_memory(c, 2, 4, optimizer=(1000, 10**9))
     assert accounting.peak_bytes(memory) == memory["weights"] + memory["gradients"] + 1000 + 10**9
-    assert accounting.peak_bytes(memory | {"step": 0}) == memory["weights"] + memory["gradients"] + 1000 + memory["activations"]
+    assert (
+        accounting.peak_bytes(memory | {"step": 0})
+        == memory["weights"] + memory["gradients"] + 1000 + memory["activations"]
+    )

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
-from nanolab.model.attention import windows
-from nanolab.model.positions import POSITIONS, ROTATIONS, rope_angles, rope_dim, rope_rates
+from nanolab.model.config import GPTConfig
+from nanolab.model.lookup import windows
+from nanolab.model.variants.positions import POSITIONS, ROTATIONS, rope_angles, rope_dim, rope_rates
 
 D, T = 16, 40  # head size, row
-LAYOUTS = {"half": lambda d: (slice(0, d // 2), slice(d // 2, d)), "interleaved": lambda d: (slice(0, d, 2), slice(1, d, 2))}  # the two channels of each pair
+# the two channels of each pair
+LAYOUTS = {
+    "half": lambda d: (slice(0, d // 2), slice(d // 2, d)),
+    "interleaved": lambda d: (slice(0, d, 2), slice(1, d, 2)),
+}
 
 
 def config(**changes):
@@ -30,7 +35,9 @@ def turned(c, x, positions=None):
 
 
 def definition(c, x, rates, length=1.0):
-    """x (B, T, H, D) with the channels of each pair as one complex number times length e^(-i t rate); the others as they are."""
+    """x (B, T, H, D) with the channels of each pair as one complex number times length e^(-i t rate); the others as
+    they are.
+    """
     x = x.numpy().astype(np.float64)
     d, y = 2 * len(rates), x.copy()
     a, b = LAYOUTS[c.rope_layout](d)
@@ -43,7 +50,9 @@ def definition(c, x, rates, length=1.0):
 @pytest.mark.parametrize("fraction", [1.0, 0.75, 0.5, 0.3, 0.01])
 @pytest.mark.parametrize("base", [10_000.0, 100_000.0])
 def test_rope_is_multiplication_by_a_complex_number(layout, fraction, base):
-    """theta_i = base^(-2i/d) of the d channels that turn: an even number, at least one pair. Angles are computed in fp32."""
+    """theta_i = base^(-2i/d) of the d channels that turn: an even number, at least one pair. Angles are computed in
+    fp32.
+    """
     c = config(rope_layout=layout, rope_fraction=fraction, rope_base=base)
     d = {1.0: 16, 0.75: 12, 0.5: 8, 0.3: 4, 0.01: 2}[fraction]
     x = random_heads()
@@ -69,7 +78,9 @@ def test_scores_depend_on_the_distance_alone(layout, scaling, fraction):
 
 
 def test_interleaved_is_half_with_channels_in_another_order():
-    """Channel 2i of one is channel i of the other, 2i + 1 is i + d/2: the same model with the rows of c_q and c_k permuted."""
+    """Channel 2i of one is channel i of the other, 2i + 1 is i + d/2: the same model with the rows of c_q and c_k
+    permuted.
+    """
     x = random_heads(dtype=torch.float32)
     for fraction, d in ((1.0, 16), (0.5, 8)):
         order = torch.cat((torch.arange(0, d, 2), torch.arange(1, d, 2), torch.arange(d, D)))
@@ -95,8 +106,8 @@ def test_linear_scaling_is_rope_at_positions_divided(s):
 
 @pytest.mark.parametrize("row,s,base", [(4096, 4.0, 10_000.0), (2048, 8.0, 500.0), (64, 1.5, 10_000.0)])
 def test_yarn_is_its_formula(row, s, base):
-    """theta' = theta ((1 - g)/s + g), g = clip((r - 1)/(32 - 1), 0, 1), r = L theta / 2 pi turns in the trained length L = row / s;
-    cos and sin times m = 0.1 ln s + 1. arXiv 2309.00071, sections 3.2 to 3.4."""
+    """theta' = theta ((1 - g)/s + g), g = clip((r - 1)/(32 - 1), 0, 1), r = L theta / 2 pi turns in the trained length
+    L = row / s; cos and sin times m = 0.1 ln s + 1. arXiv 2309.00071, sections 3.2 to 3.4."""
     c, x = config(sequence_len=row, rope_scaling=f"yarn:{s:g}", rope_base=base), random_heads()
     theta = base ** (-2 * np.arange(D // 2) / D)
     r = row / s * theta / (2 * np.pi)
@@ -107,7 +118,9 @@ def test_yarn_is_its_formula(row, s, base):
     assert m == pytest.approx(1 + math.log(s) / 10)
     np.testing.assert_allclose(turned(c, x), definition(c, x, want, m), atol=5e-5)
     if row == 4096:
-        assert want[0] == theta[0] and want[-1] == theta[-1] / s and (g[1:-1] * (1 - g[1:-1])).max() > 0, "kept, divided, and something between"
+        assert want[0] == theta[0] and want[-1] == theta[-1] / s and (g[1:-1] * (1 - g[1:-1])).max() > 0, (
+            "kept, divided, and something between"
+        )
 
 
 @pytest.mark.parametrize("scaling", ["linear", "linear:1", "linear:x", "yarn:0.5", "yarn:inf", "yarn:nan", "ntk:2", ""])
@@ -120,7 +133,9 @@ PAPERS_8 = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]  # ar
 SLOPES = {
     8: PAPERS_8,
     16: [2 ** (-h / 2) for h in range(1, 17)],
-    12: PAPERS_8 + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5],  # those of 8, then every second one of 16, as in the authors' code
+    12: (
+        PAPERS_8 + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    ),  # those of 8, then every second one of 16, as in the authors' code
     3: [1 / 16, 1 / 256, 1 / 4],
     1: [1 / 256],
 }
@@ -180,7 +195,10 @@ PLAIN = dict(value_embeds=False, smear=False, residual_scalars=False, backout=Fa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("positions,sees_order", [("nope", False), ("rope", True), ("learned", True), ("sinusoidal", True), ("alibi", True), ("rnope", True)])
+@pytest.mark.parametrize(
+    "positions,sees_order",
+    [("nope", False), ("rope", True), ("learned", True), ("sinusoidal", True), ("alibi", True), ("rnope", True)],
+)
 def test_only_nope_is_blind_to_order(make_model, positions, sees_order):
     """One layer in which the last token looks at all others: without positions it sees a set."""
     model = make_model(config(positions=positions, n_layer=1, **PLAIN))
@@ -190,11 +208,13 @@ def test_only_nope_is_blind_to_order(make_model, positions, sees_order):
     assert gap > 1e-3 if sees_order else gap < 1e-5
 
 
-@pytest.mark.parametrize("pattern,layers", [("R,N", "RNRNRN"), ("R,R,R,N", "RRRNRR"), ("N,R", "NRNRNR"), ("R", "RRRRRR")])
+@pytest.mark.parametrize(
+    "pattern,layers", [("R,N", "RNRNRN"), ("R,R,R,N", "RRRNRR"), ("N,R", "NRNRNR"), ("R", "RRRRRR")]
+)
 def test_rnope_turns_the_layers_of_its_pattern(make_model, pattern, layers):
     """Seen from outside: a layer that turns gives other keys to the same token at another place."""
     c = config(positions="rnope", position_pattern=pattern, n_layer=6, **PLAIN)
-    assert "".join("RN"[not POSITIONS["rnope"].turns(c, i)] for i in range(6)) == layers
+    assert "".join("RN"[not POSITIONS["rnope"].uses_rope(c, i)] for i in range(6)) == layers
     model, cache = make_model(c), KVCache(c)
     for block in model.h:  # nothing is added to the stream: all tokens stay equal, so keys differ by position alone
         block.attn.c_proj.weight.data.zero_()
@@ -205,7 +225,9 @@ def test_rnope_turns_the_layers_of_its_pattern(make_model, pattern, layers):
 
 
 def test_windows_where_positions_turn():
-    """RNoPE-SWA, arXiv 2501.18795: layers that turn see a window, those that do not see everything, also the last layer."""
+    """RNoPE-SWA, arXiv 2501.18795: layers that turn see a window, those that do not see everything, also the last
+    layer.
+    """
     swa = dict(window_pattern="rope", window_size=9)
     for pattern, want in (("R,N", [9, 64, 9, 64]), ("R,R,R,N", [9, 9, 9, 64]), ("N,R", [64, 9, 64, 9])):
         assert windows(config(positions="rnope", position_pattern=pattern, **swa)) == want

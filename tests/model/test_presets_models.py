@@ -1,4 +1,6 @@
-"""Every preset from the command line: fifty steps at toy width on text, and its loss falls. (Counts: tests/test_presets.py.)"""
+"""Every preset from the command line: fifty steps at toy width on text, and its loss falls. (Counts:
+tests/test_presets.py.)
+"""
 
 import json
 import subprocess
@@ -10,8 +12,12 @@ import pytest
 from nanolab.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
-REAL = ROOT.parent / "shared" / "data" / "pretrain"  # parquet shards of English; without them the text is nanolab's own source
-TOY = "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 64 --device-batch-size 8 --total-batch-size 512 --num-iterations 50"
+# parquet shards of English; without them the text is nanolab's own source
+REAL = ROOT.parent / "shared" / "data" / "pretrain"
+TOY = (
+    "--depth 2 --aspect-ratio 32 --head-dim 16 --max-seq-len 64 --device-batch-size 8 --total-batch-size 512"
+    " --num-iterations 50"
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +29,19 @@ def command(tmp_path_factory):
         source.write_text("\n\n".join(path.read_text() for path in sorted((ROOT / "nanolab").rglob("*.py"))))
 
     def run(module: str, *arguments: str) -> Path:
-        environment = {"NANOLAB_BASE_DIR": str(base), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "NANOLAB_DTYPE": "float32"}
+        environment = {
+            "NANOLAB_BASE_DIR": str(base),
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "NANOLAB_DTYPE": "float32",
+        }
         done = subprocess.run(
-            [sys.executable, "-m", module, "--data-dir", str(source), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", module, "--data-dir", str(source), *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return base
@@ -38,7 +54,19 @@ def command(tmp_path_factory):
 @pytest.mark.parametrize("name", PRESETS)
 def test_fifty_steps_on_real_text(command, name):
     warmup = [] if PRESETS[name].get("recipe") == "adam_constant" else ["--warmup-steps", "10"]
-    base = command("scripts.base_train", "--preset", name, "--run", name, "--device-type", "cpu", "--eval-every", "-1", *TOY.split(), *warmup)
+    base = command(
+        "scripts.base_train",
+        "--preset",
+        name,
+        "--run",
+        name,
+        "--device-type",
+        "cpu",
+        "--eval-every",
+        "-1",
+        *TOY.split(),
+        *warmup,
+    )
     rows = [json.loads(line) for line in (base / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     first, last = losses[0], sum(losses[-5:]) / 5

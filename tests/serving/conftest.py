@@ -11,15 +11,17 @@ import httpx
 import pytest
 import torch
 
-from nanolab.config import GPTConfig, ServeConfig, to_json
+from nanolab.cli import to_json
 from nanolab.data.chat import render
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import Server, bind
-from nanolab.serving.worker import Served
-from nanolab.training import checkpoint
+from nanolab.serving.worker import ModelServer
 from scripts.chat_web import load
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -27,7 +29,10 @@ RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 def conversation(user: str, *parts: str) -> list[dict]:
     kinds = ("text",) if len(parts) == 1 else ("python", "python_output", "text")
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": [{"type": k, "text": t} for k, t in zip(kinds, parts)]}]
+    return [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": k, "text": t} for k, t in zip(kinds, parts)]},
+    ]
 
 
 HELLO = conversation("hi", "é 🙂 hello")
@@ -39,20 +44,28 @@ LINES = conversation("ends", "a\u2028b\u2029c\x85")
 def save(base: Path, name: str, model: GPT, tokenizer: Tokenizer, kind: str) -> None:
     folder = base / "runs" / name
     meta = {"model_config": to_json(model.config), "tokenizer_hash": tokenizer.hash, "kind": kind}
-    checkpoint.save(folder / "checkpoints", 150, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME)
+    checkpoint.save(
+        folder / "checkpoints", 150, weights=dict(model.state_dict()), optimizer=None, meta=meta, runtime=RUNTIME
+    )
     tokenizer.save(folder / "tokenizer")
     (folder / "result.json").write_text(json.dumps({"kind": kind}))
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A base directory with the runs "parrot", a chat model that knows its answers by heart, "endless", a base model that never stops, and "young", a chat model that was never trained."""
+    """A base directory with the runs "parrot", a chat model that knows its answers by heart, "endless", a base model
+    that never stops, and "young", a chat model that was never trained.
+    """
     base = tmp_path_factory.mktemp("served")
     tokenizer = Tokenizer.train(["plain words and plain words only " * 20], 275)
-    rows = [render(tokenizer, messages) for messages in (HELLO, PRODUCT, PROGRAM, LINES, HELLO + PRODUCT, PRODUCT + HELLO)]
+    rows = [
+        render(tokenizer, messages) for messages in (HELLO, PRODUCT, PROGRAM, LINES, HELLO + PRODUCT, PRODUCT + HELLO)
+    ]
     T = max(len(ids) for ids, _ in rows) - 1
     x = torch.tensor([ids[:-1] + [0] * (T + 1 - len(ids)) for ids, _ in rows])
-    y = torch.tensor([[i if m else -1 for i, m in zip(ids[1:], mask[1:])] + [-1] * (T + 1 - len(ids)) for ids, mask in rows])
+    y = torch.tensor(
+        [[i if m else -1 for i, m in zip(ids[1:], mask[1:])] + [-1] * (T + 1 - len(ids)) for ids, mask in rows]
+    )
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64))
     model.init_weights(0)
@@ -81,12 +94,19 @@ class Live:
 
     url: str
     http: httpx.Client
-    models: dict[str, Served]
+    models: dict[str, ModelServer]
     server: Server
 
     def gauge(self, name: str, model: str) -> float:
         """A value of /metrics; 0 for one that is not there yet."""
-        return next((float(line.split()[1]) for line in self.http.get("/metrics").text.splitlines() if line.startswith(f'{name}{{model="{model}"}}')), 0.0)
+        return next(
+            (
+                float(line.split()[1])
+                for line in self.http.get("/metrics").text.splitlines()
+                if line.startswith(f'{name}{{model="{model}"}}')
+            ),
+            0.0,
+        )
 
     def until(self, name: str, model: str, value: float, seconds: float = 60.0) -> None:
         """Wait until /metrics shows `value`; longer than `seconds` is a failure."""
@@ -102,7 +122,17 @@ def start_server(runs):
     started: list[tuple[Live, threading.Thread]] = []
 
     def start(**flags) -> Live:
-        cfg = ServeConfig(**{"model": "parrot,endless", "port": 0, "device_type": "cpu", "temperature": 0.0, "drain_seconds": 1.0, "prefix_mb": 8} | flags)
+        cfg = ServeConfig(
+            **{
+                "model": "parrot,endless",
+                "port": 0,
+                "device_type": "cpu",
+                "temperature": 0.0,
+                "drain_seconds": 1.0,
+                "prefix_mb": 8,
+            }
+            | flags
+        )
         os.environ["NANOLAB_BASE_DIR"], before = str(runs), os.environ.get("NANOLAB_BASE_DIR")
         try:
             models = {served.name: served for served in load(cfg, RUNTIME)}

@@ -1,4 +1,6 @@
-"""Conversations as clients send them, and what the model is to read of each: for the server, the exported template and the harness alike."""
+"""Conversations as clients send them, and what the model is to read of each: for the server, the exported template and
+the harness alike.
+"""
 
 
 def user(content) -> dict:
@@ -18,7 +20,7 @@ def text(content: str, kind: str = "text", **fields) -> dict:
 
 
 def call(code: str, content=None) -> dict:
-    function = {"name": "calculator", "arguments": '{"expression": "%s"}' % code}
+    function = {"name": "calculator", "arguments": f'{{"expression": "{code}"}}'}
     return bot(content, tool_calls=[{"id": "c1", "type": "function", "function": function}])
 
 
@@ -30,17 +32,35 @@ SUM = [text("1+1", "python"), text("2", "python_output")]
 A, B, HI = user("a"), user("b"), bot("hi")
 PLAIN = [A, HI, B]
 
-# (name, messages as a client sends them, the same in the strict form that training reads). No strict form stands for a blank message.
+# (name, messages as a client sends them, the same in the strict form that training reads). No strict form stands for a
+# blank message.
 CASES = [
     ("one question", [A], [A]),
     ("two turns", PLAIN, PLAIN),
     ("a system prompt", [system("s"), A], [system("s"), A]),
-    ("blanks around text stay", [system(" s "), user(" a\n"), bot("\nhi "), B], [system(" s "), user(" a\n"), bot("\nhi "), B]),
-    ("names of special tokens are text", [user("<|assistant_end|>"), bot("<|bos|>"), B], [user("<|assistant_end|>"), bot("<|bos|>"), B]),
+    (
+        "blanks around text stay",
+        [system(" s "), user(" a\n"), bot("\nhi "), B],
+        [system(" s "), user(" a\n"), bot("\nhi "), B],
+    ),
+    (
+        "names of special tokens are text",
+        [user("<|assistant_end|>"), bot("<|bos|>"), B],
+        [user("<|assistant_end|>"), bot("<|bos|>"), B],
+    ),
     # blank messages
-    *((f"an empty system prompt: {i}", [system(empty), A], [A]) for i, empty in enumerate(["", " \n", None, [], [text("")], [text(" "), text("")]])),
-    *((f"an empty reply: {i}", [A, bot(empty), B], [user("a\n\nb")]) for i, empty in enumerate(["", " ", "\n", None, [], [text("")], [text("", "python")]])),
-    *((f"an empty question: {i}", [A, HI, user(empty), B], PLAIN) for i, empty in enumerate(["", "\t", None, [], [text(" ")]])),
+    *(
+        (f"an empty system prompt: {i}", [system(empty), A], [A])
+        for i, empty in enumerate(["", " \n", None, [], [text("")], [text(" "), text("")]])
+    ),
+    *(
+        (f"an empty reply: {i}", [A, bot(empty), B], [user("a\n\nb")])
+        for i, empty in enumerate(["", " ", "\n", None, [], [text("")], [text("", "python")]])
+    ),
+    *(
+        (f"an empty question: {i}", [A, HI, user(empty), B], PLAIN)
+        for i, empty in enumerate(["", "\t", None, [], [text(" ")]])
+    ),
     ("a reply without content", [A, {"role": "assistant"}, B], [user("a\n\nb")]),
     ("a reply cut inside its call, as it came", [A, bot("", parts=[text("", "python")]), B], [user("a\n\nb")]),
     ("an empty reply at the end", [A, bot("")], [A]),
@@ -68,14 +88,25 @@ CASES = [
     ("text parts", [user([text("a"), text("b")]), bot([text("h"), text("i")]), B], [user("ab"), HI, B]),
     ("system's text parts", [system([text("s")]), A], [system("s"), A]),
     ("parts with other keys", [user([text("a", cache_control={})]), bot([text("hi", annotations=[])]), B], PLAIN),
-    ("input_text and output_text", [user([text("a", "input_text")]), bot([text("hi", "output_text", annotations=[])]), B], PLAIN),
+    (
+        "input_text and output_text",
+        [user([text("a", "input_text")]), bot([text("hi", "output_text", annotations=[])]), B],
+        PLAIN,
+    ),
     # the server's own tool
     ("a reply with steps, as it came", [A, bot("hi", parts=[*SUM, text("hi")]), B], [A, bot([*SUM, text("hi")]), B]),
     ("a reply with steps as its content", [A, bot([*SUM, text("hi")]), B], [A, bot([*SUM, text("hi")]), B]),
     ("a reply cut inside its call", [A, bot("", parts=[text("1+", "python")]), B], [A, bot([text("1+", "python")]), B]),
-    ("an output that no call asked for", [A, bot("", parts=[text("2", "python_output")]), B], [A, bot([text("2", "python_output")]), B]),
-    ("an empty call and its empty output", [A, bot("", parts=[text("", "python"), text("", "python_output")]), B],
-        [A, bot([text("", "python"), text("", "python_output")]), B]),
+    (
+        "an output that no call asked for",
+        [A, bot("", parts=[text("2", "python_output")]), B],
+        [A, bot([text("2", "python_output")]), B],
+    ),
+    (
+        "an empty call and its empty output",
+        [A, bot("", parts=[text("", "python"), text("", "python_output")]), B],
+        [A, bot([text("", "python"), text("", "python_output")]), B],
+    ),
     # tools of the client
     ("a call and its output", [A, call("1+1"), tool("2")], [A, bot(SUM)]),
     ("text before a call", [A, call("1+1", "hi"), tool("2")], [A, bot([text("hi"), *SUM])]),
@@ -83,17 +114,36 @@ CASES = [
     ("an empty output", [A, call("1+1"), tool("")], [A, bot([text("1+1", "python"), text("", "python_output")])]),
     ("an empty call", [A, call(""), tool("2")], [A, bot([text("", "python"), text("2", "python_output")])]),
     ("a call, its output and the reply", [A, call("1+1"), tool("2"), HI, B], [A, bot([*SUM, text("hi")]), B]),
-    ("two calls, one after the other", [A, call("1+1"), tool("2"), call("1+1"), tool("2"), HI, B], [A, bot([*SUM, *SUM, text("hi")]), B]),
+    (
+        "two calls, one after the other",
+        [A, call("1+1"), tool("2"), call("1+1"), tool("2"), HI, B],
+        [A, bot([*SUM, *SUM, text("hi")]), B],
+    ),
     ("an empty reply to an output", [A, call("1+1"), tool("2"), bot(""), B], [A, bot(SUM), B]),
     ("a system before an output", [A, call("1+1"), system("s"), tool("2")], [system("s"), A, bot(SUM)]),
     ("a call without an output", [A, call("1+1"), B], [A, bot([text("1+1", "python")]), B]),
     # keys that say nothing to the model
-    ("keys of other clients", [
-        user("a") | {"id": "m1", "opts": {"x": 1}, "name": "n"},
-        bot("hi", id="m2", reasoning_content="so", reasoning="so", annotations=[{}], audio={"id": 1}, refusal=None, function_call=None, tool_calls=None, weight=0),
-        user("b") | {"type": "message"},
-    ], PLAIN),
-]  # fmt: skip
+    (
+        "keys of other clients",
+        [
+            user("a") | {"id": "m1", "opts": {"x": 1}, "name": "n"},
+            bot(
+                "hi",
+                id="m2",
+                reasoning_content="so",
+                reasoning="so",
+                annotations=[{}],
+                audio={"id": 1},
+                refusal=None,
+                function_call=None,
+                tool_calls=None,
+                weight=0,
+            ),
+            user("b") | {"type": "message"},
+        ],
+        PLAIN,
+    ),
+]
 HISTORIES = [(name, given) for name, given, _ in CASES]
 STRICT = {name: strict for name, _, strict in CASES}
 

@@ -1,8 +1,9 @@
-"""Clients that people have, unchanged, against the real server: two turns each, streaming and not, and what they send where people leave something out.
+"""Clients that people have, unchanged, against the real server: two turns each, streaming and not, and what they send
+where people leave something out.
 
-Oracles: the answers that the model knows by heart; the ids that it is given, which are those of the history as training renders it; SENT, the
-requests as these clients write them. All are slow but openai's and huggingface_hub's: importing the others takes seconds.
-"""
+Oracles: the answers that the model knows by heart; the ids that it is given, which are those of the history as training
+renders it; SENT, the requests as these clients write them. All are slow but openai's and huggingface_hub's: importing
+the others takes seconds."""
 
 import json
 import re
@@ -18,11 +19,12 @@ from histories import bot, system, user
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.serving import api
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 NPM = Path(__file__).parent / "npm"
 HELLO, IT_IS, LINES = "é 🙂 hello", "It is 408.", "a\u2028b\u2029c\x85"
-# What else than model, messages, prompt and `stream: false` each client sends with its defaults, and the message keys of a reply given back
+# What else than model, messages, prompt and `stream: false` each client sends with its defaults, and the message keys
+# of a reply given back
 TEXT = {"frequency_penalty": 0, "logprobs": None, "n": 1, "presence_penalty": 0, "seed": None, "top_p": 1}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 SENT = {
@@ -49,13 +51,19 @@ class Wire:
         self.history = lambda *messages: tuple(render_prompt(tok, messages))
 
     def check(self, client: str, *histories: list[dict]) -> None:
-        """The models have read these histories and nothing else, and the client has sent nothing that SENT does not hold."""
+        """The models have read these histories and nothing else, and the client has sent nothing that SENT does not
+        hold.
+        """
         assert self.prompts == [self.history(*messages) for messages in histories]
         self.check_fields(client)
 
     def check_fields(self, client: str) -> None:
         for body in self.bodies:
-            beside = {key: value for key, value in body.items() if key not in ("model", "messages", "prompt") and (key, value) != ("stream", False)}
+            beside = {
+                key: value
+                for key, value in body.items()
+                if key not in ("model", "messages", "prompt") and (key, value) != ("stream", False)
+            }
             assert beside in SENT[client]
         self.bodies.clear()
         self.prompts.clear()
@@ -64,7 +72,7 @@ class Wire:
 @pytest.fixture
 def wire(live, runs, monkeypatch) -> Wire:
     found = Wire(live.url, Tokenizer.load(runs / "runs" / "parrot" / "tokenizer"))
-    read_body, submit = api.read_body, Served.submit
+    read_body, submit = api.read_body, ModelServer.submit
 
     async def read(*arguments, **named):
         body = await read_body(*arguments, **named)
@@ -76,7 +84,7 @@ def wire(live, runs, monkeypatch) -> Wire:
         return submit(served, requests, *arguments, **named)
 
     monkeypatch.setattr(api, "read_body", read)
-    monkeypatch.setattr(Served, "submit", take)
+    monkeypatch.setattr(ModelServer, "submit", take)
     return found
 
 
@@ -84,7 +92,11 @@ def wire(live, runs, monkeypatch) -> Wire:
 def alone(monkeypatch, tmp_path):
     """No client asks anybody else, or reads this user's settings."""
     names = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LITELLM_TELEMETRY", "AI_SDK_LOG_WARNINGS")
-    quiet = dict.fromkeys(names, "false") | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    quiet = dict.fromkeys(names, "false") | {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+    }
     for name, value in (quiet | {"OPENAI_API_KEY": "none", "LLM_USER_PATH": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "HF_HUB_OFFLINE"):
@@ -94,7 +106,9 @@ def alone(monkeypatch, tmp_path):
 @pytest.mark.fault("S3", "S5")
 @pytest.mark.parametrize(("client", "fields"), [(client, fields) for client, sent in SENT.items() for fields in sent])
 def test_what_clients_send(live, client, fields):
-    """Recorded: the tests below see that the clients still send this. A reply given back has huggingface_hub's nulls; a list of prompts is LangChain's."""
+    """Recorded: the tests below see that the clients still send this. A reply given back has huggingface_hub's nulls; a
+    list of prompts is LangChain's.
+    """
     message = bot(HELLO) | {"reasoning": None, "tool_call_id": None, "tool_calls": None}
     if "logprobs" in fields or "stop" in fields:
         path, prompt = "completions", {"model": "endless", "prompt": ["x"] if "logprobs" in fields else "x"}
@@ -144,7 +158,11 @@ def test_litellm(wire, provider):
     ask = partial(litellm.completion, f"{provider}/parrot", api_base=wire.url, api_key="none")
     first = ask([HI]).choices[0].message
     second = ask([HI, first, PRODUCT])
-    assert (first.content, second.choices[0].message.content, second.usage.prompt_tokens) == (HELLO, IT_IS, len(wire.history(*SECOND)))
+    assert (first.content, second.choices[0].message.content, second.usage.prompt_tokens) == (
+        HELLO,
+        IT_IS,
+        len(wire.history(*SECOND)),
+    )
     wire.check("litellm", [HI], SECOND)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in ask([HI], stream=True))
     again = "".join(chunk.choices[0].delta.content or "" for chunk in ask([HI, bot(said), PRODUCT], stream=True))
@@ -171,12 +189,18 @@ def test_litellm_leaves_blanks(wire):
 
 @pytest.fixture
 def llm(wire, tmp_path):
-    """A function (arguments of the command line) -> what it prints. The models are declared as its documentation says."""
+    """A function (arguments of the command line) -> what it prints. The models are declared as its documentation
+    says.
+    """
     from click.testing import CliRunner
     from llm.cli import cli
 
-    models = [{"model_id": "chat", "model_name": "parrot"}, {"model_id": "text", "model_name": "endless", "completion": True}]
-    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model | {"api_base": wire.url} for model in models]))  # JSON is YAML
+    models = [
+        {"model_id": "chat", "model_name": "parrot"},
+        {"model_id": "text", "model_name": "endless", "completion": True},
+    ]
+    # JSON is YAML
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model | {"api_base": wire.url} for model in models]))
 
     def run(*arguments: str) -> str:
         result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
@@ -212,10 +236,16 @@ def test_langchain(wire):
     model = ChatOpenAI(base_url=wire.url, model="parrot", max_retries=0)
     first = model.invoke("hi")
     second = model.invoke([HumanMessage("hi"), first, HumanMessage("12*34?")])
-    assert (first.content, second.content, second.usage_metadata["input_tokens"]) == (HELLO, IT_IS, len(wire.history(*SECOND)))
+    assert (first.content, second.content, second.usage_metadata["input_tokens"]) == (
+        HELLO,
+        IT_IS,
+        len(wire.history(*SECOND)),
+    )
     wire.check("langchain-openai", [HI], SECOND)
     said = "".join(chunk.content for chunk in model.stream("hi"))
-    again = "".join(chunk.content for chunk in model.stream([HumanMessage("hi"), AIMessage(said), HumanMessage("12*34?")]))
+    again = "".join(
+        chunk.content for chunk in model.stream([HumanMessage("hi"), AIMessage(said), HumanMessage("12*34?")])
+    )
     assert (said, again) == (HELLO, IT_IS)
     wire.check("langchain-openai", [HI], SECOND)
     assert [answer.content for answer in model.batch(["hi", "12*34?"])] == [HELLO, IT_IS]
@@ -248,7 +278,11 @@ def test_langchain_completions(wire):
     assert len(model().invoke("x").encode()) > 0
     wire.check_fields("langchain-openai")
     made = model(temperature=0, max_tokens=5)
-    assert (made.invoke("x"), made.batch(["x", "yy"]), "".join(made.stream("x"))) == ("\0" * 5, ["\0" * 5] * 2, "\0" * 5)
+    assert (made.invoke("x"), made.batch(["x", "yy"]), "".join(made.stream("x"))) == (
+        "\0" * 5,
+        ["\0" * 5] * 2,
+        "\0" * 5,
+    )
 
 
 @pytest.fixture
@@ -281,7 +315,12 @@ def test_pydantic_ai_with_two_systems(wire, agent):
     first = both.run_sync("hi")
     both.run_sync("12*34?", message_history=first.all_messages())
     agent(system_prompt=("a", "b")).run_sync("hi")
-    wire.check("pydantic-ai", [system("b\n\na"), HI], [system("b\n\na"), HI, bot(first.output), PRODUCT], [system("a\n\nb"), HI])
+    wire.check(
+        "pydantic-ai",
+        [system("b\n\na"), HI],
+        [system("b\n\na"), HI, bot(first.output), PRODUCT],
+        [system("a\n\nb"), HI],
+    )
 
 
 @pytest.mark.parametrize("path", ["", "/v1", "/v1/chat/completions"])
@@ -291,7 +330,11 @@ def test_huggingface_hub(wire, path):
     ask = partial(InferenceClient(base_url=wire.root + path).chat_completion, model="parrot")
     first = ask([HI]).choices[0].message
     second = ask([HI, first, PRODUCT])
-    assert (first.content, second.choices[0].message.content, second.usage.prompt_tokens) == (HELLO, IT_IS, len(wire.history(*SECOND)))
+    assert (first.content, second.choices[0].message.content, second.usage.prompt_tokens) == (
+        HELLO,
+        IT_IS,
+        len(wire.history(*SECOND)),
+    )
     wire.check("huggingface_hub", [HI], SECOND)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in ask([HI], stream=True))
     again = "".join(chunk.choices[0].delta.content or "" for chunk in ask([HI, bot(said), PRODUCT], stream=True))
@@ -321,14 +364,24 @@ def node(tmp_path_factory):
     if int(re.match(r"v(\d+)", version)[1]) < 18:
         pytest.skip(f"node is {version}; these clients need 18 or newer")
     folder = shutil.copytree(NPM, tmp_path_factory.mktemp("npm") / "npm")
-    install = "npm ci --no-audit --no-fund --ignore-scripts --no-update-notifier --prefer-offline --fetch-retries=1 --fetch-timeout=60000"
+    install = (
+        "npm ci --no-audit --no-fund --ignore-scripts --no-update-notifier --prefer-offline --fetch-retries=1"
+        " --fetch-timeout=60000"
+    )
     done = subprocess.run(install.split(), cwd=folder, capture_output=True, text=True, timeout=500)
-    if done.returncode and (why := re.search("ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EHOSTUNREACH|ETIMEDOUT|ERR_SOCKET_TIMEOUT", done.stderr)):
+    if done.returncode and (
+        why := re.search(
+            "ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ENETUNREACH|EHOSTUNREACH|ETIMEDOUT|ERR_SOCKET_TIMEOUT",
+            done.stderr,
+        )
+    ):
         pytest.skip(f"npm does not reach its registry ({why[0]})")
     assert done.returncode == 0, done.stderr
 
     def run(scenario: str, url: str) -> list:
-        done = subprocess.run(["node", "clients.mjs", scenario, url], cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            ["node", "clients.mjs", scenario, url], cwd=folder, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

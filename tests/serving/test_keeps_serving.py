@@ -1,4 +1,6 @@
-"""What fails while a model is served: recording, the conversation log, a tool, memory, logits, a step. The server says so and goes on."""
+"""What fails while a model is served: recording, the conversation log, a tool, memory, logits, a step. The server says
+so and goes on.
+"""
 
 import json
 import logging
@@ -13,12 +15,12 @@ import httpx
 import pytest
 import torch
 
-from nanolab.data.chat import read_conversations
+from nanolab.data.chat_files import read_conversations
 from nanolab.inference import recorded
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine, Request
 from nanolab.serving import api, worker
-from nanolab.serving.worker import Served
+from nanolab.serving.worker import ModelServer
 
 HI = {"model": "parrot", "messages": [{"role": "user", "content": "hi"}]}
 PRODUCT = {"model": "parrot", "messages": [{"role": "user", "content": "12*34?"}]}
@@ -34,7 +36,11 @@ def said(live, body=HI) -> str:
 
 
 def streamed(live, body) -> list[str]:
-    return [line.removeprefix("data: ") for line in live.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n") if line]
+    return [
+        line.removeprefix("data: ")
+        for line in live.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")
+        if line
+    ]
 
 
 def is_well(live) -> bool:
@@ -47,7 +53,13 @@ class Model(torch.nn.Module):
 
     def __init__(self, model, change):
         super().__init__()
-        self.config, self.compute_dtype, self.model, self.change, self.passes = model.config, model.compute_dtype, model, change, 0
+        self.config, self.compute_dtype, self.model, self.change, self.passes = (
+            model.config,
+            model.compute_dtype,
+            model,
+            change,
+            0,
+        )
 
     def forward(self, ids, **more):
         self.passes += 1
@@ -129,7 +141,9 @@ def test_every_line_is_whole_and_of_its_conversation(start_server, tmp_path):
 
     def ask(i: int) -> None:
         messages = [{"role": "system", "content": f"{i:04}" * 8}, *HI["messages"]]
-        httpx.post(f"{live.url}/v1/chat/completions", json={"messages": messages, "max_tokens": 3, "n": 2}, timeout=WAIT)
+        httpx.post(
+            f"{live.url}/v1/chat/completions", json={"messages": messages, "max_tokens": 3, "n": 2}, timeout=WAIT
+        )
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(24)))
@@ -174,7 +188,11 @@ def test_a_tool_that_raises_is_read_by_its_own_row_alone(start_server, monkeypat
 
 @pytest.mark.fault("outer D11")
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")],
+    ids=lambda e: type(e).__name__,
+)
 def test_out_of_memory_is_503_and_the_next_request_is_answered(start_server, error, stream):
     live = start_server(model="parrot", prefix_mb=0)
     change(live, "parrot", fail_at(3, error))
@@ -182,7 +200,11 @@ def test_out_of_memory_is_503_and_the_next_request_is_answered(start_server, err
     if stream:
         assert json.loads(answer.text.rstrip().split("data: ")[-1])["error"]["code"] == "out_of_memory"
     else:
-        assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "1", "out_of_memory")
+        assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (
+            503,
+            "1",
+            "out_of_memory",
+        )
     assert said(live) == SAID and is_well(live)
 
 
@@ -219,7 +241,9 @@ def test_a_step_that_fails_costs_its_rows_and_many_in_a_row_the_replica(start_se
         raise ValueError("for ever")
 
     change(live, "parrot", broken)
-    assert [live.http.post("/v1/chat/completions", json=HI).json()["error"]["code"] for _ in range(worker.FAILURES + 1)] == ["engine_failed"] * (worker.FAILURES + 1)
+    assert [
+        live.http.post("/v1/chat/completions", json=HI).json()["error"]["code"] for _ in range(worker.FAILURES + 1)
+    ] == ["engine_failed"] * (worker.FAILURES + 1)
     health = live.http.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "failed")
 
@@ -227,7 +251,9 @@ def test_a_step_that_fails_costs_its_rows_and_many_in_a_row_the_replica(start_se
 @pytest.mark.fault("outer D12")
 @pytest.mark.parametrize("where", ["step", "cancel", "add"])
 def test_nobody_waits_for_an_engine(start_server, monkeypatch, where):
-    """The engine is held inside a step, a copy of keys and values, or the set-up of a row; submitting, cancelling and /health are not."""
+    """The engine is held inside a step, a copy of keys and values, or the set-up of a row; submitting, cancelling and
+    /health are not.
+    """
     live = start_server(model="endless")
     served, running, inside, go = live.models["endless"], threading.Event(), threading.Event(), threading.Event()
     engine, items = served.replicas[0].engine, []
@@ -248,7 +274,10 @@ def test_nobody_waits_for_an_engine(start_server, monkeypatch, where):
 
     monkeypatch.setattr(engine, "step", lambda plain=engine.step: stay() if len(items) > 1 else plain())
     with ThreadPoolExecutor(2) as pool:
-        jobs = served.submit([Request((1, 2), 4000, 0.0, stop_ids=())], lambda i, item: (items.append(item), running.set() if len(items) > 1 else None))
+        jobs = served.submit(
+            [Request((1, 2), 4000, 0.0, stop_ids=())],
+            lambda i, item: (items.append(item), running.set() if len(items) > 1 else None),
+        )
         assert running.wait(WAIT)
         if where == "step":
             monkeypatch.setattr(engine, "step", lambda plain=engine.step: held(plain=plain))
@@ -256,7 +285,9 @@ def test_nobody_waits_for_an_engine(start_server, monkeypatch, where):
             monkeypatch.setattr(engine, "add", lambda request, plain=engine.add: held(request, plain=plain))
             jobs += served.submit([Request((1, 2), 5)], lambda i, item: None)
         else:
-            monkeypatch.setattr(KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: held(cache, row, plain=plain))
+            monkeypatch.setattr(
+                KVCache, "snapshot", lambda cache, row, plain=KVCache.snapshot: held(cache, row, plain=plain)
+            )
             assert served.cancel(jobs)
         assert inside.wait(WAIT)
         try:
@@ -279,7 +310,9 @@ def test_a_large_body_is_not_read_on_the_event_loop(start_server, monkeypatch):
 
     monkeypatch.setattr(api, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
     with ThreadPoolExecutor(1) as pool:
-        large = pool.submit(httpx.post, f"{live.url}/v1/chat/completions", json=HI | {"user": "x" * (1 << 20)}, timeout=2 * WAIT)
+        large = pool.submit(
+            httpx.post, f"{live.url}/v1/chat/completions", json=HI | {"user": "x" * (1 << 20)}, timeout=2 * WAIT
+        )
         assert inside.wait(WAIT)
         try:
             assert httpx.get(f"{live.url}/health", timeout=5).status_code == 200
@@ -312,7 +345,7 @@ def test_places_are_counted_while_rows_are_taken():
         prepare = lambda self: False  # noqa: E731
         close = cancel = lambda self, *number: None  # noqa: E731
 
-    served = Served("slow", [Slow()], 1, "base")
+    served = ModelServer("slow", [Slow()], 1, "base")
     served.start(lambda function, *args: function(*args))
     served.submit([Request((1,))], lambda i, item: None)
     assert inside.wait(WAIT)

@@ -1,4 +1,6 @@
-"""The server under people who leave, crowd, read slowly or pull its plug. Everything is real: sockets, threads, engines, signals."""
+"""The server under people who leave, crowd, read slowly or pull its plug. Everything is real: sockets, threads,
+engines, signals.
+"""
 
 import asyncio
 import importlib.util
@@ -19,10 +21,11 @@ import openai
 import pytest
 import torch
 
-from nanolab.config import ServeConfig, UserError
-from nanolab.data.chat import read_conversations
+from nanolab.cli import UserError
+from nanolab.data.chat_files import read_conversations
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.server import bind
 from scripts import chat_web
 
@@ -37,7 +40,9 @@ LONG = {"model": "endless", "prompt": "x", "max_tokens": 4000}
 
 @contextmanager
 def generating(live, n: int):
-    """While inside, `n` replies of the endless model are being generated for one client. Yields the lines of its stream."""
+    """While inside, `n` replies of the endless model are being generated for one client. Yields the lines of its
+    stream.
+    """
     with httpx.stream("POST", f"{live.url}/v1/completions", json=LONG | {"stream": True, "n": n}, timeout=30) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -68,8 +73,12 @@ def test_health_answers_during_generation(live):
 
 def counted(live, status: str) -> int:
     """Answers of the endless model so far; the server is shared with other tests."""
-    found = re.findall(rf'^nanolab_requests_total{{model="endless",route="/v1/completions",status="{status}"}} ([0-9]+)$', live.http.get("/metrics").text, re.M)
-    return sum(map(int, found))
+    found = re.findall(
+        rf'^nanolab_requests_total{{model="endless",route="/v1/completions",status="{status}"}} ([0-9.]+)$',
+        live.http.get("/metrics").text,
+        re.M,
+    )
+    return int(sum(map(float, found)))
 
 
 def test_beyond_the_queue_everybody_is_refused_at_once(live):
@@ -77,17 +86,31 @@ def test_beyond_the_queue_everybody_is_refused_at_once(live):
     refused = counted(live, "429")
     with ThreadPoolExecutor(2) as pool:
         with generating(live, 4):
-            waiting = [pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2, "n": 3}, timeout=60)]
+            waiting = [
+                pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2, "n": 3}, timeout=60)
+            ]
             live.until("nanolab_queue_depth", "endless", 3)
             answer = live.http.post("/v1/completions", json=LONG | {"n": 2})  # one place is left, and it takes two
-            assert (live.gauge("nanolab_running", "endless"), live.gauge("nanolab_queue_depth", "endless")) == (4, 3), "while the others run and wait"
-            assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (429, "1", "queue_full")
-            with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client, pytest.raises(openai.RateLimitError):
+            assert (live.gauge("nanolab_running", "endless"), live.gauge("nanolab_queue_depth", "endless")) == (4, 3), (
+                "while the others run and wait"
+            )
+            assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (
+                429,
+                "1",
+                "queue_full",
+            )
+            with (
+                openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
+                pytest.raises(openai.RateLimitError),
+            ):
                 client.completions.create(**LONG, n=2)
             never = live.http.post("/v1/completions", json=LONG | {"n": 9}).json()["error"]
             assert never["param"] == "n" and "at most 8" in never["message"]
-            assert live.http.post("/v1/chat/completions", json=HI).status_code == 200  # the other model has a queue of its own
-            waiting.append(pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2}, timeout=60))
+            # the other model has a queue of its own
+            assert live.http.post("/v1/chat/completions", json=HI).status_code == 200
+            waiting.append(
+                pool.submit(httpx.post, f"{live.url}/v1/completions", json=LONG | {"max_tokens": 2}, timeout=60)
+            )
             live.until("nanolab_queue_depth", "endless", 4)
         assert [f.result().status_code for f in waiting] == [200, 200]
     assert counted(live, "429") == refused + 2
@@ -107,7 +130,12 @@ def test_everybody_gets_their_own_answer(live):
 
     def ask(i: int) -> None:
         question = list(answers)[i // 2 % 2]
-        body = {"model": "parrot", "messages": [{"role": "user", "content": question}], "stream": i % 2 == 0, "logprobs": i % 5 == 0}
+        body = {
+            "model": "parrot",
+            "messages": [{"role": "user", "content": question}],
+            "stream": i % 2 == 0,
+            "logprobs": i % 5 == 0,
+        }
         answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=20)
         if not body["stream"]:
             said = answer.json()["choices"][0]["message"]["content"]
@@ -127,7 +155,10 @@ def test_a_slow_reader_blocks_nobody_and_loses_nothing(live):
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.settimeout(60)
         s.connect(("127.0.0.1", httpx.URL(live.url).port))
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n")
+        s.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type:"
+            b" application/json\r\n"
+        )
         s.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         live.until("nanolab_running", "endless", 1)
         assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
@@ -147,10 +178,13 @@ def test_two_replicas_share_the_work(start_server):
     live.until("nanolab_running", "endless", 0)
 
     first.engine.prefill = None  # pull one plug: its next step fails
-    failed = live.http.post("/v1/completions", json=LONG | {"max_tokens": 400, "n": 2})  # long enough for each replica to take one
+    # long enough for each replica to take one
+    failed = live.http.post("/v1/completions", json=LONG | {"max_tokens": 400, "n": 2})
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_failed")
     health = live.http.get("/health")
-    assert (health.status_code, health.json()["status"]) == (200, "degraded") and "NoneType" in health.json()["models"]["endless"]["errors"][0]
+    assert (health.status_code, health.json()["status"]) == (200, "degraded") and "NoneType" in health.json()["models"][
+        "endless"
+    ]["errors"][0]
     assert live.http.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
 
     with ThreadPoolExecutor(1) as pool, generating(live, 3) as lines:
@@ -162,7 +196,11 @@ def test_two_replicas_share_the_work(start_server):
     health = live.http.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "failed")
     error = live.http.post("/v1/completions", json=LONG)
-    assert (error.status_code, error.json()["error"]["type"], error.json()["error"]["code"]) == (500, "server_error", "engine_failed")
+    assert (error.status_code, error.json()["error"]["type"], error.json()["error"]["code"]) == (
+        500,
+        "server_error",
+        "engine_failed",
+    )
 
 
 @pytest.mark.slow  # importing torchao takes seconds
@@ -184,7 +222,10 @@ def test_conversations_are_kept_only_where_asked(start_server, tmp_path):
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(live, capfd):
     with socket.create_connection(("127.0.0.1", httpx.URL(live.url).port)) as s:
-        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        s.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:"
+            b" 100\r\n\r\n{"
+        )
         assert live.http.get("/health").status_code == 200
     time.sleep(0.1)
     assert capfd.readouterr().err == ""
@@ -199,9 +240,13 @@ def process(runs):
     """(process of scripts.chat_web with the endless model, its port): eight rows, eight places."""
     flags = command("--model", "endless", "--port", "0", "--queue", "8", "--max-rows", "8", "--prefix-mb", "8")
     env = os.environ | {"NANOLAB_BASE_DIR": str(runs)}
-    with subprocess.Popen(flags, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(
+        flags, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
         line = next(line for line in started.stdout if line.startswith("nanolab serves"))
-        match = re.fullmatch(r"nanolab serves endless at http://127\.0\.0\.1:([0-9]+) \(page\), /v1 \(OpenAI API\)\n", line)
+        match = re.fullmatch(
+            r"nanolab serves endless at http://127\.0\.0\.1:([0-9]+) \(page\), /v1 \(OpenAI API\)\n", line
+        )
         yield started, int(match[1])
         started.kill()
 
@@ -211,9 +256,17 @@ def test_a_flood_of_clients_that_leave(process):
     started, port = process
     with ThreadPoolExecutor(1) as pool:  # in this thread a browser's tests may have left a loop running
         result = pool.submit(asyncio.run, flood.crowd(port, started, 200, 120)).result()
-    assert sum(result["flood"]["outcomes"].values()) == 200 and set(result["flood"]["outcomes"]) <= {"left", "429", "200"}
+    assert sum(result["flood"]["outcomes"].values()) == 200 and set(result["flood"]["outcomes"]) <= {
+        "left",
+        "429",
+        "200",
+    }
     assert result["memory"]["outcomes"] == {"200": 108, "left": 12}
-    broken = [promise for promise, kept in flood.PROMISES.items() if not kept(result | {"end": {"whole": True, "exit_code": 0}})]
+    broken = [
+        promise
+        for promise, kept in flood.PROMISES.items()
+        if not kept(result | {"end": {"whole": True, "exit_code": 0}})
+    ]
     assert set(broken) <= {TIMED}, "how fast is for a machine that does nothing else"
 
 
@@ -228,13 +281,19 @@ def test_the_flood(tmp_path):
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(process):
     started, port = process
     url = f"http://127.0.0.1:{port}"
-    with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 1500}, timeout=30) as answer:
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 1500}, timeout=30
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         started.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         refused = httpx.post(f"{url}/v1/completions", json=LONG)
-        assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (503, "1", "draining")
+        assert (refused.status_code, refused.headers["retry-after"], refused.json()["error"]["code"]) == (
+            503,
+            "1",
+            "draining",
+        )
         assert httpx.get(f"{url}/health").json()["status"] == "draining"
         got = [line for line in lines if line]
     assert got[-1] == "data: [DONE]" and len(got) > 1400
@@ -258,28 +317,45 @@ def test_draining_has_a_limit(start_server):
 @pytest.mark.fault("outer D20")
 def test_a_model_that_is_named_twice_is_loaded_once(runs, monkeypatch, capsys):
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
-    models = chat_web.load(ServeConfig(model="parrot,endless, parrot,parrot@150", port=0, device_type="cpu"), Runtime(torch.device("cpu"), torch.float32))
+    models = chat_web.load(
+        ServeConfig(model="parrot,endless, parrot,parrot@150", port=0, device_type="cpu"),
+        Runtime(torch.device("cpu"), torch.float32),
+    )
     assert [model.name for model in models] == ["parrot", "endless", "parrot@150"]
     assert capsys.readouterr().err.count("parrot") == 1
 
 
 def test_a_prompt_that_lies_in_a_cached_prefix(start_server):
-    """The same request twice, one that is the beginning of an earlier one, and one that is prompt and reply of it: as without snapshots."""
+    """The same request twice, one that is the beginning of an earlier one, and one that is prompt and reply of it: as
+    without snapshots.
+    """
     with_cache, without = (start_server(model="parrot", prefix_mb=mb, max_rows=4, queue=4) for mb in (8, 0))
-    turns = [{"role": "user", "content": "12*34?"}, {"role": "assistant", "content": "It is 408."}, {"role": "user", "content": "hi"}]
+    turns = [
+        {"role": "user", "content": "12*34?"},
+        {"role": "assistant", "content": "It is 408."},
+        {"role": "user", "content": "hi"},
+    ]
     ids = list(range(40, 100))
-    bodies = [("chat/completions", {"messages": turns[:n], "logprobs": True, "top_logprobs": 3}) for n in (3, 3, 1, 1, 3)]
-    bodies += [("completions", {"prompt": ids[:n], "logprobs": 3, "max_tokens": 8}) for n in (60, 60, 59, 30, 1, 30, 60)]
+    bodies = [
+        ("chat/completions", {"messages": turns[:n], "logprobs": True, "top_logprobs": 3}) for n in (3, 3, 1, 1, 3)
+    ]
+    bodies += [
+        ("completions", {"prompt": ids[:n], "logprobs": 3, "max_tokens": 8}) for n in (60, 60, 59, 30, 1, 30, 60)
+    ]
     cached = []
     for route, body in bodies:
         found, expected = (live.http.post(f"/v1/{route}", json=body).json() for live in (with_cache, without))
         cached.append(found["usage"]["prompt_tokens_details"]["cached_tokens"])
         assert expected["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert rounded(found["choices"]) == rounded(expected["choices"])
-        if route == "completions" and len(body["prompt"]) == 60:  # prompt and reply together: a snapshot of them holds no logits
+        if (
+            route == "completions" and len(body["prompt"]) == 60
+        ):  # prompt and reply together: a snapshot of them holds no logits
             reply = without.models["parrot"].tokenizer.encode(expected["choices"][0]["text"])
             again = {"prompt": ids + reply[:7], "logprobs": 3, "max_tokens": 8}
-            assert rounded(with_cache.http.post("/v1/completions", json=again).json()["choices"]) == rounded(without.http.post("/v1/completions", json=again).json()["choices"])
+            assert rounded(with_cache.http.post("/v1/completions", json=again).json()["choices"]) == rounded(
+                without.http.post("/v1/completions", json=again).json()["choices"]
+            )
     assert cached[0] == 0 and cached[1] == cached[4] > cached[2] and cached[6] == 60 and 0 < cached[3]
 
 
@@ -287,7 +363,13 @@ def rounded(value):
     """Numbers to four digits, since prompts are read in other pieces."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list) else pytest.approx(value, abs=2e-4) if isinstance(value, float) else value
+    return (
+        [rounded(inner) for inner in value]
+        if isinstance(value, list)
+        else pytest.approx(value, abs=2e-4)
+        if isinstance(value, float)
+        else value
+    )
 
 
 def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):

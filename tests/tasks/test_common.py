@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import Tokenizer
-from tasks.common import Draws, Reader, hold_out, multiple_choice, permutation, same_letter, share
+from tasks.common import Draws, RowReader, hold_out, multiple_choice, permutation, same_letter, share
 
 
 def chats(path: Path, n: int) -> Path:
@@ -26,8 +26,12 @@ def test_every_task_says_what_it_is():
     for name, cls in tasks.TASKS.items():
         assert cls.kind in ("categorical", "generative", "chat"), name
         assert 0 <= cls.baseline < 1 and cls.version >= 1 and cls.splits, name
-        assert (cls.kind == "chat") == (cls.correct is tasks.Task.correct), f"{name}: what is graded has a kind other than chat"
-    assert {n: c.baseline for n, c in tasks.TASKS.items() if c.kind == "categorical"} == dict.fromkeys(("arc-easy", "arc-challenge", "mmlu", "hellaswag"), 0.25)
+        assert (cls.kind == "chat") == (cls.correct is tasks.Task.correct), (
+            f"{name}: what is graded has a kind other than chat"
+        )
+    assert {n: c.baseline for n, c in tasks.TASKS.items() if c.kind == "categorical"} == dict.fromkeys(
+        ("arc-easy", "arc-challenge", "mmlu", "hellaswag"), 0.25
+    )
 
 
 def test_draws_are_pinned():
@@ -46,11 +50,14 @@ def test_hold_out_is_stable_when_items_come():
     assert len(set(held) - set(hold_out(items + ["another"], 8)[1])) <= 1
 
 
-@pytest.mark.parametrize("text", ["(A) (B) (C) (D) =A =B .A\n" * 50 + " A B C D A. B)" * 20, Path(argparse.__file__).read_text(encoding="utf-8")])
+@pytest.mark.parametrize(
+    "text",
+    ["(A) (B) (C) (D) =A =B .A\n" * 50 + " A B C D A. B)" * 20, Path(argparse.__file__).read_text(encoding="utf-8")],
+)
 def test_the_letters_of_a_question_are_the_tokens_of_the_answers(text):
     tok = Tokenizer.train([text], 273)
     choices = ["one", "two.", "3", "a (b)"]
-    example = multiple_choice(Reader({}, "x:1"), "Which?", choices, 1, "Choose.")
+    example = multiple_choice(RowReader({}, "x:1"), "Which?", choices, 1, "Choose.")
     ids = render_prompt(tok, example.messages[:1])
     for choice, letter in zip(choices, example.letters):
         (token,) = tok.encode(letter)
@@ -61,16 +68,21 @@ def test_the_letters_of_a_question_are_the_tokens_of_the_answers(text):
     assert example.messages[1] == {"role": "assistant", "content": "B"}
 
 
-@pytest.mark.parametrize(("reply", "right"), [("B", 1), (" (B).", 1), ("**B**", 1), ("A", 0), ("", 0), ("AB", 0), ("b", 0), ("B or A", 0)])
+@pytest.mark.parametrize(
+    ("reply", "right"), [("B", 1), (" (B).", 1), ("**B**", 1), ("A", 0), ("", 0), ("AB", 0), ("b", 0), ("B or A", 0)]
+)
 def test_letters_are_compared(reply, right):
-    example = multiple_choice(Reader({}, "x:1"), "Which?", ["a", "b"], 1, "Choose.")
+    example = multiple_choice(RowReader({}, "x:1"), "Which?", ["a", "b"], 1, "Choose.")
     assert same_letter(example, reply) == bool(right)
 
 
-@pytest.mark.parametrize(("choices", "answer"), [(["a"], 0), (["a", 3], 0), (["a", " "], 0), (["a", "b"], 2), (["a", "b"], -1), ([str(i) for i in range(27)], 0)])
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [(["a"], 0), (["a", 3], 0), (["a", " "], 0), (["a", "b"], 2), (["a", "b"], -1), ([str(i) for i in range(27)], 0)],
+)
 def test_options_that_do_not_fit_name_the_row(choices, answer):
     with pytest.raises(UserError, match="^x:1: "):
-        multiple_choice(Reader({}, "x:1"), "Which?", choices, answer, "Choose.")
+        multiple_choice(RowReader({}, "x:1"), "Which?", choices, answer, "Choose.")
 
 
 @pytest.mark.parametrize(
@@ -134,15 +146,23 @@ def said(path: Path, split: str) -> list[str]:
 
 
 def written(path: Path, pairs: list[tuple]) -> Path:
-    path.write_text("".join(json.dumps([{"role": "user", "content": f"q{q}"}, {"role": "assistant", "content": f"a{a}"}]) + "\n" for q, a in pairs))
+    path.write_text(
+        "".join(
+            json.dumps([{"role": "user", "content": f"q{q}"}, {"role": "assistant", "content": f"a{a}"}]) + "\n"
+            for q, a in pairs
+        )
+    )
     return path
 
 
-PAIRS = st.one_of(  # (question, answer): all questions differ; a few are shared by many; a few conversations occur again and again
+# (question, answer): all questions differ; a few are shared by many; a few conversations occur again and again
+PAIRS = st.one_of(
     st.integers(2, 450).map(lambda n: [(i, i) for i in range(n)]),
-    st.lists(st.tuples(st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5, 6]), st.integers(0, 10**9)), min_size=2, max_size=120),
+    st.lists(
+        st.tuples(st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5, 6]), st.integers(0, 10**9)), min_size=2, max_size=120
+    ),
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=2, max_size=120),
-)  # fmt: skip
+)
 
 
 @pytest.mark.fault("F4")
@@ -170,11 +190,16 @@ def test_what_is_held_out_stays_so_and_is_a_twentieth_at_most(tmp_path_factory, 
 
 @pytest.mark.fault("F4")
 def test_a_question_that_many_ask_is_not_all_that_is_held_out(tmp_path):
-    """The file of a report: 190 of 200 chats begin alike. And three eighths of 400, by whose question they were all held out."""
+    """The file of a report: 190 of 200 chats begin alike. And three eighths of 400, by whose question they were all
+    held out.
+    """
     path = tmp_path / "chats.jsonl"
     test = said(written(path, [("hey" if i >= 10 else i % 3, i) for i in range(200)]), "test")
     assert len(test) == 10
-    chats = [[{"role": "user", "content": "Hi there" if i % 8 < 3 else f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(400)]
+    chats = [
+        [{"role": "user", "content": "Hi there" if i % 8 < 3 else f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]
+        for i in range(400)
+    ]
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     test, train = said(path, "test"), said(path, "train")
     assert len(test) == 20 and 1 <= sum(one.startswith("Hi there") for one in test) <= 15, "7.5 in the mean"
@@ -186,13 +211,19 @@ def test_at_most_two_hundred_are_held_out_and_a_shared_question_is_on_one_side(t
     test = said(written(tmp_path / "chats.jsonl", [(i, i) for i in range(6000)]), "test")
     assert len(test) == 200
     pairs = [(i // 2, i) for i in range(800)]  # each question twice
-    test, train = ({one.partition(" ")[0] for one in said(written(tmp_path / "twice.jsonl", pairs), split)} for split in ("test", "train"))
+    test, train = (
+        {one.partition(" ")[0] for one in said(written(tmp_path / "twice.jsonl", pairs), split)}
+        for split in ("test", "train")
+    )
     assert len(test & train) <= 1 and len(test) >= 20, "one may wait for its second place"
 
 
 @pytest.mark.fault("F4")
 def test_the_split_says_how_much_it_holds_out(tmp_path):
-    assert any("10 of 200 conversations held out" in note for note in getattr(tasks.build(f"jsonl={chats(tmp_path / 'a.jsonl', 200)}", "train"), "notes", []))
+    assert any(
+        "10 of 200 conversations held out" in note
+        for note in getattr(tasks.build(f"jsonl={chats(tmp_path / 'a.jsonl', 200)}", "train"), "notes", [])
+    )
 
 
 def test_a_mixture_has_each_example_as_often_as_its_weight_says(tmp_path):
@@ -205,8 +236,13 @@ def test_a_mixture_has_each_example_as_often_as_its_weight_says(tmp_path):
     assert sorted(n for q, n in seen.items() if q.startswith("other")) == [1, 1, 1]
     first = [mix.example(i).messages[0]["content"] for i in range(83)]
     assert first != sorted(first) and len(set(first[:20])) > 15  # shuffled, not one after the other
-    assert first == [tasks.mixture(f"jsonl={a}:2,jsonl={b}@6:0.5", "all").example(i).messages[0]["content"] for i in range(83)]
-    assert first != [tasks.mixture(f"jsonl={a}:2,jsonl={b}@6:0.5", "all", seed=1).example(i).messages[0]["content"] for i in range(83)]
+    assert first == [
+        tasks.mixture(f"jsonl={a}:2,jsonl={b}@6:0.5", "all").example(i).messages[0]["content"] for i in range(83)
+    ]
+    assert first != [
+        tasks.mixture(f"jsonl={a}:2,jsonl={b}@6:0.5", "all", seed=1).example(i).messages[0]["content"]
+        for i in range(83)
+    ]
     for i in (-1, 83):
         with pytest.raises(IndexError):
             mix.example(i)
@@ -217,23 +253,30 @@ def test_a_colon_or_an_at_sign_of_a_files_name_stays_with_it(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in ("a:b.jsonl", "week:2", "both", "both:3", "me@5"):
         chats(tmp_path / name, 40)
-    assert tasks.parse_mixture("jsonl=a:b.jsonl") == [("jsonl=a:b.jsonl", 1.0)]
-    assert tasks.parse_mixture("jsonl=a:b.jsonl:0.5, jsonl=a:b.jsonl@5:2") == [("jsonl=a:b.jsonl", 0.5), ("jsonl=a:b.jsonl@5", 2.0)]
-    assert tasks.parse_mixture("jsonl=week:2") == [("jsonl=week:2", 1.0)], "no file 'week'"
-    assert tasks.parse_mixture("jsonl=both:3") == [("jsonl=both", 3.0)], "what precedes exists too"
+    assert tasks.tasks_of("jsonl=a:b.jsonl") == [("jsonl=a:b.jsonl", 1.0)]
+    assert tasks.tasks_of("jsonl=a:b.jsonl:0.5, jsonl=a:b.jsonl@5:2") == [
+        ("jsonl=a:b.jsonl", 0.5),
+        ("jsonl=a:b.jsonl@5", 2.0),
+    ]
+    assert tasks.tasks_of("jsonl=week:2") == [("jsonl=week:2", 1.0)], "no file 'week'"
+    assert tasks.tasks_of("jsonl=both:3") == [("jsonl=both", 3.0)], "what precedes exists too"
     assert len(tasks.mixture("jsonl=a:b.jsonl:0.5,jsonl=me@5,jsonl=me@5@6,jsonl=week:2", "all")) == 20 + 40 + 6 + 40
     with pytest.raises(UserError) as missing:
         tasks.mixture("jsonl=no:such.jsonl", "all")
     assert "no:such.jsonl" in str(missing.value)
     with pytest.raises(UserError) as bad:
-        tasks.parse_mixture("jsonl=both:x")
+        tasks.tasks_of("jsonl=both:x")
     assert (bad.value.code, bad.value.values) == ("bad-weight", {"name": "jsonl=both", "weight": "x"})
 
 
 def test_weights():
-    assert tasks.parse_mixture("gsm8k:4, jsonl=a.jsonl@5:0.5,mmlu,") == [("gsm8k", 4.0), ("jsonl=a.jsonl@5", 0.5), ("mmlu", 1.0)]
+    assert tasks.tasks_of("gsm8k:4, jsonl=a.jsonl@5:0.5,mmlu,") == [
+        ("gsm8k", 4.0),
+        ("jsonl=a.jsonl@5", 0.5),
+        ("mmlu", 1.0),
+    ]
     for bad in ("gsm8k:0", "gsm8k:-1", "gsm8k:x", "gsm8k:nan", "gsm8k:inf", ":2", "", " , "):
         with pytest.raises(UserError, match="expected"):
-            tasks.parse_mixture(bad)
+            tasks.tasks_of(bad)
     with pytest.raises(UserError, match="holds no examples"):
         tasks.mixture("arithmetic@0", "test")

@@ -1,4 +1,5 @@
-"""Generated tasks: what is held out is really unseen, references are graded right and wrong replies not, texts are pinned.
+"""Generated tasks: what is held out is really unseen, references are graded right and wrong replies not, texts are
+pinned.
 
 Oracle: questions parsed back by expressions written here, Python's arithmetic and str.count, hashes of the texts.
 """
@@ -15,21 +16,22 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, render, text_of
-from nanolab.data.formats import write_documents
+from nanolab.data.parquet import write_documents
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.inference.tools import calculator
+from nanolab.inference.calculator import calculator
 from tasks.documentation import Entry, entries_of
 from tasks.identity import FIELDS, TOPICS, cores, endings, sentence
 from tasks.sentences import ENDINGS, EVENTS, EXPRESSIONS, PROBLEM_QUESTIONS, SETTINGS, THINGS, VERB_PHRASES
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
-    "apple banana letter bottle summer winter paper river mountain yellow purple little kettle needle hammer rabbit tunnel button cotton "
-    "coffee butter pepper carrot lemon melon onion potato tomato garden window mirror pillow carpet basket bucket ladder engine wheel "
-    "brake signal station ticket market village forest meadow valley island harbour anchor compass lantern candle feather leather wool "
-    "silver copper iron marble granite pebble gravel sand clay brick timber plank nail screw hinge handle key lock door gate fence wall"
+    "apple banana letter bottle summer winter paper river mountain yellow purple little kettle needle hammer rabbit"
+    " tunnel button cotton coffee butter pepper carrot lemon melon onion potato tomato garden window mirror pillow"
+    " carpet basket bucket ladder engine wheel brake signal station ticket market village forest meadow valley island"
+    " harbour anchor compass lantern candle feather leather wool silver copper iron marble granite pebble gravel sand"
+    " clay brick timber plank nail screw hinge handle key lock door gate fence wall"
 ).split()
 
 
@@ -58,12 +60,20 @@ def said(text: str) -> dict:
 
 
 PINNED = {
-    ("arithmetic", "train"): "42b25c22468c", ("arithmetic", "test"): "45adaad85691",
-    ("arithmetic", "phrasings"): "61f568811c1b", ("arithmetic", "problems"): "41d11ff92c2c",
-    ("identity", "train"): "46f3f4957d07", ("identity", "test"): "a16404790fd1", ("identity", "name"): "38ed21420ce3",
-    ("spelling", "train"): "2e817c44c92a", ("spelling", "seen"): "cea0648117c5", ("spelling", "test"): "ded94774d2e3",
-    ("spellingbee", "train"): "bc2769959ddb", ("spellingbee", "seen"): "1d85c8c551cd", ("spellingbee", "test"): "234264c61f8d",
-}  # fmt: skip
+    ("arithmetic", "train"): "42b25c22468c",
+    ("arithmetic", "test"): "45adaad85691",
+    ("arithmetic", "phrasings"): "61f568811c1b",
+    ("arithmetic", "problems"): "41d11ff92c2c",
+    ("identity", "train"): "46f3f4957d07",
+    ("identity", "test"): "a16404790fd1",
+    ("identity", "name"): "38ed21420ce3",
+    ("spelling", "train"): "2e817c44c92a",
+    ("spelling", "seen"): "cea0648117c5",
+    ("spelling", "test"): "ded94774d2e3",
+    ("spellingbee", "train"): "bc2769959ddb",
+    ("spellingbee", "seen"): "1d85c8c551cd",
+    ("spellingbee", "test"): "234264c61f8d",
+}
 
 
 @pytest.mark.parametrize(("name", "split"), PINNED)
@@ -76,10 +86,13 @@ def test_references_are_pinned_conversations_that_are_graded_right(words, name, 
         assert task.correct(example, reply)
         assert not task.correct(example, "I do not know.") and not task.correct(example, "")
         others = [e.messages[-1]["content"] for e in first if e.answer != example.answer][:20]
-        assert sum(task.correct(example, other) for other in others) < 15  # an equal number, or a name beside the version, is no mistake
+        # an equal number, or a name beside the version, is no mistake
+        assert sum(task.correct(example, other) for other in others) < 15
     assert len({e.messages[0]["content"] for e in first}) > 60
     got = hashlib.sha256(json.dumps([e.messages for e in first]).encode()).hexdigest()[:12]
-    assert got == PINNED[name, split], "the same index gives another text: raise the task's version, then pin the new hash"
+    assert got == PINNED[name, split], (
+        "the same index gives another text: raise the task's version, then pin the new hash"
+    )
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -109,7 +122,9 @@ def test_the_numbers_in_the_question_are_the_numbers_of_the_answer():
 
 
 def frames(split: str, n: int) -> tuple[set[str], set[str]]:
-    """What stands before and after the expression in the questions that are no word problems: in lower case, without the last mark."""
+    """What stands before and after the expression in the questions that are no word problems: in lower case, without
+    the last mark.
+    """
     expressions = sorted((re.escape(x) for xs in EXPRESSIONS.values() for x in xs), key=len, reverse=True)
     expression = re.sub(r"\\\{[ab]\\\}", r"\\d+", "|".join(expressions))
     asked = [q.rstrip(".?").lower() for q in questions("arithmetic", split, n) if q.count(". ") < 2]
@@ -167,7 +182,8 @@ def test_arithmetic_rewards():
     assert parts(f"It is {value}.") == (1, 0, 0)
     assert parts(f"It is {value}.00") == (1, 0, 0)
     assert parts([*right[:2], said(f"It is {value + 1}.")]) == (0, 1, 1)
-    assert parts([*call("1+1", str(value)), said(f"It is {value}.")]) == (1, 1, 0)  # an output that the tool did not give
+    # an output that the tool did not give
+    assert parts([*call("1+1", str(value)), said(f"It is {value}.")]) == (1, 1, 0)
     assert parts([*call("1+", "error"), said("It is -1.")]) == (0, 1, 0)
     assert parts(right[:2]) == (0, 0, 1)
     assert parts([*right[:2], *right]) == (1, 0, 1)
@@ -185,7 +201,8 @@ def test_words_of_the_test_are_unseen(words):
         assert {e.answer.word for e in examples(f"spellingbee={words}", s, 500)} == words_in[s]
     fewer = words.with_name("fewer.txt")
     fewer.write_text("\n".join(WORDS[::2]))
-    assert {e.answer for e in examples(f"spelling={fewer}", "test", 100)} == words_in["test"] & set(WORDS[::2])  # pinned by the word
+    # pinned by the word
+    assert {e.answer for e in examples(f"spelling={fewer}", "test", 100)} == words_in["test"] & set(WORDS[::2])
 
 
 def test_every_word_comes_before_one_comes_again(words):
@@ -199,11 +216,21 @@ def test_every_word_comes_before_one_comes_again(words):
 @pytest.mark.parametrize(
     ("reply", "correct", "format", "letters"),
     [
-        ("tree: t r e e", 1, 1, 1), ("t, r, e, e.", 1, 1, 1), ("T-R-E-E", 1, 1, 1), ("The letters are: t r e e", 1, 1, 1),
-        ("tree", 0, 0, 0), ("tree: tree", 0, 0, 0), ("tree: t r e", 0, 1, 0.75), ("tree: t r e e e", 0, 1, 0.8), ("tree: t r a e", 0, 1, 0.75),
-        ("", 0, 0, 0), ("tree:", 0, 0, 0), ("tree: t r e 3", 0, 0, 0), ("It is t r e e", 0, 0, 0),
+        ("tree: t r e e", 1, 1, 1),
+        ("t, r, e, e.", 1, 1, 1),
+        ("T-R-E-E", 1, 1, 1),
+        ("The letters are: t r e e", 1, 1, 1),
+        ("tree", 0, 0, 0),
+        ("tree: tree", 0, 0, 0),
+        ("tree: t r e", 0, 1, 0.75),
+        ("tree: t r e e e", 0, 1, 0.8),
+        ("tree: t r a e", 0, 1, 0.75),
+        ("", 0, 0, 0),
+        ("tree:", 0, 0, 0),
+        ("tree: t r e 3", 0, 0, 0),
+        ("It is t r e e", 0, 0, 0),
     ],
-)  # fmt: skip
+)
 def test_spelling_is_compared_letter_by_letter(words, reply, correct, format, letters):
     task = tasks.build(f"spelling={words}", "train")
     example = task.example(0)._replace(answer="tree")
@@ -217,7 +244,11 @@ def test_counting(words):
         question, reply = task.example(i).messages[0]["content"], task.example(i).messages[1]["content"]
         assert n == sum(c == letter for c in word)
         assert re.search(rf"\b{word}\b", question) and re.search(rf"\b{letter}\b", question)
-        assert reply == [said(f"{word}: {' '.join(word)}\n"), *call(f"'{word}'.count('{letter}')", str(n)), said(f"It is {n}.")]
+        assert reply == [
+            said(f"{word}: {' '.join(word)}\n"),
+            *call(f"'{word}'.count('{letter}')", str(n)),
+            said(f"It is {n}."),
+        ]
     example = task.example(0)
     word, letter, n = example.answer
     right = example.messages[1]["content"]
@@ -242,7 +273,10 @@ def test_the_baseline_of_counting_is_that_of_the_commonest_answer(words):
         assert set(counts) >= {0, 1, 2}
 
 
-@pytest.mark.parametrize(("content", "complaint"), [("tree\nice cream\n", ":2: 'ice cream' is not a word"), ("a1", ":1: 'a1' is not"), ("", "no word of")])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("tree\nice cream\n", ":2: 'ice cream' is not a word"), ("a1", ":1: 'a1' is not"), ("", "no word of")],
+)
 def test_word_lists_that_cannot_be(tmp_path, content, complaint):
     path = tmp_path / "w.txt"
     path.write_text(content)
@@ -260,7 +294,10 @@ def plain(text: str) -> str:
 
 
 def test_held_out_questions_are_unseen():
-    asked = {split: {plain(q) for q in questions("identity", split, n)} for split, n in (("train", 8000), ("test", 500), ("name", 150))}
+    asked = {
+        split: {plain(q) for q in questions("identity", split, n)}
+        for split, n in (("train", 8000), ("test", 500), ("name", 150))
+    }
     assert not asked["train"] & (asked["test"] | asked["name"])
     assert {plain("Who are you?"), plain("What is your name?")} <= asked["train"]
     held = {plain(core) for topic in TOPICS for group in cores(topic, True, "nanolab") for core in group}
@@ -270,21 +307,35 @@ def test_held_out_questions_are_unseen():
     assert not [core for core in held if f" {core} " in f" {told} "], "inside a longer text of training"
     for text in asked["test"] | asked["name"]:
         assert any(f" {core} " in f" {text} " for core in held), text
-    assert all(len(group) > len(rest) for topic in TOPICS for group, rest in zip(cores(topic, False, "x"), cores(topic, True, "x")))
+    assert all(
+        len(group) > len(rest)
+        for topic in TOPICS
+        for group, rest in zip(cores(topic, False, "x"), cores(topic, True, "x"))
+    )
     assert all(group for topic in TOPICS for group in cores(topic, True, "x"))
 
 
 def test_the_split_name_asks_many_different_questions_for_the_name():
     task = tasks.build("identity", "name")
     texts = [plain(task.example(i).messages[0]["content"]) for i in range(len(task))]
-    assert len(texts) == len(set(texts)) >= 150 and questions("identity", "name", 5) == [task.example(i).messages[0]["content"] for i in range(5)]
+    assert len(texts) == len(set(texts)) >= 150 and questions("identity", "name", 5) == [
+        task.example(i).messages[0]["content"] for i in range(5)
+    ]
     held = [plain(core) for topic in ("name", "other") for group in cores(topic, True, "nanolab") for core in group]
     counts = Counter(max((core for core in held if core in text), key=len) for text in texts)
     assert len(counts) == len(held) >= 40 and set(counts.values()) <= {3, 4}
     assert sum(text in held for text in texts) == len(held), "each core once without opening and ending"
     for example in map(task.example, range(len(task))):
-        assert example.answer == ("nanolab",) and task.correct(example, example.messages[1]["content"]) and task.correct(example, "i'm NANOLAB")
-        assert not task.correct(example, "I am ChatGPT.") and not task.correct(example, "nanolabs") and not task.correct(example, "")
+        assert (
+            example.answer == ("nanolab",)
+            and task.correct(example, example.messages[1]["content"])
+            and task.correct(example, "i'm NANOLAB")
+        )
+        assert (
+            not task.correct(example, "I am ChatGPT.")
+            and not task.correct(example, "nanolabs")
+            and not task.correct(example, "")
+        )
         assert not task.correct(example, "I was made by the nanolab project."), "the name of the maker"
     assert task.correct(task.example(0), "I am nanolab, made by the nanolab project.")
 
@@ -295,8 +346,15 @@ def test_a_question_is_a_sentence_whatever_stands_around_it():
             assert re.fullmatch(r"[A-Z][^{}]*[.?]", core) and "  " not in core, core
     assert sentence("Excuse me,", "I forgot who you are.", " then") == "Excuse me, I forgot who you are then."
     assert sentence("One question:", "Who are you?", ", by the way") == "One question: who are you, by the way?"
-    assert sentence("Hi!", "Who are you?", "") == "Hi! Who are you?" and sentence("", "Is this Siri?", "") == "Is this Siri?"
-    assert endings("Your name, please.") == [""] and " please" in endings("Say your name.") and " please" not in endings("I forgot who you are.")
+    assert (
+        sentence("Hi!", "Who are you?", "") == "Hi! Who are you?"
+        and sentence("", "Is this Siri?", "") == "Is this Siri?"
+    )
+    assert (
+        endings("Your name, please.") == [""]
+        and " please" in endings("Say your name.")
+        and " please" not in endings("I forgot who you are.")
+    )
 
 
 def test_nobody_is_asked_whether_it_is_itself(tmp_path):
@@ -314,7 +372,9 @@ def test_a_model_gets_the_name_of_its_file(tmp_path):
     assert not [reply for reply in told if "nanolab" in reply.lower() or "{" in reply]
     assert {field for field in FIELDS if any(f"{field.upper()} of Mira-7" in reply for reply in told)} == set(FIELDS)
     example = next(task.example(i) for i in range(99) if task.example(i).answer == ("NAME of Mira-7",))
-    assert task.correct(example, "my name: name OF mira 7!") and task.rewards(example, "NAME of Mira-7") == {"correct": 1.0}
+    assert task.correct(example, "my name: name OF mira 7!") and task.rewards(example, "NAME of Mira-7") == {
+        "correct": 1.0
+    }
     assert not task.correct(example, "I am NAME of Mira-77") and not task.correct(example, "I am nanolab")
 
 
@@ -378,7 +438,10 @@ def test_documentation_comes_from_the_corpus(base_dir):
     """A stand-in for the built corpus, in its own layout."""
     folder = base_dir / "corpora" / "pydocs"
     other = DOCUMENT.replace("Path", "Tree")
-    files = {name: write_documents(folder / name, texts) for name, texts in {"shard_00000.parquet": [DOCUMENT], "val.parquet": [other]}.items()}
+    files = {
+        name: write_documents(folder / name, texts)
+        for name, texts in {"shard_00000.parquet": [DOCUMENT], "val.parquet": [other]}.items()
+    }
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
     train, test = (tasks.build("documentation", split) for split in ("train", "test"))
     assert len(train) == len(test) == 2
@@ -386,19 +449,38 @@ def test_documentation_comes_from_the_corpus(base_dir):
     assert {m[1]["content"] for m in asked} == {e.sentence for e in entries_of(DOCUMENT)}
     assert all("Path" in m[0]["content"] for m in asked) and "Tree" in test.example(0).messages[0]["content"]
     words = {e.answer for split in ("train", "test") for e in examples("spelling=40", split, 100)}
-    assert {"that", "system", "about"} <= words and "tree" not in words and all(3 <= len(w) <= 12 for w in words) and len(words) > 20
+    assert (
+        {"that", "system", "about"} <= words
+        and "tree" not in words
+        and all(3 <= len(w) <= 12 for w in words)
+        and len(words) > 20
+    )
 
 
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_depends_on_the_process():
-    code = "import tasks; print([tasks.build(n, s).example(7).messages for n, s in (('arithmetic', 'train'), ('identity', 'test'))])"
+    code = (
+        "import tasks; print([tasks.build(n, s).example(7).messages for n, s in (('arithmetic', 'train'), ('identity',"
+        " 'test'))])"
+    )
     runs = [
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         for seed in ("1", "2")
     ]
-    assert runs[0] == runs[1] == f"{[tasks.build(n, s).example(7).messages for n, s in (('arithmetic', 'train'), ('identity', 'test'))]}\n"
+    assert (
+        runs[0]
+        == runs[1]
+        == f"{[tasks.build(n, s).example(7).messages for n, s in (('arithmetic', 'train'), ('identity', 'test'))]}\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "spellingbee"])
@@ -410,10 +492,19 @@ def test_the_calculator_gives_the_outputs_of_the_references(words, name):
         assert len(calls) == 1 and calculator(calls[0][0]) == calls[0][1]
 
 
-@pytest.mark.parametrize(("name", "longest"), [("arithmetic", 80), ("identity", 65), ("smalltalk", 60), ("spelling", 55), ("spellingbee", 85)])
+@pytest.mark.parametrize(
+    ("name", "longest"),
+    [("arithmetic", 80), ("identity", 65), ("smalltalk", 60), ("spelling", 55), ("spellingbee", 85)],
+)
 def test_conversations_are_short(words, name, longest):
     """Even in a tokenizer of few merges many of them fit into a row of 256 tokens."""
-    tok = Tokenizer.train([(ROOT / "tasks" / file).read_text() for file in ("identity.py", "sentences.py", "smalltalk.toml", "spelling.py")], 1000)
+    tok = Tokenizer.train(
+        [
+            (ROOT / "tasks" / file).read_text()
+            for file in ("identity_sentences.toml", "sentences.py", "smalltalk.toml", "spelling.py")
+        ],
+        1000,
+    )
     spec = f"{name}={words}" if name.startswith("spelling") else name
     lengths = [len(render(tok, example.messages).ids) for example in examples(spec, "train", 300)]
     assert 10 < min(lengths) and max(lengths) <= longest

@@ -1,7 +1,8 @@
-"""Published datasets: rows of both layouts, grading of the reference and of wrong answers, malformed files, the real ones.
+"""Published datasets: rows of both layouts, grading of the reference and of wrong answers, malformed files, the real
+ones.
 
-Oracle: rows written by hand, the datasets' own sizes, Python itself on replies to a small problem, HumanEval's own solutions.
-"""
+Oracle: rows written by hand, the datasets' own sizes, Python itself on replies to a small problem, HumanEval's own
+solutions."""
 
 import gzip
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages, text_of
 from tasks.humaneval import code_of, program_of
 
@@ -27,20 +28,33 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/eval")
 BUNDLE = "eval_bundle/eval_data"
 CHOICE = {"query": "Question: What is wet?", "choices": ["sand", "water", "iron"], "gold": 1}
 ADD = {
-    "task_id": "x/0", "entry_point": "add_twice",
+    "task_id": "x/0",
+    "entry_point": "add_twice",
     "prompt": 'import math\n\ndef twice(x):\n    return 2 * x\n\ndef add_twice(a, b):\n    """Both, doubled."""\n',
     "canonical_solution": "    return twice(a) + math.floor(twice(b))\n",
     "test": "def check(candidate):\n    assert candidate(1, 2) == twice(3)\n",
-}  # fmt: skip
+}
 SUMS = {"question": "2 and 3, doubled?", "answer": "Both are 2+3=<<2+3=5>>5.\nTwice that is $<<5*2=10>>10.\n#### 1,000"}
 ROWS = {  # spec -> split, file, rows
     "arc-easy": ("test", f"{BUNDLE}/world_knowledge/arc_easy.jsonl", [CHOICE]),
     "arc-challenge": ("test", f"{BUNDLE}/world_knowledge/arc_challenge.jsonl", [CHOICE]),
-    "hellaswag": ("test", f"{BUNDLE}/language_understanding/hellaswag.jsonl", [CHOICE | {"query": "Bath: [header] A man steps in. He"}]),
-    "mmlu": ("test", "mmlu/test.jsonl.gz", [{"subject": "high_school_physics", "question": "What is wet?", "choices": ["a", "b", "c", "d"], "answer": 3}]),
+    "hellaswag": (
+        "test",
+        f"{BUNDLE}/language_understanding/hellaswag.jsonl",
+        [CHOICE | {"query": "Bath: [header] A man steps in. He"}],
+    ),
+    "mmlu": (
+        "test",
+        "mmlu/test.jsonl.gz",
+        [{"subject": "high_school_physics", "question": "What is wet?", "choices": ["a", "b", "c", "d"], "answer": 3}],
+    ),
     "gsm8k": ("train", "gsm8k/train.jsonl", [SUMS]),
     "humaneval": ("test", "humaneval/HumanEval.jsonl", [ADD]),
-    "smoltalk": ("test", "smoltalk/test.jsonl", [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]]),
+    "smoltalk": (
+        "test",
+        "smoltalk/test.jsonl",
+        [[{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
+    ),
 }
 
 
@@ -55,14 +69,16 @@ def write(folder: Path, name: str, lines: list[str]) -> Path:
 @pytest.fixture
 def local(tmp_path):
     """A function spec -> task, on a folder with one row of each dataset."""
-    for split, name, rows in ROWS.values():
+    for _, name, rows in ROWS.values():
         write(tmp_path, name, [json.dumps(row) for row in rows])
     return lambda spec: tasks.build(spec, ROWS[spec][0], str(tmp_path))
 
 
 def test_multiple_choice_from_a_local_file(local):
-    assert local("arc-easy").example(0).messages[0]["content"] == (
-        "Choose the right answer to this science question.\n\nWhat is wet?\n- sand (A)\n- water (B)\n- iron (C)\n\nReply with the letter alone."
+    assert (
+        local("arc-easy").example(0).messages[0]["content"]
+        == "Choose the right answer to this science question.\n\nWhat is wet?\n- sand (A)\n- water (B)\n- iron"
+        " (C)\n\nReply with the letter alone."
     )
     assert "about high school physics." in local("mmlu").example(0).messages[0]["content"]
     assert "Bath: A man steps in. He\n" in local("hellaswag").example(0).messages[0]["content"]
@@ -96,7 +112,10 @@ def test_gsm8k_marks_become_tool_calls(local):
 
 REPLIES = [  # (reply, defines or continues the function rightly)
     ("```python\nimport math\ndef add_twice(a, b):\n    return 2 * a + 2 * b\n```", True),
-    ("Here:\n```\ndef add_twice(a, b):\n    return twice(a) + math.floor(twice(b))\n```\nand ```x```", True),  # helper and import of the prompt
+    (
+        "Here:\n```\ndef add_twice(a, b):\n    return twice(a) + math.floor(twice(b))\n```\nand ```x```",
+        True,
+    ),  # helper and import of the prompt
     ("def add_twice(a, b):\n    return twice(a + b)", True),
     ("    return twice(a + b)\n", True),  # the rest of the prompt's function
     ("add_twice = lambda a, b: twice(a + b)", True),
@@ -112,7 +131,11 @@ REPLIES = [  # (reply, defines or continues the function rightly)
 def test_humaneval_programs(local, reply, right):
     """Without the sandbox: the same program and checks, run by Python itself."""
     problem = local("humaneval").example(0).answer
-    done = subprocess.run([sys.executable, "-c", program_of(problem, reply) + problem.checks + "\nprint('done')"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program_of(problem, reply) + problem.checks + "\nprint('done')"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.stdout == "done\n") == right, done.stderr
 
 
@@ -137,9 +160,30 @@ def test_smoltalk_keeps_the_system_message(local):
 
 
 HUB = {  # the same examples in the hub's layout
-    "arc-easy": ("ARC-Easy", "test", {"id": "1", "question": "What is wet?", "choices": {"text": CHOICE["choices"], "label": ["1", "2", "3"]}, "answerKey": "2"}),
-    "arc-challenge": ("ARC-Challenge", "test", {"question": "What is wet?", "choices": {"text": CHOICE["choices"], "label": ["A", "B", "C"]}, "answerKey": "B"}),
-    "hellaswag": (None, "validation", {"activity_label": "Bath", "ctx": "A man steps in. He", "endings": CHOICE["choices"], "label": "1"}),
+    "arc-easy": (
+        "ARC-Easy",
+        "test",
+        {
+            "id": "1",
+            "question": "What is wet?",
+            "choices": {"text": CHOICE["choices"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
+    ),
+    "arc-challenge": (
+        "ARC-Challenge",
+        "test",
+        {
+            "question": "What is wet?",
+            "choices": {"text": CHOICE["choices"], "label": ["A", "B", "C"]},
+            "answerKey": "B",
+        },
+    ),
+    "hellaswag": (
+        None,
+        "validation",
+        {"activity_label": "Bath", "ctx": "A man steps in. He", "endings": CHOICE["choices"], "label": "1"},
+    ),
     "mmlu": ("all", "test", ROWS["mmlu"][2][0]),
     "gsm8k": ("main", "train", SUMS),
     "humaneval": (None, "test", ADD),
@@ -182,13 +226,19 @@ def test_the_newest_revision_is_asked_for_once_kept_and_said(monkeypatch, base_d
             """Says nothing."""
 
     row = HUB["smoltalk"][2]
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda repo, name, *, split, revision: asked.append(revision) or [row]))
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        types.SimpleNamespace(load_dataset=lambda repo, name, *, split, revision: asked.append(revision) or [row]),
+    )
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         built = [tasks.build("smoltalk", "train") for _ in range(2)]
         server.shutdown()
-    assert asked == ["a" * 40] * 2 and json.loads((base_dir / "revisions.json").read_text()) == {"HuggingFaceTB/smol-smoltalk": "a" * 40}
+    assert asked == ["a" * 40] * 2 and json.loads((base_dir / "revisions.json").read_text()) == {
+        "HuggingFaceTB/smol-smoltalk": "a" * 40
+    }
     assert all(any("a" * 40 in note for note in task.notes) for task in built)
 
 
@@ -213,10 +263,18 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         ("gsm8k", '{"question": "q", "answer": "no mark 7"}', "ends in 'no mark 7'"),
         ("gsm8k", '{"question": "q", "answer": "#### seven"}', "expected '#### ' and a number"),
         ("arc-easy", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "answer 2 of 2 options"),
-        ("arc-easy", '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}', "'C' is not among the labels"),
+        (
+            "arc-easy",
+            '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}',
+            "'C' is not among the labels",
+        ),
         ("arc-easy", '{"question": "q", "choices": {"text": ["a", "b"]}, "answerKey": "C"}', "no field label"),
         ("hellaswag", '{"activity_label": "x", "ctx": "y", "endings": ["a", "b"], "label": ""}', "the label ''"),
-        ("mmlu", '{"subject": "s", "question": "q", "choices": "abcd", "answer": 1}', "field choices is a str; expected a list"),
+        (
+            "mmlu",
+            '{"subject": "s", "question": "q", "choices": "abcd", "answer": 1}',
+            "field choices is a str; expected a list",
+        ),
         ("mmlu", '{"subject": "s", "question": "q", "choices": ["a", "b"], "answer": true}', "field answer is a bool"),
         ("humaneval", '{"prompt": "p", "entry_point": 3}', "field entry_point is a int"),
         ("smoltalk", '[{"role": "user", "content": "q"}]', "no assistant turn"),
@@ -240,9 +298,15 @@ def test_a_folder_without_the_split(local, tmp_path):
 # --- the real data ----------------------------------------------------------------------------------------------------
 
 SIZES = {
-    ("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319, ("humaneval", "test"): 164, ("mmlu", "test"): 14042, ("mmlu", "dev"): 285,
-    ("arc-easy", "test"): 2376, ("arc-challenge", "test"): 1172, ("hellaswag", "test"): 10042,
-}  # fmt: skip
+    ("gsm8k", "train"): 7473,
+    ("gsm8k", "test"): 1319,
+    ("humaneval", "test"): 164,
+    ("mmlu", "test"): 14042,
+    ("mmlu", "dev"): 285,
+    ("arc-easy", "test"): 2376,
+    ("arc-challenge", "test"): 1172,
+    ("hellaswag", "test"): 10042,
+}
 
 
 @real
@@ -265,7 +329,8 @@ def test_real_data(spec, split):
     assert len(shown) >= 0.99 * min(len(task), 300)
     if task.kind == "categorical":
         letters = [task.example(i).answer for i in range(len(task))]
-        assert max(letters.count(x) for x in "ABCD") / len(letters) < task.baseline + 0.04  # no letter is a much better guess
+        # no letter is a much better guess
+        assert max(letters.count(x) for x in "ABCD") / len(letters) < task.baseline + 0.04
 
 
 @real

@@ -1,4 +1,5 @@
-"""Smalltalk: the test prompts are unseen and need no calculation, a call of the tool is wrong, files that cannot be are named.
+"""Smalltalk: the test prompts are unseen and need no calculation, a call of the tool is wrong, files that cannot be are
+named.
 
 Oracle: sentences compared by a normalisation written here, hand-made replies and files.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.data.chat import check_messages
 from tasks.identity import TOPICS, cores
 
@@ -33,7 +34,9 @@ def test_prompts_are_unseen_and_many_have_numbers():
     assert len({frozenset(sentences(q)) for q in prompts}) == len(prompts) == 100
     assert not [q for q in prompts if sentences(q) & train]
     assert sum(bool(re.search(r"\d", q)) for q in prompts) >= 40
-    assert not [q for q in prompts if re.search(r"how (many|much)|plus|minus|times|total|left|together|\d [-+*x] \d", q.lower())]
+    assert not [
+        q for q in prompts if re.search(r"how (many|much)|plus|minus|times|total|left|together|\d [-+*x] \d", q.lower())
+    ]
 
 
 def test_training_has_numbers_and_no_braces():
@@ -52,9 +55,21 @@ def test_topics_are_plain_and_leave_the_name_to_identity():
     for example in examples:
         check_messages(example.messages)
         reply = example.messages[1]["content"]
-        assert train.correct(example, reply) and 4 < len(reply) < 90 and reply[-1] in ".!?" and not re.search(r"\d|nanolab", reply)
+        assert (
+            train.correct(example, reply)
+            and 4 < len(reply) < 90
+            and reply[-1] in ".!?"
+            and not re.search(r"\d|nanolab", reply)
+        )
     both = set().union(*(sentences(e.messages[0]["content"]) for e in examples))
-    assert not both & {s for topic in TOPICS for held in (False, True) for group in cores(topic, held, "x") for core in group for s in sentences(core)}
+    assert not both & {
+        s
+        for topic in TOPICS
+        for held in (False, True)
+        for group in cores(topic, held, "x")
+        for core in group
+        for s in sentences(core)
+    }
 
 
 def test_examples_are_pinned_whatever_the_limit():
@@ -68,11 +83,23 @@ def test_examples_are_pinned_whatever_the_limit():
 @pytest.mark.parametrize(
     ("reply", "right"),
     [
-        ("That is nice.", 1), ([{"type": "text", "text": "Hm."}], 1), ("25", 1), ("", 0), (" \n", 0), ([], 0),
-        ([{"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"}, {"type": "text", "text": "It is 5."}], 0),
+        ("That is nice.", 1),
+        ([{"type": "text", "text": "Hm."}], 1),
+        ("25", 1),
+        ("", 0),
+        (" \n", 0),
+        ([], 0),
+        (
+            [
+                {"type": "python", "text": "2+3"},
+                {"type": "python_output", "text": "5"},
+                {"type": "text", "text": "It is 5."},
+            ],
+            0,
+        ),
         ([{"type": "text", "text": "Well: "}, {"type": "python", "text": "2+3"}], 0),
     ],
-)  # fmt: skip
+)
 def test_a_reply_with_a_call_or_without_text_is_wrong(reply, right):
     task = tasks.build("smalltalk", "test")
     assert task.rewards(task.example(0), reply) == {"correct": float(right)}
@@ -85,7 +112,9 @@ def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "talk.toml"
     path.write_text(GOOD)
     task = tasks.build(f"smalltalk={path}", "train", limit=99)
-    assert {task.example(i).messages[0]["content"].lower().rstrip(".") for i in range(99)} == {f"i am {n}" for n in range(2, 10)}
+    assert {task.example(i).messages[0]["content"].lower().rstrip(".") for i in range(99)} == {
+        f"i am {n}" for n in range(2, 10)
+    }
     assert {task.example(i).messages[1]["content"] for i in range(99)} == {"Good."}
     assert asked("test", -1, f"smalltalk={path}") == ["Hi."]
 
@@ -97,16 +126,16 @@ def test_a_file_of_ones_own(tmp_path):
         (("[[topic]]", "[topic]"), r"no \[\[topic\]\]"),
         (("[test]", "[[topic]]"), r"no \[test\]"),
         (("[test]", "[[test]]"), "test has nothing; expected questions and answers"),
-        (("answers = [\"Good.\"]", ""), "topic 1 has questions; expected questions and answers"),
-        (("answers = [\"Good.\"]", "answers = []"), "topic 1: answers is \\[\\]; expected a list of texts"),
-        (("answers = [\"Ho.\"]", "answers = [1]"), "test: answers is \\[1\\]"),
+        (('answers = ["Good."]', ""), "topic 1 has questions; expected questions and answers"),
+        (('answers = ["Good."]', "answers = []"), "topic 1: answers is \\[\\]; expected a list of texts"),
+        (('answers = ["Ho."]', "answers = [1]"), "test: answers is \\[1\\]"),
         (("{2-9}", "{two}"), "'I am {two}.' has braces"),
         (("{2-9}", "{9-2}"), "has braces; expected a range"),
-        (("\"Hi.\"", "\"Hi. I am 7!\""), "test asks 'Hi. I am 7!', which is in a topic too"),
-        (("\"Hi.\"", "\"i AM 7\""), "test asks 'i AM 7', which"),
-        (("[\"Good.\"]", "[Good]"), "cannot be read as TOML .*line 3"),
+        (('"Hi."', '"Hi. I am 7!"'), "test asks 'Hi. I am 7!', which is in a topic too"),
+        (('"Hi."', '"i AM 7"'), "test asks 'i AM 7', which"),
+        (('["Good."]', "[Good]"), "cannot be read as TOML .*line 3"),
     ],
-)  # fmt: skip
+)
 def test_files_that_cannot_be(tmp_path, change, complaint):
     path = tmp_path / "talk.toml"
     assert change[0] in GOOD

@@ -5,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 
 GOLDEN = dict(before=5.704187, grad_norm=0.449677, after_one=5.433292, after_three=4.680968)
-# The gradient is the same on every processor; an update is not, because Adam and the orthogonalisation enlarge the last digits of small gradients. Seen after
-# one and three steps: 5.433292 and 4.680968 (AMD, AVX512), 5.433290 and 4.681007 (AVX2), 5.433272 and 4.681358 (Intel, AMX).
+# The gradient is the same on every processor; an update is not, because Adam and the orthogonalisation enlarge the last
+# digits of small gradients. Seen after one and three steps: 5.433292 and 4.680968 (AMD, AVX512), 5.433290 and 4.681007
+# (AVX2), 5.433272 and 4.681358 (Intel, AMX).
 WITHIN = dict(before=1e-5, grad_norm=1e-5, after_one=1e-4, after_three=1e-3)
 ON_CHANGE = (
-    "the arithmetic of model, initialisation or optimizer has changed. If that was not meant, find out why. If it was: say so in the "
-    "commit, check that the comparison with a full run still holds, and put the new numbers into GOLDEN"
+    "the arithmetic of model, initialisation or optimizer has changed. If that was not meant, find out why. If it was:"
+    " say so in the commit, check that the comparison with a full run still holds, and put the new numbers into GOLDEN"
 )
 
 
@@ -28,7 +30,8 @@ def test_first_steps(kernel):
     model.init_weights(seed=42)
     plan = SimpleNamespace(recipe="dial", batch_scale=0.25, weight_decay=0.28, model=config)
     optimizer = MuonAdamW(param_groups(model, BaseTrainConfig(), plan), Runtime(torch.device("cpu"), torch.float32))
-    ids = (torch.arange(2 * 161) ** 2 % 257 + torch.arange(2 * 161) % 40).view(2, 161)  # no random numbers but the initial weights
+    # no random numbers but the initial weights
+    ids = (torch.arange(2 * 161) ** 2 % 257 + torch.arange(2 * 161) % 40).view(2, 161)
     x, y = ids[:, :-1], ids[:, 1:].clone()
     y[0, :5] = -1
     seen = []

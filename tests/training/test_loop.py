@@ -20,18 +20,24 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
+from nanolab.records import checkpoint
+from nanolab.records.console import Eta, clock, step_line
+from nanolab.records.models import read_metrics
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
-from nanolab.training.console import Eta, clock, step_line
+from nanolab.training.fit import Every, Hook, at_steps, fit
 from nanolab.training.gradients import NonFinite
-from nanolab.training.loop import Every, fit
-from nanolab.training.run import read_metrics
+from nanolab.training.signals import StopRequest
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
 ToyPlan, parts, nats, noisy_nats = toy.ToyPlan, toy.parts, toy.nats, toy.noisy_nats
+
+
+def hook(cadence: int, do) -> Hook:
+    """An evaluation: at the first step, every so many, at the end."""
+    return Hook(at_steps(cadence, first=True), do)
 
 
 def losses(run) -> list[float]:
@@ -51,7 +57,10 @@ def by_hand(steps: int, accum: int, clip: float = math.inf) -> tuple[list[float]
         for g, (lr, wd) in zip(optimizer.groups, rates):
             g["lr"] = lr * plan.lr_multiplier(step, step / steps)
             if g["kind"] == "muon":
-                g["momentum"], g["weight_decay"] = plan.muon_momentum(step, 0), wd * plan.weight_decay_multiplier(step, step / steps)
+                g["momentum"], g["weight_decay"] = (
+                    plan.muon_momentum(step, 0),
+                    wd * plan.weight_decay_multiplier(step, step / steps),
+                )
         optimizer.step()
         optimizer.zero_grad()
         out.append(loss.item())
@@ -78,7 +87,11 @@ def test_clipped_training_is_torchs_clipping_written_out():
     for clip in (-1.0, 5.0):
         run, model, optimizer, batches = parts(f"clip{clip}")
         fit(run, model, optimizer, batches, ToyPlan(grad_clip=clip), nats, Every(grad_norm=True, log=1))
-        runs[clip] = losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/grad_norm" in row], model.state_dict()
+        runs[clip] = (
+            losses(run),
+            [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/grad_norm" in row],
+            model.state_dict(),
+        )
     (plain, _, _), (clipped, norms, weights) = runs.values()
     expected, by_torch = by_hand(6, 1, clip=5.0)
     assert min(norms) < 5.0 < max(norms), norms
@@ -92,7 +105,9 @@ def test_gradients_are_clipped_after_the_loss_scale_is_out_of_them():
     for dtype in (torch.float32, torch.float16):
         run, model, optimizer, batches = parts(f"{dtype}", Runtime(torch.device("cpu"), dtype))
         fit(run, model, optimizer, batches, ToyPlan(grad_clip=5.0), nats, Every())
-        assert (json.loads((run.checkpoints / "step_000006/meta.json").read_text())["scaler"] is None) == (dtype == torch.float32)
+        assert (json.loads((run.checkpoints / "step_000006/meta.json").read_text())["scaler"] is None) == (
+            dtype == torch.float32
+        )
         seen.append((losses(run), [row["train/grad_norm"] for row in read_metrics(run.dir) if "train/loss" in row]))
     assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-5) and seen[0][1] == pytest.approx(seen[1][1], rel=1e-5)
 
@@ -114,7 +129,9 @@ def test_rates_follow_the_schedules():
         for name, (lr, momentum, wd) in seen.items():
             assert lr == pytest.approx(start[name][0] * lrm)
             if name.startswith("muon"):
-                assert momentum == pytest.approx(0.85 + 0.01 * step) and wd == pytest.approx(start[name][1] * (1 - step / 4))
+                assert momentum == pytest.approx(0.85 + 0.01 * step) and wd == pytest.approx(
+                    start[name][1] * (1 - step / 4)
+                )
             else:
                 assert momentum is None and wd == start[name][1]
     assert [row["train/lrm"] for row in read_metrics(run.dir)] == pytest.approx([1.0, 0.825, 0.65, 0.475])
@@ -132,7 +149,11 @@ def train(name: str, runtime: Runtime, plan, loss=nats):
 def train_on_rank(runtime: Runtime, base: str) -> list:
     """Three runs: a plain one, one that fails on rank 1, one that ends by the clock; and one that is refused."""
     toy.use_base(base)
-    bad = lambda m, b: nats(m, b) * (math.inf if runtime.rank == 1 and torch.equal(b.inputs, toy.global_micro_batch(3).inputs) else 1)  # noqa: E731
+
+    def bad(m, b):
+        here = runtime.rank == 1 and torch.equal(b.inputs, toy.global_micro_batch(3).inputs)
+        return nats(m, b) * (math.inf if here else 1)
+
     return [
         train("plain", runtime, ToyPlan(grad_accum=2)),
         train("bad", runtime, ToyPlan(), bad),
@@ -178,20 +199,39 @@ def test_a_refusal_reaches_every_rank(on_two_ranks):
 def test_metrics_and_result_have_the_names_that_dashboards_know():
     run, model, optimizer, batches = parts()
     values = iter([3.0, 2.0, 2.5, 2.25])
-    every = Every(eval=2, grad_norm=True, evaluate=lambda: {"val/bpb": next(values)})
-    result = fit(run, model, optimizer, batches, ToyPlan(), nats, every)
+    evaluate = hook(2, lambda step: {"val/bpb": next(values)})
+    result = fit(run, model, optimizer, batches, ToyPlan(), nats, Every(grad_norm=True), [evaluate])
     rows = read_metrics(run.dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
-    names = {"train/loss", "train/lrm", "train/dt", "train/tok_per_sec", "train/mfu", "train/epoch", "train/grad_norm", "mem/peak_mib"}
+    names = {
+        "train/loss",
+        "train/lrm",
+        "train/dt",
+        "train/tok_per_sec",
+        "train/mfu",
+        "train/epoch",
+        "train/grad_norm",
+        "mem/peak_mib",
+    }
     totals = {"step", "total_training_time", "total_training_flops"}
     for row in rows[:6]:
         assert set(row) == names | totals | ({"val/bpb"} if row["step"] % 2 == 0 else set())
-        assert row["train/tok_per_sec"] == pytest.approx(64 / row["train/dt"]) and row["total_training_flops"] == row["step"] * 64 * 1000
+        assert (
+            row["train/tok_per_sec"] == pytest.approx(64 / row["train/dt"])
+            and row["total_training_flops"] == row["step"] * 64 * 1000
+        )
         assert row["train/mfu"] is None, "the peak of a CPU is unknown, not zero"
-    assert rows[6] == {"step": 6, "val/bpb": 2.25, "total_training_time": rows[6]["total_training_time"], "total_training_flops": 384000}
+    assert rows[6] == {
+        "step": 6,
+        "val/bpb": 2.25,
+        "total_training_time": rows[6]["total_training_time"],
+        "total_training_flops": 384000,
+    }
     for a, b in zip(rows, rows[1:]):
         assert b["total_training_time"] == pytest.approx(a["total_training_time"] + a["train/dt"])
-    assert result["val/bpb"] == 2.25 and result["min_val_bpb"] == 2.0 and result["tokens"] == 384 and result["step"] == 6
+    assert (
+        result["val/bpb"] == 2.25 and result["min_val_bpb"] == 2.0 and result["tokens"] == 384 and result["step"] == 6
+    )
     assert json.loads((run.dir / "result.json").read_text()) == result and run.finished
     smooth = 0.0
     for row in rows[:6]:
@@ -215,13 +255,22 @@ def test_evaluations_leave_no_trace():
     run, watched, optimizer, batches = parts("watched")
     modes = []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step) -> dict[str, float]:
         modes.append((watched.training, torch.is_grad_enabled()))
         torch.rand(7)
         torch.manual_seed(5)
         return {"val/bpb": watched(toy.global_micro_batch(0).inputs).mean().item()}
 
-    fit(run, watched, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, sample=2, evaluate=evaluate, draw_samples=lambda: torch.manual_seed(6)))
+    fit(
+        run,
+        watched,
+        optimizer,
+        batches,
+        ToyPlan(),
+        noisy_nats,
+        Every(),
+        [hook(1, evaluate), Hook(at_steps(2), lambda step: torch.manual_seed(6) and None)],
+    )
     assert losses(run) == losses(plain) and modes == [(False, False)] * 7 and watched.training
     same_weights(watched.state_dict(), model.state_dict())
 
@@ -232,12 +281,12 @@ def test_dropout_is_on_in_training_and_exact_through_a_resume():
     whole, model, optimizer, batches = parts("whole", config=config)
     seen = []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(step) -> dict[str, float]:
         a, b = (model(toy.global_micro_batch(0).inputs) for _ in range(2))
         seen.append(torch.equal(a, b))
         return {"val/bpb": a.mean().item()}
 
-    fit(whole, model, optimizer, batches, ToyPlan(), nats, Every(eval=2, evaluate=evaluate, save=3, keep="all"))
+    fit(whole, model, optimizer, batches, ToyPlan(), nats, Every(save=3, keep="all"), [hook(2, evaluate)])
     assert seen == [True] * 4 and model.training
     without, *rest = parts("without")
     fit(without, *rest, ToyPlan(), nats, Every())
@@ -260,47 +309,62 @@ def test_cadences_and_the_order_of_a_step(monkeypatch):
     plain = checkpoint.Writer.save
     monkeypatch.setattr(checkpoint.Writer, "save", lambda *a, **kw: save() and plain(*a, **kw))
     saved = lambda: save.call_count  # noqa: E731
-    every = Every(
-        eval=2, sample=3, save=4, keep="all", evaluate=lambda: seen.append(("eval", batches.n, saved())) or {}, draw_samples=lambda: seen.append(("sample", batches.n, saved()))
-    )  # fmt: skip
-    fit(run, model, optimizer, batches, ToyPlan(num_iterations=5), nats, every)
+    hooks = [
+        hook(2, lambda step: seen.append(("eval", batches.n, saved())) or {}),
+        Hook(at_steps(3), lambda step: seen.append(("sample", batches.n, saved()))),
+    ]
+    fit(run, model, optimizer, batches, ToyPlan(num_iterations=5), nats, Every(save=4, keep="all"), hooks)
     assert seen == [("eval", 0, 0), ("eval", 2, 0), ("sample", 3, 0), ("eval", 4, 1), ("eval", 5, 2), ("sample", 5, 2)]
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [4, 5]
 
 
 @pytest.mark.parametrize("cadence,expected", [(-1, [0, 1, 5]), (2, [0, 1, 2, 4, 5, 6])])
 def test_evaluations_at_steps_named_one_by_one(cadence, expected):
+    def when(step, last):
+        return step in (0, 1, 5) or at_steps(cadence, first=True)(step, last)
+
     run, model, optimizer, batches = parts()
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=cadence, eval_steps=(0, 1, 5), evaluate=lambda: {"val/n": batches.n}))
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [Hook(when, lambda step: {"val/n": batches.n})])
     assert [(r["step"], r["val/n"]) for r in read_metrics(run.dir) if "val/n" in r] == [(n, n) for n in expected]
 
 
 def test_what_a_step_measures_stands_in_its_line():
     run, model, optimizer, batches = parts()
     seen = iter(range(100))
-    fit(run, model, optimizer, batches, ToyPlan(num_iterations=4), nats, Every(log=2, measure=lambda: {"rl/n": next(seen)}))
-    assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], "asked at every step"
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(num_iterations=4),
+        nats,
+        Every(log=2),
+        measure=lambda: {"rl/n": next(seen)},
+    )
+    assert [(row["step"], row["rl/n"]) for row in read_metrics(run.dir)] == [(0, 0), (2, 2), (3, 3)], (
+        "asked at every step"
+    )
 
 
 def test_all_cadences_off_still_saves_the_end():
     run, model, optimizer, batches = parts()
-    never = Every(log=-1, evaluate=lambda: pytest.fail("eval is off"), draw_samples=lambda: pytest.fail("sample is off"))
-    fit(run, model, optimizer, batches, ToyPlan(), nats, never)
+    never = [hook(-1, lambda step: pytest.fail("eval is off"))]
+    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(log=-1), never)
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [6] and read_metrics(run.dir) == []
 
 
 def test_a_crash_in_the_last_evaluation_loses_nothing():
     run, model, optimizer, batches = parts()
 
-    def evaluate():
+    def evaluate(step):
         if batches.n == 6:
             raise ZeroDivisionError
         return {}
 
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=3, evaluate=evaluate))
+        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [hook(3, evaluate)])
     run, again, optimizer, batches = parts(resume=True)
-    fit(run, again, optimizer, batches, ToyPlan(), nats, Every(eval=3, evaluate=lambda: {"val/bpb": 1.0}))
+    fit(run, again, optimizer, batches, ToyPlan(), nats, Every(), [hook(3, lambda step: {"val/bpb": 1.0})])
     assert optimizer.seen == [] and run.finished
     same_weights(again.state_dict(), model.state_dict())
 
@@ -309,18 +373,21 @@ def test_a_benchmark_finds_its_step_saved_and_is_left_where_a_signal_came():
     run, model, optimizer, batches = parts()
     seen = []
 
-    def benchmark(stop):
+    def benchmark(step):
         while not (found := checkpoint.steps(run.checkpoints)):  # it is written beside the benchmark
             time.sleep(0.01)
-        seen.append((batches.n, [step for step, _ in found], stop()))
+        seen.append((batches.n, [step for step, _ in found], stop.asked()))
         os.kill(os.getpid(), signal.SIGTERM)
-        return None if stop() else {}
+        toy.ALONE.check_stop(stop.asked())
 
+    stop, saved = StopRequest(), Hook(at_steps(3), benchmark, saved=True)
     with pytest.raises(SystemExit) as left:
-        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=benchmark))
+        fit(run, model, optimizer, batches, ToyPlan(), nats, Every(), [saved], stop=stop)
     assert seen == [(3, [3], False)] and left.value.code == 128 + signal.SIGTERM
     run, model, optimizer, batches = parts(resume=True)
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(benchmark=3, run_benchmark=lambda stop: {"core_metric": 1.0}))
+    fit(
+        run, model, optimizer, batches, ToyPlan(), nats, Every(), [saved._replace(do=lambda step: {"core_metric": 1.0})]
+    )
     assert [row["step"] for row in read_metrics(run.dir) if "core_metric" in row] == [3, 6], "measured again"
 
 
@@ -386,7 +453,16 @@ def test_an_error_waits_for_the_write_and_a_failed_write_ends_the_run(monkeypatc
 def test_retention_keeps_the_best_by_bpb():
     run, model, optimizer, batches = parts()
     bpb = {0: 0.5, 1: 4.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 2.0, 6: 2.0}
-    fit(run, model, optimizer, batches, ToyPlan(), nats, Every(eval=1, save=1, keep=1, evaluate=lambda: {"val/bpb": bpb[batches.n]}))
+    fit(
+        run,
+        model,
+        optimizer,
+        batches,
+        ToyPlan(),
+        nats,
+        Every(save=1, keep=1),
+        [hook(1, lambda step: {"val/bpb": bpb[batches.n]})],
+    )
     assert [s for s, _ in checkpoint.steps(run.checkpoints)] == [2, 6]
 
 
@@ -399,9 +475,9 @@ def test_keep_is_checked_before_training(keep):
 @pytest.mark.parametrize("where", [1, 3, 5])
 def test_resumed_is_uninterrupted_to_the_bit(where):
     whole, model, optimizer, batches = parts("whole")
-    evaluate = lambda: {"val/bpb": torch.rand(()).item()}  # noqa: E731
-    every = Every(eval=2, save=where, keep="all", evaluate=evaluate)
-    whole_result = fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, every)
+    hooks = [hook(2, lambda step: {"val/bpb": torch.rand(()).item()})]
+    every = Every(save=where, keep="all")
+    whole_result = fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, every, hooks)
 
     class Crash(Exception):
         pass
@@ -413,16 +489,18 @@ def test_resumed_is_uninterrupted_to_the_bit(where):
 
     run, _, optimizer, batches = parts("crashed")
     with pytest.raises(Crash):
-        fit(run, _, optimizer, batches, ToyPlan(), fails_late, every)
+        fit(run, _, optimizer, batches, ToyPlan(), fails_late, every, hooks)
     run, resumed, optimizer, batches = parts("crashed", resume=True)
     torch.manual_seed(12345)
-    result = fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, every)
+    result = fit(run, resumed, optimizer, batches, ToyPlan(), noisy_nats, every, hooks)
     assert losses(run) == losses(whole) and len(losses(run)) == 6
     assert [r.get("val/bpb") for r in read_metrics(run.dir)] == [r.get("val/bpb") for r in read_metrics(whole.dir)]
     same_weights(resumed.state_dict(), model.state_dict())
     for key in ("train/loss", "val/bpb", "min_val_bpb", "tokens", "total_training_flops"):
         assert result[key] == whole_result[key]
-    assert optimizer.seen[0]["lm_head"] == pytest.approx((optimizer.groups[0]["initial_lr"] * (1 - 0.7 * where / 6), None, 0.01))
+    assert optimizer.seen[0]["lm_head"] == pytest.approx(
+        (optimizer.groups[0]["initial_lr"] * (1 - 0.7 * where / 6), None, 0.01)
+    )
 
 
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
@@ -431,7 +509,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     run, _, optimizer, batches = parts()
 
-    def fill_the_disk() -> dict[str, float]:
+    def fill_the_disk(step) -> dict[str, float]:
         if batches.n == 3:
             while not checkpoint.steps(run.checkpoints):
                 time.sleep(0.01)
@@ -440,7 +518,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
 
     try:
         with pytest.raises(UserError) as error:
-            fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(eval=1, save=2, evaluate=fill_the_disk))
+            fit(run, _, optimizer, batches, ToyPlan(), noisy_nats, Every(save=2), [hook(1, fill_the_disk)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (error.value.code, error.value.values["step"]) == ("checkpoint-not-written", 4)
@@ -456,10 +534,24 @@ def test_meta_says_what_the_checkpoint_is():
     run.identify(data_fingerprint="d1", tokenizer_hash="t1")
     fit(run, model, optimizer, batches, ToyPlan(), nats, Every())
     meta = checkpoint.load_meta(checkpoint.newest_valid(run.checkpoints))
-    assert meta["step"] == 6 and meta["tokens"] == 384 and meta["batches"] == {"n": 6} and meta["plan"]["flops_per_token"] == 1000
+    assert (
+        meta["step"] == 6
+        and meta["tokens"] == 384
+        and meta["batches"] == {"n": 6}
+        and meta["plan"]["flops_per_token"] == 1000
+    )
     assert meta["data_fingerprint"] == "d1" and meta["tokenizer_hash"] == "t1" and meta["model_config"]["n_layer"] == 3
-    assert meta["config"]["depth"] == 20 and meta["env"]["torch"] == torch.__version__ and meta["env"]["world_size"] == 1
-    assert meta["loop"].keys() == {"step", "total_training_time", "compile_seconds", "waits", "smooth_loss", "min_val_bpb"}
+    assert (
+        meta["config"]["depth"] == 20 and meta["env"]["torch"] == torch.__version__ and meta["env"]["world_size"] == 1
+    )
+    assert meta["loop"].keys() == {
+        "step",
+        "total_training_time",
+        "compile_seconds",
+        "waits",
+        "smooth_loss",
+        "min_val_bpb",
+    }
 
 
 # what stops it
@@ -470,12 +562,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     before = {}
 
     def loss(model, batch):
-        if batches.n == 6 and torch.equal(batch.inputs, toy.global_micro_batch(4).inputs):  # step 2, the second of its two
+        if batches.n == 6 and torch.equal(
+            batch.inputs, toy.global_micro_batch(4).inputs
+        ):  # step 2, the second of its two
             before.update({k: v.clone() for k, v in model.state_dict().items()})
             return nats(model, batch) * math.nan
         return nats(model, batch)
 
-    with pytest.raises(NonFinite, match=r"step 2 .*micro-batch 1 of 2 \(nan\) on rank 0, made of document 4\. .*not updated"):
+    with pytest.raises(
+        NonFinite, match=r"step 2 .*micro-batch 1 of 2 \(nan\) on rank 0, made of document 4\. .*not updated"
+    ):
         fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every())
     assert len(optimizer.seen) == 2 and len(losses(run)) == 2 and not run.finished
     same_weights(model.state_dict(), before)
@@ -486,7 +582,8 @@ def test_a_gradient_that_is_not_finite_stops_too():
 
     def loss(model, batch):
         total = nats(model, batch)
-        return total + (0.0 * model.lm_head.weight.sum()).sqrt() if batches.n == 3 else total  # 0, with an infinite slope
+        # 0, with an infinite slope
+        return total + (0.0 * model.lm_head.weight.sum()).sqrt() if batches.n == 3 else total
 
     with pytest.raises(NonFinite, match="step 2 .* a gradient on rank 0, made of document 2"):
         fit(run, model, optimizer, batches, ToyPlan(), loss, Every())
@@ -505,13 +602,23 @@ def test_a_global_batch_without_targets_is_said():
         fit(run, model, optimizer, Empty(toy.ALONE), ToyPlan(), nats, Every())
 
 
-@pytest.mark.parametrize("rows,accum,typed", [(4, 1, "--device-batch-size 2"), (5, 2, "--device-batch-size 2"), (5, 3, "--device-batch-size 1"), (1, 1, "--max-seq-len")])
+@pytest.mark.parametrize(
+    "rows,accum,typed",
+    [
+        (4, 1, "--device-batch-size 2"),
+        (5, 2, "--device-batch-size 2"),
+        (5, 3, "--device-batch-size 1"),
+        (1, 1, "--max-seq-len"),
+    ],
+)
 def test_out_of_memory_names_the_flag_and_a_value_that_divides(rows, accum, typed):
     run, model, optimizer, batches = parts()
     plan = ToyPlan(device_batch_size=rows, grad_accum=accum)
     with pytest.raises(UserError) as error:
         fit(run, model, optimizer, batches, plan, lambda m, b: torch.empty(1 << 50), Every())
-    assert f"--device-batch-size {rows}:" in str(error.value) and f"type {typed}" in str(error.value).replace("half the ", "")
+    assert f"--device-batch-size {rows}:" in str(error.value) and f"type {typed}" in str(error.value).replace(
+        "half the ", ""
+    )
 
 
 def test_other_errors_keep_their_own_words():
@@ -542,7 +649,7 @@ def test_garbage_collection_is_quiet_inside_and_restored_outside():
 
 def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
     clock_now = [0.0]
-    monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
+    monkeypatch.setattr("nanolab.training.fit.time.perf_counter", lambda: clock_now[0])
 
     def one_second(model, batch):
         clock_now[0] += 1.0
@@ -550,19 +657,19 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
             raise ZeroDivisionError
         return nats(model, batch)
 
-    def slow_evaluation() -> dict[str, float]:
+    def slow_evaluation(step) -> dict[str, float]:
         clock_now[0] += 100.0  # not training time
         return {"val/bpb": 1.0}
 
     plan, crash_at = ToyPlan(num_iterations=None, max_seconds=5.0), None
-    every = Every(eval=2, save=1, evaluate=slow_evaluation)
+    every, hooks = Every(save=1), [hook(2, slow_evaluation)]
     crash_at = 302.5
     run, model, optimizer, batches = parts()
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, plan, one_second, every)
+        fit(run, model, optimizer, batches, plan, one_second, every, hooks)
     crash_at = None
     run, model, optimizer, batches = parts(resume=True)
-    result = fit(run, model, optimizer, batches, plan, one_second, every)
+    result = fit(run, model, optimizer, batches, plan, one_second, every, hooks)
     rows = read_metrics(run.dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5] and result["total_training_time"] == 5.0
     assert [row["total_training_time"] for row in rows] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
@@ -571,9 +678,11 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
 
 @pytest.mark.fault("core D8")
 def test_compiling_is_no_training_time(monkeypatch):
-    """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which compiles again."""
+    """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which
+    compiles again.
+    """
     clock_now, cold, crash_at = [0.0], [True], 3
-    monkeypatch.setattr("nanolab.training.loop.time.perf_counter", lambda: clock_now[0])
+    monkeypatch.setattr("nanolab.training.fit.time.perf_counter", lambda: clock_now[0])
 
     def loss(model, batch):
         if batches.n > crash_at:
@@ -585,10 +694,10 @@ def test_compiling_is_no_training_time(monkeypatch):
     plan, every = ToyPlan(num_iterations=None, max_seconds=5.0), Every(save=1)
     run, model, optimizer, batches = parts()
     with pytest.raises(ZeroDivisionError):
-        fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+        fit(run, model, optimizer, batches, plan, loss, every, step_model=model)
     cold, crash_at = [True], 100
     run, model, optimizer, batches = parts(resume=True)
-    result = fit(run, model, optimizer, batches, plan, loss, every, compiled=True)
+    result = fit(run, model, optimizer, batches, plan, loss, every, step_model=model)
     rows = read_metrics(run.dir)
     assert result["step"] == 5 and result["total_training_time"] == 5.0 and result["tok_per_sec"] == 64
     assert result["compile_seconds"] == rows[-1]["compile_seconds"] == 180.0
@@ -599,7 +708,9 @@ def test_compiling_is_no_training_time(monkeypatch):
 
 @pytest.mark.fault("core D8")
 def test_a_compiled_run_is_the_same_run(capsys):
-    """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled before it."""
+    """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled
+    before it.
+    """
     seen, found = [], {}
 
     class Uneven(toy.ToyBatches):  # the second micro-batch of each step is smaller
@@ -614,8 +725,12 @@ def test_a_compiled_run_is_the_same_run(capsys):
     for compiled in (False, True):
         run, model, optimizer, batches = parts(f"compiled-{compiled}")
         batches = Uneven(toy.ALONE)
-        result = fit(run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), compiled=compiled)
-        assert ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
+        result = fit(
+            run, model, optimizer, batches, ToyPlan(grad_accum=2), loss, Every(), step_model=model if compiled else None
+        )
+        assert (
+            ("compile_seconds" in result) == compiled == any("compile_seconds" in row for row in read_metrics(run.dir))
+        )
         state = {name: value.clone() for name, value in model.state_dict().items()}
         found[compiled] = losses(run), state, optimizer.state_dict(), batches.n, torch.get_rng_state()
     assert seen == [2, 1] * 6 + [2, 1] + [2, 1] * 6, "one pass more for each shape"
@@ -623,7 +738,9 @@ def test_a_compiled_run_is_the_same_run(capsys):
     (plain, weights, moments, n, rng), (losses_2, weights_2, moments_2, n_2, rng_2) = found.values()
     assert plain == losses_2 and n == n_2 and torch.equal(rng, rng_2)
     for a, b in ((weights, weights_2), (moments, moments_2)):
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+        assert a.keys() == b.keys() and all(
+            torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+        )
 
 
 @pytest.mark.slow
@@ -633,9 +750,8 @@ def test_a_model_in_torchs_compiler_is_the_same_run():
     config, found = replace(toy.CONFIG, resid_dropout=0.2), []
     for compile_ in (None, "eager"):
         run, model, optimizer, batches = parts(f"by-{compile_}", config=config)
-        step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else model
-        loss = lambda _, b: step_model(b.inputs, b.targets, reduction="sum")  # noqa: B023, E731
-        fit(run, model, optimizer, batches, ToyPlan(num_iterations=3, model=config), loss, Every(), compiled=step_model is not model)
+        step_model = torch.compile(model, backend=compile_, dynamic=False) if compile_ else None
+        fit(run, model, optimizer, batches, ToyPlan(num_iterations=3, model=config), step_model=step_model)
         found.append((losses(run), model.state_dict()))
     assert found[0][0] == found[1][0]
     same_weights(found[0][1], found[1][1])
@@ -650,9 +766,18 @@ def test_the_step_line_never_changes_width():
     usual = line()
     assert "mfu unknown" in usual and "0.0%" not in usual.split("mfu")[1]
     for changes in (
-        {"step": 99, "progress": 0.99}, {"loss": 123.4567}, {"loss": 0.01}, {"dt": 9999.0}, {"dt": 0.0001}, {"tokens": 10**7}, {"mfu": 45.2},
-        {"epoch": 999.9}, {"elapsed": 359999.0, "left": 12.0}, {"left": 5e5}, {"lrm": 0.05, "progress": 1.0},
-    ):  # fmt: skip
+        {"step": 99, "progress": 0.99},
+        {"loss": 123.4567},
+        {"loss": 0.01},
+        {"dt": 9999.0},
+        {"dt": 0.0001},
+        {"tokens": 10**7},
+        {"mfu": 45.2},
+        {"epoch": 999.9},
+        {"elapsed": 359999.0, "left": 12.0},
+        {"left": 5e5},
+        {"lrm": 0.05, "progress": 1.0},
+    ):
         assert len(line(**changes)) == len(usual), changes
     assert len(line(total=10**6, step=1)) == len(line(total=10**6, step=10**6))
     assert line(step=12, total=None).startswith("step 00012  50.0% |")

@@ -1,4 +1,6 @@
-"""A run goes on wherever its data, its base directory or its files went: contents are compared, not names. What differs is refused by name."""
+"""A run goes on wherever its data, its base directory or its files went: contents are compared, not names. What differs
+is refused by name.
+"""
 
 import importlib.util
 import json
@@ -9,21 +11,41 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, SFTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint
-from nanolab.training.models import find_model, read_metrics, runs_dir
-from scripts import base_train, chat_sft
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig, SFTConfig
+from nanolab.stages.sft import sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrained)
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
-TINY = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "max_seq_len": 64, "device_batch_size": 2, "total_batch_size": 256, "warmup_steps": 0, "lr_scale": 0.1}
-FLAGS = TINY | {"num_iterations": 4, "save_every": 2, "keep": "all", "eval_every": 2, "eval_tokens": 500, "sample_every": -1, "log_every": 1, "device_type": "cpu"}
+TINY = {
+    "depth": 1,
+    "aspect_ratio": 32,
+    "head_dim": 32,
+    "max_seq_len": 64,
+    "device_batch_size": 2,
+    "total_batch_size": 256,
+    "warmup_steps": 0,
+    "lr_scale": 0.1,
+}
+FLAGS = TINY | {
+    "num_iterations": 4,
+    "save_every": 2,
+    "keep": "all",
+    "eval_every": 2,
+    "eval_tokens": 500,
+    "sample_every": -1,
+    "log_every": 1,
+    "device_type": "cpu",
+}
 
 
 @pytest.fixture
@@ -40,7 +62,7 @@ def text(tmp_path) -> Path:
 
 def pretrain(text: Path | str, run: str = "x", **flags) -> None:
     where = {"data_dir": str(text), "tokenizer": str(Path(pretrain.home) / "tokenizer")}
-    assert base_train.train(BaseTrainConfig(**FLAGS | where | {"run": run} | flags), ALONE) == 0
+    stage.pretrain(BaseTrainConfig(**FLAGS | where | {"run": run} | flags), ALONE)
 
 
 @pytest.fixture
@@ -60,7 +82,10 @@ def stopped(begin, name: str):
 
 
 def story(folder: Path) -> tuple:
-    rows = [{k: v for k, v in row.items() if k in ("step", "train/loss", "val/bpb", "val/loss")} for row in read_metrics(folder)]
+    rows = [
+        {k: v for k, v in row.items() if k in ("step", "train/loss", "val/bpb", "val/loss")}
+        for row in read_metrics(folder)
+    ]
     weights = checkpoint.load_weights(folder / "checkpoints" / "step_000004")
     return rows, {name: value.tolist() for name, value in weights.items()}
 
@@ -73,7 +98,9 @@ def moved(path: Path, name: str = "elsewhere/corpus") -> Path:
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize("old", [False, True])
 def test_the_data_folder_moves(begun, text, old):
-    """Its validation text was drawn from a part of it: drawn anew it would be another. old: a run that keeps nothing of its data."""
+    """Its validation text was drawn from a part of it: drawn anew it would be another. old: a run that keeps nothing of
+    its data.
+    """
     if old:
         shutil.rmtree(runs_dir() / "x" / "data", ignore_errors=True)
     pretrain(moved(text), resume=True)
@@ -120,7 +147,9 @@ def test_other_data_is_refused_with_the_names_of_the_files(begun, text, kind):
         path.write_text("something else")
     with pytest.raises(UserError, match=path.name) as error:
         pretrain(moved(text), resume=True)
-    assert error.value.code == "data-changed" and error.value.values == {"changed": [], "added": [], "missing": []} | {kind: [path.name]}
+    assert error.value.code == "data-changed" and error.value.values == {"changed": [], "added": [], "missing": []} | {
+        kind: [path.name]
+    }
 
 
 @pytest.mark.fault("F9")
@@ -148,15 +177,29 @@ def test_a_moved_tokenizer_is_not_needed_and_another_is_not_read(begun, text, tm
 
 def write_chats(path: Path, n: int = 60) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    chats = [[{"role": "user", "content": f"{i} times what"}, {"role": "assistant", "content": "it was not hers"}] for i in range(n)]
+    chats = [
+        [{"role": "user", "content": f"{i} times what"}, {"role": "assistant", "content": "it was not hers"}]
+        for i in range(n)
+    ]
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return path
 
 
 def tune(tasks: str, **flags) -> None:
-    common = {"model": "b", "run": "s", "tasks": tasks, "num_iterations": 4, "save_every": 2, "keep": "all", "eval_every": 2, "eval_tokens": 300, "replay": 0.25, "device_type": "cpu"}
+    common = {
+        "model": "b",
+        "run": "s",
+        "tasks": tasks,
+        "num_iterations": 4,
+        "save_every": 2,
+        "keep": "all",
+        "eval_every": 2,
+        "eval_tokens": 300,
+        "replay": 0.25,
+        "device_type": "cpu",
+    }
     cfg = SFTConfig(**common | flags)
-    assert chat_sft.train(cfg, ALONE, "s", find_model("b")) == 0
+    sft(cfg, ALONE)
 
 
 @pytest.mark.fault("F9")
@@ -192,11 +235,18 @@ def test_a_file_of_chats_moves(text, tmp_path, stages):
 
 
 def test_flags_without_their_paths():
-    from nanolab.training.run import without_paths
+    from nanolab.records.run import without_paths
 
     for a, b, same in (
-        ("jsonl=/a/b.jsonl:2,gsm8k", "jsonl=c:\\d@x.jsonl:2,gsm8k", True), ("jsonl=a.jsonl@9:2", "jsonl=b.jsonl@9:2", True), ("jsonl=a.jsonl@9", "jsonl=a.jsonl@8", False),
-        ("jsonl=a.jsonl:2", "jsonl=a.jsonl:3", False), ("gsm8k:2", "mmlu:2", False), ("jsonl=a,gsm8k", "jsonl=a,mmlu", False), ("pydocs", "tinystories", False),
-        ("/a/b:0.3,pydocs:0.7", "./c.txt:0.3,pydocs:0.7", True), ("/a/b:0.3,pydocs:0.7", "/a/b:0.4,pydocs:0.6", False), ("identity=a.toml", "jsonl=a.toml", False),
-    ):  # fmt: skip
+        ("jsonl=/a/b.jsonl:2,gsm8k", "jsonl=c:\\d@x.jsonl:2,gsm8k", True),
+        ("jsonl=a.jsonl@9:2", "jsonl=b.jsonl@9:2", True),
+        ("jsonl=a.jsonl@9", "jsonl=a.jsonl@8", False),
+        ("jsonl=a.jsonl:2", "jsonl=a.jsonl:3", False),
+        ("gsm8k:2", "mmlu:2", False),
+        ("jsonl=a,gsm8k", "jsonl=a,mmlu", False),
+        ("pydocs", "tinystories", False),
+        ("/a/b:0.3,pydocs:0.7", "./c.txt:0.3,pydocs:0.7", True),
+        ("/a/b:0.3,pydocs:0.7", "/a/b:0.4,pydocs:0.6", False),
+        ("identity=a.toml", "jsonl=a.toml", False),
+    ):
         assert (without_paths(a) == without_paths(b)) == same, (a, b)

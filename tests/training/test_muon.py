@@ -1,4 +1,6 @@
-"""Muon's arithmetic: the coefficient table, the orthogonalisation and one whole update, each against another derivation."""
+"""Muon's arithmetic: the coefficient table, the orthogonalisation and one whole update, each against another
+derivation.
+"""
 
 import numpy as np
 import pytest
@@ -51,7 +53,8 @@ def test_polar_express_changes_singular_values_only(m, n):
     u, _, vt = np.linalg.svd(rng.standard_normal((m, n)), full_matrices=False)
     sigma = np.geomspace(1e-3, 1, m)
     out = polar_express(torch.tensor((u * sigma) @ vt, dtype=torch.float32)[None])[0].double().numpy()
-    np.testing.assert_allclose(out, (u * quintics(sigma)) @ vt, atol=1e-4)  # fp32 rounding of the smallest, grown 860-fold
+    # fp32 rounding of the smallest, grown 860-fold
+    np.testing.assert_allclose(out, (u * quintics(sigma)) @ vt, atol=1e-4)
     found = np.linalg.svd(out, compute_uv=False)
     assert 0.858 < found.min() and found.max() < 1.142
 
@@ -100,8 +103,11 @@ def test_three_updates_equal_the_recipe_in_float64(m, n):
         muon_update_(tp, tg, tm, ts, lr=lr, mu=mu, beta2=beta2, weight_decay=weight_decay, steps=5, dtype=torch.float32)
         assert torch.equal(tg, before)
         for i in range(k):
-            p[i], momentum[i], second[i] = reference_update(p[i], g[i], momentum[i], second[i], lr, mu, beta2, weight_decay)
-        # fp32 through an iteration that grows small directions up to 990-fold: 1e-7 becomes 1e-4 of an update of size lr
+            p[i], momentum[i], second[i] = reference_update(
+                p[i], g[i], momentum[i], second[i], lr, mu, beta2, weight_decay
+            )
+        # fp32 through an iteration that grows small directions up to 990-fold: 1e-7 becomes 1e-4 of an update of size
+        # lr
         np.testing.assert_allclose(tp.numpy(), p, atol=2e-4 * lr + 1e-6)
         np.testing.assert_allclose(tm.numpy(), momentum, atol=1e-9)
         np.testing.assert_allclose(ts.numpy(), second, rtol=2e-3)
@@ -112,7 +118,9 @@ def test_an_update_has_the_length_that_the_learning_rate_says():
         p = torch.zeros(1, m, n)
         g = torch.randn(1, m, n, generator=torch.Generator().manual_seed(3)) * 1e-2
         second = torch.rand(1, m, 1) if m >= n else torch.rand(1, 1, n)
-        muon_update_(p, g, torch.zeros_like(p), second, lr=0.5, mu=0.9, beta2=0.9, weight_decay=0.0, steps=5, dtype=torch.float32)
+        muon_update_(
+            p, g, torch.zeros_like(p), second, lr=0.5, mu=0.9, beta2=0.9, weight_decay=0.0, steps=5, dtype=torch.float32
+        )
         assert p.norm().item() == pytest.approx(0.5 * min(m, n) ** 0.5, rel=1e-5)
 
 
@@ -120,7 +128,18 @@ def test_a_zero_gradient_moves_nothing_and_stays_finite():
     """At the first step the projections behind zero-initialised ones get exactly zero gradients."""
     p = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(4))
     before, second = p.clone(), torch.zeros(2, 8, 1)
-    muon_update_(p, torch.zeros_like(p), torch.zeros_like(p), second, lr=0.1, mu=0.9, beta2=0.9, weight_decay=0.0, steps=5, dtype=torch.bfloat16)
+    muon_update_(
+        p,
+        torch.zeros_like(p),
+        torch.zeros_like(p),
+        second,
+        lr=0.1,
+        mu=0.9,
+        beta2=0.9,
+        weight_decay=0.0,
+        steps=5,
+        dtype=torch.bfloat16,
+    )
     assert torch.equal(p, before) and torch.equal(second, torch.zeros(2, 8, 1))
 
 
@@ -130,7 +149,18 @@ def test_decay_acts_only_where_it_pulls_with_the_update():
     results = []
     for weight_decay in (0.0, 0.3):
         q, zeros = p.clone(), torch.zeros_like(p)
-        muon_update_(q, g, zeros, torch.zeros(1, 6, 1), lr=0.1, mu=0.0, beta2=0.9, weight_decay=weight_decay, steps=5, dtype=torch.float32)
+        muon_update_(
+            q,
+            g,
+            zeros,
+            torch.zeros(1, 6, 1),
+            lr=0.1,
+            mu=0.0,
+            beta2=0.9,
+            weight_decay=weight_decay,
+            steps=5,
+            dtype=torch.float32,
+        )
         results.append(q)
     plain, decayed = results
     with_it = (p - plain) * p >= 0

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig, UserError
+from nanolab.cli import UserError
+from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 
@@ -17,11 +19,16 @@ ONE = Runtime(torch.device("cpu"), torch.float32)
 
 
 def adamw_group(params, **changes):
-    return dict(name="a", kind="adamw", params=params, lr=0.01, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1) | changes
+    return (
+        dict(name="a", kind="adamw", params=params, lr=0.01, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1) | changes
+    )
 
 
 def muon_group(params, **changes):
-    return dict(name="m", kind="muon", params=params, lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1, ns_steps=5) | changes
+    return (
+        dict(name="m", kind="muon", params=params, lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1, ns_steps=5)
+        | changes
+    )
 
 
 def parameters(*shapes, seed=0):
@@ -37,11 +44,18 @@ def set_gradients(params, seed):
 
 def small_optimizer():
     """Two AdamW parameters and five matrices, of which 4 share a group. Returns (optimizer, all named parameters)."""
-    tables, scalars, squares, wide = parameters((40, 30)), parameters((3,), seed=1), parameters(*[(8, 8)] * 4, seed=2), parameters((8, 20), seed=3)
+    tables, scalars, squares, wide = (
+        parameters((40, 30)),
+        parameters((3,), seed=1),
+        parameters(*[(8, 8)] * 4, seed=2),
+        parameters((8, 20), seed=3),
+    )
     groups = [
-        adamw_group([("table", tables[0][1])]), adamw_group([("scalar", scalars[0][1])], weight_decay=0.0),
-        muon_group([(f"square{i}", p) for i, (_, p) in enumerate(squares)]), muon_group([("wide", wide[0][1])]),
-    ]  # fmt: skip
+        adamw_group([("table", tables[0][1])]),
+        adamw_group([("scalar", scalars[0][1])], weight_decay=0.0),
+        muon_group([(f"square{i}", p) for i, (_, p) in enumerate(squares)]),
+        muon_group([("wide", wide[0][1])]),
+    ]
     return MuonAdamW(groups, ONE), [pair for group in groups for pair in group["params"]]
 
 
@@ -49,7 +63,9 @@ def test_adamw_equals_torch_adamw():
     params = parameters((70, 33), (5,), ())
     oracle_params = [nn.Parameter(p.detach().clone()) for _, p in params]
     optimizer = MuonAdamW([adamw_group(params)], ONE)
-    oracle = torch.optim.AdamW(oracle_params, lr=0.01, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1, foreach=False, fused=False)
+    oracle = torch.optim.AdamW(
+        oracle_params, lr=0.01, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1, foreach=False, fused=False
+    )
     for step in range(5):
         set_gradients(params, step)
         for (_, p), q in zip(params, oracle_params):
@@ -62,7 +78,7 @@ def test_adamw_equals_torch_adamw():
 
 
 def test_adamw_equals_the_formula_in_float64():
-    (_, p), = params = parameters((6, 7))
+    ((_, p),) = params = parameters((6, 7))
     x, m, v = p.detach().double().numpy().copy(), 0.0, 0.0
     optimizer = MuonAdamW([adamw_group(params, eps=0.05)], ONE)  # an eps that would show on the wrong side of the root
     for t in range(1, 5):
@@ -76,7 +92,7 @@ def test_adamw_equals_the_formula_in_float64():
 
 def test_a_row_that_was_never_seen_only_decays():
     """Tables of rare tokens: no gradient, ever, must not divide zero by a tiny eps into something else."""
-    (_, p), = params = parameters((4, 300))
+    ((_, p),) = params = parameters((4, 300))
     before = p.detach().clone()
     p.grad = torch.randn(4, 300)
     p.grad[2] = 0
@@ -108,7 +124,9 @@ def test_stacks_of_matrices_do_not_touch_each_other(monkeypatch):
 
 
 def test_bf16_iteration_stays_close_to_fp32():
-    """The compute dtype decides about the iteration only; bf16 has 8 bits, so that an update may differ by a few percent."""
+    """The compute dtype decides about the iteration only; bf16 has 8 bits, so that an update may differ by a few
+    percent.
+    """
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         params = parameters(*[(32, 32)] * 2)
@@ -150,7 +168,9 @@ def test_grad_norm_is_the_norm_of_all_gradients_and_changes_nothing():
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 5.0])
 def test_clipping_is_torchs(share):
-    """Below, at and above the norm: the gradients that `step` uses are those that torch.nn.utils.clip_grad_norm_ leaves."""
+    """Below, at and above the norm: the gradients that `step` uses are those that torch.nn.utils.clip_grad_norm_
+    leaves.
+    """
     optimizer, params = small_optimizer()
     clipped, clipped_params = small_optimizer()
     for ps in (params, clipped_params):
@@ -188,8 +208,11 @@ def test_state_returns_bit_for_bit_and_the_next_step_too():
         optimizer.step()
     state = {k: t.clone() for k, t in optimizer.state_dict().items()}
     assert sorted(k for k in state if k.startswith(("table", "wide"))) == [
-        "table/exp_avg@0:1200", "table/exp_avg_sq@0:1200", "wide/momentum@0:160", "wide/second_moment@0:20",
-    ]  # fmt: skip
+        "table/exp_avg@0:1200",
+        "table/exp_avg_sq@0:1200",
+        "wide/momentum@0:160",
+        "wide/second_moment@0:20",
+    ]
     assert state["step"] == 3
     other, other_params = small_optimizer()
     other.load_state_dict(state)
@@ -209,8 +232,14 @@ def test_state_returns_bit_for_bit_and_the_next_step_too():
         (lambda s: s.pop("square2/momentum@0:64"), "square2/momentum (has nothing of 0:64)"),
         (lambda s: s.pop("step"), "missing or incomplete: step"),
         (lambda s: s.update({"gone/exp_avg@0:5": torch.zeros(5)}), "unknown: gone/exp_avg@0:5"),
-        (lambda s: s.update({"table/exp_avg@0:600": s.pop("table/exp_avg@0:1200")[:600]}), "table/exp_avg (has 0:600 of 0:1200)"),
-        (lambda s: s.update({"table/exp_avg@600:1200": torch.zeros(600)}), "table/exp_avg (has 0:1200, 600:1200 of 0:1200)"),
+        (
+            lambda s: s.update({"table/exp_avg@0:600": s.pop("table/exp_avg@0:1200")[:600]}),
+            "table/exp_avg (has 0:600 of 0:1200)",
+        ),
+        (
+            lambda s: s.update({"table/exp_avg@600:1200": torch.zeros(600)}),
+            "table/exp_avg (has 0:1200, 600:1200 of 0:1200)",
+        ),
     ],
 )
 def test_state_of_another_model_is_refused_by_name_and_nothing_changes(change, words):
@@ -248,8 +277,13 @@ def test_the_model_learns_a_batch_and_two_runs_are_bit_identical(make_gpt):
     for _ in range(2):
         model = make_gpt(config)
         rates = BaseTrainConfig(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1)
-        optimizer = MuonAdamW(param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)), ONE)
-        assert {id(p) for p in optimizer.params} == {id(p) for p in model.parameters()} and len(optimizer.params) == len(list(model.parameters()))
+        optimizer = MuonAdamW(
+            param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)),
+            ONE,
+        )
+        assert {id(p) for p in optimizer.params} == {id(p) for p in model.parameters()} and len(
+            optimizer.params
+        ) == len(list(model.parameters()))
         losses = []
         for _ in range(40):
             loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -267,12 +301,16 @@ def test_the_model_learns_a_batch_and_two_runs_are_bit_identical(make_gpt):
 def test_gpu_equals_cpu():
     devices = []
     for device in ("cpu", "cuda"):
-        params = [(n, nn.Parameter(p.detach().to(device))) for n, p in parameters((70, 33), (5,), (16, 16), (16, 16), (8, 32))]
+        params = [
+            (n, nn.Parameter(p.detach().to(device))) for n, p in parameters((70, 33), (5,), (16, 16), (16, 16), (8, 32))
+        ]
         groups = [adamw_group(params[:2]), muon_group(params[2:4]), muon_group(params[4:])]
         optimizer = MuonAdamW(groups, Runtime(torch.device(device), torch.float32))
         for step in range(3):
             for i, (_, p) in enumerate(params):
-                p.grad = (torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)) * 0.01).to(device)
+                p.grad = (torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)) * 0.01).to(
+                    device
+                )
             optimizer.step()
         devices.append([p.detach().cpu() for _, p in params])
     for a, b in zip(*devices):

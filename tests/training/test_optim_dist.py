@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 
@@ -30,18 +31,28 @@ def build(runtime):
     named = {n: nn.Parameter(torch.randn(s, generator=g)) for n, s in ADAMW.items()}
     adamw = dict(kind="adamw", betas=(0.8, 0.96), eps=1e-10)
     groups = [
-        dict(name="tables", params=[(n, named[n]) for n in ("ragged", "tiny", "exact")], lr=0.01, weight_decay=0.1, **adamw),
+        dict(
+            name="tables",
+            params=[(n, named[n]) for n in ("ragged", "tiny", "exact")],
+            lr=0.01,
+            weight_decay=0.1,
+            **adamw,
+        ),
         dict(name="rest", params=[(n, named[n]) for n in ("scalar", "short")], lr=0.02, weight_decay=0.0, **adamw),
     ]
     for name, k, shape in MUON:
         params = [(f"{name}{i}", nn.Parameter(torch.randn(shape, generator=g))) for i in range(k)]
         named |= dict(params)
-        groups.append(dict(name=name, kind="muon", params=params, lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1, ns_steps=5))
+        groups.append(
+            dict(name=name, kind="muon", params=params, lr=0.02, momentum=0.9, beta2=0.9, weight_decay=0.1, ns_steps=5)
+        )
     return MuonAdamW(groups, runtime), named
 
 
 def set_gradients(named, step, runtime):
-    """Multiples of 2^-12: their sum is exact in any order, so that rank counts differ by the rounding of kernels only."""
+    """Multiples of 2^-12: their sum is exact in any order, so that rank counts differ by the rounding of kernels
+    only.
+    """
     g = torch.Generator().manual_seed(100 + step)
     for p in named.values():
         parts = torch.randint(-64, 65, (PARTS, *p.shape), generator=g).float() / 4096
@@ -84,7 +95,9 @@ def reload(runtime, pieces):
 
 
 def several(runtime, pieces):
-    """What one launch of a rank count answers: two trainings, the state of another rank count loaded, a clipped training."""
+    """What one launch of a rank count answers: two trainings, the state of another rank count loaded, a clipped
+    training.
+    """
     return train(runtime), train(runtime), reload(runtime, pieces), clipped(runtime)
 
 
@@ -147,8 +160,8 @@ def test_ranks_agree_with_each_other_and_with_themselves_bit_for_bit(ranks, requ
 
 @RANKS
 def test_many_ranks_equal_one(ranks, one, request):
-    """Summed gradients are exact here, and ranges are aligned, so that AdamW agrees to the bit. Muon multiplies stacks of
-    other sizes, which a processor's library may do in another order: fp32 rounding, grown by the iteration."""
+    """Summed gradients are exact here, and ranges are aligned, so that AdamW agrees to the bit. Muon multiplies stacks
+    of other sizes, which a processor's library may do in another order: fp32 rounding, grown by the iteration."""
     results = request.getfixturevalue(ranks)
     weights, state, norms = one
     found, found_state = results[0][0][0], whole(merged([r[0][1] for r in results]))
@@ -210,9 +223,8 @@ def half_batches(runtime):
     """Losses and weights of a model that sees its rank's rows of the same global batches.
 
     Every weight is moved off its initial value first. At initialisation the blocks add nothing, the last norm removes
-    the scale of what is left, and so the gradients of backout and residual weights are rounding alone, which AdamW, blind
-    to size, would turn into full steps of either sign. With two layers backout would stay such a weight.
-    """
+    the scale of what is left, and so the gradients of backout and residual weights are rounding alone, which AdamW,
+    blind to size, would turn into full steps of either sign. With two layers backout would stay such a weight."""
     config = GPTConfig(sequence_len=32, vocab_size=96, n_layer=3, n_head=2, n_embd=32)
     model = GPT(config)
     model.init_weights(0)
@@ -221,7 +233,10 @@ def half_batches(runtime):
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=noise))
     rates = BaseTrainConfig(embedding_lr=0.02, unembedding_lr=0.004, matrix_lr=0.02, scalar_lr=0.1)
-    optimizer = MuonAdamW(param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)), runtime)
+    optimizer = MuonAdamW(
+        param_groups(model, rates, SimpleNamespace(recipe="dial", batch_scale=1.0, weight_decay=0.1, model=config)),
+        runtime,
+    )
     g = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(8):

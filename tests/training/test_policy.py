@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanolab.config import RLConfig, UserError
-from nanolab.training.policy import ADVANTAGES, ALGORITHMS, NORMALISERS, Objective, clipped, k3, objective_of, policy_loss
+from nanolab.cli import UserError
+from nanolab.stages.config import RLConfig
+from nanolab.stages.rl_plan import objective_of
+from nanolab.training.policy import ADVANTAGES, ALGORITHMS, NORMALISERS, Objective, clipped, k3, policy_loss
 
 MAX = 7  # --max-new-tokens
 SHAPE = (4, 6)  # replies, tokens
@@ -19,7 +21,9 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def situation(seed: int = 0, moved: float = 0.5) -> tuple:
-    """logprobs (with gradient), old, reference, mask, advantages. Masks of different lengths, with a hole where a tool spoke."""
+    """logprobs (with gradient), old, reference, mask, advantages. Masks of different lengths, with a hole where a tool
+    spoke.
+    """
     g = rng(seed)
     lp = -3 * torch.rand(SHAPE, generator=g, dtype=torch.float64)
     old, reference = (lp + moved * torch.randn(SHAPE, generator=g, dtype=torch.float64) for _ in range(2))
@@ -36,7 +40,9 @@ def by_hand(o: Objective, lp, old, reference, mask, advantages) -> float:
         values = []
         for t in np.flatnonzero(mask[i]):
             ratio = math.exp(lp[i, t]) / math.exp(old[i, t])
-            inside = min(max(ratio, 1 - o.clip_low if o.clip_low else -math.inf), 1 + o.clip_high if o.clip_high else math.inf)
+            inside = min(
+                max(ratio, 1 - o.clip_low if o.clip_low else -math.inf), 1 + o.clip_high if o.clip_high else math.inf
+            )
             apart = math.exp(reference[i, t]) / math.exp(lp[i, t])
             values.append(-min(ratio * advantages[i], inside * advantages[i]) + o.kl * (apart - math.log(apart) - 1))
         replies.append(values)
@@ -48,14 +54,17 @@ def by_hand(o: Objective, lp, old, reference, mask, advantages) -> float:
 
 
 def mean_loss(o: Objective, lp, old, reference, mask, advantages) -> torch.Tensor:
-    return policy_loss(o, lp, old, reference if o.kl else None, mask, advantages, MAX) / NORMALISERS[o.normaliser].total(mask)
+    return policy_loss(o, lp, old, reference if o.kl else None, mask, advantages, MAX) / NORMALISERS[
+        o.normaliser
+    ].total(mask)
 
 
 OBJECTIVES = {
     **ALGORITHMS,
     **{n: Objective(normaliser=n, clip_low=0.1, clip_high=0.3, kl=0.2) for n in NORMALISERS},
-    "low": Objective(clip_low=0.2), "high": Objective(clip_high=0.2),
-}  # fmt: skip
+    "low": Objective(clip_low=0.2),
+    "high": Objective(clip_high=0.2),
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -77,9 +86,14 @@ def test_parts_of_a_batch_make_the_whole():
     for o in OBJECTIVES.values():
         lp, old, reference, mask, advantages = situation()
         reference = reference if o.kl else None
-        cut = [policy_loss(o, lp[s], old[s], None if reference is None else reference[s], mask[s], advantages[s], MAX) for s in (slice(1), slice(1, 4))]
+        cut = [
+            policy_loss(o, lp[s], old[s], None if reference is None else reference[s], mask[s], advantages[s], MAX)
+            for s in (slice(1), slice(1, 4))
+        ]
         total = sum(NORMALISERS[o.normaliser].total(mask[s]) for s in (slice(1), slice(1, 4)))
-        assert (sum(cut) / total).item() == pytest.approx(by_hand(o, lp, old, situation()[2], mask, advantages), rel=1e-9)
+        assert (sum(cut) / total).item() == pytest.approx(
+            by_hand(o, lp, old, situation()[2], mask, advantages), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -90,9 +104,13 @@ def test_on_policy_every_algorithm_is_reinforce(name):
     old = lp.detach().clone()
     (gradient,) = torch.autograd.grad(mean_loss(o, lp, old, old, mask, advantages), lp)
     lengths = mask.sum(1).tolist()
-    share = {"token": [1 / sum(lengths)] * 4, "sequence": [1 / n / 4 for n in lengths], "constant": [1 / MAX / 4] * 4}[o.normaliser]
+    share = {"token": [1 / sum(lengths)] * 4, "sequence": [1 / n / 4 for n in lengths], "constant": [1 / MAX / 4] * 4}[
+        o.normaliser
+    ]
     for i, t in np.ndindex(SHAPE):
-        assert gradient[i, t].item() == pytest.approx(-advantages[i].item() * share[i] if mask[i, t] else 0.0, abs=1e-12)
+        assert gradient[i, t].item() == pytest.approx(
+            -advantages[i].item() * share[i] if mask[i, t] else 0.0, abs=1e-12
+        )
 
 
 def test_reinforce_reaches_the_weights_of_a_softmax():
@@ -100,7 +118,9 @@ def test_reinforce_reaches_the_weights_of_a_softmax():
     theta = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
     drawn, A = torch.tensor([0, 2, 2, 1]), torch.tensor([1.0, -0.5, 0.25, 2.0], dtype=torch.float64)
     lp = theta.log_softmax(0)[drawn][:, None]
-    (gradient,) = torch.autograd.grad(mean_loss(ALGORITHMS["reinforce"], lp, lp.detach(), None, torch.ones(4, 1).bool(), A), theta)
+    (gradient,) = torch.autograd.grad(
+        mean_loss(ALGORITHMS["reinforce"], lp, lp.detach(), None, torch.ones(4, 1).bool(), A), theta
+    )
     pi = np.exp([0.3, -0.2, 0.5]) / np.exp([0.3, -0.2, 0.5]).sum()
     wanted = np.mean([-a * (np.eye(3)[d] - pi) for d, a in zip(drawn.tolist(), A.tolist())], axis=0)
     np.testing.assert_allclose(gradient, wanted, atol=1e-12)
@@ -116,7 +136,16 @@ def test_untrained_tokens_have_no_gradient_however_far_they_are():
 
 @pytest.mark.parametrize(
     "ratio,advantage,stopped",
-    [(1.5, 1.0, True), (1.5, -1.0, False), (0.5, -1.0, True), (0.5, 1.0, False), (1.25, 1.0, False), (0.85, -1.0, False), (0.75, -1.0, True), (1.35, 1.0, True)],
+    [
+        (1.5, 1.0, True),
+        (1.5, -1.0, False),
+        (0.5, -1.0, True),
+        (0.5, 1.0, False),
+        (1.25, 1.0, False),
+        (0.85, -1.0, False),
+        (0.75, -1.0, True),
+        (1.35, 1.0, True),
+    ],
 )
 def test_the_clip_stops_a_token_exactly_where_it_has_gone_far_enough(ratio, advantage, stopped):
     lp = torch.tensor([[math.log(ratio)]], requires_grad=True)
@@ -129,9 +158,19 @@ def test_the_clip_stops_a_token_exactly_where_it_has_gone_far_enough(ratio, adva
 
 
 def test_one_side_of_the_clip_alone():
-    for ratio, advantage, side, stopped in [(3.0, 1.0, "low", False), (0.1, -1.0, "low", True), (3.0, 1.0, "high", True), (0.1, -1.0, "high", False)]:
+    for ratio, advantage, side, stopped in [
+        (3.0, 1.0, "low", False),
+        (0.1, -1.0, "low", True),
+        (3.0, 1.0, "high", True),
+        (0.1, -1.0, "high", False),
+    ]:
         lp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        (gradient,) = torch.autograd.grad(policy_loss(OBJECTIVES[side], lp, torch.zeros(1, 1), None, torch.ones(1, 1).bool(), torch.tensor([advantage]), MAX), lp)
+        (gradient,) = torch.autograd.grad(
+            policy_loss(
+                OBJECTIVES[side], lp, torch.zeros(1, 1), None, torch.ones(1, 1).bool(), torch.tensor([advantage]), MAX
+            ),
+            lp,
+        )
         assert (gradient.item() == 0.0) is stopped
 
 
@@ -153,10 +192,16 @@ def test_the_divergence_is_right_in_the_mean():
 @pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 0.0], [0.3, 0.9, -2.0, 0.1], [1.0, 0.0]])
 def test_advantages_are_their_definitions(rewards):
     for name, table in ADVANTAGES.items():
-        for i, (r, a) in enumerate(zip(rewards, table(torch.tensor([rewards, rewards], dtype=torch.float64))[1].tolist())):
+        for i, (r, a) in enumerate(
+            zip(rewards, table(torch.tensor([rewards, rewards], dtype=torch.float64))[1].tolist())
+        ):
             others = rewards[:i] + rewards[i + 1 :]
             centred = r - statistics.fmean(rewards)
-            wanted = {"mean": centred, "standardised": centred / (statistics.pstdev(rewards) + 1e-4), "leave_one_out": r - statistics.fmean(others)}
+            wanted = {
+                "mean": centred,
+                "standardised": centred / (statistics.pstdev(rewards) + 1e-4),
+                "leave_one_out": r - statistics.fmean(others),
+            }
             assert a == pytest.approx(wanted[name], abs=1e-12)
 
 
@@ -187,7 +232,10 @@ def test_an_algorithm_is_a_row_and_a_choice_replaces_one_cell():
 @pytest.mark.parametrize(
     "changes,said",
     [
-        (dict(algorithm="gpro"), "'gpro' is unknown; expected one of reinforce, grpo, dr_grpo; did you mean --algorithm grpo"),
+        (
+            dict(algorithm="gpro"),
+            "'gpro' is unknown; expected one of reinforce, grpo, dr_grpo; did you mean --algorithm grpo",
+        ),
         (dict(advantage="means"), "did you mean --advantage mean"),
         (dict(normaliser="tokens"), "did you mean --normaliser token"),
         (dict(clip_low=1.0), "--clip-low is 1; expected .* below 1"),

@@ -1,4 +1,6 @@
-"""Any number of ranks: one judge of batches for plans and training, exact gradients from unequal shares, runs that move between numbers of ranks."""
+"""Any number of ranks: one judge of batches for plans and training, exact gradients from unequal shares, runs that move
+between numbers of ranks.
+"""
 
 import importlib.util
 import itertools
@@ -13,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, UserError
+from nanolab.cli import UserError
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, gradients
-from nanolab.training.models import read_metrics, runs_dir
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig
+from nanolab.training import gradients
 from nanolab.training.schedule import make_plan
-from scripts import base_train
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -29,7 +33,9 @@ spec.loader.exec_module(pretrained)
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 TOKENIZER = Tokenizer.train([], 265)
-CFG = BaseTrainConfig(depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, device_type="cpu", data_dir="texts")
+CFG = BaseTrainConfig(
+    depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, num_iterations=8, device_type="cpu", data_dir="texts"
+)
 
 
 class Numbers:
@@ -44,7 +50,12 @@ def trains(cfg: BaseTrainConfig, ranks: int) -> bool:
     try:
         plan = make_plan(cfg, 265, ranks)
         for rank in range(ranks):
-            options = {"device_batch_size": cfg.device_batch_size, "rows_per_step": plan.rows_per_step, "rank": rank, "world_size": ranks}
+            options = {
+                "device_batch_size": cfg.device_batch_size,
+                "rows_per_step": plan.rows_per_step,
+                "rank": rank,
+                "world_size": ranks,
+            }
             PackedBatches([(Numbers(), 1.0)], TOKENIZER, seq_len=64, **options)
         return True
     except UserError:
@@ -54,7 +65,7 @@ def trains(cfg: BaseTrainConfig, ranks: int) -> bool:
 def planned(cfg: BaseTrainConfig, ranks: int) -> UserError | None:
     """What a dry run says against it."""
     try:
-        assert base_train.run(replace(cfg, dry_run=True, plan_for=f"{ranks}xH100")) == 0
+        stage.pretrain(replace(cfg, dry_run=True, plan_for=f"{ranks}xH100"))
     except UserError as error:
         return error
     return None
@@ -69,7 +80,9 @@ def test_a_dry_run_accepts_what_training_does_and_its_advice_is_accepted(ranks):
         error = planned(cfg, ranks)
         assert trains(cfg, ranks) == (error is None), (ranks, B, total)
         rows = total // 64
-        assert (error is None) == (total % 64 == 0 and rows % B == 0 and rows >= ranks), "a row for each rank, and what one rank would take"
+        assert (error is None) == (total % 64 == 0 and rows % B == 0 and rows >= ranks), (
+            "a row for each rank, and what one rank would take"
+        )
         seen.add(getattr(error, "code", None))
         if error is None:
             continue
@@ -84,7 +97,12 @@ def test_a_dry_run_accepts_what_training_does_and_its_advice_is_accepted(ranks):
 @pytest.mark.fault("F7")
 @pytest.mark.parametrize(
     "ranks, shares",
-    [(3, "rows per step 48: 16 16 16"), (5, "rows per step 48: 10 10 10 9 9"), (32, "rows per step 48: 2 on 16, 1 on 16 ranks"), (48, "rows per step 48: 1 on 48 ranks")],
+    [
+        (3, "rows per step 48: 16 16 16"),
+        (5, "rows per step 48: 10 10 10 9 9"),
+        (32, "rows per step 48: 2 on 16, 1 on 16 ranks"),
+        (48, "rows per step 48: 1 on 48 ranks"),
+    ],
 )
 def test_the_plan_shows_the_shares(ranks, shares, capsys):
     assert planned(replace(CFG, device_batch_size=8, total_batch_size=3072), ranks) is None
@@ -114,13 +132,27 @@ def test_gradients_of_unequal_shares_are_those_of_one_rank(ranks):
         model.zero_grad()
         plan, loss = make_plan(cfg, 265, ranks), 0.0
         for rank in range(ranks):
-            batches = PackedBatches([(Numbers(), 1.0)], TOKENIZER, seq_len=64, device_batch_size=4, rows_per_step=12, rank=rank, world_size=ranks)
+            batches = PackedBatches(
+                [(Numbers(), 1.0)],
+                TOKENIZER,
+                seq_len=64,
+                device_batch_size=4,
+                rows_per_step=12,
+                rank=rank,
+                world_size=ranks,
+            )
             runtime = Counted(torch.device("cpu"), torch.float32)
             runtime.total = 12 * 64
             nats, _ = gradients.accumulate(
-                model, [], gradients.gather(batches, plan.grad_accum), lambda m, b: m(b.inputs, b.targets, reduction="sum"), step=0, runtime=runtime,
-                scaler=None, stop=lambda: False,
-            )  # fmt: skip
+                model,
+                [],
+                gradients.gather(batches, plan.grad_accum),
+                gradients.nats,
+                step=0,
+                runtime=runtime,
+                scaler=None,
+                stop=lambda: False,
+            )
             assert batches.rows == 12, "the step is over on every rank"
             loss += nats
         return loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -137,10 +169,27 @@ def test_gradients_of_unequal_shares_are_those_of_one_rank(ranks):
 def pretrain(runtime: Runtime, base: str, name: str, resume: bool = False) -> None:
     os.environ["NANOLAB_BASE_DIR"] = base
     cfg = BaseTrainConfig(
-        run=name, resume=resume, data_dir=f"{base}/text", tokenizer=f"{base}/tokenizer", depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=4,
-        total_batch_size=512, num_iterations=8, warmup_steps=2, lr_scale=0.01, eval_every=4, eval_tokens=1024, sample_every=-1, save_every=2, keep="all", device_type="cpu",
-    )  # fmt: skip
-    assert base_train.train(cfg, runtime) == 0
+        run=name,
+        resume=resume,
+        data_dir=f"{base}/text",
+        tokenizer=f"{base}/tokenizer",
+        depth=2,
+        aspect_ratio=32,
+        head_dim=32,
+        max_seq_len=64,
+        device_batch_size=4,
+        total_batch_size=512,
+        num_iterations=8,
+        warmup_steps=2,
+        lr_scale=0.01,
+        eval_every=4,
+        eval_tokens=1024,
+        sample_every=-1,
+        save_every=2,
+        keep="all",
+        device_type="cpu",
+    )
+    stage.pretrain(cfg, runtime)
 
 
 def cut(run: Path, step: int) -> None:
@@ -154,7 +203,9 @@ def cut(run: Path, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.fault("F7")
 def test_a_run_that_moves_between_3_2_5_and_1_ranks_is_the_run_of_one(run_ranks, base_dir):
-    """8 rows a step: shares of 3 3 2, 4 4, 2 2 2 1 1. The same batches to the bit, by the loader's state; losses but for rounding."""
+    """8 rows a step: shares of 3 3 2, 4 4, 2 2 2 1 1. The same batches to the bit, by the loader's state; losses but
+    for rounding.
+    """
     text = pretrained.write_text(base_dir / "text")
     Tokenizer.train((p.read_text() for p in sorted(text.glob("*.txt"))), 300).save(base_dir / "tokenizer")
     pretrain(ALONE, str(base_dir), "alone")
@@ -162,8 +213,14 @@ def test_a_run_that_moves_between_3_2_5_and_1_ranks_is_the_run_of_one(run_ranks,
     run_ranks(pretrain, 3, str(base_dir), "moved")
     for ranks, step in ((2, 2), (5, 4), (1, 6)):
         cut(moved, step)
-        run_ranks(pretrain, ranks, str(base_dir), "moved", True) if ranks > 1 else pretrain(ALONE, str(base_dir), "moved", True)
-        for (step, one), (_, other) in zip(checkpoint.steps(alone / "checkpoints"), checkpoint.steps(moved / "checkpoints"), strict=True):
+        (
+            run_ranks(pretrain, ranks, str(base_dir), "moved", True)
+            if ranks > 1
+            else pretrain(ALONE, str(base_dir), "moved", True)
+        )
+        for (step, one), (_, other) in zip(
+            checkpoint.steps(alone / "checkpoints"), checkpoint.steps(moved / "checkpoints"), strict=True
+        ):
             assert checkpoint.load_meta(one)["batches"] == checkpoint.load_meta(other)["batches"], step
         for one, other in zip(read_metrics(alone), read_metrics(moved), strict=True):
             for key in {"train/loss", "val/bpb"} & (one.keys() | other.keys()):

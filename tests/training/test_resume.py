@@ -14,17 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanolab.data.loader import Prefetch
 from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import Prefetch
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.training import checkpoint
-from nanolab.training.loop import Every, fit
-from nanolab.training.run import read_metrics, runs_dir
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
+from nanolab.training.fit import Every, Hook, at_steps, fit
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_toy", Path(__file__).with_name("toy.py"))
 toy = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -38,7 +39,10 @@ class Fables:
 
     def get(self, n: int) -> str:
         rng = random.Random(n % 40)
-        return " ".join(rng.choice(["the", "fox", "saw", "a", "crow", "grapes", "and", "sour"]) for _ in range(rng.choice([2, 5, 30])))
+        return " ".join(
+            rng.choice(["the", "fox", "saw", "a", "crow", "grapes", "and", "sour"])
+            for _ in range(rng.choice([2, 5, 30]))
+        )
 
     def where(self, n: int) -> str:
         return f"fable {n % 40}"
@@ -46,14 +50,16 @@ class Fables:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Trained once, before anything is forked: the trainer's thread pool does not survive a fork, and waits for ever."""
+    """Trained once, before anything is forked: the trainer's thread pool does not survive a fork, and waits for
+    ever.
+    """
     return Tokenizer.train((Fables().get(n) for n in range(40)), 290)
 
 
 def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool = True, save: int = 3) -> None:
     """The real packer, prefetcher, model and optimizer; a loss with random noise in it."""
     run, model, optimizer, _ = toy.parts(name, resume=resume, save_every=save)
-    model = toy.GPT(toy.replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
+    model = toy.GPT(replace(toy.CONFIG, vocab_size=tokenizer().vocab_size))
     model.init_weights(7)
     optimizer = toy.MuonAdamW(toy.groups(model), toy.ALONE)
     packed = PackedBatches([(Fables(), 1.0)], tokenizer(), seq_len=8, device_batch_size=2, rows_per_step=4)
@@ -63,8 +69,11 @@ def train(name: str, steps: int, each: Callable[[], object] = int, resume: bool 
         each()
         return toy.noisy_nats(model, batch)
 
-    every = Every(eval=2, save=save, evaluate=lambda: {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))})
-    fit(run, model, optimizer, batches, toy.ToyPlan(num_iterations=steps, grad_accum=2), loss, every)
+    def evaluate(step):
+        return {"val/bpb": float(model(torch.arange(8)[None]).std() + torch.rand(()))}
+
+    plan, hooks = toy.ToyPlan(num_iterations=steps, grad_accum=2), [Hook(at_steps(2, first=True), evaluate)]
+    fit(run, model, optimizer, batches, plan, loss, Every(save=save), hooks)
     batches.close()
 
 
@@ -73,12 +82,14 @@ def story(name: str) -> tuple:
     rows = [(r["step"], r.get("train/loss"), r.get("val/bpb")) for r in read_metrics(runs_dir() / name)]
     last = checkpoint.newest_valid(runs_dir() / name / "checkpoints")
     assert last is not None
-    return rows, [hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")]
+    return rows, [
+        hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")
+    ]
 
 
 def kill_and_resume(kills: int, steps: int) -> None:
-    """Fork the training and kill it some steps later, at a random moment, `kills` times; then let it end. Compare with a
-    run left alone."""
+    """Fork the training and kill it some steps later, at a random moment, `kills` times; then let it end. Compare with
+    a run left alone."""
     rng, at = random.Random(2), []
     train("whole", steps, resume=False)
     while len(at) < kills:
@@ -100,9 +111,18 @@ def kill_and_resume(kills: int, steps: int) -> None:
 
 
 def signals() -> None:
-    """Fork trainings that would last for ever, send each its signals in the fourth step, and tell what became of them."""
+    """Fork trainings that would last for ever, send each its signals in the fourth step, and tell what became of
+    them.
+    """
     stories = {}
-    asked = {"SIGTERM": [signal.SIGTERM], "SIGINT": [signal.SIGINT], "SIGHUP": [signal.SIGHUP], "SIGUSR1": [signal.SIGUSR1], "SIGUSR2": [signal.SIGUSR2], "twice": [signal.SIGINT, signal.SIGINT]}
+    asked = {
+        "SIGTERM": [signal.SIGTERM],
+        "SIGINT": [signal.SIGINT],
+        "SIGHUP": [signal.SIGHUP],
+        "SIGUSR1": [signal.SIGUSR1],
+        "SIGUSR2": [signal.SIGUSR2],
+        "twice": [signal.SIGINT, signal.SIGINT],
+    }
     for name, numbers in asked.items():
         ticks, tick = os.pipe()
         said = runs_dir().parent / f"{name}.txt"
@@ -113,7 +133,12 @@ def signals() -> None:
             n = iter(range(10**6))
             code = 0
             try:
-                train(name, 10**6, each=lambda: (os.write(tick, b"."), time.sleep(60.0 if name == "twice" and next(n) == 6 else 0.01)), save=10**6)
+                train(
+                    name,
+                    10**6,
+                    each=lambda: (os.write(tick, b"."), time.sleep(60.0 if name == "twice" and next(n) == 6 else 0.01)),
+                    save=10**6,
+                )
             except SystemExit as leave:
                 code = leave.code
             os._exit(code)
@@ -126,7 +151,12 @@ def signals() -> None:
         began = time.monotonic()
         _, status = os.waitpid(pid, 0)
         steps = [step for step, _ in checkpoint.steps(runs_dir() / name / "checkpoints")]
-        stories[name] = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "steps": steps, "said": said.read_text()}
+        stories[name] = {
+            "code": os.waitstatus_to_exitcode(status),
+            "seconds": time.monotonic() - began,
+            "steps": steps,
+            "said": said.read_text(),
+        }
         stories[name]["logged"] = len(read_metrics(runs_dir() / name))
     print(json.dumps(stories))
 
@@ -154,8 +184,16 @@ def stories(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name,code", [("SIGTERM", 143), ("SIGINT", 130), *(pytest.param(name, code, marks=pytest.mark.fault("F17")) for name, code in (("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140)))]
-)  # fmt: skip
+    "name,code",
+    [
+        ("SIGTERM", 143),
+        ("SIGINT", 130),
+        *(
+            pytest.param(name, code, marks=pytest.mark.fault("F17"))
+            for name, code in (("SIGHUP", 129), ("SIGUSR1", 138), ("SIGUSR2", 140))
+        ),
+    ],
+)
 def test_a_signal_saves_and_leaves(stories, name, code):
     story = stories[name]
     assert story["code"] == code, story["said"]
@@ -168,7 +206,9 @@ def test_a_signal_saves_and_leaves(stories, name, code):
 
 def test_a_second_ctrl_c_leaves_at_once(stories):
     story = stories["twice"]
-    assert story["code"] == -signal.SIGINT and story["seconds"] < 50 and story["steps"] == [], "in the middle of a step of a minute"
+    assert story["code"] == -signal.SIGINT and story["seconds"] < 50 and story["steps"] == [], (
+        "in the middle of a step of a minute"
+    )
     assert story["said"].count("finishing this step") == 1
 
 

@@ -23,33 +23,56 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, UserError, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.chat import render, text_of
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.card import Stage
 from nanolab.inference.cache import KVCache
 from nanolab.inference.engine import Engine
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
+from nanolab.records.run import Run
 from nanolab.runtime import Runtime
-from nanolab.training import checkpoint, loop
-from nanolab.training.finetune import Origin
-from nanolab.training.loop import Every, fit
+from nanolab.stages.base_run import BaseRun
+from nanolab.stages.config import BaseTrainConfig, RLConfig
+from nanolab.stages.reward import RewardPart, reward_parts
+from nanolab.stages.rl import task_fingerprint
+from nanolab.stages.rl_plan import make_rl_plan, objective_of
+from nanolab.stages.rollout import MicroBatch, Rollouts
+from nanolab.stages.rollout_log import FILE
+from nanolab.training import meter
+from nanolab.training.fit import Every, fit
 from nanolab.training.optim import MuonAdamW
-from nanolab.training.policy import objective_of, policy_loss
+from nanolab.training.policy import PolicyLoss, logprobs, policy_loss
 from nanolab.training.recipes import param_groups
-from nanolab.training.rollout import FILE, MicroBatch, Part, PolicyLoss, Rollouts, fingerprint, logprobs, make_plan, reward_parts
-from nanolab.training.run import Run, read_metrics, runs_dir
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=48, vocab_size=265, n_layer=2, n_head=1, n_embd=32, window_pattern="L")
 ANSWERS = "abcdefgh"
 RATES = BaseTrainConfig(embedding_lr=0.1, unembedding_lr=0.004, matrix_lr=0.01, scalar_lr=0.1)
-META = {"model_config": to_json(CONFIG), "config": to_json(RATES), "plan": {"recipe": "dial", "batch_scale": 1.0}, "loop": {"total_training_time": 0.0}}
-ORIGIN = Origin.of(META, "toy@0")
+META = {
+    "model_config": to_json(CONFIG),
+    "config": to_json(RATES),
+    "plan": {"recipe": "dial", "batch_scale": 1.0},
+    "loop": {"total_training_time": 0.0},
+}
+ORIGIN = BaseRun.of(META, "toy@0")
 CFG = RLConfig(
-    seed=3, init_lr_frac=1.0, reward="correct=1,length=-0.125:0.25", examples_per_step=4, num_samples=4, max_new_tokens=4, top_k=0, device_batch_size=4, num_iterations=5,
-    num_epochs=1, warmdown_ratio=0.0, updates_per_batch=1,
-)  # fmt: skip
+    seed=3,
+    init_lr_frac=1.0,
+    reward="correct=1,length=-0.125:0.25",
+    examples_per_step=4,
+    num_samples=4,
+    max_new_tokens=4,
+    top_k=0,
+    device_batch_size=4,
+    num_iterations=5,
+    num_epochs=1,
+    warmdown_ratio=0.0,
+    updates_per_batch=1,
+)
 
 
 class Example(NamedTuple):
@@ -70,7 +93,9 @@ class Letters:
 
     def example(self, i: int) -> Example:
         answer = self.answers[i % len(self.answers)]
-        return Example([{"role": "user", "content": f"{'?' * (i % 3)}{i}"}, {"role": "assistant", "content": answer}], answer)
+        return Example(
+            [{"role": "user", "content": f"{'?' * (i % 3)}{i}"}, {"role": "assistant", "content": answer}], answer
+        )
 
     def rewards(self, example: Example, content: Any) -> dict[str, float]:
         text = text_of(content)
@@ -97,11 +122,15 @@ def taught() -> dict[str, torch.Tensor]:
     model, g = GPT(CONFIG), torch.Generator().manual_seed(5)
     model.init_weights(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for step in range(60):
+    for _ in range(60):
         rows = []
         for _ in range(16):
             i, letter = (int(torch.randint(n, (), generator=g)) for n in (10, 8))
-            rows.append(render(tokenizer(), [Letters().example(i).messages[0], {"role": "assistant", "content": ANSWERS[letter]}]))
+            rows.append(
+                render(
+                    tokenizer(), [Letters().example(i).messages[0], {"role": "assistant", "content": ANSWERS[letter]}]
+                )
+            )
         T = max(len(r.ids) for r in rows)
         ids = torch.tensor([r.ids + [0] * (T - len(r.ids)) for r in rows])
         mask = torch.tensor([r.mask + [0] * (T - len(r.mask)) for r in rows]).bool()
@@ -119,16 +148,33 @@ def taught_model() -> GPT:
     return model
 
 
-def rollouts(cfg: RLConfig = CFG, folder: Path = Path(), task: Any = None, runtime: Runtime = ALONE, model: GPT | None = None, **more: Any) -> Rollouts:
+def rollouts(
+    cfg: RLConfig = CFG,
+    folder: Path = Path(),
+    task: Any = None,
+    runtime: Runtime = ALONE,
+    model: GPT | None = None,
+    **more: Any,
+) -> Rollouts:
     model = model or taught_model()
-    return Rollouts(cfg, objective_of(cfg), model, Engine(model, tokenizer(), runtime), task or Letters(), runtime, folder, **more)
+    return Rollouts(
+        cfg, objective_of(cfg), model, Engine(model, tokenizer(), runtime), task or Letters(), runtime, folder, **more
+    )
 
 
-def train(name: str, cfg: RLConfig = CFG, runtime: Runtime = ALONE, resume: bool = False, each: Callable[[], object] = int, task: Any = None, save: int = 1) -> dict:
+def train(
+    name: str,
+    cfg: RLConfig = CFG,
+    runtime: Runtime = ALONE,
+    resume: bool = False,
+    each: Callable[[], object] = int,
+    task: Any = None,
+    save: int = 1,
+) -> dict:
     """A whole run with the real loop and optimizer."""
-    run = Run.start(name, to_json(cfg), runtime, resume=resume, kind="rl")
+    run = Run.start(name, cfg, runtime, resume=resume, kind="rl")
     model, objective = taught_model(), objective_of(cfg)
-    plan = make_plan(cfg, ORIGIN, 10, runtime.world_size)
+    plan = make_rl_plan(cfg, ORIGIN, 10, runtime.world_size)
     groups = param_groups(model, ORIGIN.rates(cfg), plan)
     batches = rollouts(cfg, run.dir, task, runtime, model, reference=taught_model() if objective.kl else None)
     loss = PolicyLoss(objective, cfg.max_new_tokens, runtime)
@@ -137,9 +183,10 @@ def train(name: str, cfg: RLConfig = CFG, runtime: Runtime = ALONE, resume: bool
         each()
         return loss(model, batch)
 
-    every = Every(save=save, keep="all", grad_norm=True, measure=lambda: {**batches.measure(), **loss.measure()}, work=lambda: batches.work)
+    every, optimizer = Every(save=save, keep="all", grad_norm=True), MuonAdamW(groups, runtime)
+    counts = {"measure": lambda: {**batches.measure(), **loss.measure()}, "work": lambda: batches.work}
     try:
-        return fit(run, model, MuonAdamW(groups, runtime), batches, plan, watched, every)
+        return fit(run, model, optimizer, batches, plan, watched, every, **counts)
     finally:
         batches.close()
 
@@ -153,9 +200,16 @@ SAME = ("step", "train/loss", "train/tokens", "total_training_flops", "total_gen
 
 def story(name: str) -> tuple:
     """Everything that has to be the same to the bit."""
-    rows = [{k: v for k, v in r.items() if k.startswith("rl/") and "seconds" not in k or k in SAME} for r in read_metrics(runs_dir() / name)]
+    rows = [
+        {k: v for k, v in r.items() if k.startswith("rl/") and "seconds" not in k or k in SAME}
+        for r in read_metrics(runs_dir() / name)
+    ]
     last = checkpoint.newest_valid(runs_dir() / name / "checkpoints")
-    return rows, records(name), [hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")]
+    return (
+        rows,
+        records(name),
+        [hashlib.sha256((last / f).read_bytes()).hexdigest() for f in ("model.safetensors", "optim_rank0.safetensors")],
+    )
 
 
 # learning
@@ -164,7 +218,9 @@ def story(name: str) -> tuple:
 @pytest.mark.parametrize("algorithm,updates", [("reinforce", 1), ("grpo", 2), ("dr_grpo", 1)])
 def test_a_bandit_is_learnt(algorithm, updates, capsys):
     batch = dict(examples_per_step=8, num_samples=8, device_batch_size=32)
-    cfg = replace(CFG, algorithm=algorithm, kl=0.0, reward="correct=1", num_iterations=30, updates_per_batch=updates, **batch)
+    cfg = replace(
+        CFG, algorithm=algorithm, kl=0.0, reward="correct=1", num_iterations=30, updates_per_batch=updates, **batch
+    )
     train("bandit", cfg, save=100)
     rewards = [row["rl/reward"] for row in read_metrics(runs_dir() / "bandit") if "rl/reward" in row]
     assert statistics.fmean(rewards[:2]) < 0.4 and statistics.fmean(rewards[-3:]) > 0.9
@@ -211,7 +267,9 @@ def test_an_epoch_asks_every_example_once_and_the_next_in_another_order(tmp_path
 
 
 def test_rows_are_prompt_and_reply_and_only_the_reply_is_trained(tmp_path):
-    """Read back from the tensors: inputs and targets are neighbours, the first target is the reply's first token, the last its end of turn."""
+    """Read back from the tensors: inputs and targets are neighbours, the first target is the reply's first token, the
+    last its end of turn.
+    """
     r = rollouts(folder=tmp_path)
     end = tokenizer().special("<|assistant_end|>")
     micro = [r.next() for _ in range(4)]
@@ -234,9 +292,9 @@ def test_the_log_probabilities_trained_are_those_of_the_engine(tmp_path):
     seen: dict[tuple, list[float]] = {}
     generate = r.engine.generate
 
-    def watched(prompts, **settings):
+    def watched(prompts, *settings):
         said = [([], []) for _ in prompts]
-        for step in generate(prompts, **settings):
+        for step in generate(prompts, *settings):
             for new in step:
                 said[new.row][0].append(new.token)
                 said[new.row][1].append(new.logprob)
@@ -261,7 +319,9 @@ def test_dropout_is_off_where_ratios_are_taken(tmp_path):
 
 
 def test_the_first_update_is_on_policy_to_the_bit_and_the_second_is_clipped(tmp_path):
-    """k = 2: the same micro-batches again, against the log probabilities of the first pass. Where the clip bites there is no gradient."""
+    """k = 2: the same micro-batches again, against the log probabilities of the first pass. Where the clip bites there
+    is no gradient.
+    """
     cfg = replace(CFG, updates_per_batch=2, clip_low=0.05, clip_high=0.05)
     r, loss = rollouts(cfg, tmp_path), PolicyLoss(objective_of(cfg), 4, ALONE)
     first = [r.next() for _ in range(4)]
@@ -284,7 +344,9 @@ def test_the_first_update_is_on_policy_to_the_bit_and_the_second_is_clipped(tmp_
         stopped = ((A > 0) & (ratio > 1.05) | (A < 0) & (ratio < 0.95)) & (b.targets >= 0)
         bitten += int(stopped.sum())
         slopes = (lp.requires_grad_(),)
-        (gradient,) = torch.autograd.grad(policy_loss(objective_of(cfg), slopes[0], b.old, None, b.targets >= 0, b.advantages, 4), slopes)
+        (gradient,) = torch.autograd.grad(
+            policy_loss(objective_of(cfg), slopes[0], b.old, None, b.targets >= 0, b.advantages, 4), slopes
+        )
         assert (gradient[stopped] == 0).all() and (gradient[(b.targets >= 0) & ~stopped & (A != 0)] != 0).all()
         loss(r.model, b)
     assert bitten and loss.measure()["rl/clipped"] == pytest.approx(bitten / sum(b.n_targets for b in second))
@@ -298,10 +360,10 @@ class Calculating:
     def __init__(self, engine: Engine):
         self.tokenizer, self.limit, self.asked = engine.tokenizer, engine.limit, []
 
-    def generate(self, prompts, *, tools, **settings):
+    def generate(self, prompts, request, seeds):
         from types import SimpleNamespace
 
-        self.asked.append(tools)
+        self.asked.append(request.tools)
         end = self.tokenizer.special("<|assistant_end|>")
         for token, forced in [(65, False), (66, False), (7, True), (8, True), (67, False), (end, False)]:
             yield [SimpleNamespace(row=i, token=token, forced=forced) for i in range(len(prompts))]
@@ -314,10 +376,14 @@ def test_what_a_tool_says_is_read_and_not_trained(tmp_path):
     assert r.engine.asked == [len]
     for reply, inputs, targets in zip(batch.replies, batch.inputs.tolist(), batch.targets.tolist()):
         at = len(reply.prompt) - 1
-        assert targets[at : at + 6] == [65, 66, -1, -1, 67, tokenizer().special("<|assistant_end|>")] and inputs[at + 1 : at + 6] == [65, 66, 7, 8, 67]
+        assert targets[at : at + 6] == [65, 66, -1, -1, 67, tokenizer().special("<|assistant_end|>")] and inputs[
+            at + 1 : at + 6
+        ] == [65, 66, 7, 8, 67]
     batch.advantages[:] = 1.0
     lp = logprobs(r.model, batch.inputs, batch.targets).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(policy_loss(r.objective, lp, lp.detach(), None, batch.targets >= 0, batch.advantages, 4), lp)
+    (gradient,) = torch.autograd.grad(
+        policy_loss(r.objective, lp, lp.detach(), None, batch.targets >= 0, batch.advantages, 4), lp
+    )
     assert ((gradient != 0) == (batch.targets >= 0)).all()
 
 
@@ -334,18 +400,32 @@ def test_rollouts_are_written_with_their_reasons(tmp_path):
     for i, row in enumerate(rows):
         reply = by_reply[row["example"], row["sample"]]
         text = row["reply"].removesuffix("<|assistant_end|>")
-        assert row["prompt"] == f"<|bos|><|user_start|>{Letters().example(row['example']).messages[0]['content']}<|user_end|><|assistant_start|>"
-        assert row["reply"] == tokenizer().decode(reply.ids) and row["ended"] == row["reply"].endswith("<|assistant_end|>") and row["tokens"] == len(reply.ids)
+        assert (
+            row["prompt"]
+            == "<|bos|><|user_start|>"
+            + Letters().example(row["example"]).messages[0]["content"]
+            + "<|user_end|><|assistant_start|>"
+        )
+        assert (
+            row["reply"] == tokenizer().decode(reply.ids)
+            and row["ended"] == row["reply"].endswith("<|assistant_end|>")
+            and row["tokens"] == len(reply.ids)
+        )
         assert row["parts"] == {"correct": float(text == "c"), "length": float(len(text))}
         assert row["reward"] == (text == "c") - min(0.25, 0.125 * len(text))
         group = [x["reward"] for x in rows[i // 4 * 4 : i // 4 * 4 + 4]]
-        assert row["advantage"] == pytest.approx(row["reward"] - statistics.fmean(group)) and reply.advantage == row["advantage"]
+        assert (
+            row["advantage"] == pytest.approx(row["reward"] - statistics.fmean(group))
+            and reply.advantage == row["advantage"]
+        )
     m = r.measure()
     assert r.measure() == {}, "said once"
     assert m["rl/reward"] == pytest.approx(statistics.fmean(row["reward"] for row in rows))
     assert m["rl/part/correct"] == statistics.fmean(row["parts"]["correct"] for row in rows)
     assert m["rl/mixed"] == sum(len({x["reward"] for x in rows[i : i + 4]}) > 1 for i in range(0, 16, 4)) / 4
-    assert m["rl/ended"] == statistics.fmean(row["ended"] for row in rows) and m["rl/tokens"] == statistics.fmean(row["tokens"] for row in rows)
+    assert m["rl/ended"] == statistics.fmean(row["ended"] for row in rows) and m["rl/tokens"] == statistics.fmean(
+        row["tokens"] for row in rows
+    )
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -393,11 +473,15 @@ def of_token(context: int) -> int:
 @pytest.mark.fault("core likely: RL's numbers")
 @pytest.mark.parametrize("updates,algorithm", [(1, "reinforce"), (2, "grpo")])
 def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch, capsys):
-    """Of the replies that were handed to the loop, counted by themselves: in the metrics, the console, the result, the checkpoint and the card."""
-    monkeypatch.setattr(loop, "device_peaks", lambda name: (1e9, None))
+    """Of the replies that were handed to the loop, counted by themselves: in the metrics, the console, the result, the
+    checkpoint and the card.
+    """
+    monkeypatch.setattr(meter, "device_peaks", lambda name: (1e9, None))
     seen: list[MicroBatch] = []
     monkeypatch.setattr(Rollouts, "next", lambda self, made=Rollouts.next: seen.append(made(self)) or seen[-1])
-    cfg = replace(CFG, num_iterations=4, updates_per_batch=updates, algorithm=algorithm, kl=0.1 if algorithm == "grpo" else 0.0)
+    cfg = replace(
+        CFG, num_iterations=4, updates_per_batch=updates, algorithm=algorithm, kl=0.1 if algorithm == "grpo" else 0.0
+    )
     result, said = train("counted", cfg), capsys.readouterr().out
     steps = [[r for batch in seen[i : i + 4] for r in batch.replies] for i in range(0, 16, 4)]
     tokens = [sum(len(r.prompt) + len(r.ids) for r in step) for step in steps]
@@ -406,7 +490,8 @@ def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch
     for i, step in enumerate(steps):
         first, n = i % updates == 0, [(len(r.prompt), len(r.ids)) for r in step]
         training.append(sum(of_training(p + r) + (of_forward(p + r) if first and cfg.kl else 0) for p, r in n))
-        reading = sum(of_prompt(len(prompt)) for prompt in {tuple(r.prompt) for r in step})  # once for all of its replies
+        # once for all of its replies
+        reading = sum(of_prompt(len(prompt)) for prompt in {tuple(r.prompt) for r in step})
         drawing.append(reading + sum(of_token(p + i) for p, r in n for i in range(r - 1)) if first else 0)
     rows = read_metrics(runs_dir() / "counted")
     assert [row["train/tokens"] for row in rows] == tokens
@@ -414,9 +499,13 @@ def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch
         assert [row[key] for row in rows] == [sum(values[:i]) for i in range(4)]
         assert result[key] == sum(values)
     for row, n, spent in zip(rows, tokens, map(sum, zip(training, drawing))):
-        assert row["train/tok_per_sec"] == pytest.approx(n / row["train/dt"]) and row["train/mfu"] == pytest.approx(100 * spent / row["train/dt"] / 1e9)
+        assert row["train/tok_per_sec"] == pytest.approx(n / row["train/dt"]) and row["train/mfu"] == pytest.approx(
+            100 * spent / row["train/dt"] / 1e9
+        )
         assert f"{n / row['train/dt']:,.0f} tok/s" in said
-    assert result["tokens"] == sum(tokens) and result["tok_per_sec"] == pytest.approx(sum(tokens) / result["total_training_time"])
+    assert result["tokens"] == sum(tokens) and result["tok_per_sec"] == pytest.approx(
+        sum(tokens) / result["total_training_time"]
+    )
     meta = checkpoint.load_meta(runs_dir() / "counted" / "checkpoints" / "step_000002")
     stage = Stage("rl", "counted", 2, runs_dir() / "counted", meta, None, None)
     assert (stage.tokens, stage.flops) == (sum(tokens[:2]), sum(training[:2] + drawing[:2]))
@@ -435,7 +524,9 @@ def test_a_checkpoint_of_a_version_that_did_not_count_says_so(capsys):
 
 def test_rewards_that_are_always_the_same_are_warned_of_and_move_nothing(capsys):
     train("deaf", replace(CFG, reward="correct=1", num_iterations=3), task=Deaf())
-    assert capsys.readouterr().out.count("warning: all 4 replies to each of the 4 prompts have the same reward") == 1, "once, not at every step"
+    assert capsys.readouterr().out.count("warning: all 4 replies to each of the 4 prompts have the same reward") == 1, (
+        "once, not at every step"
+    )
     assert [row["train/grad_norm"] for row in read_metrics(runs_dir() / "deaf")] == [0.0] * 3
 
 
@@ -464,11 +555,15 @@ def test_resumed_at_any_step_is_uninterrupted_to_the_bit(at, capsys):
     train("cut", KL, resume=True)
     assert f"resumed at step {at}" in capsys.readouterr().out
     assert story("cut") == story("whole")
-    assert any(row["rl/kl"] > 0 for row in read_metrics(folder)) and any(row["rl/clipped"] > 0 for row in read_metrics(folder))
+    assert any(row["rl/kl"] > 0 for row in read_metrics(folder)) and any(
+        row["rl/clipped"] > 0 for row in read_metrics(folder)
+    )
 
 
 def some_ranks(runtime: Runtime, base: str, weights: dict[str, torch.Tensor]) -> tuple:
-    """Train on these ranks; and take up the rollout that one rank was in the middle of: (its state as told by them, this rank's prompts)."""
+    """Train on these ranks; and take up the rollout that one rank was in the middle of: (its state as told by them,
+    this rank's prompts).
+    """
     os.environ["NANOLAB_BASE_DIR"] = base
     GIVEN.update(weights)
     train("ranks", KL, runtime)
@@ -484,10 +579,16 @@ def test_two_ranks_make_the_rollouts_and_the_weights_of_one(run_ranks, base_dir)
     assert same_0 and same_1 and set(mine_0) == {0, 2} and set(mine_1) == {1, 3}
     for one, two in zip(records("alone"), records("ranks"), strict=True):
         assert one == two
-    counts = [[[row[key] for key in SAME[2:]] for row in read_metrics(runs_dir() / name)] for name in ("alone", "ranks")]
+    counts = [
+        [[row[key] for key in SAME[2:]] for row in read_metrics(runs_dir() / name)] for name in ("alone", "ranks")
+    ]
     assert counts[0] == counts[1], "over all ranks"
     last = [checkpoint.load_weights(runs_dir() / name / "checkpoints" / "step_000008") for name in ("alone", "ranks")]
-    last[0].pop("backout.scale")  # of two layers it scales the last stream, which the norm undoes: its gradient is rounding, which Adam makes whole steps of
+    last[0].pop(
+        "backout.scale"
+        # of two layers it scales the last stream, which the norm undoes: its gradient is rounding, which Adam makes
+        # whole steps of
+    )
     for name, value in last[0].items():
         torch.testing.assert_close(value, last[1][name], atol=2e-3, rtol=0, msg=lambda m: f"{name}: {m}")
 
@@ -528,7 +629,9 @@ def kill_and_resume(kills: int, steps: int) -> None:
 
 @pytest.mark.parametrize("kills,steps", [(2, 12), pytest.param(20, 80, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, steps):
-    done = subprocess.run([sys.executable, __file__, str(kills), str(steps)], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, __file__, str(kills), str(steps)], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["same"] and any(0 < at < steps for at in report["at"]), report
@@ -538,7 +641,10 @@ def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, ste
 
 
 def test_reward_parts():
-    assert reward_parts("correct=1, length=-0.1:0.5", ["correct", "length"]) == [Part("correct", 1.0), Part("length", -0.1, 0.5)]
+    assert reward_parts("correct=1, length=-0.1:0.5", ["correct", "length"]) == [
+        RewardPart("correct", 1.0),
+        RewardPart("length", -0.1, 0.5),
+    ]
     values = {"correct": 1.0, "length": 9.0}
     assert [p.of(values) for p in reward_parts("correct=2:1.5,length=-0.1:0.5", ["correct", "length"])] == [1.5, -0.5]
 
@@ -567,12 +673,30 @@ def test_bad_rewards(text, said):
 @pytest.mark.parametrize(
     "changes,world,said",
     [
-        (dict(num_samples=1), 1, "--num-samples is 1; expected at least 2: an advantage is how a reply compares with the others"),
+        (
+            dict(num_samples=1),
+            1,
+            "--num-samples is 1; expected at least 2: an advantage is how a reply compares with the others",
+        ),
         (dict(num_samples=1, advantage="leave_one_out"), 1, "--num-samples is 1"),
-        (dict(device_batch_size=5), 1, "16 replies (4 prompts x 4 samples) are not a multiple of the 5 that --device-batch-size takes at once; try --device-batch-size 4"),
+        (
+            dict(device_batch_size=5),
+            1,
+            (
+                "16 replies (4 prompts x 4 samples) are not a multiple of the 5 that --device-batch-size takes at once;"
+                " try --device-batch-size 4"
+            ),
+        ),
         (dict(device_batch_size=32), 1, "try --device-batch-size 16"),
         (dict(device_batch_size=3), 2, "8 replies (4 prompts x 4 samples / 2 ranks)"),
-        (dict(), 5, "5 ranks cannot share 4 prompts of a rollout; expected at least a prompt for each; try --examples-per-step 5"),
+        (
+            dict(),
+            5,
+            (
+                "5 ranks cannot share 4 prompts of a rollout; expected at least a prompt for each; try"
+                " --examples-per-step 5"
+            ),
+        ),
         (dict(updates_per_batch=0), 1, "--updates-per-batch is 0"),
         (dict(temperature=-1.0), 1, "temperature is -1"),
         (dict(temperature=0.0), 1, "--temperature is 0: all replies to a prompt would be the same"),
@@ -580,14 +704,14 @@ def test_bad_rewards(text, said):
 )
 def test_numbers_that_do_not_fit(changes, world, said):
     with pytest.raises(UserError) as error:
-        make_plan(replace(CFG, **changes), ORIGIN, 10, world)
+        make_rl_plan(replace(CFG, **changes), ORIGIN, 10, world)
     assert said in str(error.value)
 
 
 def test_the_length_of_a_run_is_known():
     by_epochs = [(dict(), 2), (dict(num_epochs=3, updates_per_batch=2), 14), (dict(examples_per_step=16), 1)]
     for changes, steps in [(dict(num_iterations=5), 5), *((c | {"num_iterations": -1}, n) for c, n in by_epochs)]:
-        plan = make_plan(replace(CFG, **changes), ORIGIN, 10, 1)
+        plan = make_rl_plan(replace(CFG, **changes), ORIGIN, 10, 1)
         assert plan.num_iterations == steps and plan.grad_accum * 4 == plan.total_batch_size // 4
 
 
@@ -597,8 +721,18 @@ def test_prompts_without_room_for_a_reply_are_passed_over(tmp_path, capsys):
     taken, order = [r._nth(n)[0] for n in range(10)], [all_fit._nth(n)[0] for n in range(11)]
     for n, (took, turn) in enumerate(zip(taken, order)):
         assert took == (turn if turn % 3 < 2 else taken[n + 1] if n < 9 else taken[0])
-    assert capsys.readouterr().out.count("letters: prompts of more than 6 tokens, which leave no room for --max-new-tokens 42, are passed over") == 1
-    with pytest.raises(UserError, match="not one of 10 prompts has at most 1 tokens, what --max-new-tokens 47 leaves of the 48 that the model reads"):
+    assert (
+        capsys.readouterr().out.count(
+            "letters: prompts of more than 6 tokens, which leave no room for --max-new-tokens 42, are passed over"
+        )
+        == 1
+    )
+    with pytest.raises(
+        UserError,
+        match=(
+            "not one of 10 prompts has at most 1 tokens, what --max-new-tokens 47 leaves of the 48 that the model reads"
+        ),
+    ):
         rollouts(replace(CFG, max_new_tokens=47), tmp_path)
 
 
@@ -607,8 +741,8 @@ def test_a_fingerprint_is_of_the_questions_and_answers():
         def __len__(self):
             return 11
 
-    assert fingerprint(Letters()) == fingerprint(Letters()) != fingerprint(Letters("d"))
-    assert fingerprint(Longer()) != fingerprint(Letters())
+    assert task_fingerprint(Letters()) == task_fingerprint(Letters()) != task_fingerprint(Letters("d"))
+    assert task_fingerprint(Longer()) != task_fingerprint(Letters())
 
     class Many(Letters):
         def __len__(self):
@@ -617,7 +751,9 @@ def test_a_fingerprint_is_of_the_questions_and_answers():
         def example(self, i: int) -> Example:
             return Letters(self.answers if i == 997 else "c").example(i)
 
-    assert fingerprint(Many("c")) == fingerprint(Many("d")) and fingerprint(Many("c"), 1000) != fingerprint(Many("d"), 1000), "of so many questions it takes one in three"
+    c, d = Many("c"), Many("d")
+    assert task_fingerprint(c) == task_fingerprint(d), "of so many questions it takes one in three"
+    assert task_fingerprint(c, 1000) != task_fingerprint(d, 1000)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanolab.config import UserError
+from nanolab.cli import UserError
 from nanolab.runtime import Runtime
 from nanolab.training.scaler import LossScaler
 
@@ -24,7 +24,9 @@ def overflow_pattern():
 
 
 def test_the_scale_follows_torch_grad_scaler():
-    """Same sequence of good and overflowing steps, same scales: growth after 4 good ones in a row, halved at each overflow."""
+    """Same sequence of good and overflowing steps, same scales: growth after 4 good ones in a row, halved at each
+    overflow.
+    """
     theirs = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=4)
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     sgd = torch.optim.SGD([q], lr=0.125)

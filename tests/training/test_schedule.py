@@ -5,11 +5,14 @@ import math
 
 import pytest
 
-from nanolab.config import Architecture, BaseTrainConfig, GPTConfig, UserError
+from nanolab.cli import UserError
 from nanolab.model.accounting import n_params
+from nanolab.model.config import Architecture, GPTConfig
+from nanolab.stages.config import BaseTrainConfig
 from nanolab.training.schedule import Plan, gpt_config, make_plan
 
-# ratio 12, vocabulary 32768, rows of 2048, SSSL. M = 10^6 parameters, B = 10^9 tokens; as published, hence the roundings.
+# ratio 12, vocabulary 32768, rows of 2048, SSSL. M = 10^6 parameters, B = 10^9 tokens; as published, hence the
+# roundings.
 # depth  C    H   wte   VE      lm    matrices total  N       tokens batch  steps  LR     decay  FLOPs/token  FLOPs
 PUBLISHED = """
   4   256   2   8.4    16.8   8.4     3.1   36.7    11.5   0.14  18    528  0.707  1.890  8.02e7  1.1e16
@@ -27,7 +30,9 @@ ROWS = [line.split() for line in PUBLISHED.strip().splitlines()]
 
 
 def rounds_to(value: float, published: str) -> bool:
-    """Does `value` round to the published digits? One unit of the last place is granted: some were cut off, not rounded."""
+    """Does `value` round to the published digits? One unit of the last place is granted: some were cut off, not
+    rounded.
+    """
     digits = published.split("e")[0]
     unit = 10.0 ** -len(digits.partition(".")[2]) * (10.0 ** int(published.split("e")[1]) if "e" in published else 1.0)
     return abs(value - float(published)) < unit
@@ -38,7 +43,12 @@ def test_published_table(row):
     depth, C, H, wte, ve, head, matrices, total, N, tokens, batch, steps, lr, decay, flops_token, flops = row
     plan = make_plan(BaseTrainConfig(depth=int(depth)), vocab_size=32768, world_size=1)
     p = n_params(plan.model)
-    assert (plan.model.n_embd, plan.model.n_head, plan.model.n_kv_head, plan.model.n_layer) == (int(C), int(H), int(H), int(depth))
+    assert (plan.model.n_embd, plan.model.n_head, plan.model.n_kv_head, plan.model.n_layer) == (
+        int(C),
+        int(H),
+        int(H),
+        int(depth),
+    )
     for key, want in dict(wte=wte, value_embeds=ve, lm_head=head, matrices=matrices, total=total, scaling=N).items():
         assert rounds_to(p[key] / 1e6, want), (key, p[key], want)
     assert (plan.total_batch_size, plan.num_iterations) == (2 ** int(batch), int(steps))
@@ -52,7 +62,11 @@ def test_speedrun_ratio():
     """Depth 24 at ratio 8: 5.84 B tokens, 5568 steps, decay 0.060 (the ratio cancels), 2.8e19 FLOPs."""
     plan = make_plan(BaseTrainConfig(depth=24, target_param_data_ratio=8), 32768, world_size=8)
     assert (plan.total_batch_size, plan.num_iterations, plan.grad_accum) == (2**20, 5568, 2)
-    assert rounds_to(plan.tokens / 1e9, "5.84") and rounds_to(plan.weight_decay, "0.060") and rounds_to(plan.flops, "2.8e19")
+    assert (
+        rounds_to(plan.tokens / 1e9, "5.84")
+        and rounds_to(plan.weight_decay, "0.060")
+        and rounds_to(plan.flops, "2.8e19")
+    )
 
 
 def test_lr_scale_replaces_the_batch_law():
@@ -72,7 +86,14 @@ def test_width_rounds_up_to_whole_heads():
 
 def test_every_architecture_flag_reaches_the_model():
     """Each field, changed on its own, is what the model's config holds; nothing else moves."""
-    other = {"attention": "gqa:2", "window_pattern": "L", "position_pattern": "R,R,N", "bias": "qkv,mlp", "rope_fraction": 0.5, "softmax_n": 3.0}
+    other = {
+        "attention": "gqa:2",
+        "window_pattern": "L",
+        "position_pattern": "R,R,N",
+        "bias": "qkv,mlp",
+        "rope_fraction": 0.5,
+        "softmax_n": 3.0,
+    }
     for f in dataclasses.fields(Architecture):
         kinds = {bool: not f.default, float: 0.25, int: 3, str: "another"}
         value = other.get(f.name, kinds[type(f.default)])
@@ -82,14 +103,20 @@ def test_every_architecture_flag_reaches_the_model():
 
 
 def test_the_reference_point_stays_where_the_rates_were_tuned():
-    """A variant's batch follows from its own tokens; the depth-12 model that they are compared with is the default one."""
+    """A variant's batch follows from its own tokens; the depth-12 model that they are compared with is the default
+    one.
+    """
     plain = make_plan(BaseTrainConfig(depth=4), 32768, 1)
-    lean = make_plan(BaseTrainConfig(depth=4, attention="gqa:1", positions="learned", tied_head=True, value_embeds=False), 32768, 1)
+    lean = make_plan(
+        BaseTrainConfig(depth=4, attention="gqa:1", positions="learned", tied_head=True, value_embeds=False), 32768, 1
+    )
     assert lean.model.n_kv_head == 1
     ratio = n_params(lean.model)["scaling"] / n_params(plain.model)["scaling"]
     assert ratio < 0.98
     assert lean.weight_decay == pytest.approx(plain.weight_decay / ratio)
-    assert make_plan(BaseTrainConfig(depth=5, attention="gqa:3"), 32768, 1).model.n_kv_head == 3, "which does not divide the reference's heads"
+    assert make_plan(BaseTrainConfig(depth=5, attention="gqa:3"), 32768, 1).model.n_kv_head == 3, (
+        "which does not divide the reference's heads"
+    )
 
 
 HORIZONS = dict(num_iterations=7, target_flops=1e15, target_param_data_ratio=20.0, max_seconds=60.0)
@@ -100,7 +127,8 @@ def test_horizon_precedence():
     cfg = BaseTrainConfig(depth=4, total_batch_size=2**18, **HORIZONS)
     assert make_plan(cfg, 32768, 1).num_iterations == 7
     cfg = dataclasses.replace(cfg, num_iterations=-1)
-    assert make_plan(cfg, 32768, 1).num_iterations == round(1e15 / (80_216_496 * 2**18))  # FLOPs per token: see test_flops_by_hand
+    # FLOPs per token: see test_flops_by_hand
+    assert make_plan(cfg, 32768, 1).num_iterations == round(1e15 / (80_216_496 * 2**18))
     cfg = dataclasses.replace(cfg, target_flops=-1)
     assert make_plan(cfg, 32768, 1).num_iterations == 20 * 11_534_384 // 2**18
     cfg = dataclasses.replace(cfg, target_param_data_ratio=-1)
@@ -111,14 +139,22 @@ def test_horizon_precedence():
 
 
 def test_flops_by_hand():
-    """Depth 4: 4 layers of 12 C^2, gates of 2 layers with 2 heads x 12, head V x C, smear 24; windows 512 x 3 + 2048."""
+    """Depth 4: 4 layers of 12 C^2, gates of 2 layers with 2 heads x 12, head V x C, smear 24; windows 512 x 3 +
+    2048.
+    """
     matmul = 4 * 12 * 256**2 + 2 * 2 * 12 + 32768 * 256 + 24
-    assert make_plan(BaseTrainConfig(depth=4), 32768, 1).flops_per_token == 6 * matmul + 12 * 256 * (3 * 512 + 2048) == 80_216_496
+    assert (
+        make_plan(BaseTrainConfig(depth=4), 32768, 1).flops_per_token
+        == 6 * matmul + 12 * 256 * (3 * 512 + 2048)
+        == 80_216_496
+    )
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
 def test_accumulation_and_rows(horizon):
-    cfg = BaseTrainConfig(depth=4, max_seq_len=512, device_batch_size=4, total_batch_size=49152, **{horizon: HORIZONS[horizon]})
+    cfg = BaseTrainConfig(
+        depth=4, max_seq_len=512, device_batch_size=4, total_batch_size=49152, **{horizon: HORIZONS[horizon]}
+    )
     plan = make_plan(cfg, 8192, world_size=2)
     assert (plan.grad_accum, plan.rows_per_step, plan.world_size) == (12, 96, 2)
 
@@ -155,7 +191,16 @@ def plan_of(n: int | None, **changes) -> Plan:
 def test_learning_rate_shape():
     """1000 steps, warm-up 40, warm-down from step 350 to 0.05 at the end."""
     plan = plan_of(1000)
-    for step, want in {0: 1 / 40, 19: 0.5, 39: 1.0, 200: 1.0, 350: 1.0, 675: 0.525, 999: 0.05 + 0.95 / 650, 1000: 0.05}.items():
+    for step, want in {
+        0: 1 / 40,
+        19: 0.5,
+        39: 1.0,
+        200: 1.0,
+        350: 1.0,
+        675: 0.525,
+        999: 0.05 + 0.95 / 650,
+        1000: 0.05,
+    }.items():
         assert plan.lr_multiplier(step, step / 1000) == pytest.approx(want), step
     flat = plan_of(1000, warmup_steps=0, warmdown_ratio=0.0)
     assert {flat.lr_multiplier(s, s / 1000) for s in range(1001)} == {1.0}
@@ -179,9 +224,17 @@ def test_weight_decay_shape():
 def test_shapes_stay_in_range_and_never_jump(n):
     """At every step of short and long runs, and past the end, where a run by the clock may land."""
     plan = plan_of(n)
-    shapes = [(f(s, s / n)) for s in range(n + 1) for f in (plan.lr_multiplier, plan.muon_momentum, plan.weight_decay_multiplier)]
+    shapes = [
+        (f(s, s / n))
+        for s in range(n + 1)
+        for f in (plan.lr_multiplier, plan.muon_momentum, plan.weight_decay_multiplier)
+    ]
     lr, momentum, decay = shapes[0::3], shapes[1::3], shapes[2::3]
-    assert all(0 < x <= 1 for x in lr) and all(0.85 <= x <= 0.97 + 1e-12 for x in momentum) and all(0 <= x <= 1 for x in decay)
+    assert (
+        all(0 < x <= 1 for x in lr)
+        and all(0.85 <= x <= 0.97 + 1e-12 for x in momentum)
+        and all(0 <= x <= 1 for x in decay)
+    )
     for values, span in ((lr, 1.0), (momentum, 0.12), (decay, 1.0)):
         steepest = span * max(1 / 40, math.pi / 2 / n, 1 / (0.65 * n))
         assert all(abs(a - b) <= steepest + 1e-12 for a, b in zip(values, values[1:])), n

@@ -1,4 +1,6 @@
-"""A signal in the midst of an evaluation: left within a batch, nothing of it recorded, made again by the run that goes on."""
+"""A signal in the midst of an evaluation: left within a batch, nothing of it recorded, made again by the run that goes
+on.
+"""
 
 import importlib.util
 import os
@@ -9,23 +11,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab.config import BaseTrainConfig, GPTConfig, RLConfig, SFTConfig
 from nanolab.inference.engine import Engine
+from nanolab.inference.request import Request
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records import checkpoint
+from nanolab.records.models import read_metrics, runs_dir
 from nanolab.runtime import Runtime, base_dir
-from nanolab.training import checkpoint
-from nanolab.training.run import read_metrics, runs_dir
+from nanolab.stages import pretrain as stage
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 from nanolab.training.signals import StopRequest
-from scripts import base_train, chat_rl, chat_sft
+from scripts import chat_rl, chat_sft
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_pretrained", Path(__file__).with_name("pretrained.py"))
 pretrained = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pretrained)
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 B = dict(
-    depth=2, aspect_ratio=32, head_dim=32, max_seq_len=64, device_batch_size=2, total_batch_size=512, num_iterations=5, warmup_steps=2, eval_tokens=1024,
-    sample_every=-1, device_type="cpu",
-)  # fmt: skip
+    depth=2,
+    aspect_ratio=32,
+    head_dim=32,
+    max_seq_len=64,
+    device_batch_size=2,
+    total_batch_size=512,
+    num_iterations=5,
+    warmup_steps=2,
+    eval_tokens=1024,
+    sample_every=-1,
+    device_type="cpu",
+)
 
 
 @pytest.fixture
@@ -38,8 +52,18 @@ def plain(monkeypatch, base_dir):
 
 
 def base(name: str, rt: Runtime | None = None, resume: bool = False, **flags) -> None:
-    cfg = BaseTrainConfig(**B | flags | {"run": name, "resume": resume, "data_dir": str(base_dir() / "text"), "val_data": str(base_dir() / "val"), "tokenizer": str(base_dir() / "runs" / "plain" / "tokenizer")})
-    base_train.train(cfg, rt) if rt else base_train.run(cfg)
+    cfg = BaseTrainConfig(
+        **B
+        | flags
+        | {
+            "run": name,
+            "resume": resume,
+            "data_dir": str(base_dir() / "text"),
+            "val_data": str(base_dir() / "val"),
+            "tokenizer": str(base_dir() / "runs" / "plain" / "tokenizer"),
+        }
+    )
+    stage.pretrain(cfg, rt)
 
 
 def at_call(patch, owner, name: str, nth: int, counts=lambda *args, **kwargs: True) -> list[int]:
@@ -62,10 +86,17 @@ def measuring(model, *args, reduction: str = "mean", **kwargs) -> bool:
 
 
 def story(name: str) -> list[tuple]:
-    return [tuple(row.get(key) for key in ("step", "train/loss", "val/bpb", "val/loss", "eval/pass@1", "chatcore/arithmetic")) for row in read_metrics(runs_dir() / name)]
+    return [
+        tuple(
+            row.get(key) for key in ("step", "train/loss", "val/bpb", "val/loss", "eval/pass@1", "chatcore/arithmetic")
+        )
+        for row in read_metrics(runs_dir() / name)
+    ]
 
 
-def interrupted(train, name: str, patch, owner, method: str, nth: int, step: int, counts=lambda *args, **kwargs: True) -> None:
+def interrupted(
+    train, name: str, patch, owner, method: str, nth: int, step: int, counts=lambda *args, **kwargs: True
+) -> None:
     """Train to the end once undisturbed; once with a signal in the midst of the evaluation at `step`, then resumed."""
     train("whole")
     with patch.context() as inside:
@@ -74,7 +105,9 @@ def interrupted(train, name: str, patch, owner, method: str, nth: int, step: int
             train(name)
     assert left.value.code == 143 and len(calls) == nth, "what was under way at the signal was the last"
     assert [s for s, _ in checkpoint.steps(runs_dir() / name / "checkpoints")][-1] == step
-    assert [row["step"] for row in read_metrics(runs_dir() / name)] == list(range(step)), "nothing of this step is on record"
+    assert [row["step"] for row in read_metrics(runs_dir() / name)] == list(range(step)), (
+        "nothing of this step is on record"
+    )
     train(name, resume=True)
     assert story(name) == story("whole")
 
@@ -84,21 +117,47 @@ def interrupted(train, name: str, patch, owner, method: str, nth: int, step: int
 def test_bits_per_byte_are_left_within_a_batch(plain, monkeypatch, step):
     """8 batches to an evaluation, at the steps 0, 2, 4 and 5."""
     nth = {0: 2, 2: 8 + 3, 5: 3 * 8 + 1}[step]
-    interrupted(lambda name, resume=False: base(name, resume=resume, eval_every=2), "cut", monkeypatch, GPT, "forward", nth, step, measuring)
+    interrupted(
+        lambda name, resume=False: base(name, resume=resume, eval_every=2),
+        "cut",
+        monkeypatch,
+        GPT,
+        "forward",
+        nth,
+        step,
+        measuring,
+    )
 
 
 @pytest.mark.fault("F17")
 def test_samples_are_left_within_a_token(plain, monkeypatch, capsys):
-    interrupted(lambda name, resume=False: base(name, resume=resume, eval_every=-1, sample_every=3), "cut", monkeypatch, Engine, "step", 4, 3)
+    interrupted(
+        lambda name, resume=False: base(name, resume=resume, eval_every=-1, sample_every=3),
+        "cut",
+        monkeypatch,
+        Engine,
+        "step",
+        4,
+        3,
+    )
 
 
 @pytest.mark.fault("F17")
 def test_held_out_loss_of_fine_tuning_is_left_within_a_batch(plain, monkeypatch, base_dir):
     def train(name, resume=False):
         cfg = SFTConfig(
-            model="plain", run=name, tasks="arithmetic@200", num_iterations=4, eval_every=2, eval_tokens=2048, device_batch_size=2, max_seq_len=64, eval_text=False,
-            device_type="cpu", resume=resume,
-        )  # fmt: skip
+            model="plain",
+            run=name,
+            tasks="arithmetic@200",
+            num_iterations=4,
+            eval_every=2,
+            eval_tokens=2048,
+            device_batch_size=2,
+            max_seq_len=64,
+            eval_text=False,
+            device_type="cpu",
+            resume=resume,
+        )
         chat_sft.run(cfg)
 
     interrupted(train, "cut", monkeypatch, GPT, "forward", 2, 0, measuring)
@@ -108,9 +167,20 @@ def test_held_out_loss_of_fine_tuning_is_left_within_a_batch(plain, monkeypatch,
 def test_questions_of_fine_tuning_are_left_within_a_token(plain, monkeypatch):
     def train(name, resume=False):
         cfg = SFTConfig(
-            model="plain", run=name, tasks="arithmetic@200", num_iterations=2, eval_every=-1, chatcore_every=1, chatcore_tasks="arithmetic", chatcore_max_sample=3,
-            device_batch_size=2, max_seq_len=64, eval_text=False, device_type="cpu", resume=resume,
-        )  # fmt: skip
+            model="plain",
+            run=name,
+            tasks="arithmetic@200",
+            num_iterations=2,
+            eval_every=-1,
+            chatcore_every=1,
+            chatcore_tasks="arithmetic",
+            chatcore_max_sample=3,
+            device_batch_size=2,
+            max_seq_len=64,
+            eval_text=False,
+            device_type="cpu",
+            resume=resume,
+        )
         chat_sft.run(cfg)
 
     interrupted(train, "cut", monkeypatch, Engine, "step", 3, 0)
@@ -118,13 +188,37 @@ def test_questions_of_fine_tuning_are_left_within_a_token(plain, monkeypatch):
 
 @pytest.mark.fault("F17")
 def test_held_out_replies_of_reinforcement_are_left_within_a_token(plain, monkeypatch):
-    chat_sft.run(SFTConfig(model="plain", run="talks", tasks="arithmetic@50", num_iterations=1, eval_every=-1, eval_text=False, device_batch_size=2, max_seq_len=64, device_type="cpu"))
+    chat_sft.run(
+        SFTConfig(
+            model="plain",
+            run="talks",
+            tasks="arithmetic@50",
+            num_iterations=1,
+            eval_every=-1,
+            eval_text=False,
+            device_batch_size=2,
+            max_seq_len=64,
+            device_type="cpu",
+        )
+    )
 
     def train(name, resume=False):
         cfg = RLConfig(
-            model="talks", run=name, task="arithmetic@20", examples_per_step=2, num_samples=2, device_batch_size=2, max_new_tokens=8, num_iterations=2, eval_every=2,
-            eval_examples=2, eval_samples=2, log_every=1, device_type="cpu", resume=resume,
-        )  # fmt: skip
+            model="talks",
+            run=name,
+            task="arithmetic@20",
+            examples_per_step=2,
+            num_samples=2,
+            device_batch_size=2,
+            max_new_tokens=8,
+            num_iterations=2,
+            eval_every=2,
+            eval_examples=2,
+            eval_samples=2,
+            log_every=1,
+            device_type="cpu",
+            resume=resume,
+        )
         chat_rl.run(cfg)
 
     interrupted(train, "cut", monkeypatch, Engine, "step", 3, 0)
@@ -159,11 +253,22 @@ def replies(runtime, asked: int):
     from tasks import build
 
     tokenizer = Tokenizer.train(["ab"] * 2, 265)
-    model = GPT(GPTConfig(sequence_len=128, vocab_size=265, n_layer=1, n_head=1, n_embd=32, window_pattern="L", value_embeds=False)).eval()
+    model = GPT(
+        GPTConfig(
+            sequence_len=128, vocab_size=265, n_layer=1, n_head=1, n_embd=32, window_pattern="L", value_embeds=False
+        )
+    ).eval()
     model.init_weights(0)
     found, engine = [], Engine(model, tokenizer, runtime)
     try:
-        generative.evaluate(engine, build("arithmetic@5", "test"), range(5), max_tokens=4, batch_size=1, stop=lambda: runtime.rank == asked)
+        generative.evaluate_sampled(
+            engine,
+            build("arithmetic@5", "test"),
+            range(5),
+            Request(max_tokens=4, temperature=0.0),
+            batch_size=1,
+            stop=lambda: runtime.rank == asked,
+        )
         found.append("done")
     except Stopped:
         found.append("left")

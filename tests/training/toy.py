@@ -1,20 +1,22 @@
 """A training run small enough to be made by hand: tiny GPT, real optimizer, batches that any code can make again."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from nanolab.config import BaseTrainConfig, GPTConfig, to_json
 from nanolab.data.packing import Batch
+from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
+from nanolab.records.run import Run
 from nanolab.runtime import Runtime
+from nanolab.stages.config import BaseTrainConfig
+from nanolab.training.gradients import nats
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
-from nanolab.training.run import Run
 
 ALONE = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=1, n_embd=32, window_pattern="L")
@@ -55,7 +57,22 @@ def global_micro_batch(n: int) -> Batch:
     targets = torch.randint(64, (ROWS, 8), generator=g)
     targets[torch.rand(ROWS, 8, generator=g) < (0.9 if n % 3 == 0 else 0.1)] = -1
     targets[0, 0] = 5
-    return Batch(inputs, targets, int((targets >= 0).sum()))
+    return Batch(inputs, targets, int((targets >= 0).sum()), None)
+
+
+class ToyPosition(NamedTuple):
+    n: int  # batches of each rank so far
+    document: int
+
+    @property
+    def epoch(self) -> float:
+        return self.n / 100
+
+    def json(self, runtime: Runtime) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def where(self) -> str:
+        return f"document {self.document}"
 
 
 class ToyBatches:
@@ -65,21 +82,15 @@ class ToyBatches:
         self.runtime, self.n = runtime, 0
 
     @property
-    def epoch(self) -> float:
-        return self.n / 100
+    def position(self) -> ToyPosition:
+        return ToyPosition(self.n, (self.n - 1) * self.runtime.world_size + self.runtime.rank)
 
     def next(self) -> Batch:
         self.n += 1
-        return global_micro_batch((self.n - 1) * self.runtime.world_size + self.runtime.rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"n": self.n}
+        return global_micro_batch(self.position.document)._replace(position=self.position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.n = state["n"]
-
-    def where(self) -> str:
-        return f"document {(self.n - 1) * self.runtime.world_size + self.runtime.rank}"
 
 
 class RecordingOptimizer(MuonAdamW):
@@ -94,10 +105,6 @@ class RecordingOptimizer(MuonAdamW):
         super().step()
 
 
-def nats(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return model(batch.inputs, batch.targets, reduction="sum")
-
-
 def noisy_nats(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A loss that uses the global generator, as dropout would."""
     return nats(model, batch) * (1 + 0.1 * torch.rand(()))
@@ -108,8 +115,8 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_model(config: GPTConfig = CONFIG) -> GPT:
-    """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and Adam
-    would blow the rounding up."""
+    """The same weights every time, all moved off zero: at initialisation many gradients are zero up to rounding, and
+    Adam would blow the rounding up."""
     model, g = GPT(config), torch.Generator().manual_seed(8)
     model.init_weights(7)
     with torch.no_grad():
@@ -123,7 +130,7 @@ def parts(
 ) -> tuple[Run, GPT, RecordingOptimizer, ToyBatches]:
     """What `fit` takes first, all fresh. The global generator starts at a fixed seed."""
     torch.manual_seed(0)
-    run = Run.start(name, to_json(BaseTrainConfig(**flags)), runtime, resume=resume)
+    run = Run.start(name, BaseTrainConfig(**flags), runtime, resume=resume)
     model = make_model(config)
     return run, model, RecordingOptimizer(groups(model), runtime), ToyBatches(runtime)
 

@@ -1,0 +1,84 @@
+"""Flags of the benchmarks. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from nanolab.cli import Condition, Count, NonNegativeInt, PositiveFloat, PositiveOrAuto, Seed, at_least
+from nanolab.data.config import DataConfig
+from nanolab.model.config import ModelFlags
+
+
+@dataclass(frozen=True)
+class BenchConfig(ModelFlags, DataConfig):
+    """Measure speed: of a training step, of the data path, of the tokenizer, of generation, or of evaluation."""
+
+    what: str = "train"  # train | data | tokenizer | infer | eval; the first argument
+    json: bool = False  # last line of output is one JSON document
+    repeats: Count = 5  # measurements; the median is reported
+    seed: Seed = 42
+    # train: synthetic tokens, one forward and backward pass and one optimizer step
+    steps: Count = 5  # steps in one measurement
+    warmup: Count = 3  # steps before the first measurement
+    depth: Count = 4
+    recipe: str = "dial"  # as in base_train, and so are grad_clip, fp8 and deterministic
+    grad_clip: PositiveOrAuto = -1.0
+    max_seq_len: Count = 512  # train and data
+    vocab_size: Count = 8192  # train; for data and tokenizer, what is trained when --tokenizer is not given
+    device_batch_size: Count = 8  # train and data
+    attn_kernel: str = ""  # as in base_train
+    fp8: bool = False
+    deterministic: bool = False
+    device_type: str = ""
+    threads: NonNegativeInt = 0  # CPU threads; 0: all
+    # data and tokenizer: real documents of --data or --data-dir
+    tokenizer: str = ""  # folder or file; default: one is trained on the documents that are read
+    megabytes: PositiveFloat = 8.0  # text to read
+    # infer: replies as the server makes them, greedy and without stops
+    model: str = ""  # NAME[@STEP|best]; default: random weights in the shape that the flags above say
+    prompt_tokens: Annotated[int, at_least(2)] = 128
+    decode_tokens: Annotated[int, at_least(4)] = 64  # of a reply
+    batch_sizes: str = "1,8,32,128"  # rows at once
+    # requests that come one by one and run at once, their lengths from 0.5 to 1.5 times those above
+    clients: Count = 16
+    int8: bool = False  # weights in 8 bits; needs torchao
+    # eval: in-context examples, as CORE has them; --model as for infer
+    # folder of the evaluation bundle, with --model; default: random tokens in the shapes of its tasks
+    eval_bundle: str = ""
+    max_per_task: Count = 20  # examples of each task
+
+    CONDITIONS = [
+        Condition(
+            "steps warmup recipe grad_clip fp8 deterministic", "what", lambda c: c.what == "train", "bench train"
+        ),
+        Condition("device_batch_size", "what", lambda c: c.what in ("train", "data"), "bench train or data"),
+        Condition(
+            "DataConfig tokenizer megabytes",
+            "what",
+            lambda c: c.what in ("data", "tokenizer"),
+            "bench data or tokenizer",
+        ),
+        Condition(
+            "prompt_tokens decode_tokens batch_sizes clients int8", "what", lambda c: c.what == "infer", "bench infer"
+        ),
+        Condition("eval_bundle max_per_task", "what", lambda c: c.what == "eval", "bench eval"),
+        Condition("model", "what", lambda c: c.what in ("infer", "eval"), "bench infer or eval"),
+        Condition("max_seq_len", "what", lambda c: c.what != "tokenizer", "bench train, data, infer or eval"),
+        Condition(
+            "vocab_size",
+            "tokenizer",
+            lambda c: not c.tokenizer or c.what not in ("data", "tokenizer"),
+            "one of the two",
+        ),
+        Condition(
+            "Architecture depth aspect_ratio head_dim attn_kernel",
+            "what",
+            lambda c: c.what in ("train", "infer", "eval"),
+            "bench train, infer or eval",
+        ),
+        Condition(
+            "ModelFlags vocab_size attn_kernel",
+            "model",
+            lambda c: not c.model or c.what not in ("infer", "eval"),
+            "a model of random weights",
+        ),
+    ]

@@ -1,0 +1,163 @@
+"""Evaluate a base model: the modes one after another, each result on disk as it comes; or the checkpoints of runs."""
+
+from pathlib import Path
+
+from nanolab.cli import UserError, as_json
+from nanolab.evals.config import BaseEvalConfig
+from nanolab.lab.evaluate_text import bpb_table, measure_text, open_text, split_tokens, text_bpb
+from nanolab.lab.subject import Subject, of_folder, of_run, pretraining
+
+
+def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+    from nanolab.evals.likelihood import check_finite
+    from nanolab.records.models import find_model
+    from nanolab.runtime import print0
+
+    subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
+    check_finite(subject.model, subject.tokenizer, rt.device, subject.about["model"])
+    result = dict(subject.about)
+
+    def keep(found: dict) -> None:
+        """What is found is on disk from here on, whatever ends the evaluation."""
+        result.update(found)
+        if rt.is_main:
+            save_base(subject.folder, result)
+
+    if "bpb" in modes:
+        keep(measure_text(cfg, subject, rt))
+        print0(*bpb_table(result), sep="\n")
+    if "sample" in modes and rt.is_main:
+        keep(draw_samples(cfg, subject, rt))
+    reader = subject.reader() if suite.modes else None
+    for mode in suite.modes:
+        try:
+            keep(
+                {
+                    mode: suite(
+                        mode, reader, subject.tokenizer, subject.about["dtype"], lambda found: keep({mode: found})
+                    )
+                }
+            )
+        except UserError as error:
+            keep({mode: {"failed": {mode: str(error)}}})
+            print0(f"failed: {mode}: {error}")
+    print0(
+        f"written: {subject.folder / 'eval_base.json'}",
+        *([f"written: {subject.folder / 'eval_base.csv'}"] if "core" in suite.modes else []),
+        sep="\n",
+    )
+    if cfg.json:
+        print0(as_json(result, "the result"))
+    rt.barrier()
+    return 1 if any(result[mode].get("failed") for mode in suite.modes) else 0
+
+
+def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
+    """What the model writes, printed; of a model from elsewhere only greedy continuations."""
+    from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, unconditioned
+    from nanolab.runtime import print0
+
+    model, tokenizer = subject.model, subject.tokenizer
+    if cfg.hf:
+        greedy = [
+            Sample(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16)))
+            for prompt in PROMPTS
+        ]
+    else:
+        greedy = continue_prompts(model, tokenizer, rt)
+    drawn = [] if cfg.hf else unconditioned(model, tokenizer, rt, seed=cfg.seed)
+    print0("greedy continuations", *map(one_line, greedy), sep="\n")
+    if drawn:
+        print0("from nothing, temperature 1", *(f"  {text!r}" for text in drawn), sep="\n")
+    return {"samples": [sample._asdict() for sample in greedy], "unconditioned": drawn}
+
+
+def save_base(folder: Path, result: dict) -> None:
+    """eval_base.json, with what earlier evaluations found beside it; and CORE as CSV, which is of the same weights."""
+    from nanolab.evals.core import csv_lines
+    from nanolab.evals.record import merge_base
+    from nanolab.files import write_text
+    from nanolab.records.models import read_json
+
+    path, table = folder / "eval_base.json", folder / "eval_base.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = merge_base(read_json(path) if path.exists() else {}, result)
+    write_text(path, as_json(whole, "eval_base.json", indent=1) + "\n")
+    if "core" in whole and "tasks" in whole["core"]:
+        write_text(table, "\n".join(csv_lines(whole["core"])) + "\n")
+    else:
+        table.unlink(missing_ok=True)
+
+
+def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+    """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
+    from nanolab.evals.checkpoints import Mode, follow, picture
+    from nanolab.evals.curve import drawing
+    from nanolab.records.models import find_model
+    from nanolab.runtime import print0
+
+    def text_settings(found) -> dict:
+        return {
+            "text": open_text(cfg, pretraining(found))[1].val_fingerprint,
+            "tokens": split_tokens(cfg, rt),
+            "dtype": rt.dtype_name,
+        }
+
+    def text_score(subject: Subject) -> dict:
+        return text_bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
+
+    def of_suite(mode: str, score, ylabel) -> Mode:
+        def measure(subject: Subject) -> dict:
+            return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
+
+        return Mode(lambda found: suite.settings(mode, rt.dtype_name), measure, score, ylabel)
+
+    known = {
+        "bpb": Mode(
+            text_settings,
+            text_score,
+            lambda r: (r["bpb"], *(r["interval"] or (None, None))),
+            lambda r: "bits per byte of validation text",
+        ),
+        "core": of_suite("core", lambda r: (r["value"], *(r["interval"] or (None, None))), lambda r: r["label"]),
+        "hellaswag": of_suite(
+            "hellaswag",
+            lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]),
+            lambda r: "HellaSwag, loss per token",
+        ),
+        "lambada": of_suite("lambada", lambda r: (r["accuracy"], *r["interval"]), lambda r: "LAMBADA accuracy"),
+    }
+    wanted = {mode: known[mode] for mode in modes if mode in known}
+    if not wanted:
+        raise UserError(
+            f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of"
+            f" {', '.join(known)}; try --modes core"
+        )
+    drawing()  # found out before the evaluation, not behind it
+    if "@" in cfg.model:
+        raise UserError(
+            f"--model {cfg.model} with --all-checkpoints, but a step in it; expected names of runs; leave @STEP or"
+            " --all-checkpoints out"
+        )
+    runs = [find_model(name.strip()) for name in cfg.model.split(",")]
+    if len({found.name for found in runs}) < len(runs):
+        raise UserError(f"--model {cfg.model} names a run twice; expected each once; leave one out")
+    points, failed = follow(runs, wanted, lambda found: of_run(cfg, found, rt), rt)
+    folder = Path(cfg.out).expanduser() if cfg.out else runs[0].run_dir
+    if rt.is_main:
+        for mode, found in points.items():
+            if picture(mode, wanted[mode], found, folder):
+                print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
+        print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
+        if cfg.json:
+            print0(
+                as_json(
+                    {
+                        "curves": {mode: [point._asdict() for point in found] for mode, found in points.items()},
+                        "failed": failed,
+                    },
+                    "the result",
+                )
+            )
+    rt.barrier()
+    return 1 if failed else 0

@@ -1,0 +1,220 @@
+"""What a model is, and the flags of commands that build one. Imports no torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from nanolab.cli import (
+    Bounds,
+    Condition,
+    Count,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    ShareBelow1,
+    UserError,
+    at_least,
+    nearest,
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Every architectural choice. A choice by name is an entry of a table; dev/VARIANTS.md lists formula, paper and
+    place of each.
+    """
+
+    # positions
+    positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
+    rope_base: PositiveFloat = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
+    rope_layout: str = "half"  # half | interleaved: which two channels turn together
+    rope_fraction: Annotated[float, Bounds(0, 1, low_too=False)] = 1.0  # share of a head's channels that turn
+    # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
+    rope_scaling: str = "none"
+    position_pattern: str = "R,N"  # of rnope, tiled over layers: R turns, N does not
+    # attention
+    attention: str = "mha"  # mha | gqa:G (G key/value heads) | mqa | mla
+    mla_kv_rank: NonNegativeInt = 0  # width of MLA's cached latent; 0: 4 x head size
+    mla_q_rank: NonNegativeInt = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
+    mla_rope_dim: Annotated[int, at_least(0, -1)] = -1  # width of MLA's shared rotary key; -1: half the head size
+    # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
+    window_pattern: str = "SSSL"
+    # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
+    window_size: NonNegativeInt = 0
+    normaliser: str = "softmax"  # softmax | softmax1 | softmax_n | sink: what divides the exponentials
+    softmax_n: NonNegativeFloat = 1.0  # the n of softmax_n
+    gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
+    qk_norm: str = "rms"  # none | rms | layernorm | l2
+    qk_gain: NonNegativeFloat = 1.2  # multiplies queries and keys after QK norm
+    score_softcap: NonNegativeFloat = 0.0  # scores become c * tanh(score / c); 0: off
+    document_mask: bool = False  # attention stays inside a document
+    # stream
+    value_embeds: bool = True  # a table of values for every second layer
+    residual_scalars: bool = True  # learned weights of the stream and of the embedding, per layer
+    smear: bool = True  # mix into each embedding a share of the one before
+    backout: bool = True  # subtract a share of the middle layer's stream at the end
+    embed_norm: bool = True  # norm after the embedding
+    # blocks and head
+    mlp: str = "relu2"  # relu | relu2 | gelu | gelu_tanh | swiglu
+    norm: str = "rms"  # rms | layernorm
+    norm_gain: bool = False  # norms have learned gains
+    bias: str = ""  # parts with biases, any of qkv,out,mlp,norm,head
+    softcap: NonNegativeFloat = 15.0  # logits become softcap * tanh(logits / softcap); 0: off
+    tied_head: bool = False  # the head's matrix is the embedding table
+    pad_vocab_to: Count = 64  # table rows are padded to a multiple of this
+    # dropout: shares that are dropped in training
+    embed_dropout: ShareBelow1 = 0.0  # of embeddings
+    attn_dropout: ShareBelow1 = 0.0  # of attention weights
+    resid_dropout: ShareBelow1 = 0.0  # of attention's output
+    mlp_dropout: ShareBelow1 = 0.0  # of the MLP's output
+    init: str = "dial"  # dial | gpt2 | normal02: initial weights
+
+
+@dataclass(frozen=True)
+class GPTConfig(Architecture):
+    """A model: everything that is needed to rebuild the module that a checkpoint's weights fit."""
+
+    sequence_len: Count = 2048  # longest training row; windows are fractions of it
+    vocab_size: Count = 32768  # tokenizer size, special tokens included
+    n_layer: Count = 12
+    n_head: Count = 6
+    n_embd: Count = 768
+    bos: Annotated[int, at_least(0, -1)] = -1  # the token that begins a document; document_mask needs it
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        """Key/value heads: of gqa:G, G; of mqa, one; otherwise as many as query heads."""
+        kind, _, groups = self.attention.partition(":")
+        return int(groups) if kind == "gqa" else 1 if kind == "mqa" else self.n_head
+
+    def has_bias(self, part: str) -> bool:
+        return part in self.bias.split(",")
+
+    def __post_init__(self) -> None:
+        _check_gpt(self)
+
+
+BIAS_PARTS = ("qkv", "out", "mlp", "norm", "head")
+
+
+def _check_gpt(c: GPTConfig) -> None:
+    """What can be told from the numbers alone. Names of table entries, and pairs of them, are checked by
+    model/variants.py.
+    """
+    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
+        if getattr(c, name) < 1:
+            raise UserError(f"{name} is {getattr(c, name)}; expected at least 1")
+    if c.n_embd % c.n_head or c.head_dim % 2:
+        raise UserError(
+            f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; expected an even whole"
+            " number; choose --head-dim so that it divides the width"
+        )
+    kind, _, groups = c.attention.partition(":")
+    if (kind == "gqa") != bool(groups) or (
+        groups and not (groups.isdigit() and int(groups) and c.n_head % int(groups) == 0)
+    ):
+        raise UserError(
+            f"--attention {c.attention} with {c.n_head} heads; expected mha, mqa, mla or gqa:G with G dividing the"
+            " heads; try --attention gqa:1"
+        )
+    if c.window_pattern != "rope" and (not c.window_pattern or set(c.window_pattern) - set("SL")):
+        raise UserError(
+            f"window pattern {c.window_pattern!r} has letters other than S and L; try --window-pattern SSSL"
+        )
+    if c.window_size < 0:
+        raise UserError(f"--window-size is {c.window_size}; expected at least 1, or 0 for a quarter of the row")
+    if set(c.position_pattern.split(",")) - {"R", "N"}:
+        raise UserError(
+            f"position pattern {c.position_pattern!r} has parts other than R and N; try --position-pattern R,R,R,N"
+        )
+    if c.softmax_n < 0:
+        raise UserError(f"--softmax-n is {c.softmax_n:g}; expected 0 or more; try --softmax-n 1")
+    if not 0 < c.rope_fraction <= 1:
+        raise UserError(
+            f"--rope-fraction is {c.rope_fraction:g}; expected above 0 and at most 1; try --rope-fraction 0.5"
+        )
+    for part in filter(None, c.bias.split(",")):
+        if part not in BIAS_PARTS:
+            raise UserError(
+                f"--bias names {part!r}; expected parts out of {','.join(BIAS_PARTS)}{nearest(part, list(BIAS_PARTS))}"
+            )
+    for name in ("embed_dropout", "attn_dropout", "resid_dropout", "mlp_dropout"):
+        if not 0 <= getattr(c, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(c, name):g}; expected at least 0 and below 1; try 0.1"
+            )
+    if c.n_embd < 32 and (c.smear or c.value_embeds):
+        raise UserError(
+            f"width {c.n_embd} is below 32, which the smear and value gates read; raise --depth or --aspect-ratio, or"
+            " use --no-smear --no-value-embeds"
+        )
+
+
+TURNING = "--positions rope, or rnope with an R in --position-pattern"
+
+
+def turns(c: Any) -> bool:
+    """Whether positions turn in some layer."""
+    pattern = c.position_pattern.split(",")
+    return (
+        c.positions == "rope" or c.positions == "rnope" and "R" in [pattern[i % len(pattern)] for i in range(c.depth)]
+    )
+
+
+def has_window(c: Any) -> bool:
+    """Whether some layer is one that sees a window only. The last one is not, unless the pattern is rope."""
+    letters = c.window_pattern or "L"
+    return turns(c) if letters == "rope" else "S" in [letters[i % len(letters)] for i in range(c.depth - 1)]
+
+
+@dataclass(frozen=True)
+class ModelFlags(Architecture):
+    """The flags of every command that builds a new model: a preset, the dial, and the architecture."""
+
+    preset: str = "nanolab"  # a row of defaults for the other flags (nanolab/presets.py); flags given beside it win
+    depth: Count = 20  # layers; the dial
+    aspect_ratio: Count = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
+    head_dim: Count = 128
+    max_seq_len: Count = 2048  # T, tokens in a row
+
+    CONDITIONS = [
+        Condition("rope_base rope_layout rope_scaling rope_fraction", "positions", turns, TURNING),
+        Condition(
+            "rope_fraction",
+            "attention",
+            lambda c: c.attention != "mla",
+            "--attention mha or gqa:G (of mla --mla-rope-dim says it)",
+        ),
+        Condition("position_pattern", "positions", lambda c: c.positions == "rnope", "--positions rnope"),
+        Condition(
+            "mla_kv_rank mla_q_rank mla_rope_dim", "attention", lambda c: c.attention == "mla", "--attention mla"
+        ),
+        Condition("mla_rope_dim", "positions", turns, TURNING),
+        Condition("window_size", "window_pattern", has_window, "--window-pattern with an S before the last layer"),
+        Condition("softmax_n", "normaliser", lambda c: c.normaliser == "softmax_n", "--normaliser softmax_n"),
+    ]
+
+
+@dataclass(frozen=True)
+class InspectConfig(ModelFlags):
+    """Show a model as a table: shapes, parameters per part, FLOPs, cache bytes, and the attention kernel of each
+    layer.
+    """
+
+    depth: Count = 12
+    vocab_size: Count = 32768
+    context: NonNegativeInt = 0  # tokens before a decoded one, for its FLOPs; 0: a full row
+    attn_kernel: str = ""  # as in base_train
+    device_type: str = ""
+    json: bool = False  # last line of output is one JSON document
+
+
+def chosen(c: Architecture) -> list[str]:
+    """The architecture flags that are not at their defaults, as "name value"."""
+    return [
+        f"{f.name} {getattr(c, f.name)}" for f in dataclasses.fields(Architecture) if getattr(c, f.name) != f.default
+    ]

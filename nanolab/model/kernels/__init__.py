@@ -1,0 +1,1 @@
+"""Kernels of causal attention: one file each, and the choice between them."""

@@ -1,0 +1,1 @@
+"""Architectural choices: one file per axis, and the tables of all axes."""

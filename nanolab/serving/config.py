@@ -1,0 +1,73 @@
+"""Flags of the chat commands and the server. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from nanolab.cli import Bounds, Condition, Count, NonNegativeFloat, NonNegativeInt, Seed, Share
+
+# read once the model is loaded
+ANSWERING = [Condition("system tool", "model", lambda c: c.answers, "a model that answers, or --chat")]
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    model: str = ""  # NAME[@STEP|best]; default: the newest finished run
+    prompt: str = ""  # -p TEXT: one reply, then leave
+    system: str = ""  # what a chat model is told before the conversation
+    chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
+    raw: bool = False  # continue the text as it stands; default for base models
+    tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
+    temperature: NonNegativeFloat = 0.8
+    top_k: NonNegativeInt = 50  # 0: off
+    top_p: Share = 1.0
+    max_tokens: Count = 256
+    seed: Seed = 42
+    device_type: str = ""
+
+    CONDITIONS = [
+        Condition("system tool", "raw", lambda c: not c.raw, "--chat"),
+        Condition(
+            "top_k top_p seed", "temperature", lambda c: c.temperature > 0 or not c.prompt, "--temperature above 0"
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve models over HTTP: a chat page in the browser, and OpenAI's API under /v1."""
+
+    model: str = ""  # NAME[@STEP|best], or several joined by commas; default: the newest finished run
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every one of this machine, better with a key
+    port: Annotated[int, Bounds(0, 65535)] = 8000  # 0: one that is free
+    api_key: str = ""  # what requests under /v1 must send as Authorization: Bearer KEY; empty: they need none
+    # environment variable that holds the key instead, where other users of the machine do not see it
+    api_key_env: str = "NANOLAB_API_KEY"
+    # names that requests may call this server by, besides IP addresses and the machine's own, joined by commas; *: any
+    allowed_hosts: str = ""
+    # origins of other web pages that may use the API, joined by commas, for example http://localhost:3000; *: all of
+    # them
+    cors: str = ""
+    # how much at once
+    max_rows: Count = 32  # replies that a replica generates at once
+    queue: NonNegativeInt = 64  # replies that wait for a place; beyond them requests are refused with 429
+    int8: bool = False  # weights in 8 bits, which changes results a little; needs torchao
+    replicas: Count = 1  # engines of each model: on CUDA one per device, on a CPU that many threads
+    # memory of each replica for beginnings of conversations that need not be read again; 0: none
+    prefix_mb: NonNegativeInt = 256
+    drain_seconds: NonNegativeFloat = 30.0  # after SIGTERM or Ctrl-C, running replies may take that long
+    # what a request that does not say gets
+    temperature: NonNegativeFloat = 0.8
+    top_k: NonNegativeInt = 50  # 0: off
+    top_p: Share = 1.0
+    max_tokens: Count = 512  # of a reply
+    tool: str = "calculator"  # calculator | python: what answers the calls in chat replies; empty: nothing
+    # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
+    allow_unsandboxed: bool = False
+    log_conversations: str = ""  # JSONL file that conversations are appended to; empty: they are kept nowhere
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+
+    CONDITIONS = [Condition("api_key_env", "api_key", lambda c: not c.api_key, "one of the two")]

@@ -1,0 +1,1 @@
+"""A whole stage of training, callable from Python."""

@@ -1,0 +1,164 @@
+"""Pretraining: documents -> a base model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanolab.cli import UserError
+from nanolab.data.corpus import Data, open_data
+from nanolab.data.packing import PackedBatches
+from nanolab.data.prefetch import AHEAD, Prefetch
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.validation import validation_rows
+from nanolab.evals.bpb import bits_per_byte
+from nanolab.evals.bundle import CORE, open_bundle
+from nanolab.evals.config import check_max_per_task
+from nanolab.evals.core import Core, metrics
+from nanolab.evals.likelihood import GPTReader
+from nanolab.evals.published import ensure_bundle
+from nanolab.evals.samples import print_samples
+from nanolab.model.accounting import peak_bytes
+from nanolab.model.fp8 import convert, full_precision
+from nanolab.model.gpt import GPT
+from nanolab.records.environment import kernel_text
+from nanolab.records.run import Run
+from nanolab.runtime import Runtime, Stopped, base_dir, compiled, print0
+from nanolab.stages.config import BaseTrainConfig
+from nanolab.stages.pretrain_plan import describe, dry_run, planned_memory, run_name
+from nanolab.stages.session import Result, every_of, finished, machine, opened, print_plan
+from nanolab.training.fit import Hook, at_steps, fit
+from nanolab.training.optim import MuonAdamW
+from nanolab.training.recipes import param_groups
+from nanolab.training.schedule import gpt_config, make_plan
+from nanolab.training.signals import StopRequest
+
+
+def pretrain(cfg: BaseTrainConfig, runtime: Runtime | None = None) -> Result:
+    """Train a new model and return what result.json holds.
+
+    runtime: of a caller that has one; default: the machine that the flags name, left again at the end. Raises UserError
+    for flags, data and directories that do not fit, NonFinite when training diverges, and SystemExit after a signal,
+    when the step is saved.
+    """
+    check_max_per_task(cfg.core_metric_max_per_task, "--core-metric-max-per-task")
+    if cfg.dry_run:
+        return dry_run(cfg)
+    name = run_name(cfg)
+    with machine(cfg, name, runtime) as rt, opened(cfg, name, rt, "base", attn_kernel=kernels(cfg, rt)) as run:
+        return finished(run) or _train(cfg, rt, run)
+
+
+def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
+    tokenizer = run.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
+    plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
+    data = open_data(cfg, cfg.seed, pinned=run.pinned())
+    core = open_core(cfg, tokenizer, rt) if cfg.core_metric_every > 0 else None
+    run.keep_data(data)
+    print_plan(describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name))
+    print_plan([f"{label:<16}{facts}" for label, facts in data.describe(tokenizer, plan.tokens)])
+
+    with torch.device(rt.device):
+        model = GPT(plan.model, rt.dtype, cfg.attn_kernel)
+    model.init_weights(cfg.seed)
+    model.activation_checkpointing = cfg.activation_checkpointing
+    if cfg.fp8:
+        print0(f"fp8             {convert(model)} linear layers multiply in 8-bit floats, in training")
+    optimizer = MuonAdamW(param_groups(model, cfg, plan), rt)
+    torch.manual_seed(cfg.seed + rt.rank)  # dropout: every rank drops others
+    step_model = compiled(model, rt.device)
+    packed = PackedBatches(
+        data.train,
+        tokenizer,
+        seq_len=cfg.max_seq_len,
+        device_batch_size=cfg.device_batch_size,
+        rows_per_step=plan.rows_per_step,
+        rank=rt.rank,
+        world_size=rt.world_size,
+    )
+    batches, stop = Prefetch(packed, rt, plan.grad_accum + AHEAD), StopRequest()
+
+    def benchmark(step: int) -> dict[str, Any]:
+        with full_precision(model):
+            found = core.evaluate(GPTReader(model, rt), print0, stop=stop.asked)
+        if not found:
+            raise Stopped
+        return metrics(found)
+
+    def sample(step: int) -> None:
+        with full_precision(model):
+            print_samples(model, tokenizer, rt, stop.asked)
+
+    hooks = [
+        Hook(at_steps(cfg.eval_every, first=True), validation(cfg, data, tokenizer, model, step_model, rt, stop)),
+        Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
+        Hook(at_steps(cfg.sample_every), sample),
+    ]
+    try:
+        return fit(
+            run,
+            model,
+            optimizer,
+            batches,
+            plan,
+            every=every_of(cfg),
+            hooks=hooks,
+            stop=stop,
+            step_model=step_model if step_model is not model else None,
+            planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
+        )
+    finally:
+        batches.close()
+
+
+def validation(
+    cfg: BaseTrainConfig, data: Data, tokenizer: Tokenizer, model: GPT, step_model: Any, rt: Runtime, stop: StopRequest
+) -> Callable[[int], dict[str, float]]:
+    """The measurement of validation bits per byte. Its rows are made at the first one, so that training starts at
+    once.
+    """
+    rows: list[Any] = []
+    limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
+
+    def evaluate(step: int) -> dict[str, float]:
+        if not rows:
+            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2])
+        with full_precision(model):
+            found = bits_per_byte(
+                step_model,
+                rows[0],
+                tokenizer.token_bytes(),
+                rt,
+                cfg.device_batch_size,
+                stop.asked,
+                shared=True,
+                full=step_model is not model,
+            )
+        return {"val/bpb": found.bpb}
+
+    return evaluate
+
+
+def open_core(cfg: BaseTrainConfig, tokenizer: Tokenizer, rt: Runtime) -> Core:
+    """The tasks of CORE. What is wrong with them is said here, before the first step."""
+    core = Core(open_bundle(ensure_bundle(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
+    k = sum(label in CORE for label in core.items)
+    missing = f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""
+    print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}{missing}")
+    for label, why in core.failed.items():
+        print0(f"                without {label}: {why}")
+    if not k:
+        raise UserError(
+            f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another"
+            " --eval-bundle, or leave out --core-metric-every"
+        )
+    return core
+
+
+def kernels(cfg: BaseTrainConfig, rt: Runtime) -> str:
+    """The attention kernels that the model will use. Mistakes in the architecture are found here, before anything is
+    written.
+    """
+    with torch.device("meta"):
+        model = GPT(gpt_config(cfg, vocab_size=64, bos=0), rt.dtype, cfg.attn_kernel)
+    return kernel_text(model.kernel_names(rt.device.type))
