@@ -1,6 +1,5 @@
 """Shared fixtures: an empty base directory for every test, one thread."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import ranks
 
 # The files that take longest, begun first: a process that gets one of them last would finish long after the others.
 LONGEST = (
@@ -59,10 +59,7 @@ def run_ranks():
     """A function (fn, world_size, *args) -> results of fn(runtime, *args) by rank, on gloo processes of this
     machine.
     """
-    spec = importlib.util.spec_from_file_location("nanolab_tests_distributed", Path(__file__).parent / "distributed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.run_ranks
+    return ranks.run_ranks
 
 
 @pytest.fixture

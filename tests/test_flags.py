@@ -6,13 +6,12 @@ import ast
 import dataclasses
 import importlib.util
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from helpers import configs
 
 from nanolab.cli import UserError, from_json, parse, to_json
@@ -484,8 +483,7 @@ def test_written_commands_give_no_flag_that_is_not_read():
     "flags,code", [("--learning-rate 3e-4", "flag-not-read"), ("--num-iterations 0", "flag-out-of-bounds")]
 )
 def test_a_script_names_the_code(flags, code, tmp_path):
-    command = [sys.executable, "-m", "scripts.base_train", "--depth", "2", "--dry-run", *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = warm.python("-m", "scripts.base_train", "--depth", "2", "--dry-run", *flags.split())
     assert done.returncode == 1 and done.stderr.startswith(f"error [{code}]: "), done.stderr
 
 

@@ -6,12 +6,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from nanolab.records.models import load_model
 from nanolab.runtime import Runtime
@@ -34,14 +33,10 @@ def old(tmp_path, monkeypatch):
     env = os.environ | {"PYTHONPATH": str(ROOT), "NANOLAB_DTYPE": "float32"}
 
     def run(script: str, *arguments: str, ranks: int = 1) -> str:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        done = subprocess.run(
-            [sys.executable, *torchrun, "-m", f"scripts.{script}", *["--"] * (ranks > 1), *arguments],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        module = ["-m", f"scripts.{script}"]
+        if ranks > 1:
+            module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *module, "--"]
+        done = warm.python(*module, *arguments, env=env, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

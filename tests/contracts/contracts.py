@@ -39,9 +39,8 @@ def build(
 
     The same weights for every kernel, dtype and device; with float64 they are stored in float64.
     """
-    with torch.device("meta"):
-        model = GPT(config, dtype, kernel)
-    model.to_empty(device="cpu").init_weights(seed)
+    model = GPT(config, dtype, kernel)
+    model.init_weights(seed)
     g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():

@@ -7,13 +7,13 @@ import ast
 import json
 import os
 import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+import warm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -442,8 +442,7 @@ def test_a_vocabulary_larger_than_the_text_supports_names_the_size_to_type():
 def script(name: str, *flags: str) -> subprocess.CompletedProcess:
     """python -m scripts.NAME, without a network."""
     env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "", "COLUMNS": "200"}
-    command = [sys.executable, "-m", f"scripts.{name}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2], timeout=120)
+    return warm.python("-m", f"scripts.{name}", *flags, env=env, timeout=120)
 
 
 def test_scripts_train_and_evaluate(tmp_path):

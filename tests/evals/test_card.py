@@ -6,13 +6,12 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 
 from nanolab.cli import UserError, to_json
 from nanolab.evals.card import card, chain
@@ -599,7 +598,7 @@ def test_titles(spec, said):
 
 
 def seeds(*arguments) -> tuple[int, list[str], str]:
-    done = subprocess.run([sys.executable, SEEDS, *map(str, arguments)], capture_output=True, text=True)
+    done = warm.python(SEEDS, *arguments)
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 
 from nanolab.cli import UserError
 from nanolab.inference.engine import Engine
@@ -34,14 +34,7 @@ def text_dir(tmp_path) -> Path:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"NANOLAB_DTYPE": "float32"}
-    return subprocess.run(
-        [sys.executable, "-m", "scripts.bench", *arguments],
-        cwd=Path(__file__).parents[2],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    return warm.python("-m", "scripts.bench", *arguments, env=os.environ | {"NANOLAB_DTYPE": "float32"})
 
 
 def last_document(done: subprocess.CompletedProcess[str]) -> dict:

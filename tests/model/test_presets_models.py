@@ -3,11 +3,10 @@ tests/test_presets.py.)
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from nanolab.presets import PRESETS
 
@@ -35,14 +34,7 @@ def command(tmp_path_factory):
             "OMP_NUM_THREADS": "1",
             "NANOLAB_DTYPE": "float32",
         }
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--data-dir", str(source), *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = warm.python("-m", module, "--data-dir", source, *arguments, env=environment)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return base
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from nanolab.cli import UserError
@@ -41,7 +42,7 @@ def save(root: Path, step: int, runtime: Runtime = ALONE, numel: int = 1000) -> 
 
 
 def child(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True, timeout=300)
+    return warm.python(__file__, *args)
 
 
 def hidden(root: Path) -> list[str]:

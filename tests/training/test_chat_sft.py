@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import warm
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt, text_of
@@ -450,10 +450,7 @@ def test_resumed_in_the_second_stage_it_is_uninterrupted_to_the_bit(tmp_path, mo
 @pytest.mark.slow
 def test_killed_in_either_stage_and_resumed_is_uninterrupted_to_the_bit(tmp_path):
     """Without the model that it started from: a run goes on from what it recorded."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, __file__, tmp_path, "4", "9"], capture_output=True, text=True, timeout=300, env=env
-    )
+    done = warm.python(__file__, tmp_path, 4, 9)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["same"], report

@@ -1,12 +1,10 @@
 """--deterministic: the same numbers each time. What a CPU can show of it, and the run on a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanolab.data.tokenizer import Tokenizer
@@ -101,10 +99,7 @@ def trained(folder: Path, run: str, **flags) -> tuple[list[float], dict]:
         "keep": "all",
     } | flags
     words = [str(word) for name, value in typed.items() for word in (f"--{name}", value) if word != ""]
-    command = [sys.executable, "-m", "scripts.base_train", "--deterministic", *words]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
-    )
+    done = warm.python("-m", "scripts.base_train", "--deterministic", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = runs_dir() / run
     return [row["train/loss"] for row in read_metrics(folder) if "train/loss" in row], read_json(folder / "result.json")

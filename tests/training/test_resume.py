@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from nanolab.data.packing import PackedBatches
 from nanolab.data.prefetch import Prefetch
@@ -163,7 +163,7 @@ def signals() -> None:
 
 def script(*args: object) -> dict:
     """The JSON that this file, run as a script, prints last."""
-    done = subprocess.run([sys.executable, __file__, *map(str, args)], capture_output=True, text=True, timeout=500)
+    done = warm.python(__file__, *args, timeout=500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import warm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -629,9 +629,7 @@ def kill_and_resume(kills: int, steps: int) -> None:
 
 @pytest.mark.parametrize("kills,steps", [(2, 12), pytest.param(20, 80, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, steps):
-    done = subprocess.run(
-        [sys.executable, __file__, str(kills), str(steps)], capture_output=True, text=True, timeout=500
-    )
+    done = warm.python(__file__, kills, steps, timeout=500)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["same"] and any(0 < at < steps for at in report["at"]), report
