@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanolab.cli import UserError
 from nanolab.files import write_text
-from nanolab.terminal import harmless
+from nanolab.terminal import harmless, is_main_process
 
 T = TypeVar("T")
 Stop = Callable[[], bool]  # whether this rank was asked to stop
@@ -161,10 +161,6 @@ def base_dir() -> Path:
     return Path(os.environ.get("NANOLAB_BASE_DIR") or Path.home() / ".cache" / "nanolab").expanduser()
 
 
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had too little memory: torch.OutOfMemoryError is a RuntimeError; CPU and MPS
     have no class of their own.
@@ -191,16 +187,6 @@ def print0(*args: Any, **kwargs: Any) -> None:
     """Print on rank 0 only, texts without control characters: some are a model's, or a file's."""
     if is_main_process():
         print(*(harmless(arg) if isinstance(arg, str) else arg for arg in args), **kwargs, flush=True)
-
-
-def progress(items: Iterable[T], description: str, total: float | None = None) -> Iterable[T]:
-    """`items` with a progress bar on stderr when that is a terminal and this is rank 0; plain otherwise."""
-    if not (is_main_process() and sys.stderr.isatty()):
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, description=description, total=total, console=Console(stderr=True), transient=True)
 
 
 def start(

@@ -11,7 +11,7 @@ from nanolab.data.config import DataBuildConfig
 
 def run(cfg: DataBuildConfig) -> None:
     from nanolab.data.corpus import open_data
-    from nanolab.runtime import progress
+    from nanolab.terminal import progress
 
     data = open_data(cfg, workers=cfg.workers)
     rows = []

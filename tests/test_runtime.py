@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanolab import runtime
+from nanolab import runtime, terminal
 from nanolab.cli import UserError
 from nanolab.model.kernels import fa3
 from nanolab.runtime import PEAKS, Runtime, choose_dtype, cpu_gflops, device_peaks
@@ -269,7 +269,7 @@ def test_print0_is_silent_on_other_ranks(monkeypatch, capsys):
 
 def test_progress_is_plain_off_a_terminal(capsys):
     items = [1, 2, 3]
-    assert runtime.progress(items, "counting") is items
+    assert terminal.progress(items, "counting") is items
     assert capsys.readouterr() == ("", "")
 
 

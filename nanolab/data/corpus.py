@@ -24,7 +24,8 @@ from nanolab.data.lines import CUT_BYTES, LONG_LINE
 from nanolab.data.mixture import positive, weighted
 from nanolab.data.parquet import write_documents
 from nanolab.files import locked, write_text
-from nanolab.runtime import base_dir, print0, progress
+from nanolab.runtime import base_dir, print0
+from nanolab.terminal import progress
 
 CACHE_CHARS = 96 << 20  # decoded text kept per source
 # a corpus without a validation file gives up this share of its text, and at most so much

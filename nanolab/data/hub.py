@@ -20,7 +20,8 @@ from pathlib import Path
 from nanolab.cli import UserError
 from nanolab.data.formats import index_file
 from nanolab.files import locked, sha256_file, write_text
-from nanolab.runtime import base_dir, print0, progress
+from nanolab.runtime import base_dir, print0
+from nanolab.terminal import progress
 
 DEFAULT_SHARDS = 8  # training files of a first use without --num-shards
 TIMEOUT = 30.0  # seconds without a byte

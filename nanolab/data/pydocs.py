@@ -223,7 +223,7 @@ def _read_cleaned(path: str) -> list[Unit]:
 
 def documents(workers: int = 2) -> tuple[list[tuple[str, str]], dict]:
     """All documents as (group, text) in reading order, read by `workers` processes, and what they came from."""
-    from nanolab.runtime import progress
+    from nanolab.terminal import progress
 
     files, versions, left_out = source_files()
     # spawn: a forked child of a process that has started threads may hang

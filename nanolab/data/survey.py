@@ -11,7 +11,8 @@ import numpy as np
 from nanolab.cli import UserError, nearest
 from nanolab.data.chat import Message, Rendered, render
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.runtime import Runtime, progress
+from nanolab.runtime import Runtime
+from nanolab.terminal import progress
 
 
 class Conversations(Protocol):

@@ -27,7 +27,7 @@ from nanolab.data.formats import format_of
 from nanolab.evals.bundle import open_bundle, read_rows
 from nanolab.evals.ngrams import RunIndex, batches, split
 from nanolab.evals.score import wilson
-from nanolab.runtime import progress
+from nanolab.terminal import progress
 
 EXAMPLES, EXAMPLE_WORDS = 5, 60  # of each set; the longest overlaps first
 EITHER = "either"

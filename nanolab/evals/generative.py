@@ -9,7 +9,8 @@ from nanolab.data.chat import parse_reply
 from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.sampling import COLDEST
-from nanolab.runtime import Stop, progress
+from nanolab.runtime import Stop
+from nanolab.terminal import progress
 
 GREEDY = Request(max_tokens=512, temperature=0.0, top_k=50)
 

@@ -16,7 +16,8 @@ from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefill import in_blocks
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Runtime, Stop, Stopped, progress
+from nanolab.runtime import Runtime, Stop, Stopped
+from nanolab.terminal import progress
 
 WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
 ALIKE = 16  # tokens of texts that begin alike; those that were cut at different places do not

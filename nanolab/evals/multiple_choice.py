@@ -15,7 +15,8 @@ from nanolab.evals.likelihood import logits_at, padded
 from nanolab.evals.score import Graded, GradedTask, OnReply, Result, check_problems, readable_prompts, summary
 from nanolab.inference.engine import Engine
 from nanolab.model.gpt import GPT
-from nanolab.runtime import Stop, progress
+from nanolab.runtime import Stop
+from nanolab.terminal import progress
 
 
 @torch.no_grad()

@@ -34,11 +34,8 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from nanolab.cli import UserError, nearest
 from nanolab.data.chat import render, template_of
@@ -49,10 +46,11 @@ from nanolab.inference.engine import Engine, Request
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.inference.sandbox import walls
 from nanolab.inference.tools import TOOLS, find_tool
+from nanolab.interop.lm_eval_arguments import checked, find_run, kind_of
 from nanolab.model.accounting import n_params
-from nanolab.records import checkpoint
-from nanolab.records.models import WEIGHTS_ONLY, ModelRef, find_model, load_model
-from nanolab.runtime import device_kind, devices, progress, start
+from nanolab.records.models import load_model
+from nanolab.runtime import start
+from nanolab.terminal import progress
 
 try:
     import lm_eval.models  # noqa: F401  it names its own models only in a registry that is still empty
@@ -67,19 +65,8 @@ except ImportError as error:
         " runs/setup.sh lm_eval"
     ) from None
 
-ARGUMENTS = {
-    "path": str,
-    "add_bos_token": bool,
-    "device": str,
-    "dtype": str,
-    "max_gen_toks": int,
-    "max_rows": int,
-    "tool": str,
-    "allow_unsandboxed": bool,
-}
 # of a task's generation_kwargs
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed"}
-HARNESS_DEVICE = "cuda:0"  # what --device is where nobody types it
 CONVERSATION = re.compile(r"\[conversation ((?:[0-9]+:[0-9]+,?)+) ([0-9a-f]{16})\]")
 ANSWERED_BY = "nanolab: answered by"  # the entry of an answer cache that says by what
 
@@ -142,17 +129,10 @@ class Nanolab(TemplateLM):
                 value=dtype,
             ) from None
         model, self.tokenizer, _ = load_model(found, self.runtime)
-        self.name, self.weights, self.parameters = (
-            f"{found.name}@{found.step}",
-            weights_of(found.checkpoint),
-            n_params(model.config)["total"],
-        )
-        self.model, self.add_bos_token, self.max_gen_toks, self.max_rows = (
-            prepare_for_inference(model),
-            add_bos_token,
-            max_gen_toks,
-            max_rows,
-        )
+        self.name, self.weights = f"{found.name}@{found.step}", weights_of(found.checkpoint)
+        self.parameters = n_params(model.config)["total"]
+        self.model = prepare_for_inference(model)
+        self.add_bos_token, self.max_gen_toks, self.max_rows = add_bos_token, max_gen_toks, max_rows
         self.tool_name, self.tool = tool, find_tool("" if tool == "none" else tool)
         self.reader = GPTReader(self.model, self.runtime)
         self.max_length = model.config.sequence_len
@@ -166,39 +146,8 @@ class Nanolab(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict | None = None) -> "Nanolab":
-        """From --model_args and the harness's flags, of which --device counts where --model_args has none.
-
-        Raises UserError for what is missing, unknown or of another type.
-        """
-        # a run may be called 12
-        arguments = {name: str(value) if name == "path" else value for name, value in arg_dict.items()}
-        if "tool" in arguments:
-            arguments["tool"] = arguments["tool"] or "none"  # which the harness reads as None
-        for name, value in arguments.items():
-            if name not in ARGUMENTS:
-                raise UserError(
-                    f"--model_args has {name!r}; expected some of"
-                    f" {', '.join(ARGUMENTS)}{nearest(name, list(ARGUMENTS))}",
-                    "model-args-unknown",
-                    name=name,
-                )
-            if type(value) is not ARGUMENTS[name]:
-                expected = f"expected {ARGUMENTS[name].__name__}; see nanolab/interop/lm_eval.py"
-                raise UserError(
-                    f"--model_args has {name}={value}; {expected}", "model-args-type", name=name, value=value
-                )
-        if "path" not in arguments:
-            raise UserError(
-                "--model_args has no path; expected the name or the folder of a run; type --model_args path=NAME",
-                "model-args-path",
-            )
-        flag = (additional_config or {}).get("device") or ""
-        arguments["device"] = (
-            kind_of(arguments["device"], "--model_args device=")
-            if arguments.get("device")
-            else kind_of(flag, "--device ")
-        )
-        return cls(**arguments)
+        """Raises UserError for what is missing, unknown or of another type."""
+        return cls(**checked(arg_dict, additional_config or {}))
 
     @property
     def eot_token_id(self) -> int:
@@ -443,55 +392,3 @@ class Nanolab(TemplateLM):
             tools=self.tool if ids else None,
             parse="turn" if ids else "text",
         )
-
-
-def kind_of(device: str, flag: str) -> str:
-    """cuda, mps or cpu as start() takes them; "" for the machine's own. Raises UserError, which names the flag, for a
-    device that is not there.
-    """
-    if device == HARNESS_DEVICE and flag == "--device " and "cuda" not in devices():
-        kind = device_kind("")
-        print(
-            f"device {kind}: the harness says {HARNESS_DEVICE} where nobody types --device, and torch"
-            f" {torch.__version__} sees no such device"
-        )
-        return kind
-    kind = device.removesuffix(":0")
-    if kind not in ("", "cuda", "mps", "cpu"):
-        raise UserError(
-            f"{flag}{device} is unknown; expected cuda, mps or cpu (of several GPUs: CUDA_VISIBLE_DEVICES=N); type"
-            f" {flag}cpu",
-            "device",
-            flag=flag.strip(),
-            device=device,
-        )
-    if kind and kind not in devices():
-        raise UserError(
-            f"{flag}{device}, but torch {torch.__version__} sees no such device; expected one that is there; type"
-            f" {flag}cpu",
-            "device",
-            flag=flag.strip(),
-            device=device,
-        )
-    return kind
-
-
-def find_run(path: str) -> ModelRef:
-    """The checkpoint that NAME[@STEP|best] means, or the newest whole one in the folder of a run. Raises UserError
-    where there is none.
-    """
-    folder = Path(path).expanduser()
-    if not (folder / "checkpoints").is_dir():
-        if len(folder.parts) > 1:
-            raise UserError(
-                f"{path} is no run: it has no folder checkpoints; expected the name or the folder of a run; type"
-                " path=NAME or path=BASE/runs/NAME"
-            )
-        return find_model(path)
-    newest = checkpoint.newest_valid(folder / "checkpoints", WEIGHTS_ONLY)
-    if newest is None:
-        raise UserError(
-            f"{folder} has no whole checkpoint; expected one in its folder checkpoints; train it again, or name"
-            " another run"
-        )
-    return ModelRef(folder.resolve().name, folder, newest, int(newest.name[5:]))

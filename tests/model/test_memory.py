@@ -16,7 +16,7 @@ from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.runtime import DTYPES, Runtime
 from nanolab.stages.config import BaseTrainConfig
-from nanolab.training import optim
+from nanolab.training import groups
 from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.schedule import make_plan
@@ -115,8 +115,8 @@ def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
     peak of the bytes that a step makes).
     """
     found = []
-    for recipe, chunk in (("dial", optim.BIG_CHUNK), ("dial", 100_000), ("adamw_cosine", optim.BIG_CHUNK)):
-        optim.CHUNK["cpu"] = chunk
+    for recipe, chunk in (("dial", groups.BIG_CHUNK), ("dial", 100_000), ("adamw_cosine", groups.BIG_CHUNK)):
+        groups.CHUNK["cpu"] = chunk
         cfg = BaseTrainConfig(
             depth=5,
             head_dim=32,
@@ -153,7 +153,7 @@ def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
 def test_the_plan_knows_what_the_optimizer_holds(run_ranks, monkeypatch, ranks, dtype):
     """Its state to the byte. The peak of a step, of every storage that an operator makes in it on the rank with most,
     is not above the plan (by small vectors at most), nor far below it: gloo may let go of a message sooner or later."""
-    monkeypatch.setattr(optim, "CHUNK", dict(optim.CHUNK))
+    monkeypatch.setattr(groups, "CHUNK", dict(groups.CHUNK))
     alone = Runtime(torch.device("cpu"), DTYPES[dtype])
     found = [optimizer_bytes(alone)] if ranks == 1 else run_ranks(optimizer_bytes, ranks, dtype=dtype)
     for case in zip(*found):

@@ -103,7 +103,7 @@ def test_a_row_that_was_never_seen_only_decays():
 
 def test_stacks_of_matrices_do_not_touch_each_other(monkeypatch):
     """A matrix gets the same update alone as among others, whatever the number of matrices updated at once."""
-    from nanolab.training import optim
+    from nanolab.training import groups
 
     alone = []
     for i in range(5):
@@ -112,7 +112,7 @@ def test_stacks_of_matrices_do_not_touch_each_other(monkeypatch):
         MuonAdamW([muon_group(params)], ONE).step()
         alone.append(params[0][1])
     for chunk in (1, 2 * 96, 1 << 20):
-        monkeypatch.setitem(optim.CHUNK, "cpu", chunk)
+        monkeypatch.setitem(groups.CHUNK, "cpu", chunk)
         params = parameters(*[(12, 8)] * 5)
         for i, (_, p) in enumerate(params):
             p.grad = torch.randn(12, 8, generator=torch.Generator().manual_seed(i))
