@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import ranks
+import warm
 
 # The files that take longest, begun first: a process that gets one of them last would finish long after the others.
 LONGEST = (
@@ -103,9 +104,9 @@ def in_checkout(tmp_path_factory):
         env = (
             os.environ
             | {
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": f"{warm.executable().parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PYTHONPATH": str(path),
-                "NANOLAB_PYTHON": sys.executable,
+                "NANOLAB_PYTHON": str(warm.executable()),
                 "NANOLAB_BASE_DIR": str(base),
                 "NANOLAB_SCALE": "toy",
             }

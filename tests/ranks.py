@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine: `run_ranks` in the parent, `_rank` in each child process.
+"""Run a function on several gloo ranks of this machine: `run_ranks` in the parent, `main` in each child process.
 
 A child finds the function by the file that defines it, so that it does not matter how pytest imported that file.
 """
@@ -6,6 +6,7 @@ A child finds the function by the file that defines it, so that it does not matt
 import importlib.util
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import warm
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_ranks(fn: Callable, world_size: int, *args: Any, dtype: str = "float32", timeout: float = 300) -> list[Any]:
@@ -29,32 +32,40 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, dtype: str = "float32",
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder)
         (job / "job").write_bytes(pickle.dumps((fn.__code__.co_filename, fn.__name__, args, dtype)))
-        env = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+        }
         env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         ranks = []
         for r in range(world_size):
-            mine = env | {"RANK": str(r), "LOCAL_RANK": str(r)}
-            ranks.append(warm.start(_rank, (job,), job / f"out{r}", job / f"err{r}", mine, warm.ROOT))
+            with open(job / f"err{r}", "wb") as err:
+                command = [warm.executable(), __file__, folder]
+                ranks.append(
+                    subprocess.Popen(command, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=err, cwd=ROOT)
+                )
         try:
             deadline = time.monotonic() + timeout
             while (
-                any(p.exitcode is None for p in ranks)
-                and not any(p.exitcode for p in ranks)
+                any(p.poll() is None for p in ranks)
+                and not any(p.poll() for p in ranks)
                 and time.monotonic() < deadline
             ):
                 time.sleep(0.02)
-            codes = [p.exitcode for p in ranks]  # before the others are ended: None is "still running"
+            codes = [p.poll() for p in ranks]  # before the others are ended: None is "still running"
         finally:
             for p in ranks:
                 p.kill()
-                p.join()
+                p.wait()
         failed = [r for r, code in enumerate(codes) if code]
         texts = "\n".join(f"rank {r}, exit code {codes[r]}:\n{(job / f'err{r}').read_text()[-4000:]}" for r in failed)
         assert codes == [0] * world_size, texts or f"ranks ran past {timeout} s: exit codes {codes}"
         return [pickle.loads((job / f"result{r}").read_bytes()) for r in range(world_size)]
 
 
-def _rank(folder: Path) -> None:
+def main(folder: Path) -> None:
     from nanolab.runtime import start
 
     file, name, args, dtype = pickle.loads((folder / "job").read_bytes())
@@ -66,3 +77,7 @@ def _rank(folder: Path) -> None:
     result = getattr(module, name)(runtime, *args)
     (folder / f"result{runtime.rank}").write_bytes(pickle.dumps(result))
     runtime.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

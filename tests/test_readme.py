@@ -175,11 +175,12 @@ def run_blocks(name, in_checkout):
     for block in blocks(name, (ROOT / name).read_text()):
         if block.reason:
             continue
-        done = in_checkout(block.small())
+        first = block.code.strip() == "bash runs/quickstart.sh"
+        done = in_checkout(block.small(), **({"NANOLAB_PYTHON": sys.executable} if first else {}))  # a real start
         assert done.returncode == 0, (
             f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         )
-        if block.code.strip() == "bash runs/quickstart.sh":
+        if first:
             check_quickstart(done, in_checkout)
 
 

@@ -1,72 +1,165 @@
-"""Python processes that begin with torch and our packages already imported: forks of one server per test process.
+"""Python processes that begin with torch imported already: forks of one server.
 
-For tests that need a process of its own (ranks, exit codes, kills) and not its start: `import torch` and what comes
-with it take three seconds each time. What a test says about imports, or about how a script starts, needs a real start.
+For tests that need a process of its own (ranks, exit codes, kills, the commands of a page) and not its start: `import
+torch` and what comes with it take three seconds each time. What a test says about imports, or about how a script
+starts, needs a real start.
+
+The server listens on a socket. A client (this file, as a script) hands it its descriptors, arguments, environment and
+folder, waits for the exit code and leaves with it; when the client is killed, so is the process. Whatever else than
+`-m MODULE` and FILE.py a client is asked to run, it runs as the real Python. Imports only the standard library.
 """
 
 import atexit
-import multiprocessing
+import functools
+import json
 import os
 import runpy
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from multiprocessing.process import BaseProcess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch.distributed", "nanolab.stages.rl", "nanolab.evals.suite", "nanolab.interop.export"]
-)
-
-
-def start(function: Callable, args: tuple, out: Path, err: Path, env: Mapping[str, str], cwd: Path) -> BaseProcess:
-    """A running process of function(*args), which can be pickled, with its output in two files."""
-    process = SERVER.Process(target=_child, args=(function, args, out, err, dict(env), cwd))
-    process.start()
-    return process
-
-
-def _child(function: Callable, args: tuple, out: Path, err: Path, env: dict[str, str], cwd: Path) -> None:
-    for path, number in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    try:
-        function(*args)
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves by os._exit
-
-
-def _run(argv: list[str]) -> None:
-    if argv[0] == "-m":
-        sys.argv = argv[1:]
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = argv
-        sys.path.insert(0, str(Path(argv[0]).parent))
-        runpy.run_path(argv[0], run_name="__main__")
+OURS = ("nanolab", "scripts", "tasks")
+PRELOADED = ("torch.distributed", "nanolab.stages.rl", "nanolab.evals.suite", "nanolab.interop.export")
+WHERE = "NANOLAB_TESTS_WARM"  # the server's socket
 
 
 def python(
     *argv: Any, env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """What `python FILE ...` or `python -m MODULE ...` does: its exit code and its output as text."""
-    words = [str(word) for word in argv]
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        out.touch(), err.touch()
-        process = start(_run, (words,), out, err, os.environ if env is None else env, cwd)
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+    command = [str(executable()), *map(str, argv)]
+    return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+
+
+@functools.cache
+def executable() -> Path:
+    """A program `python` whose processes are forks of a server, which lives as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="nanolab-warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__, str(folder / "socket")],
+        stdin=subprocess.PIPE,  # its end is this process's end
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    assert server.stdout.readline() == b"ready\n"
+    script = folder / "python"
+    script.write_text(
+        f'#!/bin/sh\nexec env {WHERE}="{folder}/socket" "{sys.executable}" -S -s "{__file__}" client "$@"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def client(where: str, argv: list[str]) -> None:
+    if not argv or not (argv[0] == "-m" or argv[0].endswith(".py")):
+        os.execv(sys.executable, [sys.executable, *argv])
+    env = {name: value for name, value in os.environ.items() if name != WHERE}
+    message = json.dumps([argv, env, os.getcwd()]).encode("utf-8", "surrogateescape")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(where)
+        socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
+        server.sendall(message)
+        code = int(server.recv(16) or b"-9")
+    if code < 0:
+        with suppress(OSError):  # of SIGKILL
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def serve(where: str) -> None:
+    for name in PRELOADED:
+        __import__(name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(where)
+        listening.listen(64)
+        print("ready", flush=True)
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
+        while True:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                listening.close()
+                guard(connection)
+            connection.close()
+
+
+def guard(connection: socket.socket) -> None:
+    """Fork the process, tell the client its exit code; kill it when the client goes away."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    head, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
+    with connection.makefile("rb") as file:
+        argv, env, cwd = json.loads(file.read(int.from_bytes(head, "big")))
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os._exit(run(argv, env, cwd))
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+    def gone() -> None:
+        with suppress(OSError):
+            if not connection.recv(1):
+                os.kill(child, signal.SIGKILL)
+
+    threading.Thread(target=gone, daemon=True).start()
+    _, status = os.waitpid(child, 0)
+    with suppress(BrokenPipeError):
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def run(argv: list[str], env: dict[str, str], cwd: str) -> int:
+    """As `python *argv` would: the exit code."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
+    path = [Path(entry).resolve() for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if path and path[0] != ROOT:  # another tree's modules
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+            del sys.modules[name]
+    sys.path[:0] = [cwd if argv[0] == "-m" else str(Path(argv[0]).resolve().parent), *map(str, path)]
+    code = 0
+    try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "client":
+        client(os.environ[WHERE], sys.argv[2:])
+    else:
+        serve(sys.argv[1])
