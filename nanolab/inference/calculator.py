@@ -1,11 +1,11 @@
-"""The calculator: arithmetic on decimal numbers, computed exactly, in a grammar of its own. Imports no torch."""
+"""The calculator: exact arithmetic on decimal numbers. Imports no torch."""
 
+import ast
 import operator
 import re
-from collections.abc import Callable
 from decimal import Context, Decimal
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import accumulate
 
 MAX_LENGTH = 1000  # characters of an expression
 MAX_NESTING = 50  # parentheses, signs and right operands inside one another
@@ -25,38 +25,54 @@ def calculator(expression: str) -> str:
 
     + - * / // % ** and parentheses on decimal numbers (1,234.5 and 2e3 too), with Python's precedences and its floor
     for // and %; `"text".count("t")` on string literals. Computed exactly, in fractions: 0.1 + 0.2 is 0.3. Decimals
-    that do not end are rounded to SIGNIFICANT digits. A grammar of its own reads the text; none of it reaches Python's.
+    that do not end are rounded to SIGNIFICANT digits. Nothing is executed.
     """
     try:
         if len(expression) > MAX_LENGTH:
             raise ToolError(f"more than {MAX_LENGTH} characters")
-        return written(Parser(tokens(expression)).whole())
+        return written(value(*parse(expression)))
     except ToolError as error:
         return f"error: {error}"
 
 
+TEXT = r"""(?:"(?:[^"\\]|\\[nt\\'"])*"|'(?:[^'\\]|\\[nt\\'"])*')"""
 TOKEN = re.compile(
-    r"""(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?"""
-    r"""|\.[0-9]+(?:[eE][+-]?[0-9]{1,3})?)"""
-    r"""|(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?P<sign>\*\*|//|\.count\b|[-+*/%()])|(?P<end>\Z)""",
-    re.DOTALL,
+    r"(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,3})?"
+    r"|\.[0-9]+(?:[eE][+-]?[0-9]{1,3})?)"
+    rf"|(?P<text>{TEXT})(?:\s*\.count\s*\(\s*(?P<part>{TEXT})\s*\))?|(?P<space>\s+)|[^-+*/%()]"
 )
-ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+MALFORMED = "not an arithmetic expression"
 
 
-def tokens(text: str) -> list[tuple[str, str]]:
-    """(kind, text) of each token, the last of kind "end"."""
-    found, at = [], 0
-    text = text.strip()
-    while not found or found[-1][0] != "end":
-        match = TOKEN.match(text, at)
-        if not match:
-            raise ToolError(f"unexpected {text[at]!r}")
-        found.append((match.lastgroup or "", match[0]))
-        at = match.end()
-        while at < len(text) and text[at].isspace():
-            at += 1
-    return found
+def parse(expression: str) -> tuple[ast.expr, list[Fraction]]:
+    """The tree of an expression, in which a constant is an index into the operands: numbers as typed, and counts.
+
+    Python's parser sees nothing but such indices, operators and parentheses.
+    """
+    operands: list[Fraction] = []
+
+    def index(match: re.Match[str]) -> str:
+        if match["space"]:
+            return " "
+        if match["number"]:
+            operands.append(fitting(Fraction(match["number"].replace(",", ""))))
+        elif match["part"]:
+            operands.append(Fraction(unquoted(match["text"]).count(unquoted(match["part"]))))
+        else:
+            raise ToolError('expected "text".count("part")' if match["text"] else f"unexpected {match[0]!r}")
+        return f" {len(operands) - 1} "
+
+    source = TOKEN.sub(index, expression).strip()
+    if source.count("(") > MAX_NESTING < max(accumulate((c == "(") - (c == ")") for c in source)):
+        raise ToolError("nested too deep")
+    try:
+        return ast.parse(source, mode="eval").body, operands
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ToolError(MALFORMED) from None
+
+
+def unquoted(literal: str) -> str:
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "t": "\t"}.get(match[1], match[1]), literal[1:-1])
 
 
 def power(base: Fraction, exponent: Fraction) -> Fraction:
@@ -69,91 +85,37 @@ def power(base: Fraction, exponent: Fraction) -> Fraction:
     return Fraction(base) ** int(exponent)
 
 
-class Operator(NamedTuple):
-    level: int  # binds tighter than lower ones
-    right: int  # least level of an operator inside the right operand
-    apply: Callable[[Fraction, Fraction], Fraction | int]
-
-
-SIGN = 3  # the level of a leading + or -
 OPERATORS = {
-    "+": Operator(1, 2, operator.add),
-    "-": Operator(1, 2, operator.sub),
-    "*": Operator(2, 3, operator.mul),
-    "/": Operator(2, 3, operator.truediv),
-    "//": Operator(2, 3, operator.floordiv),
-    "%": Operator(2, 3, operator.mod),
-    "**": Operator(4, SIGN, power),
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: power,
 }
 
 
-class Parser:
-    """Precedence climbing over tokens; evaluates as it goes."""
-
-    def __init__(self, found: list[tuple[str, str]]):
-        self.found, self.at = found, 0
-
-    def whole(self) -> Fraction:
-        value = self.value(0, 0)
-        self.expect("")
-        return value
-
-    def take(self) -> tuple[str, str]:
-        self.at += 1
-        return self.found[self.at - 1]
-
-    def expect(self, text: str) -> None:
-        kind, seen = self.take()
-        if seen != text or kind == "text":
-            raise ToolError(f"expected {text or 'the end'}, found {seen[:20] or 'the end'}")
-
-    def value(self, level: int, depth: int) -> Fraction:
-        """An operand and all operators of at least `level` after it."""
-        if depth > MAX_NESTING:
-            raise ToolError("nested too deep")
-        value = self.operand(depth)
-        while (found := OPERATORS.get(self.found[self.at][1])) and found.level >= level:
-            self.take()
-            right = self.value(found.right, depth + 1)
-            try:
-                value = fitting(Fraction(found.apply(value, right)))
-            except ZeroDivisionError:
-                raise ToolError("division by zero") from None
-        return value
-
-    def operand(self, depth: int) -> Fraction:
-        kind, text = self.take()
-        if kind == "number":
-            return fitting(Fraction(text.replace(",", "")))
-        if kind == "text":
-            return Fraction(self.count(text))
-        if text in ("+", "-"):
-            value = self.value(SIGN, depth + 1)
-            return -value if text == "-" else value
-        if text == "(":
-            value = self.value(0, depth + 1)
-            self.expect(")")
-            return value
-        raise ToolError(f"expected a number, found {text[:20] or 'the end'}")
-
-    def count(self, text: str) -> int:
-        """The rest of `"text".count("part")`."""
-        self.expect(".count")
-        self.expect("(")
-        kind, part = self.take()
-        if kind != "text":
-            raise ToolError(f"expected a string, found {part[:20] or 'the end'}")
-        self.expect(")")
-        return unquoted(text).count(unquoted(part))
-
-
-def unquoted(literal: str) -> str:
-    def character(match: re.Match[str]) -> str:
-        if match[1] not in ESCAPES:
-            raise ToolError(f"unknown escape {match[0]}")
-        return ESCAPES[match[1]]
-
-    return re.sub(r"\\(.)", character, literal[1:-1], flags=re.DOTALL)
+def value(node: ast.expr, operands: list[Fraction], depth: int = 0) -> Fraction:
+    """The value of a tree of `parse`. Recursive in right operands and signs alone: a sum may have hundreds of terms."""
+    if depth > MAX_NESTING:
+        raise ToolError("nested too deep")
+    chain = []
+    while isinstance(node, ast.BinOp):
+        chain.append(node)
+        node = node.left
+    if isinstance(node, ast.Constant):
+        result = operands[node.value]
+    elif isinstance(node, ast.UnaryOp):
+        result = value(node.operand, operands, depth + 1) * (-1 if isinstance(node.op, ast.USub) else 1)
+    else:  # 2(3) is a call
+        raise ToolError(MALFORMED)
+    for node in reversed(chain):
+        try:
+            result = fitting(Fraction(OPERATORS[type(node.op)](result, value(node.right, operands, depth + 1))))
+        except ZeroDivisionError:
+            raise ToolError("division by zero") from None
+    return result
 
 
 def fitting(value: Fraction) -> Fraction:
