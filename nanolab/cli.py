@@ -126,8 +126,10 @@ class Condition(NamedTuple):
 
 
 # flags that an error shows with their value
-CHOICES = ("positions", "attention", "normaliser", "window_pattern", "recipe", "modes", "what")
+CHOICES = ("positions", "attention", "softmax", "window_pattern", "recipe", "modes", "what")
 HORIZONS = ("num_iterations", "target_flops", "target_param_data_ratio", "max_seconds")
+# Fields that have another name now: former name -> name. Former flags, configs and checkpoints are read by this table.
+RENAMED = {"normaliser": "softmax"}
 
 
 def from_preset(cls: type[T], name: str, **changes: Any) -> T:
@@ -159,6 +161,7 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(f.name == "prompt" for f in dataclasses.fields(cls)):
         argv = _joined_prompt(argv)
+    argv = [_current_flag(cls, arg) if arg.startswith("--") else arg for arg in argv]
     flags = [
         (i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_"))
         for i, arg in enumerate(argv)
@@ -184,6 +187,24 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     check_read(typed_names, not_read(cls, vars(cfg)), vars(cfg))
     object.__setattr__(cfg, "_given", frozenset(typed_names))
     return cfg
+
+
+def current_name(cls: type, name: str) -> str:
+    """The name that a field of `cls` has now. A former name that `cls` gives to another field is that field's."""
+    now = RENAMED.get(name, name)
+    return now if name not in cls.__dataclass_fields__ and now in cls.__dataclass_fields__ else name
+
+
+def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of `cls`, which an older version may have written, under the names that its fields have now."""
+    return {current_name(cls, name): value for name, value in values.items()}
+
+
+def _current_flag(cls: type, arg: str) -> str:
+    """`arg` ("--flag" or "--flag=value") under the name that its field has now."""
+    flag, equals, value = arg.partition("=")
+    name = flag[2:].replace("-", "_")
+    return arg if (now := current_name(cls, name)) == name else f"--{now.replace('_', '-')}{equals}{value}"
 
 
 def _joined_prompt(argv: list[str]) -> list[str]:
@@ -289,10 +310,11 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild `cls` from `to_json`'s dict. Raises UserError for a field that `cls` does not have, and for infinity or
-    "not a number".
+    """Rebuild `cls` from the dict of `to_json`, of this version or an older one. Raises UserError for a field that
+    `cls` does not have, and for infinity or "not a number".
     """
     names = [f.name for f in dataclasses.fields(cls)]
+    values = current_names(cls, values)
     for key, value in values.items():
         if key not in names:
             raise UserError(

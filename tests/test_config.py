@@ -7,10 +7,10 @@ import pickle
 import pytest
 from helpers import configs
 
-from nanolab.cli import UserError, from_json, from_preset, main, parse, to_json
+from nanolab.cli import RENAMED, UserError, current_names, from_json, from_preset, main, parse, to_json
 from nanolab.model.config import GPTConfig, chosen
 from nanolab.serving.config import ChatConfig
-from nanolab.stages.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig
 
 ALL = list(configs().values())
 
@@ -143,6 +143,27 @@ def test_unknown_json_field_names_the_nearest():
     values["n_layers"] = values.pop("n_layer")
     with pytest.raises(UserError, match="GPTConfig has no field 'n_layers'; did you mean n_layer?"):
         from_json(GPTConfig, values)
+
+
+@pytest.mark.parametrize("former,name", RENAMED.items())
+def test_former_names_are_aliases_and_records_of_them_load(former, name):
+    """In every config that has the new name and gives the former one to nothing else."""
+    flag, before = f"--{former.replace('_', '-')}", f"--{name.replace('_', '-')}"
+    having = [c for c in ALL if {former, name} & set(c.__dataclass_fields__)]
+    assert having
+    for cls in having:
+        record = {former: "sink"}
+        if former in cls.__dataclass_fields__:
+            assert current_names(cls, record) == record
+            continue
+        assert from_json(cls, record) == cls(**{name: "sink"})
+        for argv in ([flag, "sink"], [f"{flag}=sink"], [before, "sink"]):
+            assert getattr(parse(cls, argv), name) == "sink"
+
+
+def test_the_normaliser_of_advantages_keeps_its_name():
+    cfg = parse(RLConfig, ["--normaliser", "token"])
+    assert cfg.normaliser == "token" and from_json(RLConfig, to_json(cfg)) == cfg
 
 
 @pytest.mark.parametrize(

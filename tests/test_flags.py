@@ -136,7 +136,7 @@ def test_a_typed_flag_that_is_not_read_is_refused(cls, line, by):
             "--preset gpt2 --learning-rate 1e-3 --max-seconds 30 --num-iterations -1",
         ),  # a horizon that is off is no horizon
         (BASE, "--positions rnope --position-pattern R,R,N --rope-base 1000 --rope-fraction 0.5"),
-        (BASE, "--attention mla --no-value-embeds --mla-rope-dim 8 --normaliser softmax_n --softmax-n 2"),
+        (BASE, "--attention mla --no-value-embeds --mla-rope-dim 8 --softmax softmax_n --softmax-n 2"),
         (BASE, "--window-pattern rope --window-size 9"),
         (BASE, "--data climbmix:0.5,./texts:0.5 --num-shards 3"),
         (BASE, "--tied-head --embedding-lr 0.1 --no-residual-scalars --norm-gain --scalar-lr 0.1"),
@@ -296,7 +296,7 @@ SHAPES = {
         for p in ("rope", "nope", "rnope", "learned", "sinusoidal", "alibi")
         for a in ("mha", "mla")
     },
-    **{n: dict(normaliser=n) for n in ("softmax1", "softmax_n", "sink")},
+    **{n: dict(softmax=n) for n in ("softmax1", "softmax_n", "sink")},
     **{f"windows {w}": dict(window_pattern=w) for w in ("L", "SL", "LLLS", "rope")},
     "windows rope, rnope": dict(window_pattern="rope", positions="rnope"),
     "rnope N": dict(positions="rnope", position_pattern="N"),
@@ -372,8 +372,8 @@ MODELS = {
             "gain": dict(norm_gain=True),
             "bias": dict(bias="out"),
             "head bias": dict(bias="head"),
-            "sink": dict(normaliser="sink"),
-            "softmax1": dict(normaliser="softmax1"),
+            "sink": dict(softmax="sink"),
+            "softmax1": dict(softmax="softmax1"),
             "layernorm": dict(norm="layernorm"),
             "qk l2": dict(qk_norm="l2"),
             "qk layernorm": dict(qk_norm="layernorm"),
@@ -497,6 +497,19 @@ def test_a_run_that_was_given_unread_flags_resumes_without_them():
     start(resume=True, data_dir="texts").close()
     with pytest.raises(UserError, match="--matrix-lr was 0.02, now 0.5; --final-lr-frac was 0.05, now 0.1"):
         start(resume=True, data_dir="texts", matrix_lr=0.5, final_lr_frac=0.1)
+
+
+def test_a_run_resumes_from_a_record_with_former_names():
+    """And another value of such a flag is as little accepted as of any other."""
+    runs = neighbour("records/test_run.py")
+    run = runs.start(softmax="sink", data="x", data_dir="texts")
+    runs.save(run, 2)
+    run.close()
+    record = run.dir / "config.json"
+    record.write_text(record.read_text().replace('"softmax"', '"normaliser"'))
+    with pytest.raises(UserError, match="--softmax was 'sink', now 'softmax1'"):
+        runs.start(resume=True, softmax="softmax1", data_dir="texts")
+    runs.start(resume=True, softmax="sink", data_dir="texts").close()
 
 
 @pytest.mark.fault("F5")

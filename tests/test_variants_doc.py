@@ -88,7 +88,7 @@ def test_every_other_flag_kernel_recipe_and_preset_has_a_row():
 
 def test_what_it_says_of_some_entries():
     assert (
-        rows(DOCUMENT, "--normaliser")["softmax1"][1]
+        rows(DOCUMENT, "--softmax")["softmax1"][1]
         == "p_i = exp(s_i) / (1 + sum_j exp(s_j)): a head may attend to nothing"
     )
     assert "[arXiv 2405.04434](https://arxiv.org/abs/2405.04434)" in rows(DOCUMENT, "--attention")["mla"][2]

@@ -98,7 +98,7 @@ def main() -> None:
     for arm in args.arms:
         match = re.fullmatch(r"([\w-]+)(?:@([^:]+))?:\s*(.*)", arm)
         if not match:
-            parser.error(f"arm {arm!r} is not NAME: FLAGS; try 'softmax1: --normaliser softmax1'")
+            parser.error(f"arm {arm!r} is not NAME: FLAGS; try 'softmax1: --softmax softmax1'")
         arms[match[1]] = (Path(match[2] or ROOT).resolve(), match[3])
     samples: dict[str, list[list[float]]] = {name: [] for name in arms}
     for i in range(args.pairs):

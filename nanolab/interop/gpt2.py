@@ -61,8 +61,7 @@ FLAGS = {
     )
 }
 FLAGS |= {
-    name: getattr(Architecture(), name)
-    for name in ("attention", "normaliser", "gate", "score_softcap", "document_mask")
+    name: getattr(Architecture(), name) for name in ("attention", "softmax", "gate", "score_softcap", "document_mask")
 }
 FACTS: dict[str, tuple[Any, ...]] = {  # what config.json may say; where it is silent it means the first
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # one function under two names

@@ -14,6 +14,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from nanolab.cli import from_json
 from nanolab.inference.cache import KVCache
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT, Block
@@ -32,7 +33,7 @@ class NanolabConfig(PretrainedConfig):
     model_type = "nanolab"
 
     def __init__(self, gpt: dict[str, Any] | None = None, **kwargs):
-        c = GPTConfig(**(gpt or {}))
+        c = from_json(GPTConfig, gpt or {})  # which an older version may have exported
         # a tied head reads the table itself: there is nothing to tie
         super().__init__(**kwargs | {"tie_word_embeddings": False})
         self.gpt = asdict(c)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from typing import Any
 
-from nanolab.cli import from_preset, not_read
+from nanolab.cli import current_names, from_preset, not_read
 from nanolab.model.config import ModelFlags
 from nanolab.stages.config import BaseTrainConfig
 
@@ -31,6 +31,7 @@ def next_commands(name: str, kind: str, asked: dict[str, Any] | None, config: di
                 command("chat_sft", model=name, run=f"{name}-mine", tasks="jsonl=FILE:1,identity:1"),
             ),
         ]
+    config = current_names(BaseTrainConfig, config)
     row = from_preset(BaseTrainConfig, config["preset"])
     same = {"preset": config["preset"]} if config["preset"] != "nanolab" else {}
     same |= {f: config[f] for f in MODEL + RECIPE if config[f] != getattr(row, f)}

@@ -41,7 +41,7 @@ class Architecture:
     window_pattern: str = "SSSL"
     # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
     window_size: NonNegativeInt = 0
-    normaliser: str = "softmax"  # softmax | softmax1 | softmax_n | sink: what divides the exponentials
+    softmax: str = "softmax"  # softmax | softmax1 | softmax_n | sink: the term added to the denominator
     softmax_n: NonNegativeFloat = 1.0  # the n of softmax_n
     gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
     qk_norm: str = "rms"  # none | rms | layernorm | l2
@@ -195,7 +195,7 @@ class ModelFlags(Architecture):
         ),
         Condition("mla_rope_dim", "positions", turns, TURNING),
         Condition("window_size", "window_pattern", has_window, "--window-pattern with an S before the last layer"),
-        Condition("softmax_n", "normaliser", lambda c: c.normaliser == "softmax_n", "--normaliser softmax_n"),
+        Condition("softmax_n", "softmax", lambda c: c.softmax == "softmax_n", "--softmax softmax_n"),
     ]
 
 

@@ -174,7 +174,7 @@ class AttentionOp(nn.Module):
 
     def __init__(self, c: GPTConfig, layer: int, width: int, v_width: int):
         super().__init__()
-        self.layer, self.normaliser = layer, entry(c, "normaliser")(c)
+        self.layer, self.normaliser = layer, entry(c, "softmax")(c)  # the name that sinks have in checkpoints
         self.window = windows(c)[layer] if windows(c)[layer] < c.sequence_len else WHOLE_ROW
         self.scale, self.softcap, self.dropout = 1 / math.sqrt(width), c.score_softcap, c.attn_dropout
         first = torch.zeros(1, 1) if c.document_mask else None

@@ -23,7 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from nanolab.cli import UserError, as_json, not_read, to_json
+from nanolab.cli import UserError, as_json, current_names, not_read, to_json
 from nanolab.data import kept
 from nanolab.data.corpus import Data
 from nanolab.data.tokenizer import Tokenizer
@@ -249,7 +249,7 @@ class Run:
             )
         before = recorded(self.name) if saved else {}
         if saved:
-            self._compare(read_json(self.dir / "config.json"), before, env)
+            self._compare(current_names(self.flags, read_json(self.dir / "config.json")), before, env)
         if self.finished:
             return before, None
         source = checkpoint.newest_valid(self.checkpoints) if resume else None

@@ -33,9 +33,7 @@ READ_BY_RECIPE = [
 
 def has_vectors(c: Any) -> bool:
     """Whether the model has parameters at --scalar-lr: residual scalars, gains, biases, sinks."""
-    return (
-        c.residual_scalars or c.norm_gain or bool(c.bias) or c.normaliser == "sink" or c.qk_norm in ("layernorm", "l2")
-    )
+    return c.residual_scalars or c.norm_gain or bool(c.bias) or c.softmax == "sink" or c.qk_norm in ("layernorm", "l2")
 
 
 def has_tables(c: Any) -> bool:

@@ -44,7 +44,7 @@ MORE: dict[str, dict[str, list[Settings]]] = {
         "rnope": [dict(position_pattern="R,R,R,N", rope_layout="interleaved")],
     },
     "attention": {"mla": [dict(mla_kv_rank=12, mla_q_rank=20, mla_rope_dim=6), dict(mla_kv_rank=6, mla_rope_dim=0)]},
-    "normaliser": {"softmax_n": [dict(softmax_n=0.5), dict(softmax_n=3.0)]},
+    "softmax": {"softmax_n": [dict(softmax_n=0.5), dict(softmax_n=3.0)]},
 }
 
 # axis -> values, the base model's first

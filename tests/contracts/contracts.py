@@ -82,7 +82,7 @@ def idle(config: GPTConfig) -> Iterator[str]:
     keys are normed, or the scores bend or meet a sink."""
     if config.n_layer <= 2:
         yield "backout.*"
-    shift_invariant = config.normaliser == "softmax" or (config.normaliser == "softmax_n" and config.softmax_n == 0)
+    shift_invariant = config.softmax == "softmax" or (config.softmax == "softmax_n" and config.softmax_n == 0)
     if shift_invariant and config.qk_norm == "none" and config.score_softcap == 0:
         for layer in range(config.n_layer):
             if config.rope_fraction < 1 or not tables.AXES["positions"][config.positions].uses_rope(config, layer):

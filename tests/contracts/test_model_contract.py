@@ -103,9 +103,7 @@ def test_documents_apart(positions):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, dict(positions="alibi", normaliser="sink"), dict(attention="mla", document_mask=True)],
-    ids=axes.label,
+    "changes", [{}, dict(positions="alibi", softmax="sink"), dict(attention="mla", document_mask=True)], ids=axes.label
 )
 def test_rows_of_several_blocks(changes):
     """Longer than the blocks of rows that kernels work on, with windows shorter and longer than a block."""

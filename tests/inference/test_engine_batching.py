@@ -27,7 +27,7 @@ SMALL = dict(sequence_len=96, vocab_size=61, n_layer=3, n_head=4, n_embd=32, bos
 VARIANTS = {
     "default": GPTConfig(**SMALL, window_size=7, window_pattern="SSL"),
     "documents": GPTConfig(**SMALL, window_size=7, window_pattern="SL", document_mask=True),
-    "gqa-alibi-sink": GPTConfig(**SMALL, window_size=5, attention="gqa:2", positions="alibi", normaliser="sink"),
+    "gqa-alibi-sink": GPTConfig(**SMALL, window_size=5, attention="gqa:2", positions="alibi", softmax="sink"),
     "mla": GPTConfig(**SMALL, window_size=9, attention="mla", value_embeds=False),
     "gpt2": GPTConfig(
         **SMALL,

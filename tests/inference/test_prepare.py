@@ -26,7 +26,7 @@ VARIANTS = {
         norm_gain=True,
         bias="qkv,out,mlp,norm,head",
     ),
-    "rnope-documents": GPTConfig(**SMALL, positions="rnope", document_mask=True, tied_head=True, normaliser="sink"),
+    "rnope-documents": GPTConfig(**SMALL, positions="rnope", document_mask=True, tied_head=True, softmax="sink"),
     "mla": GPTConfig(**SMALL, attention="mla", value_embeds=False),
     "interleaved-l2": GPTConfig(**SMALL, rope_layout="interleaved", qk_norm="l2", norm="layernorm", norm_gain=True),
     "gpt2": GPTConfig(

@@ -29,7 +29,7 @@ SMALL = dict(
 )
 CONFIGS = {
     "default": GPTConfig(**SMALL),
-    "gqa-alibi-sink": GPTConfig(**SMALL, attention="gqa:2", positions="alibi", normaliser="sink"),
+    "gqa-alibi-sink": GPTConfig(**SMALL, attention="gqa:2", positions="alibi", softmax="sink"),
 }
 
 

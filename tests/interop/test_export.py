@@ -125,7 +125,7 @@ def test_gpt2_is_transformers_own(tokenizer, tmp_path, changes):
     "flag",
     [
         dict(softcap=15.0),
-        dict(normaliser="softmax1"),
+        dict(softmax="softmax1"),
         dict(positions="rope"),
         dict(bias=""),
         dict(mlp="gelu"),

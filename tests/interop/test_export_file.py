@@ -52,18 +52,18 @@ WHOLE = {
     "mla": dict(
         attention="mla",
         positions="rnope",
-        normaliser="sink",
+        softmax="sink",
         document_mask=True,
         bias="qkv,out,mlp,norm,head",
         tied_head=True,
     ),
     "alibi": dict(
-        attention="gqa:2", positions="alibi", normaliser="softmax1", score_softcap=2.0, qk_norm="l2", norm_gain=True
+        attention="gqa:2", positions="alibi", softmax="softmax1", score_softcap=2.0, qk_norm="l2", norm_gain=True
     ),
     "learned": dict(
         positions="learned",
         qk_norm="layernorm",
-        normaliser="softmax_n",
+        softmax="softmax_n",
         gate="head",
         mlp="swiglu",
         norm="layernorm",
@@ -120,6 +120,12 @@ def test_what_is_kept_in_fp32_is_what_the_model_computes_with_in_fp32(file, conf
     cast = castable(model)
     assert all(parts[name] for name in parts if name not in cast)
     assert all(model.get_parameter(name).numel() < 100 for name in parts if parts[name])
+
+
+def test_a_config_of_an_older_export_is_read(file):
+    sink = axes.config(dict(softmax="sink"))
+    older = {"normaliser" if name == "softmax" else name: value for name, value in to_json(sink).items()}
+    assert file.NanolabConfig(gpt=older).gpt == to_json(sink)
 
 
 # The rest is about the interface: on the default architecture.

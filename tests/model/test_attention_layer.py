@@ -1,4 +1,4 @@
-"""The parts of an attention layer against their formulas in float64: QK norms, normalisers, gates."""
+"""The parts of an attention layer against their formulas in float64: QK norms, softmax variants, gates."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def layer_by_formula(layer, x: np.ndarray, config: GPTConfig) -> np.ndarray:
         return config.qk_gain**2 * a @ b / math.sqrt(D)
 
     n = {"softmax": np.zeros(H), "softmax1": np.ones(H), "softmax_n": np.full(H, config.softmax_n)}
-    extra = np.exp(w["core.normaliser.logit"]) if config.normaliser == "sink" else n[config.normaliser]
+    extra = np.exp(w["core.normaliser.logit"]) if config.softmax == "sink" else n[config.softmax]
     y = np.zeros((T, H, D))
     for h in range(H):
         for t in range(T):
@@ -58,10 +58,10 @@ def layer_by_formula(layer, x: np.ndarray, config: GPTConfig) -> np.ndarray:
     "changes",
     [dict(qk_norm=name) for name in ("none", "rms", "layernorm", "l2")]
     + [
-        dict(normaliser="softmax1"),
-        dict(normaliser="softmax_n", softmax_n=0.3),
-        dict(normaliser="softmax_n", softmax_n=0.0),
-        dict(normaliser="sink"),
+        dict(softmax="softmax1"),
+        dict(softmax="softmax_n", softmax_n=0.3),
+        dict(softmax="softmax_n", softmax_n=0.0),
+        dict(softmax="sink"),
     ]
     + [dict(gate="head"), dict(gate="elementwise")],
     ids=str,

@@ -8,7 +8,7 @@ from nanolab.model.gpt import cross_entropy
 
 MODELS = {
     "default": {},
-    "latent, sinks": dict(attention="mla", value_embeds=False, normaliser="sink", gate="head"),
+    "latent, sinks": dict(attention="mla", value_embeds=False, softmax="sink", gate="head"),
     "activation checkpointing": dict(mlp_dropout=0.1, resid_dropout=0.1),
     "documents, learned positions": dict(
         document_mask=True, bos=3, positions="learned", mlp="swiglu", norm="layernorm", bias="qkv,norm"

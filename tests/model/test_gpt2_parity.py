@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_theirs():
         ("mlp", "relu"),
         ("qk_gain", 1.2),
         ("softcap", 15.0),
-        ("normaliser", "softmax1"),
+        ("softmax", "softmax1"),
         ("window_size", 30),
     ],
 )

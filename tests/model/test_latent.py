@@ -29,8 +29,8 @@ CONFIG = GPTConfig(
 VARIANTS = {
     "rope": {},
     "no positions": dict(positions="nope"),
-    "softmax1, windows, biases": dict(normaliser="softmax1", window_size=5, bias="qkv,out"),
-    "sinks, mixed layers, gates": dict(normaliser="sink", positions="rnope", gate="head", qk_norm="layernorm"),
+    "softmax1, windows, biases": dict(softmax="softmax1", window_size=5, bias="qkv,out"),
+    "sinks, mixed layers, gates": dict(softmax="sink", positions="rnope", gate="head", qk_norm="layernorm"),
     "no room to absorb": dict(mla_kv_rank=8, qk_norm="none"),
 }
 

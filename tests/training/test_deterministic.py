@@ -37,7 +37,7 @@ MODELS = {
     "default": {},
     "alibi": {"positions": "alibi"},
     "latent": {"attention": "mla", "value_embeds": False},
-    "sinks": {"normaliser": "sink"},
+    "sinks": {"softmax": "sink"},
     "documents": {"document_mask": True, "bos": 3, "positions": "learned"},
     "softcap": {"score_softcap": 20.0},
     "dropout": {"attn_dropout": 0.1, "embed_dropout": 0.1, "resid_dropout": 0.1, "mlp_dropout": 0.1},

@@ -22,13 +22,7 @@ from nanolab.training.schedule import Plan, make_plan
 ONE = Runtime(torch.device("cpu"), torch.float32)
 SMALL = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32)
 FULL = dataclasses.replace(
-    SMALL,
-    positions="learned",
-    normaliser="sink",
-    gate="head",
-    qk_norm="l2",
-    norm_gain=True,
-    bias="qkv,out,mlp,norm,head",
+    SMALL, positions="learned", softmax="sink", gate="head", qk_norm="l2", norm_gain=True, bias="qkv,out,mlp,norm,head"
 )
 # Of every table each entry, and the switches the other way.
 VARIANTS = {

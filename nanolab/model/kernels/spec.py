@@ -17,7 +17,7 @@ FLASH_CAPABILITY = (8, 0)  # from Ampere on
 
 FLAGS = {  # what a kernel may be asked for beyond causal softmax attention -> the flag that asks it
     "window": "--window-pattern",
-    "sink": "--normaliser",
+    "sink": "--softmax",
     "alibi": "--positions alibi",
     "softcap": "--score-softcap",
     "dropout": "--attn-dropout",
@@ -138,6 +138,6 @@ def check_flash(q_BTHD: torch.Tensor, k_BTGD: torch.Tensor, v_BTGD: torch.Tensor
 
 
 def lacking(needs: Collection[str], where: str) -> str:
-    """'it has no sink (--normaliser) ...' for what a kernel is asked and lacks; '' if there is nothing."""
+    """'it has no sink (--softmax) ...' for what a kernel is asked and lacks; '' if there is nothing."""
     named = " and no ".join(f"{need} ({FLAGS[need]})" for need in sorted(needs))
     return f"it has no {named} {where}" if needs else ""

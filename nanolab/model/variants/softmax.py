@@ -1,4 +1,4 @@
-"""What divides the exponentials of attention: one class per way."""
+"""The softmax of attention: one class per variant, which says what is added to the denominator."""
 
 import math
 

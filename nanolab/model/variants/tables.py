@@ -20,7 +20,7 @@ AXES: dict[str, dict[str, Any]] = {
     "rope_layout": ROTATIONS,
     "attention": ATTENTIONS,
     "qk_norm": QK_NORMS,
-    "normaliser": SOFTMAXES,
+    "softmax": SOFTMAXES,
     "gate": GATES,
     "mlp": MLPS,
     "norm": NORMS,
