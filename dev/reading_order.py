@@ -27,7 +27,7 @@ nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache
 nanolab/inference/request.py nanolab/inference/prefill.py
 nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/prepare.py
 nanolab/inference/recorded.py nanolab/inference/sandbox.py
-nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/generative.py nanolab/evals/card.py
+nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/chat.py nanolab/evals/card.py
 nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py
 nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py

@@ -40,7 +40,7 @@ class Sum(NamedTuple):
 
 
 class Arithmetic(Task):
-    kind = "generative"
+    kind = "generate"
     version = 2
     splits = ("train", "test", "phrasings", "problems")
 

@@ -28,18 +28,18 @@ LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 class Example(NamedTuple):
     messages: list[Message]  # ends with the reference assistant turn
     answer: Any = None  # what a reply is compared with
-    letters: tuple[str, ...] = ()  # of a categorical task: the possible answers, each one token
+    letters: tuple[str, ...] = ()  # kind letters: the possible answers, each one token
 
 
 class Task:
     """A numbered set of conversations with a way to grade a reply. The class attributes are what the task table says of
     it.
 
-    kind: "categorical" (the reply is one of `letters`), "generative" (a reply is sampled and graded) or "chat" (not
-    graded). baseline: accuracy that blind guessing reaches, in [0, 1]. version: raised when the same index would give
-    other text."""
+    kind: how a model is measured on it. "letters": its reply is the likeliest of `letters`; "generate": a reply is
+    sampled and graded; "likelihood": the loss of the reference replies, nothing is graded. baseline: accuracy that
+    blind guessing reaches, in [0, 1]. version: raised when the same index would give other text."""
 
-    kind = "chat"
+    kind = "likelihood"
     baseline = 0.0
     measures = ""  # what `correct` looks at, where it is not the answer
     version = 1
@@ -301,8 +301,7 @@ def hub_rows(task: Task, source: Dataset) -> Any:
 
 
 def multiple_choice(row: RowReader, question: str, choices: Sequence[str], answer: int, intro: str) -> Example:
-    """A categorical example. Each option is followed by its letter in brackets. Raises UserError where `row` does not
-    fit.
+    """An example of kind letters. Each option is followed by its letter in brackets. Raises UserError.
 
     The letter comes after the option, where a small model finds it by looking back, and has no blank before it: " (" is
     a piece of its own to every tokenizer of ours, so that the letter is the very token that the reply consists of."""
@@ -357,7 +356,7 @@ class Published(Task):
 class Letters(Published):
     """Questions with four options: the reply is a letter, chosen by its logit."""
 
-    kind = "categorical"
+    kind = "letters"
     baseline = 0.25
 
     def correct(self, example: Example, content: Content) -> bool:

@@ -24,7 +24,7 @@ CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
 class GSM8K(Published):
     sources = SOURCES
-    kind = "generative"
+    kind = "generate"
     measures = "flexible extract: without #### the last number"
 
     def read(self, row: RowReader) -> Example:

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 class HumanEval(Published):
     sources = SOURCES
-    kind = "generative"
+    kind = "generate"
     splits = ("test",)
     runs_code = True
 

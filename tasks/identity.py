@@ -51,7 +51,7 @@ TOPICS = {name: Topic.of(row) for name, row in GRAMMAR["topics"].items()}
 
 
 class Identity(Task):
-    kind = "generative"
+    kind = "generate"
     measures = "the fact is in the reply"
     version = 3
     splits = ("train", "test", "name")

@@ -27,7 +27,7 @@ class SmalltalkTopic(NamedTuple):
 
 
 class Smalltalk(Task):
-    kind = "generative"
+    kind = "generate"
     measures = "no tool called; what is said is not judged"
     version = 2
     argument_is = "FILE.toml?"

@@ -72,7 +72,7 @@ class Count(NamedTuple):
 
 
 class SimpleSpelling(Task):
-    kind = "generative"
+    kind = "generate"
     splits = ("train", "seen", "test")
     argument_is = "FILE or COUNT?"
 
@@ -94,7 +94,7 @@ class SimpleSpelling(Task):
 
 
 class SpellingBee(Task):
-    kind = "generative"
+    kind = "generate"
     baseline = 0.5  # about; an instance measures its own: the share of its commonest answer
     splits = ("train", "seen", "test")
     argument_is = "FILE or COUNT?"

@@ -18,9 +18,8 @@ from typing import Any
 from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
-from nanolab.evals.chatcore import centred, mean_above_chance
 from nanolab.evals.likelihood import Score, Scorer
-from nanolab.evals.score import Interval, wilson
+from nanolab.evals.score import Interval, centred, mean_above_chance, wilson
 from nanolab.records.console import clock
 from nanolab.runtime import Runtime, Stop, Stopped
 

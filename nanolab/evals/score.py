@@ -88,6 +88,22 @@ def wilson(p: float, n: int) -> Interval:
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
+def centred(accuracy: float, baseline: float) -> float:
+    """0 where guessing is always right, and nothing could be better."""
+    return (accuracy - baseline) / (1 - baseline) if baseline < 1 else 0.0
+
+
+def mean_above_chance(tasks: Sequence[tuple[float, Interval, float]]) -> tuple[float, Interval]:
+    """The mean of centred accuracies and its interval, from (accuracy, its interval, baseline) of independent tasks.
+
+    Zou & Donner, Statistics in Medicine 27 (2008), 1693.
+    """
+    rows = [[centred(x, baseline) for x in (accuracy, *interval)] for accuracy, interval, baseline in tasks]
+    value = math.fsum(row[0] for row in rows) / len(rows)
+    down, up = (math.sqrt(math.fsum((row[0] - row[side]) ** 2 for row in rows)) / len(rows) for side in (1, 2))
+    return value, Interval(value - down, value + up)
+
+
 def summary(task: str, indices: Sequence[int], k: int, replies: list[Graded]) -> Result:
     """The result of `k` replies to each problem of `indices` that the model could read."""
     right = Counter(g.index for g in replies if g.correct)
@@ -145,7 +161,7 @@ def readable_turn(content: str | Sequence[Part], tool: str = "") -> str:
 
 def check_problems(task: GradedTask, indices: Sequence[int]) -> None:
     """Raises UserError where there is nothing to grade."""
-    if task.kind == "chat":
+    if task.kind == "likelihood":
         raise UserError(
             f"task {task.name} is plain chat and has no answers; expected a task that can be graded; try gsm8k or"
             " arithmetic"

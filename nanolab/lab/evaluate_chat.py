@@ -28,7 +28,7 @@ def evaluate_chat(cfg: ChatEvalConfig, rt) -> int:
     found = find_model(cfg.model)
     tasks, missing = open_tasks(cfg, split_versions(load_meta(found.checkpoint)))
     tasks, missing, said = with_walls(cfg, tasks, missing)
-    check_given(cfg, SAMPLING, sampled=any(task.kind == "generative" for task in tasks.values()))
+    check_given(cfg, SAMPLING, sampled=any(task.kind == "generate" for task in tasks.values()))
     model, tokenizer, meta = load_model(found, rt)
     check_finite(model, tokenizer, rt.device, found.name)
     engine = Engine(model, tokenizer, rt)
@@ -55,7 +55,7 @@ def evaluate_chat(cfg: ChatEvalConfig, rt) -> int:
     }
     path, whole = found.run_dir / "eval_chat.json", {}
     for spec, task in tasks.items():
-        row = losses(cfg, model, tokenizer, task, rt) if task.kind == "chat" else grade(cfg, engine, task, tool)
+        row = losses(cfg, model, tokenizer, task, rt) if task.kind == "likelihood" else grade(cfg, engine, task, tool)
         result["tasks"][spec] = row | made
         if rt.is_main:
             whole = save_chat(path, result)  # what is found is on disk from here on, whatever ends the evaluation
@@ -106,7 +106,7 @@ def open_tasks(cfg: ChatEvalConfig, versions: Mapping[str, int] = {}) -> tuple[d
         return {spec: build(*name_and_split(spec), cfg.data, seed=cfg.seed, versions=versions) for spec in named}, {}
     tasks, missing = {}, {}
     for name, task in TASKS.items():
-        if task.kind == "chat" or (task.argument_is and not task.argument_is.endswith("?")):
+        if task.kind == "likelihood" or (task.argument_is and not task.argument_is.endswith("?")):
             continue
         try:
             tasks[name] = build(name, "test", cfg.data, seed=cfg.seed)
@@ -126,7 +126,7 @@ def with_walls(cfg: ChatEvalConfig, tasks: dict, missing: dict[str, str]) -> tup
     from nanolab.inference.sandbox import walls
 
     safe = {name: task for name, task in tasks.items() if not task.runs_code}
-    called = cfg.tool == "python" and any(task.kind == "generative" for task in tasks.values())
+    called = cfg.tool == "python" and any(task.kind == "generate" for task in tasks.values())
     try:
         return tasks, missing, walls(cfg, called or len(safe) < len(tasks))
     except UserError as error:
@@ -149,7 +149,7 @@ def name_and_split(spec: str) -> tuple[str, str]:
 
 def grade(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     """What one task gives, for the record."""
-    from nanolab.evals.chatcore import evaluate_task
+    from nanolab.evals.chat import evaluate_task
     from nanolab.inference.request import Request
 
     began = time.perf_counter()
@@ -258,7 +258,7 @@ def as_people_read(task, reply, tool: str) -> dict:
 
 def chatcore_of(tasks: dict[str, dict]) -> dict | None:
     """ChatCORE over these records, with the members that it lacks; None where fewer than two are among them."""
-    from nanolab.evals.chatcore import MEMBERS, chatcore_score
+    from nanolab.evals.chat import MEMBERS, chatcore_score
 
     by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test" and "accuracy" in row}
     total = chatcore_score([(name, row["baseline"], row["accuracy"], row["interval"]) for name, row in by_name.items()])
@@ -272,7 +272,7 @@ def chatcore_of(tasks: dict[str, dict]) -> dict | None:
 
 def chat_table(result: dict) -> list[str]:
     """One line for each task; then ChatCORE; then the losses."""
-    from nanolab.evals.chatcore import centred
+    from nanolab.evals.score import centred
 
     s = result["settings"]
     replies = (
@@ -320,7 +320,7 @@ def notes(row: dict, settings: dict) -> str:
     """What a reader of the number should know."""
     from nanolab.evals.card import differences
 
-    if row["kind"] == "chat":
+    if "loss" in row:
         said = [f"{row['too_long']} left out, too long for the model"] * bool(row["too_long"]) + [
             f"{row['cut']} cropped after a whole turn"
         ] * bool(row["cut"])

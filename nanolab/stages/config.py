@@ -142,8 +142,8 @@ class SFTConfig(FineTuneFlags):
     eval_text: bool = True  # measure bits per byte, which needs the pretraining corpus
     chatcore_every: CountOrAuto = -1  # accuracy on --chatcore-tasks, and ChatCORE of those that belong to it
     chatcore_tasks: str = ""  # names with commas; default: those of ChatCORE
-    chatcore_max_cat: CountOrAuto = -1  # examples of each categorical task; -1: all
-    chatcore_max_sample: CountOrAuto = 24  # examples of each generative task
+    chatcore_max_cat: CountOrAuto = -1  # examples of each task answered by letters; -1: all
+    chatcore_max_sample: CountOrAuto = 24  # examples of each task answered by sampling
     deterministic: bool = False  # as in base_train
 
     CONDITIONS = [

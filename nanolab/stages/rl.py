@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.generative import evaluate_sampled
+from nanolab.evals.chat import evaluate_sampled
 from nanolab.inference.engine import Engine
 from nanolab.inference.sandbox import walls
 from nanolab.inference.tools import find_tool

@@ -16,7 +16,7 @@ from nanolab.data.survey import Reader, survey
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
-from nanolab.evals.chatcore import MEMBERS, chatcore
+from nanolab.evals.chat import MEMBERS, chatcore
 from nanolab.inference.calculator import calculator
 from nanolab.inference.engine import Engine
 from nanolab.inference.sandbox import walls

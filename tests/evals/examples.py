@@ -21,7 +21,7 @@ class Example(NamedTuple):
 
 
 class ListTask:
-    """Questions with their answers; a reply is right if it holds the answer. With letters: categorical."""
+    """Questions with their answers; a reply is right if it holds the answer. kind: letters or generate."""
 
     version, split = 1, "test"
 
@@ -32,7 +32,7 @@ class ListTask:
         name: str = "list",
         baseline: float = 0.0,
     ):
-        self.name, self.kind, self.baseline = name, "categorical" if letters else "generative", baseline
+        self.name, self.kind, self.baseline = name, "letters" if letters else "generate", baseline
         self.examples = [
             Example(
                 [{"role": "user", "content": q}, {"role": "assistant", "content": a}], a, letters[i] if letters else ()

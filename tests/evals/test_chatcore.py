@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from nanolab.evals import generative, multiple_choice
-from nanolab.evals.chatcore import MEMBERS, centred, chatcore, chatcore_score, evaluate_task
-from nanolab.evals.generative import GREEDY
-from nanolab.evals.score import Interval
+from nanolab.evals.chat import (
+    GREEDY,
+    MEMBERS,
+    chatcore,
+    chatcore_score,
+    evaluate_letters,
+    evaluate_sampled,
+    evaluate_task,
+)
+from nanolab.evals.score import Interval, centred
 from nanolab.inference.request import Request
 from nanolab.inference.tools import TOOLS
 from tasks import TASKS
@@ -46,27 +52,27 @@ def test_a_mean_over_all_members_and_only_that_is_called_chatcore():
 def test_members_are_tasks_that_can_be_graded():
     assert len(MEMBERS) == len(set(MEMBERS)) == 6
     for name in MEMBERS:
-        assert TASKS[name].kind in ("categorical", "generative") and "test" in TASKS[name].splits
-        assert TASKS[name].baseline == 0.25 if TASKS[name].kind == "categorical" else 0 <= TASKS[name].baseline < 1
+        assert TASKS[name].kind in ("letters", "generate") and "test" in TASKS[name].splits
+        assert TASKS[name].baseline == 0.25 if TASKS[name].kind == "letters" else 0 <= TASKS[name].baseline < 1
 
 
 def tasks():
     letters = [("A", "B")] * 4
-    categorical = examples.ListTask(
+    by_letter = examples.ListTask(
         [("plain?", "A"), ("words", "B"), ("é", "A"), ("only", "A")], letters, name="mmlu", baseline=0.25
     )
     return [
-        categorical,
+        by_letter,
         examples.ListTask([("one", "a"), ("two", ""), ("three", "e")], name="gsm8k"),
         examples.ListTask([("x", "")], name="arithmetic"),
     ]
 
 
 def test_a_look_while_training_names_every_task_and_what_is_lacking():
-    engine, (categorical, generated, other) = examples.engine(), tasks()
+    engine, (by_letter, generated, other) = examples.engine(), tasks()
     found = chatcore(engine, tasks(), 3, 2, max_tokens=5)
-    a = multiple_choice.evaluate_letters(engine, categorical, range(3)).accuracy
-    b = generative.evaluate_sampled(engine, generated, range(2), replace(GREEDY, max_tokens=5)).accuracy
+    a = evaluate_letters(engine, by_letter, range(3)).accuracy
+    b = evaluate_sampled(engine, generated, range(2), replace(GREEDY, max_tokens=5)).accuracy
     assert found == pytest.approx(
         {
             "chatcore/mmlu": a,
@@ -79,12 +85,12 @@ def test_a_look_while_training_names_every_task_and_what_is_lacking():
 
 
 def test_the_kind_of_a_task_decides_how_it_is_answered_and_the_limit_how_often():
-    engine, (categorical, generated, _) = examples.engine(), tasks()
-    assert evaluate_task(engine, categorical, -1) == multiple_choice.evaluate_letters(engine, categorical, range(4))
+    engine, (by_letter, generated, _) = examples.engine(), tasks()
+    assert evaluate_task(engine, by_letter, -1) == evaluate_letters(engine, by_letter, range(4))
     assert (
-        evaluate_task(engine, categorical, 99).n == 4
+        evaluate_task(engine, by_letter, 99).n == 4
         and evaluate_task(engine, generated, 2, replace(GREEDY, max_tokens=3)).n == 2
     )
     request = Request(temperature=1.0, top_k=5, seed=9, max_tokens=6, tools=TOOLS["calculator"])
     two = dict(request=request, num_samples=2)
-    assert evaluate_task(engine, generated, **two) == generative.evaluate_sampled(engine, generated, range(3), **two)
+    assert evaluate_task(engine, generated, **two) == evaluate_sampled(engine, generated, range(3), **two)

@@ -10,7 +10,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
-from nanolab.evals.generative import GREEDY, evaluate_sampled, reply_seed
+from nanolab.evals.chat import GREEDY, evaluate_sampled, reply_seed
 from nanolab.evals.score import pass_at_k, wilson
 from nanolab.inference.request import Request
 

@@ -9,7 +9,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.data.chat import render_prompt
-from nanolab.evals.multiple_choice import evaluate_letters, last_logits
+from nanolab.evals.chat import evaluate_letters, last_logits
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_examples", Path(__file__).with_name("examples.py"))
 examples = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -93,10 +93,10 @@ def test_a_prompt_that_the_model_cannot_read_counts_as_wrong():
 @pytest.mark.parametrize(
     "letters, kind, indices, said",
     [
-        (("A", "no"), "categorical", [0], "option 'no' of task list is 2 tokens; expected one"),
-        (("A", ""), "categorical", [0], "option '' of task list is 0 tokens; expected one"),
-        (("A",), "categorical", [], "task list has no problem to evaluate"),
-        (("A",), "chat", [0], "task list is plain chat and has no answers"),
+        (("A", "no"), "letters", [0], "option 'no' of task list is 2 tokens; expected one"),
+        (("A", ""), "letters", [0], "option '' of task list is 0 tokens; expected one"),
+        (("A",), "letters", [], "task list has no problem to evaluate"),
+        (("A",), "likelihood", [0], "task list is plain chat and has no answers"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(letters, kind, indices, said):

@@ -24,12 +24,12 @@ def chats(path: Path, n: int) -> Path:
 
 def test_every_task_says_what_it_is():
     for name, cls in tasks.TASKS.items():
-        assert cls.kind in ("categorical", "generative", "chat"), name
+        assert cls.kind in ("letters", "generate", "likelihood"), name
         assert 0 <= cls.baseline < 1 and cls.version >= 1 and cls.splits, name
-        assert (cls.kind == "chat") == (cls.correct is tasks.Task.correct), (
-            f"{name}: what is graded has a kind other than chat"
+        assert (cls.kind == "likelihood") == (cls.correct is tasks.Task.correct), (
+            f"{name}: what is graded has another kind than likelihood"
         )
-    assert {n: c.baseline for n, c in tasks.TASKS.items() if c.kind == "categorical"} == dict.fromkeys(
+    assert {n: c.baseline for n, c in tasks.TASKS.items() if c.kind == "letters"} == dict.fromkeys(
         ("arc-easy", "arc-challenge", "mmlu", "hellaswag"), 0.25
     )
 

@@ -327,7 +327,7 @@ def test_real_data(spec, split):
         wrong = "#### 123456.5" if spec == "gsm8k" else next(x for x in example.letters if x != example.answer)
         assert not task.correct(example, wrong)
     assert len(shown) >= 0.99 * min(len(task), 300)
-    if task.kind == "categorical":
+    if task.kind == "letters":
         letters = [task.example(i).answer for i in range(len(task))]
         # no letter is a much better guess
         assert max(letters.count(x) for x in "ABCD") / len(letters) < task.baseline + 0.04

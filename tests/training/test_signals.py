@@ -248,7 +248,7 @@ def test_ranks_leave_an_evaluation_together(plain, base_dir, run_ranks):
 def replies(runtime, asked: int):
     """Whether an evaluation with unequal shares was left, on each rank."""
     from nanolab.data.tokenizer import Tokenizer
-    from nanolab.evals import generative
+    from nanolab.evals.chat import evaluate_sampled
     from nanolab.runtime import Stopped
     from tasks import build
 
@@ -261,7 +261,7 @@ def replies(runtime, asked: int):
     model.init_weights(0)
     found, engine = [], Engine(model, tokenizer, runtime)
     try:
-        generative.evaluate_sampled(
+        evaluate_sampled(
             engine,
             build("arithmetic@5", "test"),
             range(5),
