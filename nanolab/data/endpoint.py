@@ -1,19 +1,22 @@
-"""An endpoint that speaks OpenAI's chat API, asked until it answers: busy ones are waited for, redirects are refused,
-the key stays out of what is shown. Imports no torch."""
+"""An endpoint that speaks OpenAI's chat API, asked by its client until it answers: busy ones are waited for, redirects
+are refused, the key stays out of what is shown. Imports no torch."""
 
-import http.client
 import ipaddress
-import json
-import random
-import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nanolab.cli import UserError, nearest
 from nanolab.terminal import harmless
+
+try:
+    import httpx2
+    import openai
+except ImportError as error:
+    raise UserError(
+        "the client of endpoints, openai, is not installed; expected the extra gen; type: bash runs/setup.sh gen"
+    ) from error
 
 ASK = (
     'Write the conversation now. Answer with one JSON object and nothing else: {"messages": [{"role": "user",'
@@ -22,9 +25,7 @@ ASK = (
 )
 
 
-TRIES = 7  # requests for one answer, when the endpoint is busy or out of reach
-BACK_OFF = 1.0  # seconds before the second request; doubles
-LONGEST_WAIT = 60.0
+TRIES = 11  # requests for one answer, when the endpoint is busy or out of reach: about a minute of the client's waits
 MAX_BODY = 8 << 20  # bytes of an answer
 _MESSAGE = {
     "type": "object",
@@ -74,11 +75,24 @@ def exposed_to(url: str) -> str:
     return "" if here or parts.scheme != "http" else host
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would hand the key to wherever it leads."""
+class Bounded(httpx2.SyncByteStream):
+    """The body of an answer, bounded in time and size: the client's own timeout is one of silence."""
 
-    def redirect_request(self, *args: Any) -> None:
-        return None
+    def __init__(self, parts: Any, seconds: float) -> None:
+        self.parts, self.seconds, self.deadline = parts, seconds, time.monotonic() + seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self.parts:
+            size += len(part)
+            if time.monotonic() > self.deadline:
+                raise httpx2.ReadTimeout(f"no whole answer within {self.seconds:g} seconds")
+            if size > MAX_BODY:
+                raise Refused(f"an answer of more than {MAX_BODY} bytes")
+            yield part
+
+    def close(self) -> None:
+        self.parts.close()
 
 
 class Endpoint:
@@ -115,80 +129,62 @@ class Endpoint:
                 "the key holds blanks, line ends or letters beyond ASCII; expected one word; set the variable that"
                 " --api-key-env names again"
             )
-        self.url, self.timeout, self._key = url.rstrip("/") + "/chat/completions", timeout, key.strip()
-        self.fields = {
+        self.url, self._key = url.rstrip("/") + "/chat/completions", key.strip()
+        self.fields: dict[str, Any] = {
             "model": model,
             "temperature": temperature,
             **({"max_tokens": max_tokens} if max_tokens else {}),
             **RESPONSE_FORMATS[response_format],
+            **({} if self._key else {"extra_headers": {"Authorization": openai.omit}}),
         }
-        self._opener = urllib.request.build_opener(NoRedirect)
 
-    def ask(self, instructions: str, seed: int, stop: threading.Event) -> Answer:
-        """One answer. Waits and asks again while the endpoint is busy (429, 5xx) or out of reach, unless `stop` is set.
+        def bound(response: httpx2.Response) -> None:
+            response.stream = Bounded(response.stream, timeout)
+
+        self._client = openai.OpenAI(
+            base_url=url,
+            api_key=self._key or "none",
+            timeout=timeout,
+            max_retries=TRIES - 1,
+            # a redirect is an error: it might lead the request to anybody
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [bound]}),
+        )
+
+    def ask(self, instructions: str, seed: int) -> Answer:
+        """One answer. The client waits and asks again while the endpoint is busy (429, 5xx) or out of reach.
 
         Raises Refused for an answer without a text, UserError where asking again would not help.
         """
-        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": ASK}]
-        body = json.dumps({**self.fields, "messages": messages, "seed": seed}).encode()
-        jitter = random.Random(seed)
-        for n in range(TRIES):
-            try:
-                return answer_of(self._post(body))
-            except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {self._shown(error)}"
-                if error.code not in (408, 429) and error.code < 500:
-                    remedy = (
-                        "set the key in the variable that --api-key-env names"
-                        if error.code in (401, 403)
-                        else "see --url, --model and --response-format"
-                    )
-                    raise UserError(f"{self.url} answers with {problem}; expected a conversation; {remedy}") from None
-                wait = error.headers.get("Retry-After", "")
-            except (OSError, http.client.HTTPException) as error:  # out of reach, reset, timed out, cut short
-                problem, wait = self._hidden(str(getattr(error, "reason", error)) or type(error).__name__), ""
-            except ValueError as error:
-                raise Refused(f"the endpoint's answer is not what its API promises ({error})") from None
-            delay = float(wait) if wait.isdecimal() else BACK_OFF * 2**n * (0.5 + jitter.random())
-            if n + 1 < TRIES and stop.wait(min(delay, LONGEST_WAIT)):
-                raise Refused("stopped")
-        remedy = "type the same command later, with fewer --workers if it is busy"
-        raise UserError(f"{self.url} did not answer {TRIES} times in a row ({problem}); expected an answer; {remedy}")
-
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", "User-Agent": "nanolab"} | (
-            {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        )
-        deadline, parts = time.monotonic() + self.timeout, []
-        with self._opener.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole answer within {self.timeout:g} seconds")
-                if sum(map(len, parts)) > MAX_BODY:
-                    raise ValueError(f"more than {MAX_BODY} bytes")
-            if response.length:  # read1 does not mind a connection that ends early
-                raise http.client.IncompleteRead(b"".join(parts), response.length)
-        return b"".join(parts)
-
-    def _shown(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of an error's body, or where it redirects, as a terminal may be shown it."""
-        if location := error.headers.get("Location"):
-            return self._hidden(f"a redirect to {location}, which is not followed")
-        return self._hidden(" ".join(error.read(2000).decode(errors="replace").split()))[:300]
-
-    def _hidden(self, text: str) -> str:
-        return harmless(text.replace(self._key, "[key]") if self._key else text)
+        messages: list[Any] = [{"role": "system", "content": instructions}, {"role": "user", "content": ASK}]
+        busy = "type the same command later, with fewer --workers if it is busy"
+        try:
+            return answer_of(self._client.chat.completions.create(messages=messages, seed=seed, **self.fields))
+        except openai.APIConnectionError as error:  # out of reach, reset, timed out, cut short
+            problem, remedy = str(error.__cause__ or error), busy
+        except openai.APIStatusError as error:
+            code, location = error.status_code, error.response.headers.get("Location")
+            said = f"a redirect to {location}, which is not followed" if location else error.response.text
+            problem = f"status {code}: {' '.join(said.split())}"
+            again = code in (408, 409, 429) or code >= 500
+            remedy = busy if again else "see --url, --model, --response-format and --api-key-env's key"
+        except (ValueError, RecursionError, openai.APIError) as error:
+            raise Refused(f"the endpoint's answer is not what its API promises ({error})") from None
+        tries = f" in {TRIES} tries" if remedy is busy else ""
+        problem = harmless(problem.replace(self._key, "[key]") if self._key else problem)[:320]
+        raise UserError(f"{self.url} gives no answer{tries} ({problem}); expected a conversation; {remedy}")
 
 
-def answer_of(body: bytes) -> Answer:
-    """Raises ValueError for a body that is not an answer, Refused for an answer without a whole text."""
+def answer_of(found: Any) -> Answer:
+    """Raises ValueError for what is not a ChatCompletion (the client checks no types), Refused for one without a whole
+    text."""
     try:
-        found = json.loads(body)
-        choice = found["choices"][0]
-        text, finish, usage = choice["message"].get("content"), choice.get("finish_reason"), found.get("usage") or {}
-        tokens = sum(int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
-    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        choice, usage = found.choices[0], found.usage
+        text, finish, tokens = (
+            choice.message.content,
+            choice.finish_reason,
+            int(usage.total_tokens or 0) if usage else 0,
+        )
+    except (IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if finish == "length":
         raise Refused("cut for length; raise --max-tokens")

@@ -246,14 +246,11 @@ def generate(
     disk."""
     jobs: queue.Queue[Job | None] = queue.Queue()
     results: queue.Queue[tuple[Job, Answer | Exception]] = queue.Queue()
-    stop = threading.Event()
 
     def work() -> None:
         while job := jobs.get():
             try:
-                results.put(
-                    (job, endpoint.ask(spec.filled(spec.drawn(seed, job.index)), request_seed(seed, job), stop))
-                )
+                results.put((job, endpoint.ask(spec.filled(spec.drawn(seed, job.index)), request_seed(seed, job))))
             except Exception as error:  # handed to the caller's thread
                 results.put((job, error))
 
@@ -281,7 +278,6 @@ def generate(
                 seen = f"{hopeless} conversations in a row came to nothing, the last one because: {event.reason}"
                 raise UserError(f"{seen}; expected some of use; try another --model or other instructions")
     finally:
-        stop.set()
         for _ in threads:
             jobs.put(None)
 

@@ -1,6 +1,7 @@
 """Synthetic conversations from a small local server that is busy, slow, wrong, or repeats itself."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.guard:
-            self.server.requests.append((self.path, dict(self.headers), body))
+            self.server.requests.append((self.path, self.headers, body))
             fault = self.server.faults.pop(0) if self.server.faults else ""
         if self.server.pause:
             time.sleep(self.server.pause)
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(
                 int(fault),
                 f"no: {self.headers.get('Authorization')} says {fault}".encode(),
-                {"Retry-After": "0"} | location,
+                {"Retry-After": "0.01"} | location,
             )
         if fault == "drop":
             self.close_connection = True
@@ -59,6 +60,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
         if fault == "empty":
             return self.reply(200, b"{}")
+        if fault == "deep":
+            return self.reply(200, b"[" * 100_000)
+        if fault == "large":
+            return self.reply(200, b" " * (endpoint.MAX_BODY + 1))
         texts = {
             "malformed": text[:-9],
             "prose": "Of course! Here it is.",
@@ -69,12 +74,19 @@ class Handler(BaseHTTPRequestHandler):
             "finish_reason": "length" if fault == "length" else "stop",
         }
         self.reply(
-            200, json.dumps({"choices": [content], "usage": {"prompt_tokens": 20, "completion_tokens": 22}}).encode()
+            200,
+            json.dumps(
+                {"choices": [content], "usage": {"prompt_tokens": 20, "completion_tokens": 22, "total_tokens": 42}}
+            ).encode(),
         )
 
     def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -115,7 +127,6 @@ def server(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint, "BACK_OFF", 0.01)
     found = Server()
     yield found
     found.shutdown()
@@ -216,6 +227,8 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(work, server):
         ("prose", "not JSON"),
         ("length", "cut for length"),
         ("empty", "not what its API promises"),
+        ("deep", "not what its API promises"),
+        ("large", "an answer of more than"),
     ],
 )
 def test_a_malformed_answer_is_replaced_by_another(work, server, capsys, fault, why):
@@ -251,8 +264,8 @@ def test_nothing_of_use_ends_the_command(work, server, monkeypatch):
 @pytest.mark.parametrize(
     "status, said",
     [
-        ("401", "answers with status 401.*--api-key-env"),
-        ("400", "answers with status 400.*--response-format"),
+        ("401", "gives no answer .status 401.*--api-key-env"),
+        ("400", "gives no answer .status 400.*--response-format"),
         ("302", "a redirect to .*is not followed"),
     ],
 )
@@ -271,12 +284,12 @@ def test_what_asking_again_does_not_mend_ends_at_once_and_keeps_what_is_there(wo
 def test_an_endpoint_that_stays_away_ends_the_command(work, server, monkeypatch):
     monkeypatch.setattr(endpoint, "TRIES", 3)
     server.faults = ["503"] * 99
-    with pytest.raises(UserError, match=r"did not answer 3 times in a row \(status 503: .*type the same command later"):
+    with pytest.raises(UserError, match=r"no answer in 3 tries \(status 503: .*type the same command later"):
         work(workers=1)
     assert len(server.requests) == 3
     server.shutdown()
     server.server_close()
-    with pytest.raises(UserError, match="did not answer 3 times in a row .*refused"):
+    with pytest.raises(UserError, match="no answer in 3 tries .*refused"):
         work(workers=1)
 
 
@@ -293,6 +306,12 @@ def test_without_a_key_none_is_sent(work, server, monkeypatch, capsys):
         "Authorization" not in server.requests[0][1]
         and "no key is sent: OPENAI_API_KEY is not set" in capsys.readouterr().out
     )
+
+
+def test_without_the_client_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match="bash runs/setup.sh gen"):
+        runpy.run_path(endpoint.__file__)
 
 
 def test_a_second_command_asks_only_for_what_is_missing(work, server):
@@ -504,7 +523,7 @@ def test_a_terminal_gets_no_control_characters_of_an_endpoint(work, server, monk
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self.reply(
-            status, ESCAPES, {"Location": "http://x.example/\x1b]0;y\x07"} if status == 302 else {"Retry-After": "0"}
+            status, ESCAPES, {"Location": "http://x.example/\x1b]0;y\x07"} if status == 302 else {"Retry-After": "0.01"}
         )
 
     monkeypatch.setattr(Handler, "do_POST", do_POST)
