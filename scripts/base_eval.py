@@ -28,8 +28,8 @@ def run(cfg: BaseEvalConfig) -> int:
         )
     check_max_per_task(cfg.max_per_task, "--max-per-task")
     from nanolab import runtime
-    from nanolab.evals.suite import Suite
     from nanolab.lab.evaluate_base import evaluate_checkpoints, evaluate_model
+    from nanolab.lab.suite import Suite
 
     rt = runtime.start(cfg.device_type, seed=cfg.seed)
     try:

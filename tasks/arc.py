@@ -2,7 +2,8 @@
 https://arxiv.org/abs/1803.05457
 """
 
-from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
+from nanolab.evals.icl import Question
+from tasks.common import Dataset, Letters, RowReader
 
 REPO, REVISION = "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453"
 HUB = {"train": "train", "validation": "validation", "test": "test"}
@@ -17,19 +18,18 @@ class Arc(Letters):
     sources = SOURCES
     splits = ("train", "validation", "test")
 
-    def read(self, row: RowReader) -> Example:
+    @staticmethod
+    def question(row: RowReader) -> Question:
         """The hub's rows (question, choices with labels, answerKey) or the bundle's (query, choices, gold)."""
         if row.has("query"):
-            question, choices, answer = (
-                row.get("query", str).removeprefix("Question:"),
-                row.get("choices", list),
-                row.get("gold", int),
-            )
-        else:
-            options = RowReader(row.get("choices", dict), row.where)
-            question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
-            key = row.get("answerKey", str)
-            if key not in labels:
-                raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
-            answer = labels.index(key)
-        return multiple_choice(row, question, choices, answer, "Choose the right answer to this science question.")
+            return row.question()
+        options = RowReader(row.get("choices", dict), row.where)
+        question, choices, labels = row.get("question", str), options.get("text", list), options.get("label", list)
+        key = row.get("answerKey", str)
+        if key not in labels:
+            raise row.refuse(f"the answer {key!r} is not among the labels {labels}", "one of them")
+        return Question((question,), tuple(choices), labels.index(key))
+
+    def chat(self, row: RowReader, asked: Question) -> tuple[str, Question]:
+        context = asked.contexts[0].removeprefix("Question:")
+        return "Choose the right answer to this science question.", asked._replace(contexts=(context,))

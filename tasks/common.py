@@ -19,6 +19,8 @@ from nanolab.cli import UserError, nearest
 from nanolab.data.chat import Message, text_of
 from nanolab.data.chat_files import read_jsonl
 from nanolab.data.turn import Part
+from nanolab.evals.bundle import read_rows, sample
+from nanolab.evals.icl import KINDS, Question
 
 T = TypeVar("T")
 Content = str | list[Part]  # an assistant's message content
@@ -218,6 +220,13 @@ class RowReader:
     def has(self, field: str) -> bool:
         return field in self.row
 
+    def question(self) -> Question:
+        """Of a row as evaluation bundles have it: query, choices, gold."""
+        try:
+            return KINDS["multiple_choice"].item(self.row)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}; mend or delete the line") from None
+
     def refuse(self, seen: str, expected: str) -> UserError:
         return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
 
@@ -354,10 +363,33 @@ class Published(Task):
 
 
 class Letters(Published):
-    """Questions with four options: the reply is a letter, chosen by its logit."""
+    """Questions with four options. `question` describes the dataset, and both kinds are made of it: letters, where a
+    chat model is given the options and its reply is the letter with the largest logit; and likelihood, where a base
+    model is not, and the likeliest option is its answer (`questions`).
+    """
 
     kind = "letters"
     baseline = 0.25
+
+    @staticmethod
+    def question(row: RowReader) -> Question:
+        """One context, the options, and the number of the right one."""
+        raise NotImplementedError
+
+    @classmethod
+    def questions(cls, path: Path, max_items: int = -1) -> list[Question]:
+        """Of a file, in the order of CORE's shuffle, `max_items` at most (-1: all). Raises UserError."""
+        return sample(
+            [cls.question(RowReader(row, f"{path}:{n}")) for n, row in read_rows(path)], max_items, 0, str(path)
+        )
+
+    def read(self, row: RowReader) -> Example:
+        intro, asked = self.chat(row, self.question(row))
+        return multiple_choice(row, asked.contexts[0], asked.answers, asked.gold, intro)
+
+    def chat(self, row: RowReader, asked: Question) -> tuple[str, Question]:
+        """(what a chat model is told to do, `asked` as it is shown to one)."""
+        raise NotImplementedError
 
     def correct(self, example: Example, content: Content) -> bool:
         return same_letter(example, content)

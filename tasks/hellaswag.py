@@ -1,11 +1,13 @@
-"""HellaSwag as chat: which of four endings continues a description. https://arxiv.org/abs/1905.07830
+"""HellaSwag: which of four endings continues a description. https://arxiv.org/abs/1905.07830
 
-The split test is the dataset's validation, because the answers of its test rows are not public.
+nanolab/evals/hellaswag.py scores its endings. The split test is the dataset's validation, because the answers of its
+test rows are not public.
 """
 
 import re
 
-from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
+from nanolab.evals.icl import Question
+from tasks.common import Dataset, Letters, RowReader
 
 SOURCES = {
     "hellaswag": Dataset(
@@ -21,20 +23,22 @@ SOURCES = {
 class HellaSwag(Letters):
     sources = SOURCES
 
-    def read(self, row: RowReader) -> Example:
-        """The hub's rows (activity_label, ctx, endings, label), or the evaluation bundle's (query, choices, gold)."""
+    @staticmethod
+    def question(row: RowReader) -> Question:
+        """The authors' and the hub's rows (ctx, endings, label), or the evaluation bundle's (query, choices, gold)."""
         if row.has("query"):
-            text, choices, answer = row.get("query", str), row.get("choices", list), row.get("gold", int)
-        else:
-            text = f"{row.get('activity_label', str)}: {row.get('ctx', str)}"
-            choices, answer = row.get("endings", list), row.get("label", str)
-            if not answer.isdecimal():
-                raise row.refuse(
-                    f"the label {answer!r}", "the number of the right ending; the hub's test rows have none"
-                )
-            answer = int(answer)
-        text, *choices = [without_marks(x) if isinstance(x, str) else x for x in (text, *choices)]
-        return multiple_choice(row, text, choices, answer, "Choose the most likely way in which this goes on.")
+            return row.question()
+        label = str(row.row.get("label"))
+        if not label.isdecimal():
+            raise row.refuse(f"the label {label!r}", "the number of the right ending; HellaSwag's test rows have none")
+        choice = {"query": row.get("ctx", str), "choices": row.get("endings", list), "gold": int(label)}
+        return RowReader(choice, row.where).question()
+
+    def chat(self, row: RowReader, asked: Question) -> tuple[str, Question]:
+        """After the activity, which the bundle's contexts begin with."""
+        activity = "" if row.has("query") else f"{row.get('activity_label', str)}: "
+        text, *choices = map(without_marks, (activity + asked.contexts[0], *asked.answers))
+        return "Choose the most likely way in which this goes on.", Question((text,), tuple(choices), asked.gold)
 
 
 def without_marks(text: str) -> str:

@@ -3,7 +3,8 @@
 The split train is the dataset's auxiliary_train: questions of other exams, without a subject.
 """
 
-from tasks.common import Dataset, Example, Letters, RowReader, multiple_choice
+from nanolab.evals.icl import Question
+from tasks.common import Dataset, Letters, RowReader
 
 SOURCES = {
     "mmlu": Dataset(
@@ -20,13 +21,10 @@ class MMLU(Letters):
     sources = SOURCES
     splits = ("train", "validation", "dev", "test")
 
-    def read(self, row: RowReader) -> Example:
+    @staticmethod
+    def question(row: RowReader) -> Question:
+        return Question((row.get("question", str),), tuple(row.get("choices", list)), row.get("answer", int))
+
+    def chat(self, row: RowReader, asked: Question) -> tuple[str, Question]:
         subject = row.get("subject", str).replace("_", " ")
-        about = f"about {subject}" if subject else "of an exam"
-        return multiple_choice(
-            row,
-            row.get("question", str),
-            row.get("choices", list),
-            row.get("answer", int),
-            f"Choose the right answer to this question {about}.",
-        )
+        return f"Choose the right answer to this question {f'about {subject}' if subject else 'of an exam'}.", asked

@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OURS = ("nanolab", "scripts", "tasks")
-PRELOADED = ("torch.distributed", "nanolab.stages.rl", "nanolab.evals.suite", "nanolab.interop.export")
+PRELOADED = ("torch.distributed", "nanolab.stages.rl", "nanolab.lab.suite", "nanolab.interop.export")
 WHERE = "NANOLAB_TESTS_WARM"  # the server's socket
 
 

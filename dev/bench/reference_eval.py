@@ -29,7 +29,7 @@ from nanolab import runtime
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import icl
 from nanolab.evals.bundle import SHUFFLE_SEED, TaskSpec, open_bundle, read_items, read_rows
-from nanolab.evals.likelihood import GPTReader, score
+from nanolab.evals.likelihood import GPTReader, judge_groups, score
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT
 from nanolab.records.environment import environment
@@ -60,7 +60,7 @@ class Ours:
 
     def outcomes(self, task: TaskSpec, items: list[icl.Question]) -> str:
         right = icl.KINDS[task.kind].right
-        found = icl.judge_groups(
+        found = judge_groups(
             self.reader, self.groups(task, items), self.rt, lambda scores, group: right(scores, group.gold)
         )
         return "".join(str(int(ok)) for ok in found)

@@ -18,7 +18,7 @@ from typing import Any
 from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
-from nanolab.evals.likelihood import Score, Scorer
+from nanolab.evals.likelihood import Scorer, judge_groups
 from nanolab.evals.score import Interval, centred, mean_above_chance, wilson
 from nanolab.records.console import clock
 from nanolab.runtime import Runtime, Stop, Stopped
@@ -133,10 +133,10 @@ class Core:
     def measure(self, reader: Scorer, task: TaskSpec, stop: Stop = lambda: False) -> TaskScore:
         began, right = time.perf_counter(), icl.KINDS[task.kind].right
 
-        def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, bool]:
+        def judge(scores: Sequence[icl.Score], group: icl.ItemGroup) -> tuple[bool, bool]:
             return right(scores, group.gold), any(score.cut for score in scores)
 
-        found = icl.judge_groups(reader, self.groups(task), self.runtime, judge, task.label, stop)
+        found = judge_groups(reader, self.groups(task), self.runtime, judge, task.label, stop)
         n, accuracy = len(found), sum(ok for ok, _ in found) / len(found)
         return TaskScore(
             task.kind,

@@ -11,39 +11,16 @@ make that two; there texts are encoded whole."""
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from nanolab.cli import UserError
 from nanolab.evals import icl
-from nanolab.evals.bundle import TaskSpec, read_items, read_rows, sample
-from nanolab.evals.likelihood import Score, Scorer, common
+from nanolab.evals.bundle import TaskSpec, read_items
+from nanolab.evals.likelihood import Scorer, judge_groups
 from nanolab.evals.score import Z95, Interval, wilson
 from nanolab.runtime import Runtime
 from nanolab.tables import interval_text, text_table
 
 RULES = ("sum", "per_token", "per_character", "per_byte")
-
-
-def original_items(path: Path, max_items: int = -1) -> list[icl.Question]:
-    """Items of a file of the dataset's authors: objects with ctx, endings and label. Raises UserError."""
-    items = []
-    for n, row in read_rows(path):
-        label = row.get("label")
-        choice = {
-            "query": row.get("ctx"),
-            "choices": row.get("endings"),
-            "gold": int(label) if str(label).isdecimal() else label,
-        }
-        try:
-            items.append(icl.KINDS["multiple_choice"].item(choice))
-        except UserError as error:
-            said = str(error).replace("query", "ctx").replace("choices", "endings").replace("gold", "label")
-            raise UserError(
-                f"{path}:{n}: {said}; expected HellaSwag's own fields ctx, endings and label, which test rows lack; use"
-                " its validation file"
-            ) from None
-    return sample(items, max_items, 0, str(path))
 
 
 def hellaswag(
@@ -54,7 +31,7 @@ def hellaswag(
     """
     groups = encode_ending(items, range(runtime.rank, len(items), runtime.world_size), tokenizer, bos)
 
-    def judge(scores: Sequence[Score], group: icl.ItemGroup) -> tuple[bool, ...]:
+    def judge(scores: Sequence[icl.Score], group: icl.ItemGroup) -> tuple[bool, ...]:
         answers = items[group.index].answers
         sizes = [
             (1, s.n_tokens, max(1, len(a)), max(1, len(a.encode("utf-8", "surrogatepass"))))
@@ -63,7 +40,7 @@ def hellaswag(
         losses = [[s.nats / size for s, size in zip(scores, of_rule)] for of_rule in zip(*sizes)]
         return *(row.index(min(row)) == group.gold for row in losses), any(s.cut for s in scores)
 
-    found = icl.judge_groups(reader, groups, runtime, judge, "hellaswag")
+    found = judge_groups(reader, groups, runtime, judge, "hellaswag")
     n = len(found)
     right = {rule: sum(outcome[i] for outcome in found) / n for i, rule in enumerate(RULES)}
     return {
@@ -88,7 +65,7 @@ def encode_ending(
     for i, context in zip(indices, contexts):
         head = [*first, *context]
         texts = [[*(head if alone else first), *next(endings)] for _ in items[i].answers]
-        yield icl.group(i, items[i].gold, texts, [len(head) if alone else common([head, text]) for text in texts])
+        yield icl.group(i, items[i].gold, texts, [len(head) if alone else icl.common([head, text]) for text in texts])
 
 
 def lambada(
@@ -101,7 +78,7 @@ def lambada(
     items = read_items(task, max_items)
     mine = range(runtime.rank, len(items), runtime.world_size)
     groups = icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
-    found = icl.judge_groups(reader, groups, runtime, lambda scores, group: scores[0], task.label)
+    found = judge_groups(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
 
     def exp(x: float) -> float:

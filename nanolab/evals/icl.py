@@ -1,5 +1,5 @@
-"""In-context items, as CORE has them: an item of a task, after k solved ones, becomes texts whose likelihoods decide
-it.
+"""Questions of kind likelihood, as CORE asks them: a question, after k solved ones, becomes texts whose likelihoods
+decide it. Imports no torch.
 
     multiple_choice     one context, several answers          right: the answer with the lowest mean loss per token is
                         the true one
@@ -7,25 +7,19 @@ it.
                         context
     language_modeling   one context, one answer               right: each token of the answer is the likeliest one
 
-A solved item is context + delimiter + answer and a blank line behind it. The k of item i are drawn from the others by
-the seed
+A solved item is context + delimiter + answer and a blank line. The k of item i are drawn from the others by the seed
 1234 + i. Prompts, draws and decisions are those of karpathy/nanochat (core_eval.py), which follows DCLM (arXiv
-2406.11794). A text that is
-longer than the model reads is cut to the model's context, as in DCLM: its last tokens count. nanochat's own model reads
-such texts whole.
+2406.11794). A text longer than the model's context is cut to it, as in DCLM: its last tokens count. nanochat's own
+model reads such texts whole.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from nanolab.cli import UserError
-from nanolab.evals.likelihood import Score, Scorer, Text, common, score
-from nanolab.runtime import Runtime, Stop, Stopped
-
-T = TypeVar("T")
 
 
 class Encoder(Protocol):
@@ -37,7 +31,6 @@ class Encoder(Protocol):
 
 
 SHOT_SEED = 1234
-CHUNK = 1 << 20  # tokens of texts that are lists at once: a list takes ten times the room of an array
 
 
 class Question(NamedTuple):
@@ -46,6 +39,20 @@ class Question(NamedTuple):
     contexts: tuple[str, ...]
     answers: tuple[str, ...]
     gold: int = 0
+
+
+class Text(NamedTuple):
+    """A text in tokens, of which those from `start` on are scored; 1 <= start < len(ids)."""
+
+    ids: Sequence[int]
+    start: int
+
+
+class Score(NamedTuple):
+    nats: float  # -log p of the scored tokens, their sum
+    n_tokens: int  # that were scored
+    greedy: bool  # each of them is the likeliest one; of equals the lowest id is
+    cut: int  # tokens dropped on the left, since the text is longer than the model reads
 
 
 class ItemGroup(NamedTuple):
@@ -119,6 +126,12 @@ def _language_item(row: dict[str, Any]) -> Question:
     return Question((_text(row, "context").strip(),), (answer,))
 
 
+def common(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with: as many as the first and the last in lexical order."""
+    first, last = min(texts), max(texts)
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+
+
 def _after_prefix(texts: list[list[int]]) -> list[int]:
     """After what all have in common; where one choice is the beginning of the others, its last token is scored, and
     theirs there.
@@ -143,14 +156,14 @@ def lowest_mean(scores: Sequence[Score], gold: int) -> bool:
     return means.index(min(means)) == gold
 
 
-def is_greedy(scores: Sequence[Score], gold: int) -> bool:
+def all_greedy(scores: Sequence[Score], gold: int) -> bool:
     return scores[0].greedy
 
 
 KINDS = {
     "multiple_choice": Kind(_choice_item, _after_prefix, lowest_mean),
     "schema": Kind(_schema_item, _before_suffix, lowest_mean),
-    "language_modeling": Kind(_language_item, _after_context, is_greedy, continues=True),
+    "language_modeling": Kind(_language_item, _after_context, all_greedy, continues=True),
 }
 
 
@@ -205,46 +218,3 @@ def group(index: int, gold: int, texts: Sequence[Sequence[int]], starts: list[in
         [np.array(text[shared:], np.int32) for text in texts],
         starts,
     )
-
-
-def judge_groups(
-    reader: Scorer,
-    groups: Iterable[ItemGroup],
-    runtime: Runtime,
-    judge: Callable[[Sequence[Score], ItemGroup], T],
-    label: str = "",
-    stop: Stop = lambda: False,
-) -> list[T]:
-    """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
-
-    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that
-    cannot be scored, and Stopped where `stop`, which is asked before each pass, said so on one: when the others are
-    done or were asked too."""
-    found: list[tuple[int, T]] = []
-    why: str | Stopped = ""
-    try:
-        for part in _chunks(sorted(groups, key=lambda group: group.n_tokens)):
-            scores = score(reader, [group.texts() for group in part], label=label, stop=stop)
-            found += [(group.index, judge(of_group, group)) for group, of_group in zip(part, scores)]
-    except UserError as error:
-        why = str(error)
-    except Stopped as error:
-        why = error
-    parts = runtime.gather_objects((found, why))
-    if any(isinstance(why, Stopped) for _, why in parts):
-        raise Stopped
-    if why := next((why for _, why in parts if why), ""):
-        raise UserError(why)
-    return [result for _, result in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
-
-
-def _chunks(groups: Sequence[ItemGroup]) -> Iterator[list[ItemGroup]]:
-    chunk, size = [], 0
-    for group in groups:
-        if chunk and size + group.n_tokens > CHUNK:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(group)
-        size += group.n_tokens
-    if chunk:
-        yield chunk

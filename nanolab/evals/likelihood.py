@@ -5,36 +5,25 @@ texts of like lengths are read together, up to so many tokens; the head sees onl
 share little are read whole, padded on the right: attention is causal, so that nothing behind a place reaches it. Dims:
 N prefixes, R rows, L tokens of a prefix, T of a row, K places that count, C width, V vocabulary."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanolab.cli import UserError
+from nanolab.evals.icl import ItemGroup, Score, Text, common
 from nanolab.inference.cache import KVCache
 from nanolab.inference.prefill import in_blocks
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, Stopped
 from nanolab.terminal import progress
 
+T = TypeVar("T")
+CHUNK = 1 << 20  # tokens of texts that are lists at once: a list takes ten times the room of an array
 WORTH = 48  # tokens that a shared prefix has to save: less, and the second pass costs more
 ALIKE = 16  # tokens of texts that begin alike; those that were cut at different places do not
-
-
-class Text(NamedTuple):
-    """A text in tokens, of which those from `start` on are scored; 1 <= start < len(ids)."""
-
-    ids: Sequence[int]
-    start: int
-
-
-class Score(NamedTuple):
-    nats: float  # -log p of the scored tokens, their sum
-    n_tokens: int  # that were scored
-    greedy: bool  # each of them is the likeliest one; of equals the lowest id is
-    cut: int  # tokens dropped on the left, since the text is longer than the model reads
 
 
 class Reads(NamedTuple):
@@ -151,6 +140,49 @@ def score(
     return [[result(*pair) for pair in zip(*both)] for both in zip(texts, groups)]
 
 
+def judge_groups(
+    reader: Scorer,
+    groups: Iterable[ItemGroup],
+    runtime: Runtime,
+    judge: Callable[[Sequence[Score], ItemGroup], T],
+    label: str = "",
+    stop: Stop = lambda: False,
+) -> list[T]:
+    """judge(scores, group) of every rank's groups, in the order of their indices, on every rank.
+
+    groups: those of this rank. Raises UserError on every rank where one of them cannot be made or has a text that
+    cannot be scored, and Stopped where `stop`, which is asked before each pass, said so on one: when the others are
+    done or were asked too."""
+    found: list[tuple[int, T]] = []
+    why: str | Stopped = ""
+    try:
+        for part in _chunks(sorted(groups, key=lambda group: group.n_tokens)):
+            scores = score(reader, [group.texts() for group in part], label=label, stop=stop)
+            found += [(group.index, judge(of_group, group)) for group, of_group in zip(part, scores)]
+    except UserError as error:
+        why = str(error)
+    except Stopped as error:
+        why = error
+    parts = runtime.gather_objects((found, why))
+    if any(isinstance(why, Stopped) for _, why in parts):
+        raise Stopped
+    if why := next((why for _, why in parts if why), ""):
+        raise UserError(why)
+    return [result for _, result in sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])]
+
+
+def _chunks(groups: Sequence[ItemGroup]) -> Iterator[list[ItemGroup]]:
+    chunk, size = [], 0
+    for group in groups:
+        if chunk and size + group.n_tokens > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(group)
+        size += group.n_tokens
+    if chunk:
+        yield chunk
+
+
 @torch.no_grad()
 def check_finite(model: Any, tokenizer: Any, device: torch.device, name: str) -> None:
     """Raises UserError where the losses of a first sentence are not all finite numbers: nothing that the model says
@@ -199,12 +231,6 @@ def arranged(group: Sequence[Text], numbers: Sequence[int], shares: bool) -> lis
         shared = min(common([row.ids for row in rows]), *(row.first for row in rows)) if shares else 0
         items += [Item(rows, shared)] if (len(rows) - 1) * shared >= WORTH else [Item([row], 0) for row in rows]
     return items
-
-
-def common(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with: as many as the first and the last in lexical order."""
-    first, last = min(texts), max(texts)
-    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
 def token_batches(items: Iterable[Item], tokens: int) -> Iterator[list[Item]]:

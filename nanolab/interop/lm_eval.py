@@ -41,7 +41,8 @@ from nanolab.cli import UserError, nearest
 from nanolab.data.chat import render, template_of
 from nanolab.data.turn import TurnParser
 from nanolab.evals.checkpoints import weights_of
-from nanolab.evals.likelihood import GPTReader, Text, common, score
+from nanolab.evals.icl import Text, common
+from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference.engine import Engine, Request
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.inference.sandbox import walls

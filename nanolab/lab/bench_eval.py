@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import bundle, icl
-from nanolab.evals.likelihood import GPTReader, Text, score
+from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.lab.bench import measured, seconds
 from nanolab.lab.bench_infer import the_model
@@ -17,7 +17,7 @@ from nanolab.lab.config import BenchConfig
 from nanolab.records.environment import kernel_text
 from nanolab.runtime import Runtime, print0
 
-Group = list[Text]  # the texts of one example
+Group = list[icl.Text]  # the texts of one example
 
 
 class Shape(NamedTuple):
@@ -93,10 +93,10 @@ def synthetic(cfg: BenchConfig, vocab_size: int) -> list[tuple[str, Group]]:
             start = rng.randint(context * 3 // 4, context * 5 // 4)
             if kind == "schema":  # contexts differ in their middle, the tail is one
                 before, behind, end = ids(start // 2), ids(start - start // 2 - 1), ids(rng.randint(1, 2 * tail - 1))
-                group = [Text([*before, *ids(1), *behind, *end], start) for _ in range(texts)]
+                group = [icl.Text([*before, *ids(1), *behind, *end], start) for _ in range(texts)]
             else:
                 before = ids(start)
-                group = [Text(before + ids(rng.randint(1, 2 * tail - 1)), start) for _ in range(texts)]
+                group = [icl.Text(before + ids(rng.randint(1, 2 * tail - 1)), start) for _ in range(texts)]
             found.append((kind, group))
     return found
 

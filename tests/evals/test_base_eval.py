@@ -21,7 +21,7 @@ from nanolab.cli import UserError, to_json
 from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals import compressors, icl
+from nanolab.evals import compressors, core
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import Mode, follow
 from nanolab.evals.config import BaseEvalConfig
@@ -327,14 +327,14 @@ def test_a_broken_task_is_reported_and_the_rest_is_there(world, bundle, capsys):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_was_found_before_an_end_is_on_disk(world, bundle, monkeypatch, error):
     run_dir, *_ = world
-    original = icl.judge_groups
+    original = core.judge_groups
 
     def judged(reader, groups, runtime, judge, label="", stop=None):
         if label == "lambada_openai":
             raise error
         return original(reader, groups, runtime, judge, label)
 
-    monkeypatch.setattr(icl, "judge_groups", judged)
+    monkeypatch.setattr(core, "judge_groups", judged)
     with pytest.raises(error):
         run(config(modes="bpb,core", split_tokens=200, eval_bundle=str(bundle)))
     result = json.loads((run_dir / "eval_base.json").read_text())

@@ -19,10 +19,12 @@ from nanolab.cli import UserError
 from nanolab.evals import icl
 from nanolab.evals.bundle import CORE, open_bundle, read_items
 from nanolab.evals.core import Core, TaskScore, core_score, csv_lines, metrics
-from nanolab.evals.hellaswag import encode_ending, hellaswag, lambada, original_items
+from nanolab.evals.hellaswag import encode_ending, hellaswag, lambada
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.score import wilson
 from nanolab.runtime import Runtime
+from tasks import TASKS
+from tasks.hellaswag import HellaSwag
 
 
 def load(name: str):
@@ -307,19 +309,24 @@ def test_hellaswag_as_its_authors_publish_it(tmp_path):
         for i, label in enumerate((3, "1"))
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert sorted(original_items(path)) == [
+    assert sorted(HellaSwag.questions(path)) == [
         icl.Question((f"A man {i}",), ("sits.", "runs.", "eats.", "is."), gold) for i, gold in enumerate((3, 1))
     ]
     for change, text in (
-        ({"label": ""}, "label is ''"),
-        ({"endings": None}, "endings is missing"),
-        ({"ctx": None}, "ctx is missing"),
+        ({"label": ""}, "the label ''; .*test rows"),
+        ({"endings": None}, "field endings is a NoneType; expected a list"),
+        ({"ctx": None}, "field ctx is a NoneType; expected a str"),
     ):
         path.write_text(json.dumps(rows[0] | change))
-        with pytest.raises(
-            UserError, match=f"hellaswag.jsonl:1: {text}; .*; expected HellaSwag's own fields ctx, endings and label"
-        ):
-            original_items(path)
+        with pytest.raises(UserError, match=f"hellaswag.jsonl:1: {text}"):
+            HellaSwag.questions(path)
+
+
+@pytest.mark.parametrize("name", ["arc-easy", "arc-challenge", "hellaswag"])
+def test_a_dataset_of_letters_and_of_core_is_described_once(folder, name):
+    """What base models are asked of the bundle's file is what the description of the chat task reads there."""
+    task = open_bundle(folder).tasks["copa"]
+    assert TASKS[name].kind == "letters" and TASKS[name].questions(task.path) == read_items(task)
 
 
 def test_lambada_by_its_words(table, tokenizer, folder):

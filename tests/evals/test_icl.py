@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.evals.icl import KINDS, Question, encode_groups, is_greedy, judge_groups, lowest_mean, rendered, shots
-from nanolab.evals.likelihood import Score
+from nanolab.evals.icl import KINDS, Question, Score, all_greedy, encode_groups, lowest_mean, rendered, shots
+from nanolab.evals.likelihood import judge_groups
 from nanolab.runtime import Runtime
 
 spec = importlib.util.spec_from_file_location("nanolab_tests_tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
@@ -120,7 +120,7 @@ def test_decisions():
     assert lowest_mean(scores((4.0, 2, False), (2.0, 1, False)), 0) and not lowest_mean(
         scores((4.0, 2, False), (2.0, 1, False)), 1
     ), "the first of equals"
-    assert is_greedy(scores((9.0, 1, True)), 0) and not is_greedy(scores((0.1, 1, False)), 0)
+    assert all_greedy(scores((9.0, 1, True)), 0) and not all_greedy(scores((0.1, 1, False)), 0)
 
 
 @pytest.mark.parametrize(

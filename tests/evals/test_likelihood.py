@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.evals.likelihood import GPTReader, Text, score
+from nanolab.evals.icl import Text
+from nanolab.evals.likelihood import GPTReader, score
 from nanolab.inference import prefill
 from nanolab.inference.prepare import prepare_for_inference
 from nanolab.model.gpt import GPT

@@ -262,7 +262,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         ("gsm8k", '{"question": "q"}', "no field answer \\(there are: question\\)"),
         ("gsm8k", '{"question": "q", "answer": "no mark 7"}', "ends in 'no mark 7'"),
         ("gsm8k", '{"question": "q", "answer": "#### seven"}', "expected '#### ' and a number"),
-        ("arc-easy", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "answer 2 of 2 options"),
+        ("arc-easy", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "gold is 2; expected the number"),
         (
             "arc-easy",
             '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}',

@@ -10,12 +10,13 @@ from nanolab.cli import UserError
 from nanolab.evals.bundle import TaskSpec, fingerprint, open_bundle, read_items
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.core import Core
-from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table, original_items
+from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table
 from nanolab.evals.icl import Encoder
 from nanolab.evals.likelihood import Scorer
 from nanolab.evals.published import ensure_bundle
 from nanolab.files import sha256_file
 from nanolab.runtime import Runtime, print0
+from tasks.hellaswag import HellaSwag
 
 VERSION = 1  # of prompts, tokens and decisions: raised by a change that makes other results of the same model and data
 Keep = Callable[[dict[str, Any]], None]
@@ -77,7 +78,7 @@ class Suite:
 
     def hellaswag(self, reader: Scorer, tokenizer: Encoder, keep: Keep) -> dict[str, Any]:
         path, limit = self.cfg.hellaswag, self.cfg.max_per_task
-        items = original_items(Path(path), limit) if path else read_items(self.task("hellaswag_zeroshot"), limit)
+        items = HellaSwag.questions(Path(path), limit) if path else read_items(self.task("hellaswag_zeroshot"), limit)
         found = hellaswag(reader, tokenizer, items, self.runtime, bos=self.cfg.hellaswag_bos)
         print0(*hellaswag_table(found), sep="\n")
         return found
