@@ -15,6 +15,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -22,31 +24,10 @@ def shown(value: float, unit: str, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" if unit == "share" else f"{value:{sign}.4f}"
 
 
-def within(t: float, v: int) -> float:
-    """The probability that Student's t of v degrees of freedom lies in [-t, t]: Abramowitz & Stegun, 26.7.3 and
-    26.7.4.
-    """
-    angle = math.atan(t / math.sqrt(v))
-    terms, term = [], math.cos(angle) if v % 2 else 1.0
-    for k in range(2 + v % 2, v + 1, 2):
-        terms.append(term)
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-    total = math.sin(angle) * math.fsum(terms)
-    return 2 / math.pi * (angle + total) if v % 2 else total
-
-
-def t95(v: int) -> float:
-    """The 97.5 % point of Student's t, by halving."""
-    low, high = 0.0, 16.0  # that of one degree of freedom is 12.7
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle, v) < 0.95 else (low, middle)
-    return high
-
-
 def interval(values: list[float]) -> tuple[float, float]:
     """95 %, of the mean of 2 or more values."""
-    mean, half = statistics.fmean(values), t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return mean - half, mean + half
 
 

@@ -1,5 +1,5 @@
-"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib, and none of its
-global state.
+"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib (and none of its
+global state) and scipy.
 
 Colours are Okabe and Ito's (Color Universal Design, 2008), which people with any colour vision tell apart; each line
 also has a marker and a dash of its own, and its name stands beside its end, so that a grey copy can be read too."""
@@ -77,13 +77,14 @@ def draw(
 
 
 def drawing() -> tuple[Any, Any]:
-    """What is needed of matplotlib. Raises UserError where that is missing."""
+    """What is needed of matplotlib. Raises UserError where that or scipy is missing."""
     try:
+        import scipy.optimize  # noqa: F401  for the places of names
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "matplotlib, which draws curves, is not installed; expected the extra plots; type: bash runs/setup.sh plots"
+            f"{error.name}, which curves need, is not installed; expected the extra plots; type: bash runs/setup.sh plots"
         ) from error
     return style, Figure
 
@@ -172,18 +173,11 @@ def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
     """Centres of intervals of these sizes inside [0, 1], none overlapping, in the order of `wanted` and nearest to it
     in least squares.
 
-    Less what lies below it, a centre must not fall: isotonic regression, by pooling adjacent violators (Ayer et al.,
-    Ann. Math. Statist. 26, 1955). Sizes of more than 1 in all begin at 0."""
+    Less what lies below it, a centre must not fall: isotonic regression. Sizes of more than 1 in all begin at 0."""
+    from scipy.optimize import isotonic_regression
+
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     below = {i: sum(sizes[j] for j in order[:place]) + sizes[i] / 2 for place, i in enumerate(order)}
-    pools: list[tuple[float, int]] = []  # mean, members
-    for i in order:
-        mean, n = wanted[i] - below[i], 1
-        while pools and pools[-1][0] > mean:
-            other, m = pools.pop()
-            mean, n = (mean * n + other * m) / (n + m), n + m
-        pools.append((mean, n))
-    room = max(0.0, 1 - sum(sizes))
-    shifts = [min(max(mean, 0.0), room) for mean, n in pools for _ in range(n)]
-    placed = {i: shift + below[i] for i, shift in zip(order, shifts)}
+    shifts = isotonic_regression([wanted[i] - below[i] for i in order]).x.clip(0, max(0.0, 1 - sum(sizes)))
+    placed = {i: float(shift) + below[i] for i, shift in zip(order, shifts)}
     return [placed[i] for i in range(len(wanted))]

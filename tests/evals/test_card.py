@@ -375,7 +375,7 @@ def test_bits_per_byte_have_an_interval_and_a_verdict(runs, tmp_path):
 
 @pytest.mark.fault("outer D17")
 def test_eleven_seeds_and_more_have_intervals(tmp_path):
-    """By the table of NIST/SEMATECH's handbook, 1.3.6.7.2, for n - 1 degrees of freedom, and by scipy where it is."""
+    """By the table of NIST/SEMATECH's handbook, 1.3.6.7.2, for n - 1 degrees of freedom."""
     spec = importlib.util.spec_from_file_location("nanolab_dev_seeds", SEEDS)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
