@@ -9,8 +9,7 @@ once and draws the curves. Exit code 1: something could not be had."""
 
 from nanolab.cli import UserError, main, nearest, parse
 from nanolab.evals.config import BaseEvalConfig, check_max_per_task
-
-MODES = ("bpb", "sample", "core", "hellaswag", "lambada")
+from nanolab.evals.modes import MODES
 
 
 def run(cfg: BaseEvalConfig) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from safetensors import SafetensorError
 
 from nanolab.cli import UserError, as_json
+from nanolab.evals.modes import MODES, Result
 from nanolab.files import write_text
 from nanolab.records import checkpoint
 from nanolab.records.models import WEIGHTS_ONLY, ModelRef
@@ -23,16 +24,6 @@ RECORD = "eval_checkpoints.jsonl"
 T = TypeVar("T")
 
 
-class Mode(NamedTuple):
-    # all that shapes a result beside the weights, JSON-ready; may raise UserError
-    settings: Callable[[ModelRef], dict[str, Any]]
-    # result, JSON-ready, of what `load` gave; may raise UserError; called on every rank
-    measure: Callable[[Any], dict[str, Any]]
-    # (score, ends of its interval) of a result, where it has them
-    score: Callable[[dict[str, Any]], tuple[float | None, float | None, float | None]]
-    ylabel: Callable[[dict[str, Any]], str]  # what the score is called
-
-
 class Point(NamedTuple):
     run: str
     step: int
@@ -41,14 +32,20 @@ class Point(NamedTuple):
 
 
 def follow(
-    runs: Sequence[ModelRef], modes: dict[str, Mode], load: Callable[[ModelRef], T], runtime: Runtime
+    runs: Sequence[ModelRef],
+    modes: Sequence[str],
+    load: Callable[[ModelRef], T],
+    settings: Callable[[str, ModelRef], Result],
+    measure: Callable[[str, T], Result],
+    runtime: Runtime,
 ) -> tuple[dict[str, list[Point]], list[str]]:
     """({mode: results of every whole checkpoint of every run, the oldest first}, what could not be had and why). On
     every rank.
 
-    A result with something in its "failed" counts: what fails for a checkpoint does so again, until settings say
-    something else. Results on record of checkpoints that are gone are among them where one that is there has the same
-    settings."""
+    settings: all that shapes the result of a mode, beside the weights. measure: the result, of what `load` gave; called
+    on every rank. Both are JSON-ready and may raise UserError. A result with something in its "failed" counts: what
+    fails for a checkpoint does so again, until settings say something else. Results on record of checkpoints that are
+    gone are among them where one that is there has the same settings."""
     points: dict[str, list[Point]] = {mode: [] for mode in modes}
     failed: list[str] = []
     for run in runs:
@@ -64,10 +61,9 @@ def follow(
             except UserError as error:
                 failed.append(str(error))
                 continue
-            for name, mode in modes.items():
+            for name in modes:
                 try:
-                    settings = on_all(runtime, lambda: mode.settings(ref))
-                    of = [weights, name, dict(sorted(settings.items()))]
+                    of = [weights, name, dict(sorted(on_all(runtime, lambda: settings(name, ref)).items()))]
                     result, older = runtime.broadcast_object((record.find(of), record.like(name, of[2])))
                     gone = [row for row in older if row["step"] not in dict(there)]
                     found[name] = {
@@ -76,7 +72,7 @@ def follow(
                     if result is None:
                         print0(f"{run.name}@{step}: {name}")
                         loaded = loaded or on_all(runtime, lambda: load(ref))
-                        result = mode.measure(loaded)
+                        result = measure(name, loaded)
                         if runtime.is_main:
                             record.add({"step": step, "tokens": tokens, "of": of, "result": result})
                 except UserError as error:
@@ -142,7 +138,7 @@ class Record:
             file.write(("\n" if torn else "") + as_json(row, RECORD) + "\n")
 
 
-def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> list[str]:
+def picture(name: str, points: Sequence[Point], folder: Path) -> list[str]:
     """Write curve_NAME.csv and .svg into `folder`; returns the lines of a table. Points without a score are left out;
     no other: nothing is written.
 
@@ -150,11 +146,12 @@ def picture(name: str, mode: Mode, points: Sequence[Point], folder: Path) -> lis
     """
     from nanolab.evals.curve import draw
 
-    points = [p for p in points if mode.score(p.result)[0] is not None]
+    mode = MODES[name]
+    points = [p for p in points if mode.score(p.result) is not None]
     if not points:
         print0(f"{name}: no checkpoint has a score; nothing to draw")
         return []
-    rows = [(p.run, p.step, p.tokens, *mode.score(p.result)) for p in points]
+    rows = [(p.run, p.step, p.tokens, mode.score(p.result), *(mode.interval(p.result) or (None, None))) for p in points]
     label = " / ".join(sorted({mode.ylabel(p.result) for p in points}))
     cells = [
         [run, f"{step:,}", f"{tokens:,}", f"{score:.4f}", interval_text(None if low is None else (low, high))]

@@ -5,8 +5,9 @@ from typing import Any
 
 from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, Seed, UserError
 from nanolab.data.config import DataConfig
+from nanolab.evals.modes import MODES
 
-LIKELIHOOD = {"core", "hellaswag", "lambada"}
+LIKELIHOOD = {name for name, mode in MODES.items() if mode.questions}
 # read once the tasks are open
 SAMPLING = [
     Condition("num_samples temperature top_k max_tokens tool", "tasks", lambda c: c.sampled, "a task that is sampled")

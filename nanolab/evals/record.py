@@ -8,18 +8,12 @@ version, number of problems and settings."""
 from pathlib import Path
 from typing import Any
 
+from nanolab.evals.modes import MODES
 from nanolab.records.models import read_json
 
 Record = dict[str, Any]
 # of a chat evaluation: once in the file, and in each row of "earlier"
 SHARED = ("model", "step", "device", "dtype", "settings")
-MODES = {  # of base_eval -> the fields that hold what it found
-    "bpb": ("data", "bpb", "train", "val", "domains", "compressors", "compressor_bytes"),
-    "sample": ("samples", "unconditioned"),
-    "core": ("core",),
-    "hellaswag": ("hellaswag",),
-    "lambada": ("lambada",),
-}
 
 
 def chat_rows(record: Record) -> list[Record]:
@@ -85,14 +79,14 @@ def merge_base(old: Record, new: Record) -> Record:
     merged = dict(same)
     for mode in _modes(new):
         if _settings(same, mode) and _settings(same, mode) != _settings(new, mode):
-            kept = {key: same[key] for key in MODES[mode] if key in same}
+            kept = {key: same[key] for key in MODES[mode].fields if key in same}
             earlier.insert(0, {key: same[key] for key in (*about, "device", "dtype", "hf") if key in same} | kept)
-            merged = {key: value for key, value in merged.items() if key not in MODES[mode]}
+            merged = {key: value for key, value in merged.items() if key not in MODES[mode].fields}
     return {**merged, **new, **({"earlier": earlier} if earlier else {})}
 
 
 def _modes(record: Record) -> list[str]:
-    return [mode for mode, keys in MODES.items() if keys[-1] in record or mode in record]
+    return [name for name, mode in MODES.items() if mode.fields[-1] in record or name in record]
 
 
 def _settings(record: Record, mode: str) -> Any:

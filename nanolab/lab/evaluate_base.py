@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nanolab.cli import UserError, as_json
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.evals.modes import MODES
 from nanolab.lab.evaluate_text import bpb_table, measure_text, open_text, split_tokens, text_bpb
 from nanolab.lab.subject import Subject, of_folder, of_run, pretraining
 
@@ -91,47 +92,27 @@ def save_base(folder: Path, result: dict) -> None:
 
 def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
     """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
-    from nanolab.evals.checkpoints import Mode, follow, picture
+    from nanolab.evals.checkpoints import follow, picture
     from nanolab.evals.curve import drawing
     from nanolab.records.models import find_model
     from nanolab.runtime import print0
 
-    def text_settings(found) -> dict:
-        return {
-            "text": open_text(cfg, pretraining(found))[1].val_fingerprint,
-            "tokens": split_tokens(cfg, rt),
-            "dtype": rt.dtype_name,
-        }
+    def settings(mode: str, found) -> dict:
+        if MODES[mode].questions:
+            return suite.settings(mode, rt.dtype_name)
+        text = open_text(cfg, pretraining(found))[1].val_fingerprint
+        return {"text": text, "tokens": split_tokens(cfg, rt), "dtype": rt.dtype_name}
 
-    def text_score(subject: Subject) -> dict:
+    def measure(mode: str, subject: Subject) -> dict:
+        if MODES[mode].questions:
+            return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
         return text_bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
 
-    def of_suite(mode: str, score, ylabel) -> Mode:
-        def measure(subject: Subject) -> dict:
-            return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
-
-        return Mode(lambda found: suite.settings(mode, rt.dtype_name), measure, score, ylabel)
-
-    known = {
-        "bpb": Mode(
-            text_settings,
-            text_score,
-            lambda r: (r["bpb"], *(r["interval"] or (None, None))),
-            lambda r: "bits per byte of validation text",
-        ),
-        "core": of_suite("core", lambda r: (r["value"], *(r["interval"] or (None, None))), lambda r: r["label"]),
-        "hellaswag": of_suite(
-            "hellaswag",
-            lambda r: (r["per_token"]["accuracy"], *r["per_token"]["interval"]),
-            lambda r: "HellaSwag, loss per token",
-        ),
-        "lambada": of_suite("lambada", lambda r: (r["accuracy"], *r["interval"]), lambda r: "LAMBADA accuracy"),
-    }
-    wanted = {mode: known[mode] for mode in modes if mode in known}
+    wanted = [mode for mode in modes if MODES[mode].ylabel]
     if not wanted:
         raise UserError(
             f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of"
-            f" {', '.join(known)}; try --modes core"
+            f" {', '.join(name for name, mode in MODES.items() if mode.ylabel)}; try --modes core"
         )
     drawing()  # found out before the evaluation, not behind it
     if "@" in cfg.model:
@@ -142,11 +123,11 @@ def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> in
     runs = [find_model(name.strip()) for name in cfg.model.split(",")]
     if len({found.name for found in runs}) < len(runs):
         raise UserError(f"--model {cfg.model} names a run twice; expected each once; leave one out")
-    points, failed = follow(runs, wanted, lambda found: of_run(cfg, found, rt), rt)
+    points, failed = follow(runs, wanted, lambda found: of_run(cfg, found, rt), settings, measure, rt)
     folder = Path(cfg.out).expanduser() if cfg.out else runs[0].run_dir
     if rt.is_main:
         for mode, found in points.items():
-            if picture(mode, wanted[mode], found, folder):
+            if picture(mode, found, folder):
                 print0(f"written: {folder / f'curve_{mode}.svg'} and .csv")
         print0(*(f"failed: {why}" for why in failed), sep="\n" if failed else "", end="\n" if failed else "")
         if cfg.json:

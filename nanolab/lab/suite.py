@@ -13,6 +13,7 @@ from nanolab.evals.core import Core
 from nanolab.evals.hellaswag import hellaswag, hellaswag_table, lambada, lambada_table
 from nanolab.evals.icl import Encoder
 from nanolab.evals.likelihood import Scorer
+from nanolab.evals.modes import MODES
 from nanolab.evals.published import ensure_bundle
 from nanolab.files import sha256_file
 from nanolab.runtime import Runtime, print0
@@ -34,7 +35,7 @@ class Suite:
                 f"--hellaswag {cfg.hellaswag} is not a file; expected jsonl with ctx, endings and label; name another,"
                 " or leave it out for the bundle's"
             )
-        self.cfg, self.runtime, self.modes = cfg, runtime, [mode for mode in modes if mode in MODES]
+        self.cfg, self.runtime, self.modes = cfg, runtime, [mode for mode in modes if MODES[mode].questions]
         self._core: tuple[Any, Core] | None = None  # of the tokenizer that was last asked for
         if set(self.modes) - ({"hellaswag"} if cfg.hellaswag else set()):
             self.bundle = open_bundle(
@@ -49,7 +50,7 @@ class Suite:
         Raises UserError, on every rank, where the mode's data or a text cannot be read; a task of CORE that fails is in
         its `failed`."""
         said = {"settings": self.settings(mode, dtype), "device": self.runtime.device_name}
-        return MODES[mode](self, reader, tokenizer, lambda result: keep(result | said)) | said
+        return getattr(self, mode)(reader, tokenizer, lambda result: keep(result | said)) | said
 
     def settings(self, mode: str, dtype: str) -> dict[str, Any]:
         """All that shapes a result, beside the model."""
@@ -87,10 +88,3 @@ class Suite:
         found = lambada(reader, tokenizer, self.task("lambada_openai"), self.runtime, self.cfg.max_per_task)
         print0(*lambada_table(found), sep="\n")
         return found
-
-
-MODES: dict[str, Callable[[Suite, Scorer, Encoder, Keep], dict[str, Any]]] = {
-    "core": Suite.core,
-    "hellaswag": Suite.hellaswag,
-    "lambada": Suite.lambada,
-}

@@ -23,7 +23,7 @@ from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals import compressors, core
 from nanolab.evals.bpb import bits_per_byte
-from nanolab.evals.checkpoints import Mode, follow
+from nanolab.evals.checkpoints import follow
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
@@ -528,13 +528,9 @@ def follow_on_rank(runtime: Runtime, run_dir: str):
             raise FileNotFoundError(f"step {ref.step} is gone")
         return ref.step
 
-    mode = Mode(
-        lambda ref: {"a": 1},
-        lambda step: {"value": sum(runtime.gather_objects(step))},
-        lambda r: (r["value"], None, None),
-        lambda r: "value",
-    )
-    points, failed = follow([ModelRef("even", Path(run_dir), Path(run_dir), 7)], {"mode": mode}, load_one, runtime)
+    run = ModelRef("even", Path(run_dir), Path(run_dir), 7)
+    settings, measure = lambda mode, ref: {"a": 1}, lambda mode, step: {"value": sum(runtime.gather_objects(step))}
+    points, failed = follow([run], ["mode"], load_one, settings, measure, runtime)
     return [(p.step, p.tokens, p.result) for p in points["mode"]], failed
 
 
