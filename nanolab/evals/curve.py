@@ -84,7 +84,7 @@ def drawing() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            f"{error.name}, which curves need, is not installed; expected the extra plots; type: bash runs/setup.sh plots"
+            f"{error.name}, which curves need, is missing; expected the extra plots; type: bash runs/setup.sh plots"
         ) from error
     return style, Figure
 
