@@ -26,6 +26,7 @@ from covering import every_pair  # noqa: E402
 from nanolab import presets  # noqa: E402
 from nanolab.cli import UserError, from_preset  # noqa: E402
 from nanolab.cli import main as run  # noqa: E402
+from nanolab.help import texts_of  # noqa: E402
 from nanolab.model import accounting, context, fp8, gpt, lookup  # noqa: E402
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
@@ -95,7 +96,7 @@ def section(flag: str, table: dict[str, Any]) -> str:
         shown = f"`{typed}`" + (" (default)" if name == default(flag) else "")
         said = complete(f"{dashed(flag)} {name}", formula=formula, paper=source, place=place(entry))
         rows.append([shown, *said, *status(flag, typed)])
-    return f"## {dashed(flag)}\n\n{helps()[flag]}.\n\n" + markdown(
+    return f"## {dashed(flag)}\n\n{texts_of(Architecture)[flag]}.\n\n" + markdown(
         ["value", "formula", "source", "place", "contracts", "refused with"], rows
     )
 
@@ -116,7 +117,8 @@ def other_flags() -> str:
     for field in dataclasses.fields(Architecture):
         if field.name not in tables.AXES:
             entry = CARRIED_OUT_BY[field.name]
-            says = [f"`{dashed(field.name)}`", f"`{value_text(field.default)}`", linked(helps().get(field.name, ""))]
+            text = linked(texts_of(Architecture)[field.name])
+            says = [f"`{dashed(field.name)}`", f"`{value_text(field.default)}`", text]
             rows.append([*says, *formula_and_source(entry), place(entry), *status(field.name)])
     head = ["flag", "default", "what it sets", "formula", "source", "place", "contracts", "refused with"]
     return "## Numbers, patterns and switches\n\n" + markdown(head, rows)
@@ -365,16 +367,6 @@ def comment_above(module: Any, key: str) -> str:
     while lines and lines[-1].strip().startswith("#"):
         said.insert(0, lines.pop().strip("# "))
     return " ".join(said)
-
-
-def helps() -> dict[str, str]:
-    """Field of Architecture -> the comment at its end, or above it."""
-    found, above = {}, []
-    for line in inspect.getsource(Architecture).splitlines():
-        if match := re.match(r"    (\w+): [^#]*(?:# (.*))?", line):
-            found[match[1]] = match[2] or " ".join(above)
-        above = [*above, line.strip("# ")] if line.startswith("    # ") else []
-    return found
 
 
 def default(flag: str) -> str:

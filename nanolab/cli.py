@@ -161,19 +161,16 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(f.name == "prompt" for f in dataclasses.fields(cls)):
         argv = _joined_prompt(argv)
-    argv = [_current_flag(cls, arg) if arg.startswith("--") else arg for arg in argv]
-    flags = [
-        (i, arg.split("=")[0], arg[2:].split("=")[0].replace("-", "_"))
-        for i, arg in enumerate(argv)
-        if arg.startswith("--")
-    ]
     preset, horizons, typed_names = None, {}, set()
-    for i, typed, name in flags:
+    for i, arg in [(i, arg) for i, arg in enumerate(argv) if arg.startswith("--")]:
+        typed, equals, value = arg.partition("=")
+        name = current_name(cls, typed[2:].replace("-", "_"))
+        argv[i] = f"--{name.replace('_', '-')}{equals}{value}"
         if bad := unknown_flag(cls, name):
             print(f"{typed} is not a flag of this command{bad}; --help lists them", file=sys.stderr)
             raise SystemExit(2)
         if name == "preset":
-            preset = argv[i].partition("=")[2] or "".join(argv[i + 1 : i + 2])
+            preset = value or "".join(argv[i + 1 : i + 2])
         if name in HORIZONS:
             horizons[name] = getattr(cls, name)
         typed_names.add(name if name in cls.__dataclass_fields__ else name.removeprefix("no_"))
@@ -182,7 +179,13 @@ def parse(cls: type[T], argv: list[str] | None = None) -> T:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    cfg = tyro.cli(cls, args=argv, default=defaults)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    typed_as = f"python -m {spec.name}" if spec else None
+    if {"-h", "--help"} & set(argv):
+        from nanolab.help import print_help
+
+        print_help(cls, defaults, typed_as)
+    cfg = tyro.cli(cls, prog=typed_as, args=argv, default=defaults)
     check_bounds(cls, vars(cfg))
     check_read(typed_names, not_read(cls, vars(cfg)), vars(cfg))
     object.__setattr__(cfg, "_given", frozenset(typed_names))
@@ -198,13 +201,6 @@ def current_name(cls: type, name: str) -> str:
 def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """A record of `cls`, which an older version may have written, under the names that its fields have now."""
     return {current_name(cls, name): value for name, value in values.items()}
-
-
-def _current_flag(cls: type, arg: str) -> str:
-    """`arg` ("--flag" or "--flag=value") under the name that its field has now."""
-    flag, equals, value = arg.partition("=")
-    name = flag[2:].replace("-", "_")
-    return arg if (now := current_name(cls, name)) == name else f"--{now.replace('_', '-')}{equals}{value}"
 
 
 def _joined_prompt(argv: list[str]) -> list[str]:

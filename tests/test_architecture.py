@@ -16,6 +16,7 @@ PACKAGES = ("nanolab", "tasks", "scripts")
 
 # A room may import itself and rooms of a lower level.
 LEVEL = {
+    "help": 0,
     "presets": 0,
     "terminal": 0,
     "tables": 0,

@@ -75,14 +75,14 @@ class GenChatConfig:
     spec: str = ""  # TOML file: topics, personas, openings, dynamics, and the instructions (nanolab/data/synthesis.py)
     output: str = ""  # JSONL file that conversations are appended to; what is in it already is not asked for again
     model: str = ""  # the endpoint's name of the model
-    url: str = "https://api.openai.com/v1"  # of the endpoint, without /chat/completions
+    url: str = "https://api.openai.com/v1"  # address of the endpoint, without /chat/completions
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; none is sent if it is not set
-    num: Count = 1000  # conversations
+    num: Count = 1000  # conversations to write
     workers: Count = 4  # requests at a time
-    temperature: NonNegativeFloat = 1.0
-    max_tokens: NonNegativeInt = 4096  # of an answer; 0: the endpoint is not told
+    temperature: NonNegativeFloat = 1.0  # sampling temperature; 0: the likeliest token each time
+    max_tokens: NonNegativeInt = 4096  # tokens of an answer at most; 0: the endpoint is not told
     # json_schema | json_object | none: how much of the form the endpoint can be told to keep
     response_format: str = "json_schema"
     timeout: PositiveFloat = 120.0  # seconds for one answer
-    seed: Seed = 42  # of the choices; the file keeps it
+    seed: Seed = 42  # seed of the choices; the file keeps it
     json: bool = False  # last line of output is one JSON document

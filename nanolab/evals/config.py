@@ -22,7 +22,7 @@ def modes(c: Any) -> set[str]:
 class BaseEvalConfig(DataConfig):
     """Evaluate a base model: bits per byte, samples, and with --modes core,hellaswag,lambada in-context tasks."""
 
-    data: str = ""  # default: the run's own data
+    data: str = ""  # corpus name, or a weighted mixture; default: the run's own data
     # NAME[@STEP|best]; default: the newest finished run; with --all-checkpoints also several, NAME,NAME
     model: str = ""
     hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
@@ -31,21 +31,25 @@ class BaseEvalConfig(DataConfig):
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
     # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
     out: str = ""
-    # bpb
     split_tokens: CountOrAuto = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
-    device_batch_size: Count = 32
-    # core, hellaswag, lambada
+    device_batch_size: Count = 32  # rows of text in one forward pass on one device
     # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
     max_per_task: CountOrAuto = -1  # items of each task at most, drawn by a fixed seed; -1: all
-    extra: bool = False  # core: beside it the tasks of the bundle's extra.yaml, which do not count
+    extra: bool = False  # with core, also run the tasks of the bundle's extra.yaml, which do not count
     hellaswag: str = ""  # HellaSwag as its authors publish it (jsonl with ctx, endings, label); default: the bundle's
     hellaswag_bos: bool = True  # texts of HellaSwag begin as in training; reproductions of GPT-2 go without
-    device_type: str = ""
-    seed: Seed = 42
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+    seed: Seed = 42  # seed of the samples
     json: bool = False  # last line of output is one JSON document
 
+    GROUPS = {
+        "": "model modes all_checkpoints hf trust_code out json",
+        "data": "DataConfig split_tokens train_text",
+        "tasks": "eval_bundle max_per_task extra hellaswag hellaswag_bos",
+        "run": "device_batch_size device_type seed",
+    }
     CONDITIONS = [
         Condition("num_shards", "hf", lambda c: not c.hf or bool(c.data), "--data with a corpus of the hub"),
         Condition(
@@ -109,18 +113,24 @@ class ChatEvalConfig:
     data: str = ""  # local folder of published datasets; default: the hub
     # sampled replies to each problem: pass@1 to pass@num_samples; more than one needs a temperature
     num_samples: Count = 1
-    temperature: NonNegativeFloat = 0.0
-    top_k: NonNegativeInt = 50  # 0: off
-    max_tokens: Count = 512  # of a sampled reply
+    temperature: NonNegativeFloat = 0.0  # sampling temperature; 0: the likeliest token each time
+    top_k: NonNegativeInt = 50  # sample from the k likeliest tokens; 0: from all
+    max_tokens: Count = 512  # tokens of a sampled reply at most
     tool: str = "calculator"  # calculator | python: what answers the calls in sampled replies; empty: nothing
     # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     allow_unsandboxed: bool = False
-    max_problems: CountOrAuto = -1  # of each task, a random subset that is the same for every model; -1: all
+    max_problems: CountOrAuto = -1  # problems of each task, a random subset that is the same for every model; -1: all
     device_batch_size: Count = 32  # rows read or replies drawn at once on one device
-    device_type: str = ""
-    seed: Seed = 42  # of the subset and the samples
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
+    seed: Seed = 42  # seed of the subset and the samples
     json: bool = False  # last line of output is one JSON document
 
+    GROUPS = {
+        "": "model tasks max_problems json",
+        "data": "data",
+        "sampling": "num_samples temperature top_k max_tokens tool allow_unsandboxed",
+        "run": "device_batch_size device_type seed",
+    }
     CONDITIONS = [Condition("top_k", "temperature", lambda c: c.temperature > 0, "--temperature above 0")]
 
 
@@ -130,7 +140,7 @@ class ReportConfig:
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     output: str = "report.md"  # a copy is kept in the run directory
-    price_per_hour: NonNegativeFloat = 0.0  # of one device, in dollars; 0: no costs
+    price_per_hour: NonNegativeFloat = 0.0  # price of one device in dollars; 0: no costs
 
 
 def check_max_per_task(n: int, flag: str) -> None:

@@ -18,5 +18,5 @@ class ExportConfig:
 class ImportConfig:
     """Make a GPT-2 of a transformers folder a finished run, which every command takes."""
 
-    folder: str = ""  # with config.json, model.safetensors and the tokenizer's files; the first argument
+    folder: str = ""  # folder with config.json, model.safetensors and the tokenizer's files; the first argument
     run: str = ""  # run directory under <base>/runs/; default: the folder's name

@@ -15,37 +15,45 @@ class BenchConfig(ModelFlags, DataConfig):
     what: str = "train"  # train | data | tokenizer | infer | eval; the first argument
     json: bool = False  # last line of output is one JSON document
     repeats: Count = 5  # measurements; the median is reported
-    seed: Seed = 42
+    seed: Seed = 42  # seed of weights, tokens and documents
     # train: synthetic tokens, one forward and backward pass and one optimizer step
     steps: Count = 5  # steps in one measurement
     warmup: Count = 3  # steps before the first measurement
     depth: Count = 4
-    recipe: str = "dial"  # as in base_train, and so are grad_clip, fp8 and deterministic
-    grad_clip: PositiveOrAuto = -1.0
-    max_seq_len: Count = 512  # train and data
-    vocab_size: Count = 8192  # train; for data and tokenizer, what is trained when --tokenizer is not given
-    device_batch_size: Count = 8  # train and data
-    attn_kernel: str = ""  # as in base_train
-    fp8: bool = False
-    deterministic: bool = False
-    device_type: str = ""
+    recipe: str = "dial"  # dial | adamw_cosine | adam_constant
+    grad_clip: PositiveOrAuto = -1.0  # largest L2 norm of all gradients together; -1: off
+    max_seq_len: Count = 512  # T, context length in tokens; of data too
+    vocab_size: Count = 8192  # tokenizer size of the model; for data and tokenizer, of the tokenizer that is trained
+    device_batch_size: Count = 8  # rows in one forward pass; of data too
+    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: as in base_train
+    fp8: bool = False  # matrix multiplications in 8-bit floats
+    deterministic: bool = False  # on a GPU: only algorithms that give the same numbers each time
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
     threads: NonNegativeInt = 0  # CPU threads; 0: all
     # data and tokenizer: real documents of --data or --data-dir
     tokenizer: str = ""  # folder or file; default: one is trained on the documents that are read
     megabytes: PositiveFloat = 8.0  # text to read
     # infer: replies as the server makes them, greedy and without stops
     model: str = ""  # NAME[@STEP|best]; default: random weights in the shape that the flags above say
-    prompt_tokens: Annotated[int, at_least(2)] = 128
-    decode_tokens: Annotated[int, at_least(4)] = 64  # of a reply
+    prompt_tokens: Annotated[int, at_least(2)] = 128  # tokens of a prompt
+    decode_tokens: Annotated[int, at_least(4)] = 64  # tokens of a reply
     batch_sizes: str = "1,8,32,128"  # rows at once
     # requests that come one by one and run at once, their lengths from 0.5 to 1.5 times those above
     clients: Count = 16
     int8: bool = False  # weights in 8 bits; needs torchao
-    # eval: in-context examples, as CORE has them; --model as for infer
     # folder of the evaluation bundle, with --model; default: random tokens in the shapes of its tasks
     eval_bundle: str = ""
     max_per_task: Count = 20  # examples of each task
 
+    GROUPS = {
+        "": "what depth repeats json",
+        "run": "seed device_type threads",
+        "train": "steps warmup recipe grad_clip max_seq_len device_batch_size fp8 deterministic",
+        "data": "DataConfig tokenizer megabytes",
+        "infer": "model prompt_tokens decode_tokens batch_sizes clients int8",
+        "eval": "eval_bundle max_per_task",
+        "model": "ModelFlags vocab_size attn_kernel Architecture",
+    }
     CONDITIONS = [
         Condition(
             "steps warmup recipe grad_clip fp8 deterministic", "what", lambda c: c.what == "train", "bench train"

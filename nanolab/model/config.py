@@ -14,6 +14,7 @@ from nanolab.cli import (
     ShareBelow1,
     UserError,
     at_least,
+    check_bounds,
     nearest,
 )
 
@@ -25,48 +26,48 @@ class Architecture:
     """
 
     # positions
-    positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi
-    rope_base: PositiveFloat = 100_000.0  # the slowest pair turns by almost 1 / rope_base a token
-    rope_layout: str = "half"  # half | interleaved: which two channels turn together
-    rope_fraction: Annotated[float, Bounds(0, 1, low_too=False)] = 1.0  # share of a head's channels that turn
+    positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi: how the model knows positions
+    rope_base: PositiveFloat = 100_000.0  # base of RoPE: the slowest pair of channels turns by almost 1 / base a token
+    rope_layout: str = "half"  # half | interleaved: which two channels RoPE rotates together
+    rope_fraction: Annotated[float, Bounds(0, 1, low_too=False)] = 1.0  # share of a head's channels that RoPE rotates
     # none | linear:S | yarn:S, for rows S times as long as those the weights were trained on
     rope_scaling: str = "none"
-    position_pattern: str = "R,N"  # of rnope, tiled over layers: R turns, N does not
+    position_pattern: str = "R,N"  # layers of rnope, tiled: R has RoPE, N has none
     # attention
     attention: str = "mha"  # mha | gqa:G (G key/value heads) | mqa | mla
     mla_kv_rank: NonNegativeInt = 0  # width of MLA's cached latent; 0: 4 x head size
     mla_q_rank: NonNegativeInt = 0  # width of MLA's query latent; 0: 3 x the cached one, at most the model's width
     mla_rope_dim: Annotated[int, at_least(0, -1)] = -1  # width of MLA's shared rotary key; -1: half the head size
-    # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S where positions turn
+    # tiled over layers: S sees a window, L the whole row, the last layer is L; or rope: S in layers with RoPE
     window_pattern: str = "SSSL"
     # keys before itself that a query of an S layer sees; 0: a quarter of the row, rounded up to 128
     window_size: NonNegativeInt = 0
     softmax: str = "softmax"  # softmax | softmax1 | softmax_n | sink: the term added to the denominator
-    softmax_n: NonNegativeFloat = 1.0  # the n of softmax_n
+    softmax_n: NonNegativeFloat = 1.0  # the n of --softmax softmax_n
     gate: str = "none"  # none | head | elementwise: sigmoid gate on attention's output
-    qk_norm: str = "rms"  # none | rms | layernorm | l2
+    qk_norm: str = "rms"  # none | rms | layernorm | l2: norm of queries and keys
     qk_gain: NonNegativeFloat = 1.2  # multiplies queries and keys after QK norm
     score_softcap: NonNegativeFloat = 0.0  # scores become c * tanh(score / c); 0: off
     document_mask: bool = False  # attention stays inside a document
-    # stream
+    # residual stream
     value_embeds: bool = True  # a table of values for every second layer
-    residual_scalars: bool = True  # learned weights of the stream and of the embedding, per layer
+    residual_scalars: bool = True  # learned weights of the residual stream and of the embedding, per layer
     smear: bool = True  # mix into each embedding a share of the one before
-    backout: bool = True  # subtract a share of the middle layer's stream at the end
+    backout: bool = True  # subtract a share of the middle layer's residual stream at the end
     embed_norm: bool = True  # norm after the embedding
     # blocks and head
-    mlp: str = "relu2"  # relu | relu2 | gelu | gelu_tanh | swiglu
-    norm: str = "rms"  # rms | layernorm
+    mlp: str = "relu2"  # relu | relu2 | gelu | gelu_tanh | swiglu: activation of the MLP
+    norm: str = "rms"  # rms | layernorm: norm of the residual stream
     norm_gain: bool = False  # norms have learned gains
     bias: str = ""  # parts with biases, any of qkv,out,mlp,norm,head
     softcap: NonNegativeFloat = 15.0  # logits become softcap * tanh(logits / softcap); 0: off
     tied_head: bool = False  # the head's matrix is the embedding table
     pad_vocab_to: Count = 64  # table rows are padded to a multiple of this
-    # dropout: shares that are dropped in training
-    embed_dropout: ShareBelow1 = 0.0  # of embeddings
-    attn_dropout: ShareBelow1 = 0.0  # of attention weights
-    resid_dropout: ShareBelow1 = 0.0  # of attention's output
-    mlp_dropout: ShareBelow1 = 0.0  # of the MLP's output
+    # dropout
+    embed_dropout: ShareBelow1 = 0.0  # share of embeddings dropped in training
+    attn_dropout: ShareBelow1 = 0.0  # share of attention weights dropped in training
+    resid_dropout: ShareBelow1 = 0.0  # share of attention's output dropped in training
+    mlp_dropout: ShareBelow1 = 0.0  # share of the MLP's output dropped in training
     init: str = "dial"  # dial | gpt2 | normal02: initial weights
 
 
@@ -76,9 +77,9 @@ class GPTConfig(Architecture):
 
     sequence_len: Count = 2048  # longest training row; windows are fractions of it
     vocab_size: Count = 32768  # tokenizer size, special tokens included
-    n_layer: Count = 12
-    n_head: Count = 6
-    n_embd: Count = 768
+    n_layer: Count = 12  # layers
+    n_head: Count = 6  # H, query heads
+    n_embd: Count = 768  # C, width of the residual stream
     bos: Annotated[int, at_least(0, -1)] = -1  # the token that begins a document; document_mask needs it
 
     @property
@@ -105,9 +106,7 @@ def _check_gpt(c: GPTConfig) -> None:
     """What can be told from the numbers alone. Names of table entries, and pairs of them, are checked by
     model/variants.py.
     """
-    for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
-        if getattr(c, name) < 1:
-            raise UserError(f"{name} is {getattr(c, name)}; expected at least 1")
+    check_bounds(type(c), vars(c))
     if c.n_embd % c.n_head or c.head_dim % 2:
         raise UserError(
             f"width {c.n_embd} over {c.n_head} heads gives head size {c.n_embd / c.n_head:g}; expected an even whole"
@@ -125,27 +124,14 @@ def _check_gpt(c: GPTConfig) -> None:
         raise UserError(
             f"window pattern {c.window_pattern!r} has letters other than S and L; try --window-pattern SSSL"
         )
-    if c.window_size < 0:
-        raise UserError(f"--window-size is {c.window_size}; expected at least 1, or 0 for a quarter of the row")
     if set(c.position_pattern.split(",")) - {"R", "N"}:
         raise UserError(
             f"position pattern {c.position_pattern!r} has parts other than R and N; try --position-pattern R,R,R,N"
-        )
-    if c.softmax_n < 0:
-        raise UserError(f"--softmax-n is {c.softmax_n:g}; expected 0 or more; try --softmax-n 1")
-    if not 0 < c.rope_fraction <= 1:
-        raise UserError(
-            f"--rope-fraction is {c.rope_fraction:g}; expected above 0 and at most 1; try --rope-fraction 0.5"
         )
     for part in filter(None, c.bias.split(",")):
         if part not in BIAS_PARTS:
             raise UserError(
                 f"--bias names {part!r}; expected parts out of {','.join(BIAS_PARTS)}{nearest(part, list(BIAS_PARTS))}"
-            )
-    for name in ("embed_dropout", "attn_dropout", "resid_dropout", "mlp_dropout"):
-        if not 0 <= getattr(c, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(c, name):g}; expected at least 0 and below 1; try 0.1"
             )
     if c.n_embd < 32 and (c.smear or c.value_embeds):
         raise UserError(
@@ -176,10 +162,10 @@ class ModelFlags(Architecture):
     """The flags of every command that builds a new model: a preset, the dial, and the architecture."""
 
     preset: str = "nanolab"  # a row of defaults for the other flags (nanolab/presets.py); flags given beside it win
-    depth: Count = 20  # layers; the dial
+    depth: Count = 20  # layers; width, batch, rates and training length follow from it
     aspect_ratio: Count = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
-    head_dim: Count = 128
-    max_seq_len: Count = 2048  # T, tokens in a row
+    head_dim: Count = 128  # D, width of an attention head
+    max_seq_len: Count = 2048  # T, context length in tokens
 
     CONDITIONS = [
         Condition("rope_base rope_layout rope_scaling rope_fraction", "positions", turns, TURNING),
@@ -206,11 +192,16 @@ class InspectConfig(ModelFlags):
     """
 
     depth: Count = 12
-    vocab_size: Count = 32768
+    vocab_size: Count = 32768  # tokenizer size, special tokens included
     context: NonNegativeInt = 0  # tokens before a decoded one, for its FLOPs; 0: a full row
-    attn_kernel: str = ""  # as in base_train
-    device_type: str = ""
+    attn_kernel: str = ""  # eager | sdpa | banded | flex | fa3; default: as in base_train
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
     json: bool = False  # last line of output is one JSON document
+
+    GROUPS = {
+        "": "preset depth aspect_ratio head_dim max_seq_len vocab_size context attn_kernel device_type json",
+        "model": "Architecture",
+    }
 
 
 def chosen(c: Architecture) -> list[str]:

@@ -37,42 +37,13 @@ from nanolab.runtime import Runtime, print0
 T = TypeVar("T")
 
 # Flags that a resumed run may change: they do not shape its result. Paths may move, because fingerprints are compared.
-MAY_CHANGE = {
-    "run",
-    "resume",
-    "dry_run",
-    "plan_for",
-    "device_type",
-    "data_dir",
-    "val_data",
-    "tokenizer",
-    "eval_every",
-    "eval_tokens",
-    "stages",
-    "sample_every",
-    "save_every",
-    "keep",
-    "log_every",
-    "log_grad_norm",
-    "wandb",
-    "device_batch_size",
-    "threads",
-    "core_metric_every",
-    "core_metric_max_per_task",
-    "eval_bundle",
-    "allow_unsandboxed",
-    "activation_checkpointing",
-    "attn_kernel",
-    "eval_text",
-    "chatcore_every",
-    "chatcore_tasks",
-    "chatcore_max_cat",
-    "chatcore_max_sample",
-    "eval_split",
-    "eval_examples",
-    "eval_samples",
-    "rollout_batch_size",
-}
+MAY_CHANGE = set(
+    "run resume dry_run plan_for device_type data_dir val_data tokenizer eval_every eval_tokens stages sample_every "
+    "save_every keep log_every log_grad_norm wandb device_batch_size threads core_metric_every "
+    "core_metric_max_per_task eval_bundle allow_unsandboxed activation_checkpointing attn_kernel eval_text "
+    "chatcore_every chatcore_tasks chatcore_max_cat chatcore_max_sample eval_split eval_examples eval_samples "
+    "rollout_batch_size".split()
+)
 HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.
 MUST_KEEP = {

@@ -14,19 +14,19 @@ class ChatConfig:
     """Talk to a model in the terminal."""
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
-    prompt: str = ""  # -p TEXT: one reply, then leave
+    prompt: str = ""  # -p TEXT: print one reply to TEXT and leave
     system: str = ""  # what a chat model is told before the conversation
     chat: bool = False  # put the text into the chat template; default for models fine-tuned by chat_sft or chat_rl
     raw: bool = False  # continue the text as it stands; default for base models
     tool: str = "calculator"  # calculator | python: what answers the calls in a chat model's replies; empty: nothing
     # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     allow_unsandboxed: bool = False
-    temperature: NonNegativeFloat = 0.8
-    top_k: NonNegativeInt = 50  # 0: off
-    top_p: Share = 1.0
-    max_tokens: Count = 256
-    seed: Seed = 42
-    device_type: str = ""
+    temperature: NonNegativeFloat = 0.8  # sampling temperature; 0: the likeliest token each time
+    top_k: NonNegativeInt = 50  # sample from the k likeliest tokens; 0: from all
+    top_p: Share = 1.0  # sample from the likeliest tokens that have this probability together; 1: from all
+    max_tokens: Count = 256  # tokens of a reply at most
+    seed: Seed = 42  # seed of sampling
+    device_type: str = ""  # cuda | mps | cpu; default: the best there is
 
     CONDITIONS = [
         Condition("system tool", "raw", lambda c: not c.raw, "--chat"),
@@ -42,7 +42,7 @@ class ServeConfig:
 
     model: str = ""  # NAME[@STEP|best], or several joined by commas; default: the newest finished run
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every one of this machine, better with a key
-    port: Annotated[int, Bounds(0, 65535)] = 8000  # 0: one that is free
+    port: Annotated[int, Bounds(0, 65535)] = 8000  # port to listen on; 0: one that is free
     api_key: str = ""  # what requests under /v1 must send as Authorization: Bearer KEY; empty: they need none
     # environment variable that holds the key instead, where other users of the machine do not see it
     api_key_env: str = "NANOLAB_API_KEY"
@@ -51,7 +51,6 @@ class ServeConfig:
     # origins of other web pages that may use the API, joined by commas, for example http://localhost:3000; *: all of
     # them
     cors: str = ""
-    # how much at once
     max_rows: Count = 32  # replies that a replica generates at once
     queue: NonNegativeInt = 64  # replies that wait for a place; beyond them requests are refused with 429
     int8: bool = False  # weights in 8 bits, which changes results a little; needs torchao
@@ -59,15 +58,20 @@ class ServeConfig:
     # memory of each replica for beginnings of conversations that need not be read again; 0: none
     prefix_mb: NonNegativeInt = 256
     drain_seconds: NonNegativeFloat = 30.0  # after SIGTERM or Ctrl-C, running replies may take that long
-    # what a request that does not say gets
-    temperature: NonNegativeFloat = 0.8
-    top_k: NonNegativeInt = 50  # 0: off
-    top_p: Share = 1.0
-    max_tokens: Count = 512  # of a reply
+    temperature: NonNegativeFloat = 0.8  # sampling temperature; 0: the likeliest token each time
+    top_k: NonNegativeInt = 50  # sample from the k likeliest tokens; 0: from all
+    top_p: Share = 1.0  # sample from the likeliest tokens that have this probability together; 1: from all
+    max_tokens: Count = 512  # tokens of a reply at most
     tool: str = "calculator"  # calculator | python: what answers the calls in chat replies; empty: nothing
     # run code that a model writes even where the sandbox lacks landlock or seccomp: it can then do what you can
     allow_unsandboxed: bool = False
     log_conversations: str = ""  # JSONL file that conversations are appended to; empty: they are kept nowhere
     device_type: str = ""  # cuda | mps | cpu; default: the best there is
 
+    GROUPS = {
+        "": "model host port log_conversations device_type int8",
+        "access": "api_key api_key_env allowed_hosts cors",
+        "load": "max_rows queue replicas prefix_mb drain_seconds",
+        "reply": "temperature top_k top_p max_tokens tool allow_unsandboxed",
+    }
     CONDITIONS = [Condition("api_key_env", "api_key", lambda c: not c.api_key, "one of the two")]
