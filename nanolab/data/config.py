@@ -54,7 +54,7 @@ class DataBuildConfig(DataConfig):
 class TokTrainConfig(DataConfig):
     """Train the byte-level BPE tokenizer."""
 
-    vocab_size: Count = 32768  # special tokens included
+    vocab_size: Count = 32768  # tokens of the vocabulary, special tokens included
     max_chars: Count = 2_000_000_000  # characters to read
     doc_cap: Count = 10_000  # characters read of one document: of a longer one, an even sample
     tokenizer: str = ""  # folder to write tokenizer.json to; default: tokenizer/ in the base directory

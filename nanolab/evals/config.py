@@ -107,8 +107,8 @@ class ChatEvalConfig:
     """Evaluate a chat model: questions with options by the letters' logits, others by sampled replies; ChatCORE."""
 
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
-    # joined by commas: NAME or NAME:SPLIT (tasks/__init__.py; split test); default: all that can be graded and whose
-    # data is there; of jsonl=FILE the loss
+    # tasks joined by commas: NAME or NAME:SPLIT (tasks/__init__.py; split test); default: all that can be graded and
+    # whose data is there; of jsonl=FILE the loss
     tasks: str = ""
     data: str = ""  # local folder of published datasets; default: the hub
     # sampled replies to each problem: pass@1 to pass@num_samples; more than one needs a temperature
