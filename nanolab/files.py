@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, checked by sha256, locked between processes. Imports no torch."""
+"""Files: written whole or not at all, checked by sha256, locked; and seeds from a key. Imports no torch."""
 
 import fcntl
 import hashlib
@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from nanolab.cli import UserError
 
@@ -66,3 +69,13 @@ def locked(path: Path) -> Iterator[None]:
     with open(path.with_name(path.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def key_seed(*key: Any, bits: int = 62) -> int:
+    """A number below 2^bits, bits <= 64, that depends on the key alone and looks random."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> (64 - bits)
+
+
+def key_shuffler(*key: Any) -> np.random.RandomState:
+    """A generator that depends on the key alone; its stream is frozen (NEP 19), unlike that of numpy's Generator."""
+    return np.random.RandomState(np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "<u4"))

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from nanolab.cli import UserError
-from nanolab.files import locked, replacing, sha256_file, write_text
+from nanolab.files import key_seed, key_shuffler, locked, replacing, sha256_file, write_text
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -61,3 +61,9 @@ def test_one_at_a_time(tmp_path):
         order.append("first")
     thread.join()
     assert order == ["first", "second"] and (tmp_path / "x" / "data.lock").exists()
+
+
+def test_seeds_of_a_key_are_pinned():
+    """Orders of data, rollouts and requests of runs that exist depend on these numbers."""
+    assert key_seed("order", 42, 0) == 4147603811877951081 and key_seed(42, 1, 0, bits=31) == 1320370046
+    assert key_shuffler(42, 0).permutation(8).tolist() == [1, 5, 7, 2, 6, 0, 4, 3]

@@ -9,7 +9,6 @@ the room left. One that is longer than a row never waits: it is cropped, left ou
 Rows of pretraining text can be mixed in (`replay`), evenly and at fixed places. Dims: B rows, T tokens, N
 conversations."""
 
-import hashlib
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from nanolab.data.chat import Rendered
 from nanolab.data.packing import Batch, PackedBatches
 from nanolab.data.shares import Turns, share_rows
 from nanolab.data.survey import Reader, Survey
+from nanolab.files import key_shuffler
 from nanolab.runtime import Runtime
 
 # Conversations that wait for a row they fit. Padding of rows of 512 with 64, 256, 1024 places: 2.6, 1.4, 0.9 % (25,000
@@ -143,9 +143,7 @@ class ConversationBatches:
         self._counting = threading.Lock()
 
     def _pack_epoch(self, epoch: int) -> Layout:
-        raw = hashlib.blake2b(repr((self.seed, epoch)).encode(), digest_size=16).digest()
-        # a frozen stream (NEP 19)
-        order = np.random.RandomState(np.frombuffer(raw, dtype="<u4")).permutation(len(self.survey.lengths))
+        order = key_shuffler(self.seed, epoch).permutation(len(self.survey.lengths))
         order = order[self.survey.lengths[order] > 0]
         rows = list(pack(self.survey.lengths, order.tolist(), self.reader.room))
         starts = np.cumsum([0, *map(len, rows)])

@@ -23,7 +23,7 @@ from nanolab.data.kept import Pinned
 from nanolab.data.lines import CUT_BYTES, LONG_LINE
 from nanolab.data.mixture import positive, weighted
 from nanolab.data.parquet import write_documents
-from nanolab.files import locked, write_text
+from nanolab.files import key_shuffler, locked, write_text
 from nanolab.runtime import base_dir, print0
 from nanolab.terminal import progress
 
@@ -58,19 +58,14 @@ class Documents:
         self.n_bytes, self.marks = sum(index.n_bytes for index in indexed), sum(index.marks for index in indexed)
         self.fingerprint = hashlib.sha256("".join(self.hashes).encode()).hexdigest()
         self.block_order = lru_cache(4)(self._block_order)
-        self._inside = lru_cache(256)(lambda epoch, b: self._rng(epoch, b).permutation(self.blocks[b].n))
+        self._inside = lru_cache(256)(lambda epoch, b: key_shuffler(self.seed, epoch, b).permutation(self.blocks[b].n))
         self._decoded: OrderedDict[int, tuple[Sequence[str | None], int]] = OrderedDict()
         self._cached_chars = 0
         self._skipped = 0  # since `get` last returned text
 
-    def _rng(self, *key: int) -> np.random.RandomState:
-        # RandomState's stream is frozen (NEP 19), Generator's may change between versions of numpy
-        raw = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=16).digest()
-        return np.random.RandomState(np.frombuffer(raw, dtype="<u4"))
-
     def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks' order in `epoch`, and for each place the number of documents up to its end."""
-        order = self._rng(epoch).permutation(len(self.blocks))
+        order = key_shuffler(self.seed, epoch).permutation(len(self.blocks))
         return order, np.cumsum([self.blocks[b].n for b in order])
 
     def _texts(self, b: int) -> Sequence[str | None]:

@@ -32,6 +32,7 @@ from typing import NamedTuple
 from nanolab.cli import UserError, nearest, read_toml
 from nanolab.data.chat import Message, check_messages, text_of
 from nanolab.data.endpoint import Answer, Endpoint, Refused
+from nanolab.files import key_seed
 
 # field -> its placeholder
 AXES = {"topics": "topic", "personas": "persona", "openings": "opening", "dynamics": "dynamic"}
@@ -250,7 +251,9 @@ def generate(
     def work() -> None:
         while job := jobs.get():
             try:
-                results.put((job, endpoint.ask(spec.filled(spec.drawn(seed, job.index)), request_seed(seed, job))))
+                results.put(
+                    (job, endpoint.ask(spec.filled(spec.drawn(seed, job.index)), key_seed(seed, *job, bits=31)))
+                )
             except Exception as error:  # handed to the caller's thread
                 results.put((job, error))
 
@@ -297,8 +300,3 @@ def outcome_of(
         return Progress("again" if job.attempt + 1 < ATTEMPTS else "given up", job.index, str(reason), 0, tokens)
     collection.add(job.index, messages, spec.drawn(seed, job.index), endpoint.fields["model"])
     return Progress("kept", job.index, "", len(messages), tokens)
-
-
-def request_seed(seed: int, job: Job) -> int:
-    """What the endpoint is asked to seed its sampling with: another number for each attempt."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *job)).encode()).digest()[:4], "big") >> 1

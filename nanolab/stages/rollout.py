@@ -11,7 +11,6 @@ another --temperature, or with --top-k, the replies come from a sharper distribu
 """
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from nanolab.cli import UserError
 from nanolab.data.chat import parse_reply, render_prompt
+from nanolab.files import key_seed
 from nanolab.inference.engine import Engine, Request
 from nanolab.runtime import Runtime, print0
 from nanolab.stages.config import RLConfig
@@ -375,8 +375,3 @@ def remembered(batch: MicroBatch) -> list[Reply]:
         old, reference = ([] if t is None else t[row, span].tolist() for t in (batch.old, batch.reference))
         found.append(dataclasses.replace(r, old=old, reference=reference))
     return found
-
-
-def key_seed(*key: Any) -> int:
-    """A number below 2^62 that depends on the key alone and looks random."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 2
