@@ -6,18 +6,15 @@ from typing import Any
 from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, PositiveFloat, Seed
 
 
+def corpora(c: Any) -> set[str]:
+    """The corpora among the parts of --data: what is no path."""
+    parts = (part.split(":")[0].strip() for part in c.data.split(",") if "/" not in part)
+    return {name for name in parts if "." not in name}
+
+
 def on_the_hub(c: Any) -> bool:
-    """Whether a part of --data is a corpus of the hub: neither pydocs nor a path."""
-    return any(
-        name.split(":")[0].strip() != "pydocs"
-        for name in c.data.split(",")
-        if "/" not in name and "." not in name.split(":")[0]
-    )
-
-
-def built(c: Any) -> bool:
-    """Whether a part of --data is a corpus that is built or downloaded: not a path."""
-    return any("/" not in name and "." not in name.split(":")[0] for name in c.data.split(","))
+    """Whether a part of --data is downloaded from the hub."""
+    return bool(corpora(c) - {"pydocs"})
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class DataBuildConfig(DataConfig):
 
     CONDITIONS = [
         Condition("workers", "data_dir", lambda c: not c.data_dir, "--data with the name of a corpus"),
-        Condition("workers", "data", built, "--data with the name of a corpus"),
+        Condition("workers", "data", lambda c: bool(corpora(c)), "--data with the name of a corpus"),
     ]
 
 

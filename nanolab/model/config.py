@@ -170,10 +170,7 @@ class ModelFlags(Architecture):
     CONDITIONS = [
         Condition("rope_base rope_layout rope_scaling rope_fraction", "positions", turns, TURNING),
         Condition(
-            "rope_fraction",
-            "attention",
-            lambda c: c.attention != "mla",
-            "--attention mha or gqa:G (of mla --mla-rope-dim says it)",
+            "rope_fraction", "attention", lambda c: c.attention != "mla", "--attention mha; mla has --mla-rope-dim"
         ),
         Condition("position_pattern", "positions", lambda c: c.positions == "rnope", "--positions rnope"),
         Condition(

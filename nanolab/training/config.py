@@ -78,9 +78,7 @@ class TrainingFlags(ModelFlags):
     CONDITIONS = [
         *READ_BY_RECIPE,
         Condition("embedding_lr", "tied_head", has_tables, "--no-tied-head, --value-embeds or --positions learned"),
-        Condition(
-            "scalar_lr", "residual_scalars", has_vectors, "--residual-scalars, --norm-gain or another part with vectors"
-        ),
+        Condition("scalar_lr", "residual_scalars", has_vectors, "--residual-scalars or another part with vectors"),
         Condition("warmdown_ratio", "recipe", lambda c: c.recipe not in ADAM, "--recipe dial"),
         Condition(
             "weight_decay warmup_steps final_lr_frac",
