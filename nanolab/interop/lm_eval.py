@@ -389,7 +389,7 @@ class Nanolab(TemplateLM):
             settings.get("top_p", 1.0),
             settings.get("repetition_penalty", 1.0),
             settings.get("seed", 42) + seed,
-            stop=tuple(settings["until"]),
+            stop=tuple(filter(None, settings["until"])),
             tools=self.tool if ids else None,
             parse="turn" if ids else "text",
         )
