@@ -183,7 +183,7 @@ def no_gpu_path() -> str:
     return f"{folder}:/usr/bin:/bin"
 
 
-EVERYTHING = f"-m pytest -m not gpu -n {os.sysconf('SC_NPROCESSORS_ONLN')} --dist loadfile"
+EVERYTHING = f"-m pytest -m not gpu -n {os.sysconf('SC_NPROCESSORS_ONLN') + 1} --dist loadfile --no-loadscope-reorder"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_test_sh_hands_its_arguments_and_exit_code_on(in_checkout, tmp_path, com
 
 
 def test_test_sh_newest_installs_and_so_refuses_a_python_as_it_is(in_checkout):
-    done = in_checkout("bash runs/test.sh --newest")  # in_checkout sets NANOLAB_PYTHON
+    done = in_checkout("bash runs/test.sh --newest", NANOLAB_PYTHON=sys.executable)
     assert done.returncode == 2 and "--newest" in done.stderr and f"NANOLAB_PYTHON={sys.executable}" in done.stderr
 
 
