@@ -28,8 +28,9 @@ from dataclasses import fields
 
 def find(name, *modules):
     for module in modules:
+        module, _, former = module.partition(":")
         try:
-            return getattr(importlib.import_module("nanolab." + module), name)
+            return getattr(importlib.import_module("nanolab." + module), former or name)
         except (ModuleNotFoundError, AttributeError):
             pass
     raise SystemExit(f"{name} is in none of {modules}")
@@ -60,7 +61,7 @@ if what == "step":
 else:
     bench = importlib.import_module("nanolab.lab.bench_infer")
     model, tokenizer = bench.the_model(cfg, runtime)
-    prepared = find("served", "inference.served")(model)
+    prepared = find("prepare_for_inference", "inference.prepare", "inference.served:served")(model)
     prompts = bench.Prompts(model.config.vocab_size, cfg.seed)
     engine = bench.new_engine(prepared, tokenizer, runtime, 1 if what == "decode" else 16)
     if what == "decode":
