@@ -369,10 +369,10 @@ class GPT(nn.Module):
         x = x0 = self.drop(self.through("embedding", x, idx, ctx))
         middle, last = x, len(self.h) - 1
         again = self.activation_checkpointing and torch.is_grad_enabled()
-        for i in range(len(self.h)):
-            args = i, x, x0, idx, ctx, at if i == last else None
+        for i, block in enumerate(self.h):
+            args = i, block, x, x0, idx, ctx, at if i == last else None
             x = checkpoint(self.layer, *args, use_reentrant=False) if again else self.layer(*args)
-            if i == len(self.h) // 2:
+            if i == (last + 1) // 2:
                 middle = x
         if cache is not None:
             cache.advance(T)
@@ -381,11 +381,11 @@ class GPT(nn.Module):
         return self.norm_f(self.through("end", x, middle))
 
     def layer(
-        self, i: int, x: Tensor, x0: Tensor, idx: Tensor, ctx: AttnContext, at: tuple[Tensor, Tensor] | None
+        self, i: int, block: Block, x: Tensor, x0: Tensor, idx: Tensor, ctx: AttnContext, at: tuple | None
     ) -> Tensor:
-        """The residual stream x (B, T, C) after layer i; x0 is the one before the first."""
+        """The residual stream x (B, T, C) after layer i, `block`; x0 is the one before the first."""
         x = self.through("layer", x, x0, i)
-        return self.h[i](x, self.through("values", None, idx, i, x.dtype), ctx, at)
+        return block(x, self.through("values", None, idx, i, x.dtype), ctx, at)
 
     def through(self, seam: str, x: Any, *args: Any) -> Any:
         """x after the parts that are switched on at this seam (variants/parts.py)."""
