@@ -109,6 +109,7 @@ def in_checkout(tmp_path_factory):
                 "NANOLAB_PYTHON": str(warm.executable()),
                 "NANOLAB_BASE_DIR": str(base),
                 "NANOLAB_SCALE": "toy",
+                "PYTEST_ADDOPTS": "",  # those of this run are not for a run inside
             }
             | environment
         )
