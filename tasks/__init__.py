@@ -19,7 +19,7 @@ from tasks.documentation import Documentation
 from tasks.gsm8k import GSM8K
 from tasks.hellaswag import HellaSwag
 from tasks.humaneval import HumanEval
-from tasks.identity import Identity
+from tasks.identity import IdentityQuestions
 from tasks.mmlu import MMLU
 from tasks.smalltalk import Smalltalk
 from tasks.smoltalk import SmolTalk
@@ -37,7 +37,7 @@ TASKS: dict[str, type[Task]] = {
     "spelling": SimpleSpelling,
     "spellingbee": SpellingBee,
     "arithmetic": Arithmetic,
-    "identity": Identity,
+    "identity": IdentityQuestions,
     "smalltalk": Smalltalk,
     "documentation": Documentation,
 }

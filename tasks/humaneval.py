@@ -52,7 +52,7 @@ class HumanEval(Published):
 
     def rewards(self, example: Example, content: Content) -> dict[str, float]:
         """correct; format: the code of the reply parses and defines the function."""
-        tree = parsed(code_of(content))
+        tree = syntax_tree(code_of(content))
         return {
             "correct": float(self.correct(example, content)),
             "format": float(tree is not None and defines(tree, example.answer.name)),
@@ -73,13 +73,13 @@ def program_of(problem: Problem, content: Content) -> str:
     A reply that does not define the function is taken for the rest of the prompt's.
     """
     code = code_of(content)
-    tree = parsed(code)
+    tree = syntax_tree(code)
     if tree is not None and defines(tree, problem.name):
         return f"{problem.prompt}\n    pass\n\n\n{code}\n"
     return problem.prompt + code + "\n"
 
 
-def parsed(code: str) -> ast.Module | None:
+def syntax_tree(code: str) -> ast.Module | None:
     try:
         return ast.parse(code)
     except (

@@ -50,7 +50,7 @@ class Topic(NamedTuple):
 TOPICS = {name: Topic.of(row) for name, row in GRAMMAR["topics"].items()}
 
 
-class Identity(Task):
+class IdentityQuestions(Task):
     kind = "generate"
     measures = "the fact is in the reply"
     version = 3

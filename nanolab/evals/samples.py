@@ -20,14 +20,14 @@ PROMPTS = (
 SEPARATOR = " ..."  # between a prompt and its continuation in print
 
 
-class Sample(NamedTuple):
+class Continuation(NamedTuple):
     prompt: str
     text: str  # the continuation, without what ended it
 
 
 def continue_prompts(
     model: GPT, tokenizer: Tokenizer, runtime: Runtime, max_tokens: int = 16, stop: Stop = lambda: False
-) -> list[Sample]:
+) -> list[Continuation]:
     """Greedy continuations of PROMPTS, those that leave the model's sequence length room for a token; cut where `stop`
     says so.
     """
@@ -36,7 +36,7 @@ def continue_prompts(
     replies = Engine(model, tokenizer, runtime).complete(
         [ids[p] for p in fitting], Request(max_tokens=max_tokens, temperature=0.0), stop=stop
     )
-    return [Sample(prompt, tokenizer.decode(reply)) for prompt, reply in zip(fitting, replies)]
+    return [Continuation(prompt, tokenizer.decode(reply)) for prompt, reply in zip(fitting, replies)]
 
 
 def unconditioned(
@@ -60,7 +60,7 @@ def print_samples(model: GPT, tokenizer: Tokenizer, runtime: Runtime, stop: Stop
             print(one_line(sample), flush=True)
 
 
-def one_line(sample: Sample) -> str:
+def one_line(sample: Continuation) -> str:
     """`prompt ... continuation`; line ends and control characters, which a young model writes too, as escapes."""
     text = f"{sample.prompt}{SEPARATOR}{sample.text}"
     return "  " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -55,13 +55,13 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
 
 def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     """What the model writes, printed; of a model from elsewhere only greedy continuations."""
-    from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, unconditioned
+    from nanolab.evals.samples import PROMPTS, Continuation, continue_prompts, one_line, unconditioned
     from nanolab.runtime import print0
 
     model, tokenizer = subject.model, subject.tokenizer
     if cfg.hf:
         greedy = [
-            Sample(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16)))
+            Continuation(prompt, tokenizer.decode(model.greedy([tokenizer.bos, *tokenizer.encode(prompt)], 16)))
             for prompt in PROMPTS
         ]
     else:

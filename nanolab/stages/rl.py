@@ -20,7 +20,7 @@ from nanolab.stages.base_run import BaseRun, begin, check_rates
 from nanolab.stages.config import RLConfig
 from nanolab.stages.reward import reward_parts
 from nanolab.stages.rl_plan import RLPlan, make_rl_plan, objective_of
-from nanolab.stages.rollout import Rollouts, asked
+from nanolab.stages.rollout import Rollouts, rollout_request
 from nanolab.stages.session import Result, every_of, finished, machine, opened, print_plan
 from nanolab.training.fit import Hook, at_steps, fit
 from nanolab.training.optim import MuonAdamW
@@ -146,7 +146,7 @@ def passes(
         engine,
         task,
         range(len(task)),
-        asked(cfg, tools),
+        rollout_request(cfg, tools),
         num_samples=cfg.eval_samples,
         batch_size=cfg.rollout_batch_size or cfg.examples_per_step * cfg.num_samples // engine.runtime.world_size,
         stop=stop,

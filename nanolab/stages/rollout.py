@@ -48,7 +48,7 @@ class ScoredTask(Protocol):
 
 
 @dataclass
-class Reply:
+class RolloutReply:
     """One reply to one prompt, and what training needs to know of it; JSON as it is."""
 
     place: int  # in the rollout: prompt * num_samples + sample
@@ -67,7 +67,7 @@ class Reply:
 class MicroBatch:
     """Rows of one forward pass, padded to the longest: prompt and reply, with the trained tokens as targets."""
 
-    replies: list[Reply]
+    replies: list[RolloutReply]
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, -1 where nothing is trained
     advantages: Tensor  # (B,) fp32
@@ -81,7 +81,7 @@ class RolloutPosition(NamedTuple):
     """Where `Rollouts` stand. They are made when they are asked for, so that this is always after the last batch."""
 
     rollouts: "Rollouts"
-    replies: list[Reply]  # of the batch
+    replies: list[RolloutReply]  # of the batch
 
     def json(self, runtime: Runtime | None = None) -> dict[str, Any]:
         """The same on every rank; a collective call."""
@@ -96,7 +96,7 @@ class RolloutPosition(NamedTuple):
         return f"replies to {self.rollouts.task.name} examples {', '.join(map(str, examples))}"
 
 
-def asked(cfg: RLConfig, tools: Any) -> Request:
+def rollout_request(cfg: RLConfig, tools: Any) -> Request:
     """How replies are drawn, for training and for evaluations."""
     return Request(
         max_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed, tools=tools
@@ -191,7 +191,7 @@ class Rollouts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made, self.micro, self.handed = state["made"], [], 0
-        replies = [Reply(**reply) for reply in state["replies"]]
+        replies = [RolloutReply(**reply) for reply in state["replies"]]
         self.lengths, self.work = [len(r.prompt) + len(r.ids) for r in replies], Work(**state.get("work", {}))
         if "work" not in state:
             print0(
@@ -237,19 +237,21 @@ class Rollouts:
         self._metrics = rollout_metrics(everywhere, G) | {"rl/rollout_seconds": time.perf_counter() - began}
         self._tell(self._metrics)
 
-    def _draw(self) -> tuple[list[Reply], int]:
+    def _draw(self) -> tuple[list[RolloutReply], int]:
         """This rank's replies of the next rollout, and the FLOPs of drawing them."""
         cfg, P, G = self.cfg, self.cfg.examples_per_step, self.cfg.num_samples
         replies, seeds, flops = [], [], 0
         for p in range(self.runtime.rank, P, self.runtime.world_size):
             example, prompt = self._nth(self.made * P + p)
             for g in range(G):
-                replies.append(Reply(p * G + g, example, prompt, [], []))
+                replies.append(RolloutReply(p * G + g, example, prompt, [], []))
                 seeds.append(key_seed("reply", cfg.seed, self.made, p, g))
         size = cfg.rollout_batch_size or len(replies)
         for lo in range(0, len(replies), size):
             part = replies[lo : lo + size]
-            for step in self.engine.generate([r.prompt for r in part], asked(cfg, self.tools), seeds[lo : lo + size]):
+            for step in self.engine.generate(
+                [r.prompt for r in part], rollout_request(cfg, self.tools), seeds[lo : lo + size]
+            ):
                 for new in step:
                     part[new.row].ids.append(new.token)
                     part[new.row].trained.append(not new.forced)
@@ -282,7 +284,7 @@ class Rollouts:
             " fit; lower --max-new-tokens, or take another task"
         )
 
-    def _scored(self, reply: Reply) -> dict[str, Any]:
+    def _scored(self, reply: RolloutReply) -> dict[str, Any]:
         """The record of one reply: what rollouts.jsonl holds, its place and its length."""
         example = self.task.example(reply.example)
         values = self.task.rewards(example, parse_reply(self.tokenizer, reply.ids))
@@ -301,7 +303,7 @@ class Rollouts:
             "reward": sum(part.of(values) for part in self.parts),
         }
 
-    def _batched(self, replies: list[Reply]) -> list[MicroBatch]:
+    def _batched(self, replies: list[RolloutReply]) -> list[MicroBatch]:
         """Micro-batches of rows of like lengths, so that little is padded."""
         B, ordered = self.cfg.device_batch_size, sorted(replies, key=lambda r: (len(r.prompt) + len(r.ids), r.place))
         batches = [self._rows(ordered[i : i + B]) for i in range(0, len(ordered), B)]
@@ -319,7 +321,7 @@ class Rollouts:
                         batch.reference = logprobs(self.reference, batch.inputs, batch.targets)
         return batches + empty
 
-    def _rows(self, replies: list[Reply]) -> MicroBatch:
+    def _rows(self, replies: list[RolloutReply]) -> MicroBatch:
         T = max(len(r.prompt) + len(r.ids) for r in replies) - 1
         inputs, targets = np.full((len(replies), T), self.tokenizer.bos), np.full((len(replies), T), -1)
         for row, r in enumerate(replies):
@@ -360,14 +362,14 @@ class Rollouts:
             )
 
 
-def _padded(reply: Reply, values: list[float], T: int) -> Tensor:
+def _padded(reply: RolloutReply, values: list[float], T: int) -> Tensor:
     """(T,) fp32: the values of a reply's ids at their places in a row."""
     row = torch.zeros(T)
     row[len(reply.prompt) - 1 : len(reply.prompt) - 1 + len(values)] = torch.tensor(values)
     return row
 
 
-def remembered(batch: MicroBatch) -> list[Reply]:
+def remembered(batch: MicroBatch) -> list[RolloutReply]:
     """The replies with the log probabilities that the batch has got since."""
     found = []
     for row, r in enumerate(batch.replies):

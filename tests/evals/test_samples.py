@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.samples import PROMPTS, Sample, continue_prompts, one_line, print_samples, unconditioned
+from nanolab.evals.samples import PROMPTS, Continuation, continue_prompts, one_line, print_samples, unconditioned
 from nanolab.model.config import GPTConfig
 from nanolab.runtime import Runtime
 
@@ -55,4 +55,4 @@ def test_rank_zero_alone_prints_one_line_per_prompt(model, tokenizer, capsys):
     assert capsys.readouterr().out == ""
     print_samples(model, tokenizer, RUNTIME)
     assert len(capsys.readouterr().out.splitlines()) == 7
-    assert one_line(Sample("a\n", "é\ufffdb\r\nc\x1b")) == "  a\\n ...é\ufffdb\\r\\nc\\x1b"
+    assert one_line(Continuation("a\n", "é\ufffdb\r\nc\x1b")) == "  a\\n ...é\ufffdb\\r\\nc\\x1b"
