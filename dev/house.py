@@ -39,7 +39,7 @@ CEILINGS = {
     "lines of exempt modules": 1_500,
     "longest file": 400,
     "lines over 120 columns": 0,
-    "names defined twice": 30,
+    "names defined twice": 21,
     "functions that touch the config": 22,
 }
 

@@ -53,12 +53,11 @@ class BaseEvalConfig(DataConfig):
     CONDITIONS = [
         Condition("num_shards", "hf", lambda c: not c.hf or bool(c.data), "--data with a corpus of the hub"),
         Condition(
-            "data data_dir val_data num_shards split_tokens device_batch_size",
+            "data data_dir val_data num_shards split_tokens device_batch_size train_text",
             "modes",
             lambda c: "bpb" in modes(c),
             "bpb among --modes",
         ),
-        Condition("train_text", "modes", lambda c: "bpb" in modes(c), "bpb among --modes"),
         Condition(
             "train_text",
             "all_checkpoints",
@@ -74,13 +73,13 @@ class BaseEvalConfig(DataConfig):
         ),
         Condition("seed", "hf", lambda c: not c.hf, "--model: of a model of --hf only greedy texts are written"),
         Condition("trust_code", "hf", lambda c: bool(c.hf), "--hf"),
-        Condition(
-            "max_per_task", "modes", lambda c: bool(modes(c) & LIKELIHOOD), "core, hellaswag or lambada among --modes"
-        ),
         Condition("extra", "modes", lambda c: "core" in modes(c), "core among --modes"),
         Condition("hellaswag hellaswag_bos", "modes", lambda c: "hellaswag" in modes(c), "hellaswag among --modes"),
         Condition(
-            "eval_bundle", "modes", lambda c: bool(modes(c) & LIKELIHOOD), "core, hellaswag or lambada among --modes"
+            "max_per_task eval_bundle",
+            "modes",
+            lambda c: bool(modes(c) & LIKELIHOOD),
+            "core, hellaswag or lambada among --modes",
         ),
         Condition(
             "eval_bundle",

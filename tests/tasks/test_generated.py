@@ -21,6 +21,7 @@ from nanolab.data.chat import check_messages, render, text_of
 from nanolab.data.parquet import write_documents
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.calculator import calculator
+from tasks.common import Published
 from tasks.documentation import Entry, entries_of
 from tasks.identity import FIELDS, TOPICS, cores, endings, sentence
 from tasks.sentences import ENDINGS, EVENTS, EXPRESSIONS, PROBLEM_QUESTIONS, SETTINGS, THINGS, VERB_PHRASES
@@ -96,6 +97,30 @@ def test_references_are_pinned_conversations_that_are_graded_right(words, name, 
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+GENERATED = [name for name, task in tasks.TASKS.items() if task.kind == "generate" and not issubclass(task, Published)]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_every_generated_task_keeps_the_rules_of_the_table(words, name):
+    """References are right and an empty reply is not, each part of a reward is in [0, 1], a limit changes no example,
+    and what the test asks is not in training.
+    """
+    spec = f"{name}={words}" if tasks.TASKS[name].argument_is.startswith("FILE or COUNT") else name
+    asked = {}
+    for split in ("train", "test"):
+        task = tasks.build(spec, split)
+        first = [task.example(i) for i in range(min(500, len(task)))]
+        asked[split] = {example.messages[0]["content"] for example in first}
+        assert first[:5] == [tasks.build(spec, split, limit=5).example(i) for i in range(5)]
+        for example in first[:100]:
+            reply = example.messages[-1]["content"]
+            assert task.rewards(example, reply)["correct"] == 1.0, f"the reference {reply!r} is graded as wrong"
+            assert not task.correct(example, "")
+            values = [value for said in (reply, "", "x" * 500) for value in task.rewards(example, said).values()]
+            assert all(0 <= value <= 1 for value in values), values
+    assert not asked["train"] & asked["test"], "the test asks what is in training"
 
 
 def pair(example) -> tuple[int, ...]:
