@@ -24,10 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMIT = {"toy-plain": 60, "toy": 60, "product": 150}  # seconds for a try
-STEPS = 300
+STEPS = 60
 TRAIN = (
     "--run killed --depth 2 --aspect-ratio 32 --head-dim 32 --max-seq-len 64 --device-batch-size 4 --total-batch-size"
-    f" 512 --num-iterations {STEPS} --save-every 20 --keep all --eval-every -1 --device-type cpu --resume"
+    f" 512 --num-iterations {STEPS} --save-every 10 --keep all --eval-every -1 --sample-every -1 --device-type cpu"
+    " --resume"
 ).split()
 
 

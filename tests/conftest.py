@@ -87,6 +87,15 @@ def make_gpt():
     return make
 
 
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory) -> Path:
+    """A folder for base directories to point to: what a test builds there, all processes of this pytest find."""
+    temporary = tmp_path_factory.getbasetemp()
+    folder = (temporary.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary) / "corpora"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def in_checkout(tmp_path_factory):
     """A function (bash text, **environment) -> CompletedProcess, run in a copy of this tree with a base directory of

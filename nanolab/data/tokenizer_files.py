@@ -323,8 +323,11 @@ def _check_pattern(pattern: str, path: Path) -> None:
         theirs = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     except Exception as error:  # tokenizers has no class of its own for it
         raise _refuse(path, f"cuts text by a pattern that `tokenizers` does not know ({error})") from None
-    cut = [[piece.encode() for piece, _ in theirs.pre_tokenize_str(text)] for text in probe_texts()]
-    if (at := first_difference(pattern, cut)) is not None:
+    cut = lambda text: [piece.encode() for piece, _ in theirs.pre_tokenize_str(text)]  # noqa: E731
+    texts = probe_texts()
+    parts = (texts[i : i + 500] for i in range(0, len(texts), 500))  # the runs, first, tell most patterns apart
+    differences = (first_difference(pattern, [cut(text) for text in part]) for part in parts)
+    if (at := next((found for found in differences if found is not None), None)) is not None:
         seen = b"|".join(at).decode(errors="replace")
         why = (
             " (X{1,3}+ repeats X{1,3} in `tokenizers` and is possessive in tiktoken, whose cl100k_base has it)"

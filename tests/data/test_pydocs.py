@@ -231,7 +231,9 @@ def test_a_failed_build_leaves_nothing_and_damage_is_refused(few_sources, base_d
 
 
 @pytest.mark.slow
-def test_the_whole_corpus_is_tens_of_megabytes_of_prose(base_dir):
+def test_the_whole_corpus_is_tens_of_megabytes_of_prose(base_dir, corpora):
+    base_dir.mkdir()
+    (base_dir / "corpora").symlink_to(corpora)  # the quickstart of test_readme.py builds it too
     data = open_data(DataConfig())
     texts = [*data.train[0][0].iterate(), *data.val.iterate()]
     assert sum(len(t.encode()) for t in texts) > 15e6

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,8 @@ def test_each_attempt_meets_in_its_own_part_of_the_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_comes_back_and_the_run_ends():
+def test_a_killed_rank_comes_back_and_the_run_ends(monkeypatch):
+    monkeypatch.setenv("PYTHON_EXEC", str(warm.executable()))  # of torchrun, for its ranks
     spec = importlib.util.spec_from_file_location("nanolab_dev_restarts", ROOT / "dev" / "restarts.py")
     restarts = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(restarts)
