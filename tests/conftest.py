@@ -63,6 +63,23 @@ def run_ranks():
     return ranks.run_ranks
 
 
+@pytest.fixture(scope="session")
+def transformers_python(tmp_path_factory):
+    """A `python` that has imported transformers, in the environment that an export is read in, and nothing of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+        names = "auto.modeling_auto", "auto.tokenization_auto", "gpt2.modeling_gpt2"
+        return warm.executable("safetensors.torch", *(f"transformers.models.{name}" for name in names))
+
+
+@pytest.fixture
+def exports_read_warm(transformers_python, monkeypatch):
+    """The process that reads an export begins as a fork."""
+    monkeypatch.setattr(sys, "executable", str(transformers_python))
+
+
 @pytest.fixture
 def make_gpt():
     """A function (config, **GPT arguments) -> GPT with every weight moved off its initial value.

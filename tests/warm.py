@@ -6,7 +6,8 @@ starts, needs a real start.
 
 The server listens on a socket. A client (this file, as a script) hands it its descriptors, arguments, environment and
 folder, waits for the exit code and leaves with it; when the client is killed, so is the process. Whatever else than
-`-m MODULE` and FILE.py a client is asked to run, it runs as the real Python. Imports only the standard library.
+`-m MODULE`, `-c TEXT` and FILE.py a client is asked to run, it runs as the real Python. Imports only the standard
+library.
 """
 
 import atexit
@@ -28,7 +29,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OURS = ("nanolab", "scripts", "tasks")
-PRELOADED = ("torch.distributed", "nanolab.stages.rl", "nanolab.lab.suite", "nanolab.interop.export")
+# the last four: what a training imports on its way
+PRELOADED = (
+    "torch.distributed",
+    "nanolab.stages.rl",
+    "nanolab.lab.suite",
+    "nanolab.interop.export",
+    "torch.fx.experimental.symbolic_shapes",
+    "pyarrow.parquet",
+    "pandas",
+    "tyro",
+)
 WHERE = "NANOLAB_TESTS_WARM"  # the server's socket
 
 
@@ -41,12 +52,14 @@ def python(
 
 
 @functools.cache
-def executable() -> Path:
-    """A program `python` whose processes are forks of a server, which lives as long as this process."""
+def executable(*modules: str) -> Path:
+    """A program `python` whose processes are forks of a server, which lives as long as this process.
+
+    The server has imported `modules`, PRELOADED where none are given, and nothing of ours otherwise."""
     folder = Path(tempfile.mkdtemp(prefix="nanolab-warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = subprocess.Popen(
-        [sys.executable, __file__, str(folder / "socket")],
+        [sys.executable, __file__, str(folder / "socket"), *(modules or PRELOADED)],
         stdin=subprocess.PIPE,  # its end is this process's end
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -62,7 +75,7 @@ def executable() -> Path:
 
 
 def client(where: str, argv: list[str]) -> None:
-    if not argv or not (argv[0] == "-m" or argv[0].endswith(".py")):
+    if not argv or not (argv[0] in ("-m", "-c") or argv[0].endswith(".py")):
         os.execv(sys.executable, [sys.executable, *argv])
     env = {name: value for name, value in os.environ.items() if name != WHERE}
     message = json.dumps([argv, env, os.getcwd()]).encode("utf-8", "surrogateescape")
@@ -78,9 +91,10 @@ def client(where: str, argv: list[str]) -> None:
     os._exit(code)
 
 
-def serve(where: str) -> None:
-    for name in PRELOADED:
-        __import__(name)
+def serve(where: str, modules: list[str]) -> None:
+    for name in modules:
+        with suppress(ImportError):  # what is not installed everywhere
+            __import__(name)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(where)
         listening.listen(64)
@@ -133,12 +147,15 @@ def run(argv: list[str], env: dict[str, str], cwd: str) -> int:
     if path and path[0] != ROOT:  # another tree's modules
         for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
             del sys.modules[name]
-    sys.path[:0] = [cwd if argv[0] == "-m" else str(Path(argv[0]).resolve().parent), *map(str, path)]
+    sys.path[:0] = [cwd if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent), *map(str, path)]
     code = 0
     try:
         if argv[0] == "-m":
             sys.argv = argv[1:]
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            sys.argv = ["-c", *argv[2:]]
+            exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = argv
             runpy.run_path(os.path.abspath(argv[0]), run_name="__main__")
@@ -162,4 +179,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "client":
         client(os.environ[WHERE], sys.argv[2:])
     else:
-        serve(sys.argv[1])
+        serve(sys.argv[1], sys.argv[2:])

@@ -561,7 +561,9 @@ def test_what_draws_is_looked_for_before_the_evaluation(world, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_folder_of_transformers_scores_as_the_model_it_came_from(world, bundle, tmp_path, capsys, base_dir):
+def test_a_folder_of_transformers_scores_as_the_model_it_came_from(
+    world, bundle, tmp_path, capsys, base_dir, exports_read_warm
+):
     """The same weights under gpt2's own class: the same bits per byte, the same tasks."""
     pytest.importorskip("transformers")
     from nanolab.cli import from_preset

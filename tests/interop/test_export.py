@@ -216,7 +216,7 @@ def test_special_tokens_that_are_not_the_last_keep_their_ids(specials_first, tmp
 
 @pytest.mark.slow
 @pytest.mark.fault("L2")
-def test_the_check_compares_every_token(specials_first, tmp_path):
+def test_the_check_compares_every_token(specials_first, tmp_path, exports_read_warm):
     """A tokenizer.json that only adds its special tokens: text has the same ids there, but special tokens have not."""
     _, ours = specials_first
     folder, model = written(tmp_path, SQUARE, ours)
@@ -446,7 +446,7 @@ def test_mistakes_are_said(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_not_the_model_is_refused(tokenizer, tmp_path):
+def test_a_folder_that_is_not_the_model_is_refused(tokenizer, tmp_path, exports_read_warm):
     folder, model = written(tmp_path / "a", SQUARE, tokenizer)
     assert export.check_export(folder, model, tokenizer) < 1e-5
     model.wte.weight.data[:200] *= 1.01

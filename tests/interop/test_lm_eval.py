@@ -5,7 +5,6 @@ items.
 import importlib.util
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import save_file
 
 from nanolab.cli import UserError
@@ -300,6 +300,17 @@ def test_tasks_of_the_harness_give_what_its_own_model_gives(tasks, pairs, settin
     )
 
 
+def harness(run: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Offline, in a fork of a server that has imported the harness and its `hf`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("NANOLAB_BASE_DIR", str(run.parents[1]))
+        python = warm.executable("lm_eval.__main__", "lm_eval.evaluator", "nanolab.interop.lm_eval")
+        return subprocess.run(
+            [python, *command.split()], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300
+        )
+
+
 @pytest.mark.slow
 def test_the_command_line(tasks, run):
     """By the run's name, as a person types it; results are written by the harness."""
@@ -307,26 +318,11 @@ def test_the_command_line(tasks, run):
         f"-m scripts.lm_eval --model nanolab --model_args path=tiny --tasks toy_choose,toy_write --include_path {tasks}"
         f" --output_path {tasks / 'out'} --device cpu"
     )
-    env = os.environ | {"NANOLAB_BASE_DIR": str(run.parents[1]), "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *command.split()],
-        env=env,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
+    done = harness(run, command)
     assert done.returncode == 0 and "|toy_choose|" in done.stdout.replace(" ", ""), done.stderr[-2000:]
     (written,) = (tasks / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["config"]["nanolab_model"] == "tiny@0"
-    bad = subprocess.run(
-        [sys.executable, *command.replace("path=tiny", "path=tinny").split()],
-        env=env,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
+    bad = harness(run, command.replace("path=tiny", "path=tinny"))
     assert bad.returncode == 1 and bad.stderr.rstrip().splitlines()[-1].startswith("error: no model 'tinny' in")
 
 
@@ -656,15 +652,7 @@ def test_readme_s_command_runs_as_it_stands(tasks, run):
     command = command.replace("path=mine ", "path=tiny ").replace(
         "--tasks arc_easy", f"--tasks toy_choose --include_path {tasks} --output_path {tasks / 'readme'}"
     )
-    env = os.environ | {"NANOLAB_BASE_DIR": str(run.parents[1]), "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split()],
-        env=env,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
+    done = harness(run, f"-m {command}")
     assert done.returncode == 0 and "|toy_choose|" in done.stdout.replace(" ", ""), done.stderr[-2000:]
     (written,) = (tasks / "readme").rglob("results_*.json")
     assert (
