@@ -1,5 +1,6 @@
 """Shared fixtures: an empty base directory for every test, one thread."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(config, items):
     items.sort(
         key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
     )
+
+
+def pytest_collection_finish():
+    """The speed of this machine, which a base directory holds, is measured once for all of them."""
+    if runtime := sys.modules.get("nanolab.runtime"):
+        runtime._measure_gflops = functools.cache(runtime._measure_gflops)
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,9 @@ def serve(where: str, modules: list[str]) -> None:
     for name in modules:
         with suppress(ImportError):  # what is not installed everywhere
             __import__(name)
+    if runtime := sys.modules.get("nanolab.runtime"):  # as in conftest.py
+        runtime._measure_gflops = functools.cache(runtime._measure_gflops)
+        runtime._measure_gflops()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(where)
         listening.listen(64)
