@@ -3,6 +3,7 @@ the same task.
 """
 
 import json
+import sys
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault("S5")]
 
 
 @pytest.fixture(scope="module")
-def folder(runs, tmp_path_factory):
+def folder(runs, tmp_path_factory, transformers_python):
     """The chat model as scripts.export_hf writes it: the harness reads its tokenizer."""
     out = tmp_path_factory.mktemp("exported") / "parrot"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOLAB_BASE_DIR", str(runs))
+        patch.setattr(sys, "executable", str(transformers_python))
         export(find_model("parrot"), out, lambda *about: "no card", "fp32", False)
     return out
 
@@ -57,6 +59,7 @@ def manager(tmp_path_factory) -> TaskManager:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # what pip lists, each time
 
 
 def answers(lm, manager, task: str, **settings) -> list:

@@ -4,6 +4,7 @@ on.
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -42,13 +43,23 @@ B = dict(
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLAB_BASE_DIR", str(folder))
+        patch.setenv("NANOLAB_DTYPE", "float32")
+        pretrained.pretrain("plain", pretrained.write_text(folder / "text"), ALONE)
+    (folder / "val").mkdir()
+    (folder / "val" / "val.txt").write_text("a crow said that the cheese was sour. " * 400)
+    return folder
+
+
 @pytest.fixture
-def plain(monkeypatch, base_dir):
+def plain(made, monkeypatch, base_dir):
     """A finished base run, and its text."""
     monkeypatch.setenv("NANOLAB_DTYPE", "float32")
-    pretrained.pretrain("plain", pretrained.write_text(base_dir / "text"), ALONE)
-    (base_dir / "val").mkdir()
-    (base_dir / "val" / "val.txt").write_text("a crow said that the cheese was sour. " * 400)
+    shutil.copytree(made, base_dir)
 
 
 def base(name: str, rt: Runtime | None = None, resume: bool = False, **flags) -> None:
