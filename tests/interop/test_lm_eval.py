@@ -303,11 +303,11 @@ def test_tasks_of_the_harness_give_what_its_own_model_gives(tasks, pairs, settin
 
 
 def harness(run: Path, command: str) -> subprocess.CompletedProcess[str]:
-    """Offline, in a fork of a server that has imported the harness and its `hf`."""
+    """Offline, in a fork of a server that has read the harness's own tasks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("NANOLAB_BASE_DIR", str(run.parents[1]))
-        python = warm.executable("lm_eval.__main__", "lm_eval.evaluator", "nanolab.interop.lm_eval")
+        python = warm.executable("harness")
         return subprocess.run(
             [python, *command.split()], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300
         )

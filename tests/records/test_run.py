@@ -355,7 +355,9 @@ def test_wandb_without_network_warns_once(quiet_wandb, capsys):
 
 
 def test_wandb_that_dies_on_the_way_warns_once(quiet_wandb):
-    done = subprocess.run([sys.executable, __file__, "lose_wandb"], capture_output=True, text=True, timeout=300)
+    import warm  # here: the file is also run as a script
+
+    done = warm.python(__file__, "lose_wandb")
     assert done.returncode == 0, done.stderr
     logged_when_warned, logged = map(int, done.stdout.split())
     assert done.stderr.count("wandb failed") == 1 and logged > logged_when_warned
