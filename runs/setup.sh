@@ -85,16 +85,17 @@ case "$venv $here" in
 *) versions="the newest" ;;
 esac
 
-pip() { $venv/bin/python -m pip -qq --disable-pip-version-check "$@"; } # -qq: errors only
+# -qq: errors only. --no-compile: of 390 MB of modules a tenth is ever imported, and Python compiles a module when it is.
+pip_install() { $venv/bin/python -m pip -qq --disable-pip-version-check install --no-compile "$@"; }
 # setuptools stays in the environment and builds what has no wheel, nanolab too; a build in isolation would download its newest.
 echo "setup: installing $torch ($why)"
-pip install --constraint $constraints torch "setuptools>=70.1"
+pip_install --constraint $constraints torch "setuptools>=70.1"
 echo "setup: installing nanolab${extras:+ with what $extras needs}; versions: $versions"
-pip install --constraint $constraints --no-build-isolation -e ".${extras:+[$extras]}"
+pip_install --constraint $constraints --no-build-isolation -e ".${extras:+[$extras]}"
 case $versions in locked*) # what is left of an earlier set-up and nothing asks for any more: pip has not touched it
     differ=$($venv/bin/python runs/lock_diff.py $constraints)
     off=$(awk 'NF == 3 && $3 != "-" { print $1 "==" $3 }' <<<"$differ") others=$(awk '$3 == "-" { printf " %s", $1 }' <<<"$differ")
-    if [ -n "$off" ]; then pip install --no-build-isolation --no-deps $off; fi
+    if [ -n "$off" ]; then pip_install --no-build-isolation --no-deps $off; fi
     if [ -n "$others" ]; then echo "setup: these are in .venv but not in $lock and stay:$others (rm -r .venv and set up again to be rid of them)"; fi
     ;;
 esac
