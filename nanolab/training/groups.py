@@ -82,8 +82,8 @@ class AdamWGroup(Group):
             min(self.rank * w, f.numel()) if split else 0 for f, w, split in zip(self.flat, self.width, self.split)
         ]
         self.own = [f[s : s + w] for f, s, w in zip(self.flat, self.start, self.width)]
-        self.exp_avg = [torch.zeros_like(own) for own in self.own]
-        self.exp_avg_sq = [torch.zeros_like(own) for own in self.own]
+        self.exp_avg = [own.new_zeros(own.shape) for own in self.own]  # zeros_like on meta imports sympy, two seconds
+        self.exp_avg_sq = [own.new_zeros(own.shape) for own in self.own]
         # what the fused kernel wants: one per tensor, on its device
         self.steps = [torch.zeros((), device=own.device) for own in self.own]
 
