@@ -101,8 +101,9 @@ def traced(folder: Path) -> tuple[set[Path], set[tuple[str, str]]]:
             raise SystemExit(f"{module} failed:\n{done.stdout}{done.stderr}")
         seen, of_config = json.loads(out.read_text())
         files |= {Path(name) for name, function in seen if function != "<module>"}
-        touched |= {(str(Path(name).relative_to(ROOT)), function) for name, function in of_config}
-    return files & set(sources()), touched
+        touched |= {(Path(name), function) for name, function in of_config}
+    ours = set(sources())  # not what .venv holds
+    return files & ours, {(str(path.relative_to(ROOT)), function) for path, function in touched if path in ours}
 
 
 def doubled() -> dict[str, list[str]]:

@@ -143,6 +143,7 @@ def guard(connection: socket.socket) -> None:
 def run(argv: list[str], env: dict[str, str], cwd: str) -> int:
     """As `python *argv` would: the exit code."""
     os.chdir(cwd)
+    sys.orig_argv = [sys.executable, *argv]
     os.environ.clear()
     os.environ.update(env)
     sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
