@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -271,23 +269,3 @@ def test_progress_is_plain_off_a_terminal(capsys):
     items = [1, 2, 3]
     assert terminal.progress(items, "counting") is items
     assert capsys.readouterr() == ("", "")
-
-
-IMPORT_ALL = """
-import importlib, pkgutil, nanolab
-names = [m.name for m in pkgutil.walk_packages(nanolab.__path__, "nanolab.")]
-for name in names:
-    importlib.import_module(name)
-print(len(names))
-"""
-
-
-def test_importing_writes_nothing(tmp_path):
-    """Every module of the package, in a fresh process whose home and base directories must stay as they are."""
-    home = tmp_path / "home"
-    home.mkdir()
-    env = os.environ | {"HOME": str(home), "NANOLAB_BASE_DIR": str(tmp_path / "base"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20
-    assert list(tmp_path.iterdir()) == [home] and list(home.iterdir()) == []
