@@ -85,7 +85,7 @@ case "$venv $here" in
 *) versions="the newest" ;;
 esac
 
-# -qq: errors only. --no-compile: of 390 MB of modules a tenth is ever imported, and Python compiles a module when it is.
+# -qq: errors only. --no-compile: pip compiles on one core, compileall below on all.
 pip_install() { $venv/bin/python -m pip -qq --disable-pip-version-check install --no-compile "$@"; }
 # setuptools stays in the environment and builds what has no wheel, nanolab too; a build in isolation would download its newest.
 echo "setup: installing $torch ($why)"
@@ -99,6 +99,8 @@ case $versions in locked*) # what is left of an earlier set-up and nothing asks 
     if [ -n "$others" ]; then echo "setup: these are in .venv but not in $lock and stay:$others (rm -r .venv and set up again to be rid of them)"; fi
     ;;
 esac
+# Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile again.
+$venv/bin/python -m compileall -q -j 0 $venv/lib >/dev/null 2>&1 || true # some packages hold templates that are no Python
 printf '%s\n' "$want $extras" "versions: $versions" >$stamp
 if [ -n "$gpu" ] && ! $venv/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     build=$($venv/bin/python -c 'import torch; print(torch.version.cuda and f"for CUDA {torch.version.cuda}" or "a CPU build")')
