@@ -5,9 +5,9 @@ dev/results/faults.md.
     python dev/faults.py F4 L2            only these entries; the rows of the others stay as they are
 
 dev/faults.toml holds the entries: what happened, and what happens now or why an entry stays open. The old code is a
-temporary worktree of COMMIT with today's tests; the contracts themselves (OLD_TESTS), which some entries are about, are
-the old ones there too. A test that hangs fails after two minutes. The last line is a JSON document; the exit code is 1
-if a test passes on the old code in all of its cases, fails now, or an entry has neither a test nor a reason."""
+temporary worktree of COMMIT with the tests of TESTS; the contracts themselves (OLD_TESTS), which some entries are
+about, are the old ones there too. A test that hangs fails after two minutes. The last line is a JSON document; the exit
+code is 1 if a test passes on the old code in all of its cases, fails now, or an entry has neither test nor reason."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "9e9a9b1"
+TESTS = "2a1b979"  # the last commit whose tests import the old code's modules: the packages were laid out anew after it
 OLD_TESTS = [f"tests/contracts/{name}.py" for name in ("axes", "contracts", "covering", "test_pairs")]
 sys.path.insert(0, str(ROOT))
 
@@ -68,13 +69,11 @@ def _environment(tree: Path) -> dict[str, str]:
 
 
 def old_tree(folder: Path) -> Path:
-    """Today's tests beside the old code."""
+    """The tests of TESTS beside the old code."""
     tree = folder / "old"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), COMMIT], cwd=ROOT, check=True)
-    for name in ("tests", "pyproject.toml"):
-        kept = tree / name
-        shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, kept)
+    shutil.rmtree(tree / "tests")
+    subprocess.run(["git", "checkout", "--quiet", TESTS, "--", "tests", "pyproject.toml"], cwd=tree, check=True)
     subprocess.run(["git", "checkout", "--quiet", COMMIT, "--", *OLD_TESTS], cwd=tree, check=True)
     return tree
 
