@@ -35,11 +35,11 @@ SHARED = {"run", "main", "Config"}
 # become less. dev/LOG.md says where the rest is.
 CEILINGS = {
     "files of the main line": 74,
-    "lines of the main line": 11_100,
+    "lines of the main line": 10_920,
     "lines of exempt modules": 1_500,
     "longest file": 400,
     "lines over 120 columns": 0,
-    "names defined twice": 21,
+    "names defined twice": 20,
     "functions that touch the config": 22,
 }
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- reading order: written by dev/reading_order.py -->", "<!-- end of reading order -->"
 ORDER = """
 nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
-nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/packing.py
+nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/tokenizer_training.py nanolab/data/packing.py
 nanolab/data/turn.py nanolab/data/chat.py nanolab/data/chat_files.py
 nanolab/data/conversations.py
 nanolab/model/gpt.py nanolab/model/lookup.py nanolab/model/context.py nanolab/model/cpu.py
@@ -27,12 +27,13 @@ nanolab/inference/sampling.py nanolab/inference/tools.py nanolab/inference/cache
 nanolab/inference/request.py nanolab/inference/prefill.py
 nanolab/inference/prefix.py nanolab/inference/engine.py nanolab/inference/prepare.py
 nanolab/inference/recorded.py nanolab/inference/sandbox.py
+nanolab/inference/dialogue.py nanolab/inference/commands.py
 nanolab/evals/bpb.py nanolab/evals/score.py nanolab/evals/chat.py nanolab/evals/card.py
 nanolab/evals/likelihood.py nanolab/evals/icl.py nanolab/evals/bundle.py nanolab/evals/core.py
 nanolab/evals/contamination.py
 nanolab/interop/gpt2.py nanolab/interop/one_file.py nanolab/interop/export.py
 nanolab/serving/worker.py nanolab/serving/schemas.py nanolab/serving/reply.py nanolab/serving/stream.py
-nanolab/serving/api.py
+nanolab/serving/api.py nanolab/serving/server.py
 nanolab/stages/session.py nanolab/stages/pretrain.py nanolab/stages/base_run.py nanolab/stages/sft_plan.py
 nanolab/stages/sft.py nanolab/stages/rollout.py nanolab/stages/rl.py
 scripts/base_train.py scripts/chat_cli.py scripts/chat_web.py

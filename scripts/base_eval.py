@@ -7,8 +7,8 @@ evaluation bundle (--eval-bundle); hellaswag, lambada: these two by themselves. 
 task. Results go to eval_base.json and eval_base.csv in the run directory. --all-checkpoints evaluates every checkpoint
 once and draws the curves. Exit code 1: something could not be had."""
 
-from nanolab.cli import UserError, main, nearest, parse
-from nanolab.evals.config import BaseEvalConfig, check_max_per_task
+from nanolab.cli import UserError, check_bounds, main, nearest, parse
+from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.modes import MODES
 
 
@@ -25,7 +25,7 @@ def run(cfg: BaseEvalConfig) -> int:
             f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one"
             " of them; leave one out"
         )
-    check_max_per_task(cfg.max_per_task, "--max-per-task")
+    check_bounds(type(cfg), vars(cfg))
     from nanolab import runtime
     from nanolab.lab.evaluate_base import evaluate_checkpoints, evaluate_model
     from nanolab.lab.suite import Suite

@@ -9,30 +9,12 @@ from nanolab.cli import main, parse
 from nanolab.data.config import DataBuildConfig
 
 
-def run(cfg: DataBuildConfig) -> None:
+def run(cfg: DataBuildConfig) -> int:
     from nanolab.data.corpus import open_data
-    from nanolab.terminal import progress
 
     data = open_data(cfg, workers=cfg.workers)
-    rows = []
-    for documents, weight in [*data.train, (data.val, None)]:
-        sizes, marks = [], 0
-        for text in progress(documents.iterate(), f"reading {documents.name}", documents.n_documents):
-            sizes.append(len(text.encode()))
-            marks += text.count("<|endoftext|>")
-        folders = sorted({str(path.parent) for path in documents.paths})
-        rows.append(
-            {
-                "source": documents.name,
-                "weight": weight,
-                "documents": len(sizes),
-                "bytes": sum(sizes),
-                "left_out": documents.n_documents - len(sizes),
-                "files": len(documents.paths),
-                "where": folders,
-                "marks": marks,
-            }
-        )
+    sources = [*data.train, (data.val, None)]
+    rows = [{"source": documents.name, "weight": weight, **documents.counts()} for documents, weight in sources]
     print(f"{'source':<16} {'weight':>7} {'documents':>11} {'bytes':>15} {'left out':>9} {'files':>6}  where")
     for row in rows:
         weight = "" if row["weight"] is None else f"{row['weight']:.3f}"
@@ -47,6 +29,7 @@ def run(cfg: DataBuildConfig) -> None:
             print(f"{documents.name}: {row['marks']:,} marks <|endoftext|> are inside texts and stay text")
     if cfg.json:
         print(json.dumps({"sources": rows, "fingerprint": data.fingerprint, "val_fingerprint": data.val_fingerprint}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,20 +23,13 @@ def run(cfg: ExportConfig) -> int:
     if cfg.push:
         check_push(cfg.push)
     done = export(find_model(cfg.model), out, model_card, cfg.dtype, cfg.overwrite)
-    kind = (
-        "GPT2LMHeadModel" if done.native else "NanolabForCausalLM, with its code: load it with trust_remote_code=True"
-    )
-    print(f"exported        {done.folder}: {kind}; {done.bytes / 1e6:,.1f} MB")
-    if done.difference is None:
-        print(
-            "checked         not: transformers is not installed; bash runs/setup.sh hf and export again with"
-            " --overwrite"
-        )
-    else:
-        print(
-            f"checked         transformers reads it: logits differ by {done.difference:.2g} at most (allowed"
-            f" {TOLERANCE:g}), token ids are equal"
-        )
+    own = "NanolabForCausalLM, with its code: load it with trust_remote_code=True"
+    print(f"exported        {done.folder}: {'GPT2LMHeadModel' if done.native else own}; {done.bytes / 1e6:,.1f} MB")
+    checked = "not: transformers is not installed; bash runs/setup.sh hf and export again with --overwrite"
+    if done.difference is not None:
+        checked = f"transformers reads it: logits differ by {done.difference:.2g} at most (allowed {TOLERANCE:g})"
+        checked += ", token ids are equal"
+    print(f"checked         {checked}")
     if cfg.push:
         print(f"uploaded        {push(out, cfg.push)}")
     return 0

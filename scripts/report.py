@@ -6,7 +6,7 @@ what it cost. The numbers of the page are kept in card.json in the run directory
 
 from pathlib import Path
 
-from nanolab.cli import UserError, as_json, main, parse
+from nanolab.cli import UserError, as_json, check_bounds, main, parse
 from nanolab.evals.config import ReportConfig
 from nanolab.terminal import harmless
 
@@ -17,11 +17,7 @@ def run(cfg: ReportConfig) -> int:
     from nanolab.lab.report import report
     from nanolab.records.models import find_model
 
-    if cfg.price_per_hour < 0:
-        raise UserError(
-            f"--price-per-hour is {cfg.price_per_hour:g}; expected dollars for an hour of one device, or 0 for no"
-            " costs; try --price-per-hour 2.5"
-        )
+    check_bounds(type(cfg), vars(cfg))
     found = find_model(cfg.model)
     stages = chain(found)
     numbers = card(stages, cfg.price_per_hour)

@@ -8,8 +8,8 @@ import pytest
 from helpers import configs
 
 from nanolab.cli import RENAMED, UserError, current_names, from_json, from_preset, main, parse, to_json
+from nanolab.inference.config import ChatConfig
 from nanolab.model.config import GPTConfig, chosen
-from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import BaseTrainConfig, RLConfig
 
 ALL = list(configs().values())

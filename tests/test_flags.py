@@ -17,11 +17,12 @@ from helpers import configs
 from nanolab.cli import UserError, from_json, parse, to_json
 from nanolab.data.config import DataBuildConfig, GenChatConfig
 from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
+from nanolab.inference.config import ChatConfig
 from nanolab.lab.config import BenchConfig
 from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
-from nanolab.serving.config import ChatConfig, ServeConfig
+from nanolab.serving.config import ServeConfig
 from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 
 ROOT = Path(__file__).parents[1]

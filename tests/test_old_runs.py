@@ -94,10 +94,10 @@ def test_it_is_served(old):
     from starlette.testclient import TestClient
 
     from nanolab.serving.api import create_app
-    from scripts.chat_web import load
+    from nanolab.serving.server import load_models
 
     cfg = ServeConfig(model="old,old-sft", device_type="cpu")
-    app = create_app({served.name: served for served in load(cfg, RUNTIME)}, cfg)
+    app = create_app(load_models(cfg, RUNTIME), cfg)
     with TestClient(app, base_url="http://127.0.0.1") as http:
         answer = http.post(
             "/v1/completions",

@@ -8,9 +8,9 @@ import shlex
 from nanolab.cli import from_preset, parse
 from nanolab.evals.card_tables import sized
 from nanolab.evals.config import ChatEvalConfig
+from nanolab.inference.config import ChatConfig
 from nanolab.lab.next_commands import next_commands
 from nanolab.lab.report import curve, readers
-from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import BaseTrainConfig, SFTConfig
 from nanolab.tables import markdown_table
 from tasks import tasks_of

@@ -12,8 +12,8 @@ import torch
 
 from nanolab.cli import main, parse
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.inference.config import ChatConfig
 from nanolab.runtime import Runtime
-from nanolab.serving.config import ChatConfig
 from scripts import base_eval, chat_cli
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanolab.cli import UserError, nearest
+from nanolab.cli import UserError, check_bounds, nearest
 from nanolab.data import hub, pydocs
 from nanolab.data.config import DataConfig
 from nanolab.data.formats import FORMATS, find_files, format_of, index_file
@@ -116,6 +116,16 @@ class Documents:
         """One pass in file order, without blank and held-out documents."""
         for block in self.blocks:
             yield from filter(None, map(self.kept, format_of(block.path).scan(block)))
+
+    def counts(self) -> dict[str, Any]:
+        """What one pass over all files gives. marks: <|endoftext|> inside texts."""
+        sizes, marks = [], 0
+        for text in progress(self.iterate(), f"reading {self.name}", self.n_documents):
+            sizes.append(len(text.encode()))
+            marks += text.count("<|endoftext|>")
+        found = {"documents": len(sizes), "bytes": sum(sizes), "left_out": self.n_documents - len(sizes)}
+        where = sorted({str(path.parent) for path in self.paths})
+        return {**found, "files": len(self.paths), "where": where, "marks": marks}
 
 
 def hold_out_groups(sizes: dict[str, int]) -> set[str]:
@@ -298,8 +308,7 @@ def open_data(cfg: DataConfig, seed: int = 0, workers: int = 2, pinned: Pinned |
     Raises UserError for what is missing or damaged.
     """
     pinned = pinned or Pinned()
-    if cfg.num_shards < 1 and cfg.num_shards != -1:
-        raise UserError(f"--num-shards {cfg.num_shards} is not a count; expected 1 or more, or -1; try --num-shards 8")
+    check_bounds(DataConfig, vars(cfg))
     mixture = [(cfg.data_dir, 1.0)] if cfg.data_dir else corpora_of(cfg.data)
     declared = {p.resolve(): p for p in _local_files(cfg.val_data)} if cfg.val_data else {}
     sources, validation, drawn = [], list(declared.values()), {}

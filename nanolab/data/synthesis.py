@@ -27,12 +27,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nanolab.cli import UserError, nearest, read_toml
+from nanolab.cli import UserError, check_bounds, nearest, read_toml
 from nanolab.data.chat import Message, check_messages, text_of
-from nanolab.data.endpoint import Answer, Endpoint, Refused
+from nanolab.data.config import GenChatConfig
+from nanolab.data.endpoint import Answer, Endpoint, Refused, exposed_to
 from nanolab.files import key_seed
+from nanolab.terminal import harmless
 
 # field -> its placeholder
 AXES = {"topics": "topic", "personas": "persona", "openings": "opening", "dynamics": "dynamic"}
@@ -300,3 +302,54 @@ def outcome_of(
         return Progress("again" if job.attempt + 1 < ATTEMPTS else "given up", job.index, str(reason), 0, tokens)
     collection.add(job.index, messages, spec.drawn(seed, job.index), endpoint.fields["model"])
     return Progress("kept", job.index, "", len(messages), tokens)
+
+
+def write_conversations(cfg: GenChatConfig) -> dict[str, Any]:
+    """Have --model write --num conversations into --output, and print what becomes of each answer; returns how many
+    there are, and what they took.
+
+    Raises UserError for flags and files that do not fit, and as `generate` does.
+    """
+    if not cfg.spec or not cfg.output:
+        raise UserError(
+            "--spec or --output is not given; expected a TOML file and a JSONL file; type --spec runs/gen_chat.toml"
+            " --output chats.jsonl"
+        )
+    check_bounds(type(cfg), vars(cfg))
+    spec, key = read_spec(cfg.spec), os.environ.get(cfg.api_key_env, "")
+    of_endpoint = {name: getattr(cfg, name) for name in ("temperature", "max_tokens", "response_format", "timeout")}
+    endpoint = Endpoint(cfg.url, cfg.model, key, **of_endpoint)
+    collection = Collection(cfg.output, spec, cfg.seed)
+
+    def tell(line: str) -> None:
+        print(harmless(line), flush=True)  # some of it is the endpoint's
+
+    combinations = " x ".join(f"{len(entries)} {name}s" for name, entries in spec.axes.items())
+    before = sum(i < cfg.num for i in collection.done)
+    tell(
+        f"{cfg.num} conversations of {cfg.model} at {endpoint.url}, {before} of them in {cfg.output} already;"
+        f" {combinations}"
+    )
+    if key and (host := exposed_to(cfg.url)):
+        tell(
+            f"warning: the key goes to {host} over plain http, where everybody on the way can read it; type --url"
+            " https://... if the endpoint has it"
+        )
+    if not key:
+        tell(f"note: no key is sent: {cfg.api_key_env or '--api-key-env'} is not set")
+    counts, tokens = {"kept": 0, "again": 0, "given up": 0}, 0
+    try:
+        for event in generate(spec, collection, endpoint, num=cfg.num, workers=cfg.workers, seed=cfg.seed):
+            counts[event.kind] += 1
+            tokens += event.tokens
+            what = f"{event.messages} messages" if event.kind == "kept" else event.reason
+            tell(
+                f"conversation {event.index:05d} | {event.kind:<8} | {before + counts['kept']:5d}/{cfg.num} |"
+                f" {tokens:9,} tokens | {what}"
+            )
+    finally:
+        collection.close()
+        found = before + counts["kept"]
+        more = "; the same command continues" if found < cfg.num else ""
+        tell(f"{found} of {cfg.num} conversations are in {cfg.output}{more}")
+    return {"output": cfg.output, "conversations": found, "tokens": tokens, **counts}

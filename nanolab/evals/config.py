@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, Seed, UserError
+from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, Seed
 from nanolab.data.config import DataConfig
 from nanolab.evals.modes import MODES
 
@@ -140,9 +140,3 @@ class ReportConfig:
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     output: str = "report.md"  # a copy is kept in the run directory
     price_per_hour: NonNegativeFloat = 0.0  # price of one device in dollars; 0: no costs
-
-
-def check_max_per_task(n: int, flag: str) -> None:
-    """Raises UserError for a number of items that is none."""
-    if n < 1 and n != -1:
-        raise UserError(f"{flag} is {n}; expected at least 1, or -1 for all; try {flag} 200")

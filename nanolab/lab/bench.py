@@ -1,8 +1,8 @@
 """Speed, measured: a training step, the data path, the tokenizer. Medians of repeated measurements, with every sample
 kept.
 
-Each function returns a JSON-ready dict whose "results" map a name to {"median", "samples", "unit"}. Nothing here
-judges: two programs are compared by alternating whole runs of this on a quiet machine."""
+Each measurement is a JSON-ready dict whose "results" map a name to {"median", "samples", "unit"}. Nothing here judges:
+two programs are compared by alternating whole runs of this on a quiet machine."""
 
 import statistics
 import time
@@ -14,10 +14,50 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanolab.cli import UserError
+from nanolab import runtime as machines
+from nanolab.cli import UserError, check_bounds, to_json
 from nanolab.lab.config import BenchConfig
+from nanolab.records.environment import environment, kernel_text
 from nanolab.runtime import Runtime, device_peaks, print0
 from nanolab.stages.config import BaseTrainConfig
+
+
+def bench(cfg: BenchConfig) -> dict[str, Any]:
+    """Measure what `cfg.what` says, print a line for each result, and return all as a document for JSON.
+
+    Raises UserError for flags that do not fit."""
+    from nanolab.lab import bench_eval, bench_infer
+
+    measurements = {
+        "train": bench_train,
+        "data": data,
+        "tokenizer": tokenizer,
+        "infer": bench_infer.infer,
+        "eval": bench_eval.examples,
+    }
+    if cfg.what not in measurements:
+        raise UserError(
+            f"bench {cfg.what!r} is unknown; expected one of {', '.join(measurements)}; try python -m scripts.bench"
+            " train"
+        )
+    check_bounds(type(cfg), vars(cfg))
+    rt = machines.start(cfg.device_type, "", cfg.seed, cfg.threads, cfg.deterministic)
+    try:
+        document = {
+            "bench": cfg.what,
+            **measurements[cfg.what](cfg, rt),
+            "config": to_json(cfg),
+            "env": environment(rt),
+        }
+    finally:
+        rt.close()
+    if "kernel" in document:
+        print0(f"{cfg.what:9s} attention kernel         {document['kernel']}")
+    for name, result in document["results"].items():
+        samples = result["samples"]
+        spread = f"  (lowest {min(samples):g}, highest {max(samples):g}, n = {len(samples)})" * (len(samples) > 1)
+        print0(f"{cfg.what:9s} {name:24s} {result['median']:>12g} {result['unit']}{spread}")
+    return document
 
 
 def measured(samples: list[float], unit: str, digits: int = 4) -> dict[str, Any]:
@@ -42,7 +82,6 @@ def bench_train(cfg: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Whole training steps on synthetic tokens: forward, backward, optimizer. One micro-batch per step."""
     from nanolab.model.fp8 import convert
     from nanolab.model.gpt import GPT
-    from nanolab.records.environment import kernel_text
     from nanolab.training.optim import MuonAdamW
     from nanolab.training.recipes import param_groups
     from nanolab.training.schedule import make_plan

@@ -1,24 +1,126 @@
-"""The process around the application: its port, and its end: after SIGTERM running requests finish and new ones get
-503.
+"""The process around the application: its models, its port, and its end: after SIGTERM running requests finish and new
+ones get 503.
 """
 
 import asyncio
 import resource
 import socket
+import sys
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from types import FrameType
 
 import h11
+import torch
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanolab.cli import UserError
+from nanolab import runtime
+from nanolab.cli import UserError, check_bounds
+from nanolab.inference.engine import Engine
+from nanolab.inference.prepare import prepare_for_inference
+from nanolab.inference.sampling import check_settings
+from nanolab.inference.sandbox import walls
+from nanolab.records.models import find_model, load_model
+from nanolab.serving.api import create_app
+from nanolab.serving.config import ServeConfig
 from nanolab.serving.errors import CLOSE, RETRY_AFTER, ApiError
+from nanolab.serving.security import LOOPBACK, find_key, own_names
 from nanolab.serving.worker import ModelServer
 
 MAX_CONNECTIONS = 512  # at once, or half of the files that the process may open if that is less; those beyond get 503
+TOOL_THREADS = 4  # programs of `--tool python` that run at once beside each replica
 HEAD_SECONDS = 20.0  # for the head of a request to arrive; a connection that takes longer, or sends nothing, is closed
+
+
+def serve(cfg: ServeConfig) -> None:
+    """Load the models and answer until SIGTERM or Ctrl-C. Raises UserError for flags, ports and models that do not
+    fit.
+    """
+    check_settings(cfg.temperature, cfg.top_k, cfg.top_p)
+    check_bounds(type(cfg), vars(cfg))
+    for line in walls(cfg, cfg.tool == "python"):
+        print(line, flush=True)
+    listening = bind(cfg.host, cfg.port)  # before the models are loaded, which takes longer
+    models = load_models(cfg, runtime.start(cfg.device_type))
+    app = create_app(models, cfg)
+    print(memory_line([replica.engine for served in models.values() for replica in served.replicas], cfg))
+    if cfg.host not in LOOPBACK:
+        known = ", ".join(sorted({*LOOPBACK, *own_names(cfg.host)} | {*filter(None, cfg.allowed_hosts.split(","))}))
+        print(
+            f"note: answers to any IP address of this machine and to the names {known}; another name needs"
+            " --allowed-hosts NAME",
+            file=sys.stderr,
+        )
+    if cfg.host not in LOOPBACK and not find_key(cfg):
+        print(
+            f"warning: no API key is set; anyone who can reach {cfg.host} can use this server; set"
+            f" {cfg.api_key_env}=SECRET in the environment",
+            file=sys.stderr,
+        )
+
+    def ready() -> None:
+        host, port = listening.getsockname()[:2]
+        place = f"[{host}]" if ":" in host else host
+        print(f"nanolab serves {', '.join(models)} at http://{place}:{port} (page), /v1 (OpenAI API)", flush=True)
+
+    Server(app, models.values(), cfg.drain_seconds, ready).run([listening])
+
+
+def load_models(cfg: ServeConfig, rt: runtime.Runtime) -> dict[str, ModelServer]:
+    """Name -> each model of --model, with its replicas. On a CPU replicas share the weights and the cores."""
+    cuda = rt.device.type == "cuda"
+    if cuda and cfg.replicas > torch.cuda.device_count():
+        raise UserError(
+            f"--replicas {cfg.replicas}, but there are {torch.cuda.device_count()} devices; expected at most one"
+            " replica each"
+        )
+    if not cuda:
+        torch.set_num_threads(max(1, torch.get_num_threads() // cfg.replicas))
+    models: dict[str, ModelServer] = {}
+    for ref in map(str.strip, cfg.model.split(",")):
+        found = find_model(ref)
+        name = ref if "@" in ref else found.name
+        if name in models:
+            print(f"note: --model names {name} more than once; it is served once", file=sys.stderr)
+            continue
+        engines: list[Engine] = []
+        for i in range(cfg.replicas):
+            place = replace(rt, device=torch.device("cuda", i)) if cuda else rt
+            if cuda or not engines:
+                model, tokenizer, meta = load_model(found, place)
+                model = prepare_for_inference(model, int8=cfg.int8)
+            engines.append(
+                Engine(
+                    model,
+                    tokenizer,
+                    place,
+                    max_rows=cfg.max_rows,
+                    prefix_bytes=cfg.prefix_mb << 20,
+                    graphs=True,
+                    tool_threads=TOOL_THREADS if cfg.tool == "python" else 0,
+                )
+            )
+        models[name] = ModelServer(name, engines, cfg.queue, meta.get("kind", "base"))
+    return models
+
+
+def memory_line(engines: list[Engine], cfg: ServeConfig) -> str:
+    """What full batches take beside the weights, and whether that is free now. On CUDA replicas have a device each."""
+    device = engines[0].runtime.device
+    shared = [engine for engine in engines if engine.runtime.device == device]
+    full, snapshots = sum(engine.most_bytes for engine in shared), (cfg.prefix_mb << 20) * len(shared)
+    free = runtime.free_bytes(device)
+    line = (
+        f"memory: up to {full / 2**30:.2f} GiB for keys and values (--max-rows {cfg.max_rows}), {snapshots / 2**30:.2f}"
+        " GiB for snapshots (--prefix-mb)"
+    )
+    if free:
+        line += f"; {free / 2**30:.2f} GiB free" + ", which is less: replies may fail with 503; lower --max-rows" * (
+            full + snapshots > free
+        )
+    return line
 
 
 def bind(host: str, port: int) -> socket.socket:

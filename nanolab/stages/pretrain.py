@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from nanolab.cli import UserError
+from nanolab.cli import UserError, check_bounds
 from nanolab.data.corpus import Data, open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.prefetch import AHEAD, Prefetch
@@ -13,7 +13,6 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.bundle import CORE, open_bundle
-from nanolab.evals.config import check_max_per_task
 from nanolab.evals.core import Core, metrics
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.published import ensure_bundle
@@ -41,7 +40,7 @@ def pretrain(cfg: BaseTrainConfig, runtime: Runtime | None = None) -> Result:
     for flags, data and directories that do not fit, NonFinite when training diverges, and SystemExit after a signal,
     when the step is saved.
     """
-    check_max_per_task(cfg.core_metric_max_per_task, "--core-metric-max-per-task")
+    check_bounds(type(cfg), vars(cfg))
     if cfg.dry_run:
         return dry_run(cfg)
     name = run_name(cfg)

@@ -23,6 +23,7 @@ from nanolab.data.config import DataBuildConfig, DataConfig, TokTrainConfig
 from nanolab.data.corpus import Documents, open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.data.tokenizer_training import Sample, train_tokenizer
 from nanolab.stages.config import BaseTrainConfig
 
 MARK = "<|endoftext|>"
@@ -273,8 +274,6 @@ def test_documents_that_are_too_long_are_named(tmp_path, monkeypatch, name, writ
 
 @pytest.mark.fault("F10")
 def test_the_tokenizer_sees_an_even_sample_of_a_long_document():
-    from scripts.tok_train import Sample
-
     class Source:
         def iterate(self):
             return iter(["".join(chr(0x4E00 + i // 100) for i in range(100_000)), "short"])
@@ -289,21 +288,19 @@ def test_the_tokenizer_sees_an_even_sample_of_a_long_document():
 
 @pytest.mark.fault("F10")
 def test_tok_train_blames_the_cap_where_it_is_the_cause(tmp_path, capsys):
-    from scripts.tok_train import run
-
     write_lines(
         tmp_path / "a.jsonl",
         [" ".join(f"{a}{i * j % 997}" for j in range(4_000)) for i, a in enumerate(["ab", "cd", "ef"])],
     )
     flags = dict(data_dir=str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "tok"), doc_cap=200)
     with pytest.raises(UserError) as error:
-        run(TokTrainConfig(**flags, vocab_size=2_000))
+        train_tokenizer(TokTrainConfig(**flags, vocab_size=2_000))
     assert (
         code(error) == "too-few-merges"
         and error.value.values["doc_cap"] == 200
         and "train on more text" not in str(error.value)
     )
-    run(TokTrainConfig(**flags, vocab_size=error.value.values["possible"]))
+    train_tokenizer(TokTrainConfig(**flags, vocab_size=error.value.values["possible"]))
     assert "2 of 2 documents are longer than 200 characters" in capsys.readouterr().out
 
 

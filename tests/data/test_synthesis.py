@@ -408,7 +408,7 @@ def test_ctrl_c_ends_at_once_and_says_how_to_go_on(work, server):
         (lambda work: work(output=""), "--spec or --output is not given"),
         (lambda work: work(url="localhost:8000"), "expected the address of an OpenAI-compatible endpoint"),
         (lambda work: work(model=""), "no model is named"),
-        (lambda work: work(workers=0), "--workers 0; expected at least 1"),
+        (lambda work: work(workers=0), "--workers is 0; expected at least 1"),
         (lambda work: work(response_format="json"), "did you mean --response-format json_schema"),
     ],
 )

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from nanolab.cli import UserError
 from nanolab.data import tokenizer_files as files
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanolab.data.tokenizer_training import Sample
 
 FOREIGN = (
     "Größe façade naïve 東京都は大きい。 Привет, мир! नमस्ते दुनिया مرحبا 한국어 👩‍👩‍👧‍👦🇺🇳 ﬁ Å ſ'ſ ¼½"
@@ -468,8 +469,6 @@ def test_scripts_train_and_evaluate(tmp_path):
 
 
 def test_training_text_follows_the_weights_and_the_caps():
-    from scripts.tok_train import Sample
-
     class Source:
         def __init__(self, text: str, n: int) -> None:
             self.iterate = lambda: iter([text] * n)

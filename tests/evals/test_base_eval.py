@@ -393,7 +393,7 @@ def test_hellaswag_in_its_own_form_and_without_a_first_token(world, bundle, tmp_
     [
         ({"hf": "x", "model": "even"}, "--hf x with --model even; expected one of them"),
         ({"hf": "x", "all_checkpoints": True}, "--hf x with --all-checkpoints; expected one of them"),
-        ({"max_per_task": 0}, "--max-per-task is 0; expected at least 1, or -1 for all"),
+        ({"max_per_task": 0}, "--max-per-task is 0; expected at least 1, or -1;"),
         ({"modes": "core", "eval_bundle": "nowhere"}, "--eval-bundle nowhere is not a folder"),
         (
             {"modes": "bpb", "model": "even@7", "all_checkpoints": True},

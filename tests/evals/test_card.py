@@ -559,7 +559,7 @@ def test_a_start_that_is_gone_is_named(runs):
 
 
 def test_a_price_below_nothing_is_refused(runs):
-    with pytest.raises(UserError, match="--price-per-hour is -1; expected dollars"):
+    with pytest.raises(UserError, match="--price-per-hour is -1; expected at least 0"):
         run(ReportConfig(model="b", price_per_hour=-1.0))
 
 

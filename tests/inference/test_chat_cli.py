@@ -22,15 +22,14 @@ from nanolab.data.chat import render, render_prompt
 from nanolab.data.chat_files import read_conversations
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.inference.calculator import calculator
-from nanolab.inference.commands import COMMANDS
+from nanolab.inference.commands import BLOCK, COMMANDS, call_marks, converse, show, stream, typed
+from nanolab.inference.config import ChatConfig
 from nanolab.inference.dialogue import Dialogue, as_written
 from nanolab.inference.engine import Engine, Request
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.serving.config import ChatConfig
-from scripts.chat_cli import BLOCK, call_marks, run, show, stream, typed
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -136,7 +135,7 @@ def inside(monkeypatch, capsys):
         monkeypatch.setenv("NANOLAB_DTYPE", "float32")
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out := io.BytesIO(), encoding="utf-8"))
-        run(ChatConfig(temperature=0.0, device_type="cpu", **flags))
+        converse(ChatConfig(temperature=0.0, device_type="cpu", **flags))
         return out.getvalue().decode(), capsys.readouterr().err
 
     return talk
@@ -153,9 +152,9 @@ def test_flags_say_whether_the_text_goes_into_the_template(world, chat, inside):
     assert inside(world, prompt="hi", max_tokens=9, chat=True)[0] == naive_answer(world, HELLO[:1], 9)
     assert inside(world, prompt="hi", max_tokens=9)[0] == naive_reply(world, "hi", 9) + "\n"
     with pytest.raises(UserError, match="--chat and --raw at once"):
-        run(ChatConfig(chat=True, raw=True))
+        converse(ChatConfig(chat=True, raw=True))
     with pytest.raises(UserError, match="tool 'calculater' is unknown.*did you mean --tool calculator"):
-        run(ChatConfig(tool="calculater"))
+        converse(ChatConfig(tool="calculater"))
 
 
 def test_the_oldest_turns_are_forgotten_with_a_word_when_they_no_longer_fit(chat, inside):

@@ -21,12 +21,13 @@ from nanolab.cli import UserError, to_json
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.config import ChatEvalConfig
 from nanolab.inference import sandbox
+from nanolab.inference.config import ChatConfig
 from nanolab.lab import evaluate_chat
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
-from nanolab.serving.config import ChatConfig, ServeConfig
+from nanolab.serving.config import ServeConfig
 from nanolab.stages.config import RLConfig, SFTConfig
 from scripts import chat_cli, chat_eval, chat_rl, chat_sft, chat_web
 

@@ -19,6 +19,7 @@ from nanolab.cli import UserError, from_preset
 from nanolab.data.chat import render_prompt
 from nanolab.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.inference.config import ChatConfig
 from nanolab.inference.engine import Engine
 from nanolab.interop import export, gpt2, hf_model, import_gpt2
 from nanolab.interop.config import ImportConfig
@@ -26,7 +27,6 @@ from nanolab.model.config import InspectConfig
 from nanolab.model.gpt import GPT
 from nanolab.records.models import find_model, load_model, read_json
 from nanolab.runtime import Runtime
-from nanolab.serving.config import ChatConfig
 from nanolab.stages.config import SFTConfig
 from nanolab.training.schedule import gpt_config
 from scripts import base_eval, chat_cli, chat_sft, import_hf

@@ -20,9 +20,8 @@ from nanolab.records import checkpoint
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig
-from nanolab.serving.server import Server, bind
+from nanolab.serving.server import Server, bind, load_models
 from nanolab.serving.worker import ModelServer
-from scripts.chat_web import load
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
@@ -135,7 +134,7 @@ def start_server(runs):
         )
         os.environ["NANOLAB_BASE_DIR"], before = str(runs), os.environ.get("NANOLAB_BASE_DIR")
         try:
-            models = {served.name: served for served in load(cfg, RUNTIME)}
+            models = load_models(cfg, RUNTIME)
         finally:
             os.environ["NANOLAB_BASE_DIR"] = before or ""
         listening, ready = bind(cfg.host, cfg.port), threading.Event()

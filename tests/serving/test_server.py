@@ -26,8 +26,7 @@ from nanolab.data.chat_files import read_conversations
 from nanolab.runtime import Runtime
 from nanolab.serving.api import create_app
 from nanolab.serving.config import ServeConfig
-from nanolab.serving.server import bind
-from scripts import chat_web
+from nanolab.serving.server import bind, load_models, serve
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("nanolab_dev_flood", ROOT / "dev" / "bench" / "flood.py")
@@ -317,11 +316,11 @@ def test_draining_has_a_limit(start_server):
 @pytest.mark.fault("outer D20")
 def test_a_model_that_is_named_twice_is_loaded_once(runs, monkeypatch, capsys):
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
-    models = chat_web.load(
+    models = load_models(
         ServeConfig(model="parrot,endless, parrot,parrot@150", port=0, device_type="cpu"),
         Runtime(torch.device("cpu"), torch.float32),
     )
-    assert [model.name for model in models] == ["parrot", "endless", "parrot@150"]
+    assert [*models] == ["parrot", "endless", "parrot@150"]
     assert capsys.readouterr().err.count("parrot") == 1
 
 
@@ -375,9 +374,9 @@ def rounded(value):
 def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(runs))
     with pytest.raises(UserError, match="no model 'parot'.*endless, parrot"):
-        chat_web.run(ServeConfig(model="parot", port=0, device_type="cpu"))
+        serve(ServeConfig(model="parot", port=0, device_type="cpu"))
     with pytest.raises(UserError, match="--max-rows is 0"):
-        chat_web.run(ServeConfig(model="parrot", port=0, max_rows=0))
+        serve(ServeConfig(model="parrot", port=0, max_rows=0))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use.*try --port"):
         bind("127.0.0.1", taken.getsockname()[1])
     for host, port in (("192.0.2.1", 0), ("no.such.host.invalid", 0), ("127.0.0.1", -1)):

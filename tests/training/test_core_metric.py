@@ -96,7 +96,7 @@ def test_it_changes_nothing_else(flags):
 
 @pytest.mark.parametrize("n", [0, -2])
 def test_a_number_of_items_that_is_none_is_refused(flags, n):
-    with pytest.raises(UserError, match=f"--core-metric-max-per-task is {n}; expected at least 1, or -1 for all"):
+    with pytest.raises(UserError, match=f"--core-metric-max-per-task is {n}; expected at least 1, or -1;"):
         run(BaseTrainConfig(**flags | {"core_metric_max_per_task": n}))
 
 
