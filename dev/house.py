@@ -34,13 +34,13 @@ SHARED = {"run", "main", "Config"}
 # The first two are far from the 28 files and 4,500 lines that were asked for: they hold what is, so that it can only
 # become less. dev/LOG.md says where the rest is.
 CEILINGS = {
-    "files of the main line": 74,
-    "lines of the main line": 10_920,
+    "files of the main line": 71,
+    "lines of the main line": 10_730,
     "lines of exempt modules": 1_500,
     "longest file": 400,
     "lines over 120 columns": 0,
     "names defined twice": 20,
-    "functions that touch the config": 22,
+    "functions that touch the config": 19,
 }
 
 # Runs a module and writes down which of our functions were called, and which had the trainer's config as an argument.

@@ -15,7 +15,7 @@ nanolab/cli.py nanolab/presets.py nanolab/runtime.py nanolab/model/config.py
 nanolab/data/tokenizer.py nanolab/data/corpus.py nanolab/data/tokenizer_training.py nanolab/data/packing.py
 nanolab/data/turn.py nanolab/data/chat.py nanolab/data/chat_files.py
 nanolab/data/conversations.py
-nanolab/model/gpt.py nanolab/model/lookup.py nanolab/model/context.py nanolab/model/cpu.py
+nanolab/model/gpt.py nanolab/model/context.py nanolab/model/cpu.py
 nanolab/model/kernels/spec.py nanolab/model/kernels/reference.py nanolab/model/kernels/banded.py
 nanolab/model/kernels/choice.py
 nanolab/model/variants/tables.py nanolab/model/variants/positions.py nanolab/model/variants/mlp.py

@@ -27,7 +27,7 @@ from nanolab import presets  # noqa: E402
 from nanolab.cli import UserError, from_preset  # noqa: E402
 from nanolab.cli import main as run  # noqa: E402
 from nanolab.help import texts_of  # noqa: E402
-from nanolab.model import accounting, context, fp8, gpt, lookup  # noqa: E402
+from nanolab.model import accounting, config, context, fp8, gpt  # noqa: E402
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
 from nanolab.model.variants import latent, parts, positions, softmax, tables  # noqa: E402
@@ -47,8 +47,8 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "mla_kv_rank": latent.ranks,
     "mla_q_rank": latent.ranks,
     "mla_rope_dim": latent.rotary_width,
-    "window_pattern": lookup.windows,
-    "window_size": lookup.windows,
+    "window_pattern": config.windows,
+    "window_size": config.windows,
     "softmax_n": softmax.SoftmaxN,
     "qk_gain": gpt.CausalSelfAttention.forward,
     "score_softcap": spec.AttnSpec,
@@ -62,7 +62,7 @@ CARRIED_OUT_BY: dict[str, Any] = {
     "bias": gpt.Linear,
     "softcap": gpt.softcapped,
     "tied_head": gpt.TiedHead,
-    "pad_vocab_to": lookup.padded_vocab,
+    "pad_vocab_to": config.padded_vocab,
     "embed_dropout": gpt.dropout,
     "attn_dropout": reference.definition,
     "resid_dropout": gpt.dropout,

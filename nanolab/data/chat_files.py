@@ -13,8 +13,7 @@ from typing import Any
 
 from nanolab.cli import UserError
 from nanolab.data.chat import Message, check_messages, shape_of, text_of
-from nanolab.data.encoding import HEAD, check_utf8
-from nanolab.data.kinds import check_kind
+from nanolab.data.kinds import HEAD, check_kind, check_utf8
 
 MAX_LINE = 64_000_000  # bytes of a line, unpacked
 # Names of roles in the files that read_conversations knows: ShareGPT's and OpenAI's.

@@ -13,7 +13,7 @@ from typing import IO, Any
 from nanolab.cli import UserError
 from nanolab.data import blocks
 from nanolab.data.blocks import Block, too_long
-from nanolab.data.encoding import HEAD, check_utf8
+from nanolab.data.kinds import HEAD, check_utf8
 
 SEPARATOR = b"<|endoftext|>"  # alone on a line of a .txt file: the next document begins
 TXT_CHARS = 4000  # without separators, paragraphs are gathered into documents of about this size

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from nanolab.cli import UserError
 from nanolab.model.accounting import cached_shapes
-from nanolab.model.config import GPTConfig
-from nanolab.model.lookup import windows
+from nanolab.model.config import GPTConfig, windows
 
 FIRST_CAPACITY = 64  # slots of a cache that was given no size
 NOWHERE = 1 << 40  # the position of a slot that holds nothing: no query sees it

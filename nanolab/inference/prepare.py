@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolab.cli import UserError
+from nanolab.model.config import no_rope
 from nanolab.model.context import Angles, AttnContext
 from nanolab.model.gpt import GPT, CausalSelfAttention, Identity, Linear, RMSNorm, apply_rope
-from nanolab.model.lookup import no_rope
 from nanolab.model.variants.mlp import SwiGLU
 from nanolab.model.variants.norms import LayerNorm
 from nanolab.model.variants.parts import ResidualScalars

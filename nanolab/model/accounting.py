@@ -8,9 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from nanolab.model.config import GPTConfig
+from nanolab.model.config import GPTConfig, check_flags, entry, padded_vocab, parts_of, windows
 from nanolab.model.gpt import GPT, Embedding, Linear
-from nanolab.model.lookup import check_flags, entry, padded_vocab, parts_of, windows
 from nanolab.model.variants.tables import AXES
 
 

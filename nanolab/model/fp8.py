@@ -1,12 +1,8 @@
-"""Linear layers whose three products run in 8-bit floats: Float8Linear, and how a model is converted to it and
-evaluated without.
+"""Linear layers whose three products run in 8-bit floats in training: Float8Linear, and how a model is converted to it.
 
 Every tensor is scaled by one number of its own, taken from its largest entry at each use (dynamic, tensorwise scaling;
 FP8 formats: arXiv 2209.05433). M tokens, K inputs, N outputs. Ranks scale by their own share of a batch, so that a run
 on several ranks is not bit-identical to one on a single rank."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -80,12 +76,15 @@ def _whole_tiles(x8: torch.Tensor) -> torch.Tensor:
 
 class Float8Linear(Linear):
     """`Linear` with its products in 8-bit floats: fp32 master weight and weight gradient, output in the input's dtype.
+    In evaluation mode it is `Linear`, as evaluation and sampling should be.
 
     Parameters have the same names and shapes as `Linear`'s. Fast only inside torch.compile, which fuses the scaling
     passes."""
 
-    # True: the product that `Linear` computes, which the loss may do by itself (cpu.py); set by `full_precision`
-    exact = False
+    @property
+    def exact(self) -> bool:
+        """Whether the product is the one that `Linear` computes, which the loss may do by itself (cpu.py)."""
+        return not self.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.exact:
@@ -140,17 +139,3 @@ def missing(device: torch.device) -> str:
     except (RuntimeError, TypeError) as error:
         return f"this {device.type} device cannot multiply 8-bit floats ({str(error).splitlines()[0]})"
     return ""
-
-
-@contextmanager
-def full_precision(model: nn.Module) -> Iterator[None]:
-    """Within it every Float8Linear of `model` computes the plain product, as evaluation and sampling should."""
-    layers = [m for m in model.modules() if isinstance(m, Float8Linear)]
-    before = [layer.exact for layer in layers]
-    for layer in layers:
-        layer.exact = True
-    try:
-        yield
-    finally:
-        for layer, exact in zip(layers, before):
-            layer.exact = exact

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanolab.model.config import GPTConfig
+from nanolab.model.config import GPTConfig, check_flags, entry, make_norm, padded_vocab, parts_of, rope_of, windows
 from nanolab.model.context import Angles, AttnContext, Documents
 from nanolab.model.kernels.choice import KERNELS, choose_kernel, kernel_line
 from nanolab.model.kernels.reference import cached
 from nanolab.model.kernels.spec import AttnSpec
-from nanolab.model.lookup import check_flags, entry, make_norm, padded_vocab, parts_of, rope_of, windows
 
 EPS = torch.finfo(torch.float32).eps
 WHOLE_ROW = 1 << 40  # the window of a layer without one, also on rows longer than those trained on

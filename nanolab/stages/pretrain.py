@@ -1,12 +1,12 @@
 """Pretraining: documents -> a base model."""
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
 from nanolab.cli import UserError, check_bounds
-from nanolab.data.corpus import Data, open_data
+from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.prefetch import AHEAD, Prefetch
 from nanolab.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.published import ensure_bundle
 from nanolab.evals.samples import print_samples
 from nanolab.model.accounting import peak_bytes
-from nanolab.model.fp8 import convert, full_precision
+from nanolab.model.fp8 import convert
 from nanolab.model.gpt import GPT
 from nanolab.records.environment import kernel_text
 from nanolab.records.run import Run
@@ -54,7 +54,8 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     data = open_data(cfg, cfg.seed, pinned=run.pinned())
     core = open_core(cfg, tokenizer, rt) if cfg.core_metric_every > 0 else None
     run.keep_data(data)
-    print_plan(describe(cfg, plan, rt.device.type, rt.device_name, rt.dtype_name))
+    memory = planned_memory(cfg, plan, rt.device.type, rt.dtype_name)
+    print_plan(describe(cfg, plan, memory, rt.device.type, rt.device_name, rt.dtype_name))
     print_plan([f"{label:<16}{facts}" for label, facts in data.describe(tokenizer, plan.tokens)])
 
     with torch.device(rt.device):
@@ -77,19 +78,29 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     )
     batches, stop = Prefetch(packed, rt, plan.grad_accum + AHEAD), StopRequest()
 
+    @cache  # at the first evaluation, so that training starts at once
+    def rows() -> Any:
+        limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
+        return validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2]
+
+    def validation(step: int) -> dict[str, float]:
+        full, token_bytes = step_model is not model, tokenizer.token_bytes()
+        found = bits_per_byte(
+            step_model, rows(), token_bytes, rt, cfg.device_batch_size, stop.asked, shared=True, full=full
+        )
+        return {"val/bpb": found.bpb}
+
     def benchmark(step: int) -> dict[str, Any]:
-        with full_precision(model):
-            found = core.evaluate(GPTReader(model, rt), print0, stop=stop.asked)
+        found = core.evaluate(GPTReader(model, rt), print0, stop=stop.asked)
         if not found:
             raise Stopped
         return metrics(found)
 
     def sample(step: int) -> None:
-        with full_precision(model):
-            print_samples(model, tokenizer, rt, stop.asked)
+        print_samples(model, tokenizer, rt, stop.asked)
 
     hooks = [
-        Hook(at_steps(cfg.eval_every, first=True), validation(cfg, data, tokenizer, model, step_model, rt, stop)),
+        Hook(at_steps(cfg.eval_every, first=True), validation),
         Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
         Hook(at_steps(cfg.sample_every), sample),
     ]
@@ -104,38 +115,10 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
             hooks=hooks,
             stop=stop,
             step_model=step_model if step_model is not model else None,
-            planned_bytes=peak_bytes(planned_memory(cfg, plan, rt.device.type, rt.dtype_name)),
+            planned_bytes=peak_bytes(memory),
         )
     finally:
         batches.close()
-
-
-def validation(
-    cfg: BaseTrainConfig, data: Data, tokenizer: Tokenizer, model: GPT, step_model: Any, rt: Runtime, stop: StopRequest
-) -> Callable[[int], dict[str, float]]:
-    """The measurement of validation bits per byte. Its rows are made at the first one, so that training starts at
-    once.
-    """
-    rows: list[Any] = []
-    limit = cfg.eval_tokens if cfg.eval_tokens > 0 else 80 * 524288 if rt.device.type == "cuda" else 524288
-
-    def evaluate(step: int) -> dict[str, float]:
-        if not rows:
-            rows.append(validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2])
-        with full_precision(model):
-            found = bits_per_byte(
-                step_model,
-                rows[0],
-                tokenizer.token_bytes(),
-                rt,
-                cfg.device_batch_size,
-                stop.asked,
-                shared=True,
-                full=step_model is not model,
-            )
-        return {"val/bpb": found.bpb}
-
-    return evaluate
 
 
 def open_core(cfg: BaseTrainConfig, tokenizer: Tokenizer, rt: Runtime) -> Core:

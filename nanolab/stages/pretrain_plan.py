@@ -62,13 +62,15 @@ def dry_run(cfg: BaseTrainConfig) -> Result:
         for text in filter(None, (cfg.data_dir, cfg.val_data)):
             find_files(text)
     of_tokenizer = f"tokenizer       {path if found else f'none yet: vocabulary of {vocab_size} assumed'}"
-    return print_plan([*describe(cfg, plan, kind, name, dtype), of_tokenizer], dry_run=True)
-
-
-def describe(cfg: BaseTrainConfig, plan: Plan, kind: str, device_name: str, dtype: str) -> list[str]:
-    """What the run is about to do, one aligned line per fact."""
-    m, p = plan.model, n_params(plan.model)
     memory = planned_memory(cfg, plan, kind, dtype)
+    return print_plan([*describe(cfg, plan, memory, kind, name, dtype), of_tokenizer], dry_run=True)
+
+
+def describe(
+    cfg: BaseTrainConfig, plan: Plan, memory: dict[str, int], kind: str, device_name: str, dtype: str
+) -> list[str]:
+    """What the run is about to do, one aligned line per fact. memory: of `planned_memory`."""
+    m, p = plan.model, n_params(plan.model)
     flops = f"{plan.flops:.3e} in all, " if plan.flops is not None else ""
     if plan.num_iterations is None:
         length = f"{plan.max_seconds:g} s of training time"
@@ -82,7 +84,7 @@ def describe(cfg: BaseTrainConfig, plan: Plan, kind: str, device_name: str, dtyp
             f"run             {run_name(cfg)}: depth {m.n_layer}, width {m.n_embd}, {m.n_head} heads, rows of"
             f" {m.sequence_len}, windows {m.window_pattern}, vocabulary {m.vocab_size}"
         ),
-        f"architecture    {cfg.preset}: {', '.join(chosen(cfg)) or 'every default'}",
+        f"architecture    {cfg.preset}: {', '.join(chosen(m)) or 'every default'}",
         f"device          {plan.world_size} x {device_name}, {dtype}",
         (
             f"attention       chosen on {device_name} itself"

@@ -6,7 +6,7 @@ the rates were tuned."""
 import math
 from dataclasses import dataclass, fields, replace
 
-from nanolab.cli import UserError, nearest
+from nanolab.cli import UserError, check_bounds, nearest
 from nanolab.data.shares import share_rows
 from nanolab.model.accounting import n_params, train_flops_per_token
 from nanolab.model.config import Architecture, GPTConfig, ModelFlags
@@ -72,9 +72,7 @@ class Plan:
 
 def gpt_config(cfg: ModelFlags, vocab_size: int, bos: int = -1, depth: int = 0) -> GPTConfig:
     """The model of the flags at `depth` (default: theirs): width = depth * aspect_ratio, rounded up to whole heads."""
-    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; expected at least 1")
+    check_bounds(ModelFlags, vars(cfg))
     depth = depth or cfg.depth
     heads = -(-depth * cfg.aspect_ratio // cfg.head_dim)
     architecture = {f.name: getattr(cfg, f.name) for f in fields(Architecture)}
@@ -89,30 +87,24 @@ def gpt_config(cfg: ModelFlags, vocab_size: int, bos: int = -1, depth: int = 0) 
     )
 
 
-def reference(cfg: ModelFlags, vocab_size: int) -> GPTConfig:
-    """The depth-12 model of the default architecture, on the same vocabulary and row."""
-    return gpt_config(
-        replace(cfg, **{f.name: f.default for f in fields(Architecture)}), vocab_size, depth=REFERENCE_DEPTH
-    )
-
-
 def make_plan(cfg: TrainingFlags, vocab_size: int, world_size: int, bos: int = -1) -> Plan:
     """Resolve everything that the flags leave open. Raises UserError for numbers that do not fit together."""
-    if cfg.device_batch_size < 1:
-        raise UserError(f"--device-batch-size is {cfg.device_batch_size}; expected at least 1")
+    check_bounds(TrainingFlags, vars(cfg))
     if cfg.recipe not in RECIPES:
         raise UserError(
             f"recipe {cfg.recipe!r} is unknown; expected one of"
             f" {', '.join(RECIPES)}{nearest(cfg.recipe, list(RECIPES), prefix='--recipe ')}"
         )
     model, recipe = gpt_config(cfg, vocab_size, bos), RECIPES[cfg.recipe]
+    plain = replace(cfg, **{f.name: f.default for f in fields(Architecture)})
+    reference = gpt_config(plain, vocab_size, depth=REFERENCE_DEPTH)  # on the same vocabulary and row
     flops = train_flops_per_token(model)
 
     # Horizon by the law D = ratio * N, with N = block matrices + lm_head, the count that gives the straightest scaling
     # laws; the ratio is Chinchilla's idea (arXiv 2203.15556) with a constant of this architecture's own.
     ratio = cfg.target_param_data_ratio if cfg.target_param_data_ratio > 0 else DATA_PARAM_RATIO
     law_tokens = ratio * n_params(model)["scaling"]
-    reference_tokens = ratio * n_params(reference(cfg, vocab_size))["scaling"]
+    reference_tokens = ratio * n_params(reference)["scaling"]
 
     # Batch: the critical batch grows as D^0.383 (Power Lines, arXiv 2505.13738); the nearest power of two.
     batch = cfg.total_batch_size

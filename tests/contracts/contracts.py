@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanolab.cli import UserError, from_json, to_json
 from nanolab.inference.cache import KVCache
 from nanolab.model import accounting
-from nanolab.model.config import GPTConfig, chosen
+from nanolab.model.config import GPTConfig, chosen, windows
 from nanolab.model.gpt import GPT
 from nanolab.model.kernels.choice import KERNELS
-from nanolab.model.lookup import windows
 from nanolab.model.variants import tables
 from nanolab.records import checkpoint
 from nanolab.runtime import Runtime

@@ -8,8 +8,7 @@ import torch
 
 from nanolab.cli import UserError
 from nanolab.inference.cache import KVCache
-from nanolab.model.config import GPTConfig
-from nanolab.model.lookup import windows
+from nanolab.model.config import GPTConfig, windows
 from nanolab.model.variants.positions import POSITIONS, ROTATIONS, rope_angles, rope_dim, rope_rates
 
 D, T = 16, 40  # head size, row

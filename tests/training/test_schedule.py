@@ -164,7 +164,7 @@ def test_accumulation_and_rows(horizon):
     [
         (dict(total_batch_size=500_000), 8, "--total-batch-size 524288"),
         (dict(total_batch_size=100), 1, "--total-batch-size 65536"),
-        (dict(total_batch_size=0), 1, "--total-batch-size 65536"),
+        (dict(total_batch_size=0), 1, "leave --total-batch-size out"),
         (dict(total_batch_size=65536 * 5 // 2), 1, "--total-batch-size 131072"),
         (dict(device_batch_size=0), 1, "--device-batch-size"),
         (dict(depth=0), 1, "--depth"),

@@ -9,10 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.config import GPTConfig
+from nanolab.model.config import GPTConfig, entry, rope_of
 from nanolab.model.context import AttnContext
 from nanolab.model.gpt import AttentionOp, CausalSelfAttention, Linear
-from nanolab.model.lookup import entry, rope_of
 from nanolab.model.variants.positions import rope_dim
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanolab.model.config import GPTConfig
+from nanolab.model.config import GPTConfig, padded_vocab
 from nanolab.model.context import AttnContext
 from nanolab.model.gpt import Embedding, Identity, Linear
-from nanolab.model.lookup import padded_vocab
 
 SMEAR_CHANNELS = 24  # leading embedding channels that steer the smear gate
 VE_GATE_CHANNELS = 12  # leading channels of the normed input that steer a value embedding's gate
