@@ -68,15 +68,14 @@ def _stay(at, n: int, m: int, N: float, M: float, low, high, later, nodes) -> np
 def crossing(p, looks: tuple[int, ...], dfs: tuple[float, ...], sides: int = 2) -> np.ndarray:
     """P(the t-test of one look or more has a p-value of at most p) while the mean is 0, for each p; shape (P,).
 
-    looks: seeds at each look; dfs: degrees of freedom, rising by 1 or more. Relative errors
-    for p above .001: 1 % where they rise by 1, .2 % by 2, .01 % by 4 or more."""
+    looks: seeds at each look; dfs: degrees of freedom, rising by 1 or more. Relative errors for p
+    above .001: 1 % where they rise by 1, .5 % by 2, .001 % by 4 or more."""
     p = np.asarray(p, float)
     if len(looks) == 1:
         return p
     highs = [np.arctan(-stdtrit(df, p / sides) / np.sqrt(df)) for df in dfs]
     lows = [-high if sides == 2 else np.full_like(high, -np.pi / 2) for high in highs]
-    least = min(np.diff(dfs))  # the fewer new dimensions, the sharper the kernel's edges
-    size = 32 if least >= 4 else 64 if least >= 2 else 128
+    size = 32 if min(np.diff(dfs)) >= 2 else 128  # one new dimension leaves sharp edges in the kernel
     points, nodes, later = chebyshev.chebpts1(size), legendre.leggauss(size), np.ones((1, len(p)))
     for j in range(len(looks) - 2, -1, -1):
         at = _between(lows[j], highs[j], points if j else nodes[0])

@@ -4,8 +4,10 @@ Imports no torch.
 The differences arm - baseline at equal seeds are t-tested after a few numbers of seeds, the looks. Errors are counted
 over the family of all arms at all looks of one study, and each of these has at most the probability `level`:
 
-- that any arm without an effect is called better or worse, or one with an effect the other of the two, at any look,
+- that any arm without an effect is called better or worse at any look,
 - that any arm that differs by `matters` or more is called equivalent at any look.
+
+dev/results/lab/rates.md has both, simulated, also for noise that is not what the t-test assumes.
 
 A p-value is adjusted exactly for the looks (repeated.py), then over arms by Holm, Scandinavian J. Statistics 6 (1979),
 65; together this is a closed test (Maurer & Bretz, Statistics in Biopharmaceutical Research 5 (2013), 311). An interval
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.special import fdtri, nctdtrinc, stdtr, stdtrit
+from scipy.special import chdtri, fdtri, nctdtrinc, ndtr, stdtr, stdtrit
 
 from nanolab.cli import UserError
 from nanolab.lab.repeated import nominal, overall
@@ -100,8 +102,28 @@ def pooled_variance(values: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np
         use[noisy, square[noisy].argmax(1)] = False
 
 
+def difference_variance(values: np.ndarray, use: np.ndarray, variance: Variance, prior) -> tuple[np.ndarray, ...]:
+    """(variance of each arm's paired differences, arms that it is pooled over, whether prior moderates it), all (S, k);
+    use: (S, k + 1), the rows with noise of their own.
+
+    An arm of the pool has the pool's variance or its own, whichever is larger: on three seeds the F-test sees only rows
+    that are many times noisier. dev/results/lab/rates.md has what this leaves of their errors."""
+    n, differences = values.shape[-1], values[:, 1:] - values[:, :1]
+    square, times = differences.var(-1, ddof=1), np.ones(differences.shape[:2], int)
+    if variance == "pooled":
+        pooled, arms, used = pooled_variance(values, use)
+        used = used[:, 1:] & used[:, :1] & (arms > 1)[:, None]
+        square = np.where(used, np.maximum(square, pooled[:, None]), square)
+        times = np.where(used, arms[:, None], times)
+    if not prior:
+        return square, times, np.zeros(times.shape, bool)
+    sd, more = prior
+    moderated, df = square <= sd**2 * fdtri(n - 1, more, 1 - OUTLYING), times * (n - 1)
+    return np.where(moderated, (df * square + more * sd**2) / (df + more), square), times, moderated
+
+
 def degrees(looks: Sequence[int], pool: int, prior: tuple[float, float] | None) -> tuple[float, ...]:
-    """Degrees of freedom at each look of a variance pooled over this many arms."""
+    """Degrees of freedom at each look, of a variance pooled over this many arms."""
     return tuple(float(pool * (n - 1) + (prior[1] if prior else 0)) for n in looks)
 
 
@@ -111,46 +133,27 @@ def judge(values: np.ndarray, n: int, matters: float, looks, level: float, varia
     values: (S, k + 1, n or more), studies x (baseline, then arms) x seeds."""
     values = values[..., :n]
     finite = np.isfinite(values).all(-1)
-    diverged = ~(finite[:, 1:] & finite[:, :1])
-    values = np.where(finite[..., None], values, 0)
-    same = (values[:, :, None] == values[:, None]).all(
-        -1
-    )  # rows that repeat an earlier row bring no noise of their own
-    differences = values[:, 1:] - values[:, :1]
-    mean, square, times = differences.mean(-1), differences.var(-1, ddof=1), np.ones(differences.shape[:2], int)
-    if variance == "pooled":
-        pooled, rows, used = pooled_variance(values, finite & ~np.tril(same, -1).any(-1))
-        used = used[:, 1:] & used[:, :1] & (rows > 1)[:, None]
-        square, times = np.where(used, pooled[:, None], square), np.where(used, rows[:, None], times)
-    moderated, df = np.zeros(mean.shape, bool), times * (n - 1.0)
-    if prior:
-        sd, more = prior
-        moderated = square <= sd**2 * fdtri(df, more, 1 - OUTLYING)
-        square = np.where(moderated, (df * square + more * sd**2) / (df + more), square)
-        df = df + more * moderated
-    noise = square > (1e-12 * np.abs(values).max((1, 2))[:, None]) ** 2
-    error = np.sqrt(np.where(noise, square, 1) / n)
-    p, p_equivalent = 2 * stdtr(df, -np.abs(mean) / error), stdtr(df, (np.abs(mean) - matters) / error)
-    half = np.zeros_like(mean)
-    for k, with_prior in {*zip(times.flat, moderated.flat)}:
-        at = (times == k) & (moderated == with_prior)
-        dfs = degrees(looks, k, prior if with_prior else None)
-        p[at], p_equivalent[at] = overall(p[at], looks, dfs), overall(p_equivalent[at], looks, dfs, 1)
-        half[at] = -stdtrit(df[at], nominal(level, looks, dfs) / 2) * error[at]
+    diverged, values = ~(finite[:, 1:] & finite[:, :1]), np.where(finite[..., None], values, 0)
+    same = np.ones((*finite.shape, finite.shape[1]), bool)  # a row that repeats an earlier one has no noise of its own
+    for seed in np.moveaxis(values, -1, 0):
+        same &= seed[:, :, None] == seed[:, None]
+    own = finite & ~np.tril(same, -1).any(-1)
+    square, times, moderated = difference_variance(values, own, variance, prior)
     identical = same[:, 1:, 0] & ~diverged
-    unseen = diverged | (~noise & ~identical)
-    return {
-        "mean": np.where(diverged, np.nan, mean),
-        "half": np.where(unseen, np.nan, np.where(identical, 0, half)),
-        "sd": np.where(diverged, np.nan, np.sqrt(square)),
-        "df": df,
-        "times": times,
-        "moderated": moderated,
-        "p": np.where(unseen | identical, 1, p),
-        "p_equivalent": np.where(unseen, 1, np.where(identical, 0, p_equivalent)),
-        "diverged": diverged,
-        "identical": identical,
-    }
+    seen = (square > (1e-12 * np.abs(values).max((1, 2))[:, None]) ** 2) & ~diverged & ~identical  # beyond rounding
+    mean, error = (values[:, 1:] - values[:, :1]).mean(-1), np.sqrt(np.where(seen, square, 1) / n)
+    half, df = np.where(identical, 0, np.full(mean.shape, np.nan)), np.zeros(mean.shape)
+    p, p_equivalent = np.ones(mean.shape), np.where(identical, 0, np.ones(mean.shape))
+    for rule in np.unique(2 * times + moderated):
+        dfs = degrees(looks, rule // 2, prior if rule % 2 else None)
+        d, at = dfs[looks.index(n)], 2 * times + moderated == rule
+        df[at], at = d, at & seen
+        t, outside = np.abs(mean[at]) / error[at], (np.abs(mean[at]) - matters) / error[at]
+        p[at], p_equivalent[at] = overall(2 * stdtr(d, -t), looks, dfs), overall(stdtr(d, outside), looks, dfs, 1)
+        half[at] = -stdtrit(d, nominal(level, looks, dfs) / 2) * error[at]
+    mean, sd = (np.where(diverged, np.nan, x) for x in (mean, np.sqrt(square)))
+    found = {"mean": mean, "half": half, "sd": sd, "df": df, "times": times, "moderated": moderated}
+    return found | {"p": p, "p_equivalent": p_equivalent, "diverged": diverged, "identical": identical}
 
 
 def decide(found: dict, level: float, lower_is_better: bool) -> np.ndarray:
@@ -240,42 +243,26 @@ def verdicts(
             found[name][:, judged == n] = column[:, judged[ran] == n]
     called = decide(found, level, lower_is_better)[0]
     effects = []
-    for i, (arm, verdict) in enumerate(zip(arms, called)):
+    for i, arm in enumerate(arms):
         at = {name: None if np.isnan(column[0, i]) else column[0, i].item() for name, column in found.items()}
-        mean, half, sd = at["mean"], at["half"], at["sd"]
-        bounds = (None, None) if half is None else (mean - half, mean + half)
-        needed, seen = None, matters
-        if verdict == "unresolved" and sd:
-            rule: Variance = "pooled" if at["times"] > 1 else "own"
-            while needed is None or needed <= judged[i]:
-                needed = seeds_needed(
-                    seen,
-                    sd,
-                    arms=len(arms),
-                    looks=looks,
-                    level=level,
-                    variance=rule,
-                    prior=prior if at["moderated"] else None,
-                )
-                seen /= 2
+        mean, half, n = at["mean"], at["half"], int(judged[i])
+        low, high = (None, None) if half is None else (mean - half, mean + half)
         source = ("pooled" if at["times"] > 1 else "own") + (", moderated" if at["moderated"] else "")
-        effects += [
-            Effect(
-                arm,
-                seeds[i],
-                int(judged[i]),
-                mean,
-                *bounds,
-                sd,
-                at["df"],
-                source,
-                at["p"],
-                at["p_equivalent"],
-                str(verdict),
-                needed,
-            )
-        ]
+        numbers = mean, low, high, at["sd"], at["df"], source, at["p"], at["p_equivalent"], str(called[i])
+        unresolved = called[i] == "unresolved" and half is not None
+        needed = _needed(matters, n, len(arms), at, looks, level, prior) if unresolved else None
+        effects += [Effect(arm, seeds[i], n, *numbers, needed)]
     return effects
+
+
+def _needed(matters: float, n: int, arms: int, at: dict, looks, level: float, prior) -> int:
+    """The seeds_needed of an unresolved arm, after n; at: what `judge` found."""
+    variance: Variance = "pooled" if at["times"] > 1 else "own"
+    plan = {"arms": arms, "looks": looks, "level": level, "variance": variance}
+    prior, needed = prior if at["moderated"] else None, 0
+    while needed <= n:
+        needed, matters = seeds_needed(matters, at["sd"], prior=prior, **plan), matters / 2
+    return needed
 
 
 def minimum_detectable(
@@ -290,7 +277,8 @@ def minimum_detectable(
     prior: tuple[float, float] | None = None,
 ) -> float:
     """The effect, in the unit of sd (of a paired difference), that the look after n seeds sees with this power at the
-    first step of Holm over `arms`: exact, by the noncentral t. An n after the last look is one more look, planned.
+    first step of Holm over `arms`, where all rows are equally noisy. Exact: from the noncentral t for an arm's own
+    variance, by integration over the variances for a pooled one. An n after the last look is one more look, planned.
 
     Raises UserError: no-look, and those of `verdicts`."""
     looks = check_plan(looks, level, prior)
@@ -298,13 +286,28 @@ def minimum_detectable(
         looks += (n,)
     if n not in looks:
         raise UserError(f"{n} seeds are no look of {list(looks)}; expected one of them, or more", "no-look", n=n)
-    dfs = degrees(looks, arms if variance == "pooled" else 1, prior)
-    return _detectable(n, dfs[looks.index(n)], nominal(level / arms, looks, dfs), power) * sd
+    pool, more = arms if variance == "pooled" else 1, prior[1] if prior else 0.0
+    return _detectable(n, pool, more, nominal(level / arms, looks, degrees(looks, pool, prior)), power) * sd
 
 
-def _detectable(n: int, df: float, p: float, power: float) -> float:
-    """In standard deviations, by a two-sided t-test of nominal level p; an error of sign does not count as seen."""
-    return float(nctdtrinc(df, 1 - power, -stdtrit(df, p / 2))) / math.sqrt(n)
+def _detectable(n: int, pool: int, more: float, p: float, power: float) -> float:
+    """In standard deviations, by two-sided tests of nominal level p; an error of sign does not count as seen. pool: the
+    arms in the variance; more: degrees of freedom of a noise study, 0 for none."""
+    own, rest = n - 1, (pool - 1) * (n - 1)
+    cut = -stdtrit(own + rest + more, p / 2)
+    if pool == 1:
+        return float(nctdtrinc(own + more, 1 - power, cut)) / math.sqrt(n)
+    x, weights = (np.polynomial.legendre.leggauss(24)[0] + 1) / 2, np.polynomial.legendre.leggauss(24)[1] / 2
+    first, others, study = chdtri(own, x), chdtri(rest, x), chdtri(more, x) if more else np.zeros(1)
+    sums = (own + rest) * np.maximum(first[:, None] / own, (first[:, None] + others) / (own + rest))
+    scale = cut * np.sqrt((sums[..., None] + study) / (own + rest + more))
+    chances = weights[:, None, None] * weights[:, None] * (weights if more else np.ones(1))
+    low, high = 0.0, float(scale.max()) + 10
+    for _ in range(50):  # P(normal > scale - high) falls to `power`
+        middle = (low + high) / 2
+        enough = (chances * ndtr(middle - scale)).sum() >= power
+        low, high = (low, middle) if enough else (middle, high)
+    return high / math.sqrt(n)
 
 
 def seeds_needed(
@@ -321,21 +324,24 @@ def seeds_needed(
     """The fewest seeds at which `minimum_detectable` is at most `effect`. More than the last look's are those of a
     study that plans them as a further look: what has been read at fewer looks has spent its error.
 
-    effect: positive. Raises UserError as `verdicts` does."""
+    effect: positive. Raises UserError: bad-effect, and those of `verdicts`."""
     looks = check_plan(looks, level, prior)
-    pool, wanted = arms if variance == "pooled" else 1, effect / sd
-    dfs = degrees(looks, pool, prior)
-    for n, df in zip(looks, dfs):
-        if _detectable(n, df, nominal(level / arms, looks, dfs), power) <= wanted:
+    if not 0 < effect < math.inf:
+        raise UserError(f"an effect of {effect}; expected a positive number", "bad-effect", effect=effect)
+    pool, more = arms if variance == "pooled" else 1, prior[1] if prior else 0.0
+    p = nominal(level / arms, looks, degrees(looks, pool, prior))
+    for n in looks:
+        if _detectable(n, pool, more, p, power) * sd <= effect:
             return n
-    needed = looks[-1] + 1
-    while True:  # the level falls a little as the further look moves away
-        n, plan = needed, (*looks, needed)
+    needed, last = looks[-1], 0
+    while needed != last:  # a further look lowers the level, a little more the further away it is
+        last = needed
+        needed = last + bisect_left(
+            range(last, MOST_SEEDS), True, key=lambda m: _detectable(m, pool, more, p, power) * sd <= effect
+        )
+        plan = (*looks, needed)
         p = nominal(level / arms, plan, degrees(plan, pool, prior))
-        more = range(n, MOST_SEEDS)
-        seen = bisect_left(more, True, key=lambda m: _detectable(m, *degrees((m,), pool, prior), p, power) <= wanted)
-        if (needed := n + seen) == n:
-            return n
+    return needed
 
 
 def threshold(
