@@ -345,9 +345,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def main(command: Callable[[], Any]) -> None:
-    """Run a script's body: a UserError becomes one message on stderr and exit code 1; Ctrl-C becomes 130, a reader that
-    has gone (`| head`) 141.
+def main(command: Callable[[], Any], usage: int = 1) -> None:
+    """Run a script's body: a UserError becomes one message on stderr and exit code `usage`; Ctrl-C becomes 130, a
+    reader that has gone (`| head`) 141.
 
     What stdout's encoding lacks is printed as "?". Stderr needs nothing: Python writes escapes there.
     """
@@ -360,7 +360,7 @@ def main(command: Callable[[], Any]) -> None:
         except UserError as error:
             # it may quote what others wrote
             print(f"error{f' [{error.code}]' if error.code else ''}: {harmless(str(error))}", file=sys.stderr)
-            code = 1
+            code = usage
         except KeyboardInterrupt:
             code = 130
         except SystemExit as leaving:  # after --help, or a signal; rich ends with 1 where the reader has gone

@@ -18,12 +18,13 @@ from nanolab.cli import UserError, from_json, parse, to_json
 from nanolab.data.config import DataBuildConfig, GenChatConfig
 from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
 from nanolab.inference.config import ChatConfig
-from nanolab.lab.config import BenchConfig
+from nanolab.lab.config import BenchConfig, LabConfig, TryConfig
 from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
 from nanolab.serving.config import ServeConfig
 from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
+from scripts import lab
 
 ROOT = Path(__file__).parents[1]
 
@@ -471,10 +472,14 @@ def test_written_commands_give_no_flag_that_is_not_read():
             for n in ast.walk(ast.parse(path.read_text()))
             if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "parse"
         )
-        if len(call.args) > 1 and words and not words[0].startswith("-"):
+        cls = configs()[call.args[0].id]
+        if path.stem == "lab":
+            words = lab.spelled_out(words)
+            cls, words = (TryConfig, words[1:]) if words[0] == "--what=try" else (LabConfig, words)
+        elif len(call.args) > 1 and words and not words[0].startswith("-"):
             words = [{"bench": "--what", "import_hf": "--folder"}[path.stem], *words]
         try:
-            parse(configs()[call.args[0].id], words)
+            parse(cls, words)
         except (UserError, SystemExit) as error:
             raise AssertionError(f"{where}: {module} {' '.join(words)}: {error}") from error
 

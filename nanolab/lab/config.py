@@ -1,4 +1,4 @@
-"""Flags of the benchmarks. Imports no torch."""
+"""Flags of the benchmarks and of the lab. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 from nanolab.cli import Condition, Count, NonNegativeInt, PositiveFloat, PositiveOrAuto, Seed, at_least
 from nanolab.data.config import DataConfig
 from nanolab.model.config import ModelFlags
+from nanolab.stages.config import BaseTrainConfig
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,31 @@ class BenchConfig(ModelFlags, DataConfig):
             "a model of random weights",
         ),
     ]
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """From a question to a verdict: run a study, check its design, say its verdict."""
+
+    what: str = "run"  # run | check | verdict | try; the first argument
+    study: str = ""  # the study's TOML file (nanolab/lab/study.py); the second argument
+    scale: str = ""  # one of the study's [scales]; default: the first
+    jobs: NonNegativeInt = 0  # runs at a time; 0: one for each core or GPU
+
+    CONDITIONS = [Condition("jobs", "what", lambda c: c.what == "run", "lab run")]
+
+
+@dataclass(frozen=True)
+class TryConfig(BaseTrainConfig):
+    """Compare flags with others in one line: lab try FLAGS --against FLAGS, then flags of both."""
+
+    idea: str = ""  # flags of the idea; the first argument after try
+    against: str = ""  # flags of what it is compared with
+    seeds: str = "42,43,44"  # seeds, joined by commas
+    matters: PositiveFloat = 0.01  # the smallest difference in bits per byte that matters
+    jobs: NonNegativeInt = 0  # runs at a time; 0: one for each core or GPU
+
+    GROUPS = {
+        "": "idea against seeds matters jobs",
+        **{title or "both": words for title, words in BaseTrainConfig.GROUPS.items()},
+    }

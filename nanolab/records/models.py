@@ -21,6 +21,7 @@ TRAINED_BY = {
     "sft": "python -m scripts.chat_sft",
     "rl": "python -m scripts.chat_rl",
 }
+OF_STUDIES = "lab-"  # begins the names of a study's runs, which are never taken unless they are named
 WEIGHTS_ONLY = ("model.safetensors", "meta.json")  # what a reader of weights has to verify
 
 
@@ -94,6 +95,7 @@ def find_model(ref: str = "", kind: str = "") -> ModelRef:
         finished = sorted(
             (p for p in runs_dir().glob("*/result.json") if p.parent.name in known), key=lambda p: p.stat().st_mtime_ns
         )
+        finished = [p for p in finished if not p.parent.name.startswith(OF_STUDIES)]
         finished = [p for p in finished if kind in ("", read_json(p).get("kind"))]
         if not finished:
             others = (

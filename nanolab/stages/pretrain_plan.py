@@ -100,7 +100,7 @@ def describe(
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         *rates_lines(cfg, plan),
         *memory_lines(memory, cfg.activation_checkpointing, plan.world_size),
-        f"expected time   {expected_time(plan, kind, device_name, dtype, cfg.activation_checkpointing)}",
+        f"expected time   {expected_time(plan, kind, device_name, dtype, cfg.activation_checkpointing)[1]}",
     ]
 
 
@@ -137,15 +137,16 @@ def memory_lines(memory: dict[str, int], activation_checkpointing: bool, ranks: 
     ]
 
 
-def expected_time(plan: Plan, kind: str, device_name: str, dtype: str, activation_checkpointing: bool) -> str:
+def expected_time(plan: Plan, kind: str, device_name: str, dtype: str, recomputes: bool) -> tuple[float | None, str]:
+    """(seconds, None where the device's peak is not known; how the plan says it)."""
     if plan.flops is None:
-        return f"{plan.max_seconds:g} s"
+        return plan.max_seconds, f"{plan.max_seconds:g} s"
     peak = cpu_gflops().get(dtype, 0.0) * 1e9 if kind == "cpu" else device_peaks(device_name)[0]
     if not peak or kind not in TYPICAL_UTILISATION:
-        return "unknown for this device"
-    again = 4 / 3 if activation_checkpointing else 1  # forward passes are made twice; no FLOPs of the plan
+        return None, "unknown for this device"
+    again = 4 / 3 if recomputes else 1  # forward passes are made twice; no FLOPs of the plan
     seconds = again * plan.flops / (peak * plan.rows_per_step / most_rows(plan) * TYPICAL_UTILISATION[kind])
-    return f"about {clock(seconds).strip()} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak"
+    return seconds, f"about {clock(seconds).strip()} at {TYPICAL_UTILISATION[kind]:.0%} of the device's peak"
 
 
 def most_rows(plan: Plan) -> int:

@@ -1,0 +1,60 @@
+"""The commands of the lab: run, check, verdict, try. Each prints, last one JSON document, and returns an exit code."""
+
+import shlex
+from pathlib import Path
+
+from nanolab.cli import UserError, as_json
+from nanolab.files import write_text
+from nanolab.lab.config import LabConfig, TryConfig
+from nanolab.lab.results import check_unedited, hash_of, read_results
+from nanolab.lab.study import folder_of, read_seeds, read_study, study_of, to_toml
+
+
+def lab(cfg: LabConfig) -> int:
+    """The command `cfg.what` on a study's file.
+
+    Exit code of verdict: see `exit_code`; of run: 1 where runs are missing; of check: 4 where the study's seeds do not
+    suffice; otherwise 0. Raises UserError."""
+    if cfg.what not in ("run", "check", "verdict") or not cfg.study:
+        raise UserError(
+            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check or verdict and a study's file, or"
+            " try and flags; try python -m scripts.lab run STUDY.toml",
+            "lab-command",
+            what=cfg.what,
+        )
+    path = Path(cfg.study)
+    study = read_study(path)
+    scale = study.scale(cfg.scale)
+    folder = folder_of(study, path, scale)
+    if cfg.what == "verdict":
+        check_unedited(*read_results(folder), study.fixed(scale), study.seeds, folder)
+    else:
+        from nanolab.lab.runner import check_study, run_study
+
+        if cfg.what == "check":
+            document = check_study(study, folder, scale)
+            print(as_json(document, "the result"))
+            return 0 if document["enough"] else 4
+        run_study(study, folder, scale, cfg.jobs)
+
+    from nanolab.lab.verdict import exit_code, verdict_of
+
+    document, lines = verdict_of(folder)
+    print("\n".join(["", *lines, "", f"table: {folder / 'table.md'}"]))
+    print(as_json(document, "the result"))
+    return exit_code(document) if cfg.what == "verdict" else 1 if document["missing"] else 0
+
+
+def lab_try(cfg: TryConfig, both: list[str]) -> int:
+    """Write the study of one idea into the base directory, and run it; the same words find the same study.
+
+    both: flags of the idea and of what it is compared with."""
+    from nanolab.runtime import base_dir
+
+    values = {"arms": {"baseline": cfg.against, "idea": cfg.idea}, "baseline": "baseline", "matters": cfg.matters}
+    values |= {"question": f"{cfg.idea or 'the defaults'} against {cfg.against or 'the defaults'}"}
+    values |= {"flags": shlex.join(both), "results": "."}
+    path = base_dir() / "lab" / f"try-{hash_of(values)[:8]}" / "study.toml"
+    write_text(path, to_toml(study_of(values | {"seeds": read_seeds(cfg.seeds)}, "lab try")))
+    print(f"study           {path}")
+    return lab(LabConfig("run", str(path), jobs=cfg.jobs))

@@ -1,0 +1,87 @@
+"""What a study leaves: <folder>/runs.jsonl, from which every table and figure is made. Imports no torch.
+
+Its first line is the study as it was before the first run, predictions included; each further line is one run: arm,
+seed, what identifies it (KEPT), result, validation curve. It names no host and no path, so that it can be committed."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nanolab.cli import UserError
+from nanolab.files import write_text
+
+KEPT = ("sources", "machine", "validation")  # facts that all runs of one table share
+Row = dict[str, Any]
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """(the study's record, a row for each run); an empty record where nothing has been run. Raises UserError for a file
+    that is damaged.
+    """
+    path = folder / "runs.jsonl"
+    if not path.exists():
+        return {}, []
+    try:
+        record, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if hash_of(record["study"]) != record["sha256"]:
+            raise ValueError("its first line has been edited")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); expected the lines that scripts.lab run wrote; put the old file back, or"
+            f" remove it, and the runs that are still there are found again: rm {path}",
+            "results-damaged",
+            path=str(path),
+        ) from None
+    return record, rows
+
+
+def write_results(folder: Path, record: dict[str, Any], rows: list[Row]) -> None:
+    """Replace the file in one step: seeds and arms in the study's order."""
+    arms = list(record["study"]["arms"])
+    rows = sorted(rows, key=lambda row: (record["seeds"].index(row["seed"]), arms.index(row["arm"])))
+    write_text(folder / "runs.jsonl", "".join(json.dumps(line) + "\n" for line in [record, *rows]))
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def new_record(fixed: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The first line, but for the seeds. fixed: see `Study.fixed`; threads: of each run, kept for those to come."""
+    return {
+        "study": fixed,
+        "sha256": hash_of(fixed),
+        "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "threads": threads,
+    }
+
+
+def check_unedited(
+    record: dict[str, Any], rows: list[Row], fixed: dict[str, Any], seeds: list[int], folder: Path
+) -> None:
+    """Raise UserError, with the names of the keys, where a study is not what was recorded before its first run. Seeds
+    may be added, none may be left out.
+    """
+    edited = [key for key in fixed if record and record["study"].get(key) != fixed[key]]
+    edited += ["seeds"] if {row["seed"] for row in rows} - set(seeds) else []
+    if edited:
+        raise UserError(
+            f"the study was edited after its first run: {', '.join(edited)} (recorded {record['recorded']}, sha256"
+            f" {record['sha256'][:12]}); expected it as it was: a prediction counts only if it was there before the"
+            " results. Put the old values back, or begin anew under another name or with another results folder"
+            f" (now {folder})",
+            "study-edited",
+            keys=edited,
+        )
+
+
+def number_at(result: dict[str, Any], metric: str) -> float | None:
+    """The metric of a result by its name, or by names inside one another joined by dots; None where there is none."""
+    found: Any = result.get(metric)
+    if found is None and "." in metric:
+        found = result
+        for part in metric.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+    return float(found) if isinstance(found, (int, float)) else None

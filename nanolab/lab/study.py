@@ -1,0 +1,210 @@
+"""A study: a question, arms that differ in flags, the smallest effect that matters. Read from TOML and checked.
+
+    question = "Does a gate on attention's output help?"
+    matters = 0.01                      # the smallest difference of the metric that matters
+    flags = "--depth 4 --num-iterations 300"
+    baseline = "none"
+    [arms]
+    none = ""
+    head = "--gate head"
+    [predict]
+    head = "better"
+
+Each (arm, seed) is a pretraining run with the flags of the study, of the scale and of the arm, in this order: a later
+one wins. Imports no torch."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import nanolab
+from nanolab.cli import UserError, current_name, nearest, parse, read_toml, unknown_flag
+from nanolab.stages.config import BaseTrainConfig
+
+ROOT = Path(nanolab.__file__).resolve().parents[1]
+OF_THE_LAB = ("run", "resume", "dry_run", "plan_for", "seed")  # flags that the lab itself gives its runs
+FIRST = ("--sample-every", "-1")  # of every run; a study's own flags come later
+MAY_GROW = ("seeds", "noise", "results")  # what a study may change after its first run
+LEAST_SEEDS = 3  # the first look of stats.py
+MATCHES = ("tokens", "steps")
+Verdict = Literal["better", "worse", "equivalent"]
+
+
+class Study(BaseModel):
+    """The keys of a study file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: str
+    arms: dict[str, str]  # name -> flags
+    baseline: str  # the arm that the others are compared with
+    matters: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # in units of the metric
+    metric: str = "val/bpb"  # a name in a run's result.json; A.B is B inside A
+    direction: Literal["lower", "higher"] = "lower"  # which is better
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = [42, 43, 44]
+    flags: str = ""  # of all arms
+    predict: dict[str, Verdict] | str = ""  # arm -> verdict, or a sentence; recorded before the first run
+    scales: dict[Literal["cpu", "gpu", "full"], str] = {}  # name -> more flags of all arms
+    match: str = "tokens"  # what all arms have the same number of
+    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # sd of a paired difference, for check
+    results: str = ""  # folder of the results, relative to the file; default: dev/results/NAME
+
+    @property
+    def others(self) -> list[str]:
+        """The arms without the baseline."""
+        return [arm for arm in self.arms if arm != self.baseline]
+
+    def scale(self, name: str) -> str:
+        """The scale called `name`; of no name the first one, or none. Raises UserError for an unknown one."""
+        if name and name not in self.scales:
+            raise UserError(
+                f"the study has no scale {name!r}; expected one of {', '.join(self.scales) or 'none at all'};"
+                + (f" try --scale {next(iter(self.scales))}" if self.scales else " leave --scale out"),
+                "scale-unknown",
+                scale=name,
+            )
+        return name or next(iter(self.scales), "")
+
+    def config(self, arm: str, scale: str = "") -> BaseTrainConfig:
+        """The flags of an arm at a scale, parsed. Raises UserError, with the name of what is wrong."""
+        parts = {"the study's flags": self.flags, f"scale {scale}": self.scales.get(scale, "")}  # type: ignore
+        words = list(FIRST)
+        for where, text in (parts | {f"arm {arm}": self.arms[arm]}).items():
+            words += flag_words(text, where)
+        try:
+            return parse(BaseTrainConfig, words)
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}", error.code, arm=arm, **error.values) from None
+        except SystemExit:
+            raise UserError(
+                f"arm {arm}: its flags cannot be read (see above); expected those of scripts.base_train; correct them",
+                "arm-flags",
+                arm=arm,
+            ) from None
+
+    def configs(self, scale: str) -> dict[str, BaseTrainConfig]:
+        return {arm: self.config(arm, scale) for arm in self.arms}
+
+    def fixed(self, scale: str) -> dict[str, Any]:
+        """What the study's record holds before its first run, and what may not change after it."""
+        return self.model_dump(exclude=set(MAY_GROW)) | {"scale": scale}
+
+
+def flag_words(text: str, where: str) -> list[str]:
+    """The words of `text`. Raises UserError for flags that base_train does not have, or that the lab gives itself."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: {text!r} cannot be split into flags ({error}); expected flags as in a shell; close the quotes",
+            "flags-quoted",
+            where=where,
+        ) from None
+    for word in (word for word in words if word.startswith("--")):
+        name = current_name(BaseTrainConfig, word[2:].partition("=")[0].replace("-", "_"))
+        if (hint := unknown_flag(BaseTrainConfig, name)) is not None:
+            raise UserError(
+                f"{where}: {word} is not a flag of scripts.base_train{hint}; --help lists them",
+                "unknown-flag",
+                where=where,
+                flag=name,
+            )
+        if name.removeprefix("no_") in OF_THE_LAB:
+            raise UserError(
+                f"{where}: {word} is what the lab gives each run itself; expected other flags; leave it out",
+                "flag-of-the-lab",
+                where=where,
+                flag=name,
+            )
+    return words
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file, checked as far as it can be without torch. Raises UserError."""
+    study = study_of(read_toml(path), str(path))
+    for scale in study.scales or [""]:
+        study.configs(scale)
+    return study
+
+
+def study_of(values: Mapping[str, Any], where: str) -> Study:
+    """A study from its keys. where: they come from."""
+    try:
+        study = Study(**values)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        key = str(error["loc"][0])
+        if error["type"] == "extra_forbidden":
+            raise UserError(
+                f"{where} has the key {key!r}, which studies do not have{nearest(key, list(Study.model_fields))};"
+                f" expected {', '.join(Study.model_fields)}; rename it or leave it out",
+                "study-key",
+                key=key,
+            ) from None
+        raise UserError(
+            f"{where}: {key}: {error['msg']}; found {error['input']!r}; correct it (nanolab/lab/study.py shows how)",
+            "study-value",
+            key=key,
+        ) from None
+    names = list(study.arms)
+    for arm in [study.baseline, *(study.predict if isinstance(study.predict, dict) else ())]:
+        if arm not in names:
+            raise UserError(
+                f"{where}: {arm!r} is no arm; expected one of {', '.join(names)}{nearest(arm, names)}; name an arm",
+                "arm-unknown",
+                arm=arm,
+            )
+    if len(names) < 2 or len(set(study.seeds)) < max(LEAST_SEEDS, len(study.seeds)):
+        raise UserError(
+            f"{where} has {len(names)} arms and the seeds {study.seeds}; expected at least two arms and"
+            f" {LEAST_SEEDS} different seeds, with fewer of which no verdict is read; try seeds = [42, 43, 44]",
+            "too-few",
+            arms=len(names),
+            seeds=study.seeds,
+        )
+    if study.match not in MATCHES:
+        raise UserError(
+            f"{where}: match = {study.match!r}; expected {' or '.join(MATCHES)} ('flops' and 'time' are not there yet);"
+            ' try match = "tokens"',
+            "match-unknown",
+            match=study.match,
+        )
+    return study
+
+
+def folder_of(study: Study, path: Path, scale: str) -> Path:
+    """The folder of the results of the study in file `path`: one for each scale."""
+    folder = path.parent / study.results if study.results else ROOT / "dev" / "results" / path.stem
+    return folder / scale
+
+
+def identical_arms(configs: Mapping[str, BaseTrainConfig]) -> list[list[str]]:
+    """The groups of arms whose flags come to the same."""
+    groups: dict[str, list[str]] = {}
+    for arm, cfg in configs.items():
+        groups.setdefault(repr(cfg), []).append(arm)
+    return [arms for arms in groups.values() if len(arms) > 1]
+
+
+def read_seeds(text: str) -> list[int]:
+    """ "42,43,44" as numbers. Raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(
+            f"--seeds {text}; expected whole numbers joined by commas; try --seeds 42,43,44", "seeds", seeds=text
+        )
+    return [int(part) for part in parts]
+
+
+def to_toml(study: Study) -> str:
+    """The file of a study: what is not a default."""
+    values = study.model_dump(exclude_defaults=True)
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if key not in tables]
+    for name, rows in tables.items():
+        lines += ["", f"[{name}]", *(f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False)}" for k, v in rows.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,371 @@
+"""From a study file to a verdict: runs are made once, found again, retried; the verdict is made of runs.jsonl alone."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import warm
+
+from nanolab.cli import UserError
+from nanolab.data.tokenizer import Tokenizer
+from nanolab.lab import commands, processes, runner
+from nanolab.lab.config import LabConfig
+from nanolab.lab.results import new_record, read_results, write_results
+from nanolab.lab.study import read_study, study_of, to_toml
+from nanolab.lab.verdict import exit_code, verdict_of
+from nanolab.records.models import find_model
+from nanolab.stages.config import BaseTrainConfig
+
+SMALL = "--depth 1 --aspect-ratio 32 --head-dim 32 --max-seq-len 32 --device-batch-size 2 --total-batch-size 64"
+SHORT = f"{SMALL} --num-iterations 2 --eval-tokens 128 --log-every -1"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with text and a base directory with a tokenizer."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "text").mkdir()
+    for i in range(12):
+        (folder / "text" / f"{i:02d}.txt").write_text(
+            f"Document {i}. " + "The cat sat and looked at the mat. " * (i + 1)
+        )
+    Tokenizer.train([path.read_text() for path in (folder / "text").iterdir()], 290).save(folder / "base" / "tokenizer")
+    return folder
+
+
+def lab(home: Path, *argv: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"NANOLAB_BASE_DIR": str(home / "base"), "NANOLAB_DTYPE": "float32"}
+    return warm.python("-m", "scripts.lab", *argv, env=env)
+
+
+def study_file(home: Path, name: str, **changes) -> Path:
+    values = {"question": "Which?", "baseline": "none", "matters": 0.01, "seeds": [42, 43, 44], "results": name}
+    values |= {"flags": f"--data-dir {home / 'text'} {SHORT}", "arms": {"none": "", "same": "", "keep": "--keep 3"}}
+    path = home / f"{name}.toml"
+    path.write_text(to_toml(study_of(values | changes, name)))
+    return path
+
+
+def made(home: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in (home / "base" / "runs").glob("lab-*/result.json")}
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_equal_flags_are_identical(home, monkeypatch):
+    """Two settings that train alike, one of them twice: differences are exactly 0."""
+    path = study_file(home, "same")
+    first = lab(home, "run", path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    document = json.loads(first.stdout.splitlines()[-1])
+    assert {arm: one["verdict"] for arm, one in document["arms"].items()} == {
+        "none": None,
+        "same": "identical",
+        "keep": "identical",
+    }
+    assert all(one["effect"]["mean"] == 0 for one in document["arms"].values() if one["effect"])
+    assert (document["seeds"], document["missing"]) == ([42, 43, 44], [])
+    runs = made(home)
+    assert len(runs) == 6  # none and same share theirs
+
+    table, results = home / "same" / "table.md", (home / "same" / "runs.jsonl").read_text()
+    text = table.read_text()
+    record, rows = read_results(home / "same")
+    assert len({row["result"]["val/bpb"] for row in rows}) == 3  # the seeds differ
+    assert platform.node() not in results and str(home / "base") not in results
+    assert all([step for step, _ in row["curve"]] == [0, 2] for row in rows)
+
+    table.unlink()
+    verdict = lab(home, "verdict", path)
+    assert verdict.returncode == 3, verdict.stdout + verdict.stderr
+    assert table.read_text() == text
+    assert json.loads(verdict.stdout.splitlines()[-1]) == document
+
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(home / "base"))
+    assert find_model(rows[0]["key"]).step == 2
+    with pytest.raises(UserError, match="no finished run"):  # a run of a study is no model that is taken unasked
+        find_model()
+
+    # a run is found by its line, or by its directory
+    (home / "same" / "runs.jsonl").write_text("".join(results.splitlines(keepends=True)[:-1]))
+    again = lab(home, "run", path)
+    assert again.returncode == 0 and made(home) == runs, again.stderr
+    found = read_results(home / "same")[1]
+    assert found[:-1] == rows[:-1] and found[-1] | {"seconds": 0} == rows[-1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    "arms,fact",
+    [
+        ({"none": "", "more": "--num-iterations 3"}, "tokens"),
+        ({"none": "", "clock": "--num-iterations -1 --max-seconds 1"}, "tokens"),
+        ({"none": "", "text": "--val-data {}/text/03.txt"}, "validation"),
+    ],
+)
+def test_arms_that_differ_in_what_is_held_equal_are_refused(home, monkeypatch, arms, fact):
+    monkeypatch.setenv("NANOLAB_BASE_DIR", str(home / "base"))
+    monkeypatch.setenv("NANOLAB_DTYPE", "float32")
+    study = read_study(study_file(home, "unequal", arms={arm: flags.format(home) for arm, flags in arms.items()}))
+    preview = runner.preview_of(study.configs(""), 1, 1)
+    with pytest.raises(UserError) as error:
+        runner.check_equal(study, preview.arms)
+    assert (error.value.code, error.value.values["fact"]) == ("arms-unequal", fact)
+    assert set(error.value.values["arms"]) == set(arms)
+
+
+def test_what_was_typed_wrong_ends_with_code_2(home):
+    path = study_file(home, "wrong")
+    path.write_text(path.read_text().replace("--keep", "--kep"))
+    done = lab(home, "run", path)
+    assert done.returncode == 2 and done.stderr.startswith("error [unknown-flag]: arm keep"), done.stderr
+    for cfg in (LabConfig("run"), LabConfig("walk", str(path))):
+        with pytest.raises(UserError) as error:
+            commands.lab(cfg)
+        assert error.value.code == "lab-command"
+    assert not (home / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_try_asks_in_one_line(home):
+    words = ["--data-dir", home / "text", *SHORT.split(), "--seeds", "1,2,3", "--matters", "0.5"]
+    done = lab(home, "try", "--gate head", "--against", "", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert {arm: one["flags"] for arm, one in document["arms"].items()} == {"baseline": "", "idea": "--gate head"}
+    assert (document["seeds"], document["matters"]) == ([1, 2, 3], 0.5)
+    [path] = (home / "base" / "lab").glob("try-*/study.toml")
+    runs = made(home)
+    assert lab(home, "try", "--gate head", *words).returncode == 0 and made(home) == runs
+    checked = lab(home, "check", path)
+    document = json.loads(checked.stdout.splitlines()[-1])
+    assert checked.returncode == (0 if document["enough"] else 4), checked.stderr
+    assert document["noise"] > 0 and document["enough"] == (document["seeds_needed"] <= 3)
+
+
+@pytest.mark.slow
+def test_interrupted_and_typed_again_nothing_is_made_twice(home):
+    """A run that was on goes on from its step, also where the lab was killed; what was finished stays."""
+    flags = f"--data-dir {home / 'text'} {SMALL} --num-iterations 60 --eval-every -1"
+    arms, before = {"none": "", "head": "--gate head"}, set(made(home))
+    path = study_file(home, "stopped", flags=flags, arms=arms, metric="train/loss")
+    code = "import os, runpy, sys; print(os.getpid(), flush=True); sys.argv[:1] = ['lab']; "
+    code += "runpy.run_module('scripts.lab', run_name='__main__')"
+    env = os.environ | {"NANOLAB_BASE_DIR": str(home / "base"), "NANOLAB_DTYPE": "float32"}
+    command = [str(warm.executable()), "-c", code, "run", str(path)]
+    finished, went_on = {}, set()
+    for number, ended in ((signal.SIGINT, 128 + signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)):
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+            pid, deadline = int(process.stdout.readline()), time.monotonic() + 120
+            while not (
+                on := {name for name in started(home) - before - made(home).keys() if steps(home, name) > 3}
+            ) or (made(home).keys() - before == finished.keys()):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.02)
+            os.kill(pid, number)
+            process.stdout.read()
+        assert process.returncode == ended
+        now = {name: at for name, at in made(home).items() if name not in before}
+        assert finished.items() <= now.items() and len(now) < 6
+        finished, went_on = now, went_on | on - now.keys()
+    again = lab(home, "run", path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    now = {name: at for name, at in made(home).items() if name not in before}
+    assert len(now) == 6 and finished.items() <= now.items()
+    runs = home / "base" / "runs"
+    assert went_on == {name for name in now if json.loads((runs / name / "env.json").read_text())["resumes"]}
+
+
+def started(home: Path) -> set[str]:
+    return {path.parent.name for path in (home / "base" / "runs").glob("lab-*/metrics.jsonl")}
+
+
+def steps(home: Path, name: str) -> int:
+    return len((home / "base" / "runs" / name / "metrics.jsonl").read_text().splitlines())
+
+
+def planned(seed: int, name: str) -> processes.Planned:
+    return processes.Planned("none", seed, BaseTrainConfig(run=f"lab-{name}", seed=seed), {"sources": "x"})
+
+
+def fake_train(cfg, log, slot, gpus):
+    """Does what the run's name says, and notes that it was begun."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        print(f"error [x]: attempt {slot}", file=file)
+    tries, how = len(log.read_text().splitlines()), cfg.run.split("-")[1]
+    if how == "killed" or how == "once" and tries == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how in ("refused", "diverged"):
+        raise SystemExit(processes.DIVERGED if how == "diverged" else processes.REFUSED)
+    (log.parent / "result.json").write_text(json.dumps({"val/bpb": 1.0 + cfg.seed, "total_training_time": 1.0}))
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_crashed_run_is_tried_once_more_and_then_reported(monkeypatch, capsys, jobs):
+    monkeypatch.setattr(processes, "train", fake_train)
+    runs = [planned(seed, name) for seed, name in enumerate(["good", "once", "killed", "refused", "diverged"])]
+    found = {run.seed: row for run, row in processes.make_runs(runs, jobs, 0, "val/bpb")}
+    assert [run.tries for run in runs] == [1, 2, 2, 1, 1]
+    assert (found[0]["result"]["val/bpb"], found[1]["result"]["val/bpb"]) == (1.0, 2.0)
+    assert found[2]["failed"] == "killed by SIGKILL"
+    assert found[3]["failed"].startswith("error [x]")
+    assert [found[seed]["diverged"] for seed in (2, 3, 4)] == [False, False, True]
+    assert capsys.readouterr().out.count("FAILED") == 3
+
+
+def test_an_error_in_a_fork_is_raised_here():
+    def work(n: int) -> int:
+        if n < 0:
+            raise UserError("negative", "some-code", n=n)
+        return n + 1
+
+    assert processes.in_child(work, 3) == 4
+    with pytest.raises(UserError) as error:
+        processes.in_child(work, -3)
+    assert (error.value.code, error.value.values) == ("some-code", {"n": -3})
+
+
+def test_an_edited_source_gives_other_keys_and_an_edited_page_the_same(tmp_path, monkeypatch):
+    """In a small package: every run has another key after an edit of a module that they import, also within a function,
+    and the same after one of a module that they do not, or of a page."""
+    for path, text in {
+        "nanolab/stages/pretrain.py": "from nanolab.model.gpt import GPT\ndef f():\n    import nanolab.data.late",
+        "nanolab/model/gpt.py": "from nanolab.model import part\nimport torch",
+        "nanolab/model/part.py": "",
+        "nanolab/data/late.py": "",
+        "nanolab/lab/report.py": "from nanolab.stages import pretrain",
+        "dev/serving.md": "",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    study = study_of({"question": "?", "baseline": "a", "matters": 1, "arms": {"a": "", "b": "--gate head"}}, "x")
+    facts = {"tokenizer": "t", "data": "d", "validation": "v"}
+    preview = runner.Preview(1, 0, {"threads": 1, "device": "cpu"}, {"a": facts, "b": facts})
+
+    def keys() -> list[str]:
+        return [run.key for run in runner.plan_runs(study, study.configs(""), preview)]
+
+    def edit(path: str) -> None:
+        (tmp_path / path).write_text((tmp_path / path).read_text() + "\n# a note\n")
+
+    first = keys()
+    assert len(set(first)) == 6
+    edit("dev/serving.md")
+    edit("nanolab/lab/report.py")
+    assert keys() == first
+    seen = set(first)
+    for path in ("model/gpt", "model/part", "data/late", "stages/pretrain"):
+        edit(f"nanolab/{path}.py")
+        assert not set(keys()) & seen
+        seen |= set(keys())
+    preview.machine["threads"] = 2
+    assert not set(keys()) & seen
+
+
+def results(folder: Path, values: dict[str, list[float | None]], **changes) -> Path:
+    """A folder with the runs.jsonl of a study in which `values` came out; None: not run."""
+    study = study_of(
+        {"question": "?", "baseline": "a", "matters": 0.1, "arms": dict.fromkeys(values, "")} | changes, "x"
+    )
+    seeds = list(range(42, 42 + max(map(len, values.values()))))
+    record = new_record(study.fixed(""), threads=1) | {"seeds": seeds}
+    machine = {"device_name": "CPU", "dtype": "float32", "threads": 1, "torch": "2"}
+    rows = [
+        {"arm": arm, "seed": seed, "key": "k", "sources": "s", "machine": machine, "validation": "v", "seconds": 2.0}
+        | {"result": {"val/bpb": value}}
+        for arm, found in values.items()
+        for seed, value in zip(seeds, found)
+        if value is not None
+    ]
+    write_results(folder, record, rows)
+    return folder
+
+
+BASE = [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "changes,verdict,code",
+    [
+        ([-1.0, -1.001, -1.002], "better", 0),
+        ([1.0, 1.001, 1.002], "worse", 1),
+        ([0.001, -0.001, 0.0005], "equivalent", 3),
+        ([0.0, 0.0, 0.0], "identical", 3),
+        ([0.5, -0.5, 0.1], "unresolved", 4),
+    ],
+)
+def test_the_exit_code_says_the_verdict(tmp_path, changes, verdict, code):
+    document, lines = verdict_of(results(tmp_path, {"a": BASE, "b": [x + d for x, d in zip(BASE, changes)]}))
+    assert document["arms"]["b"]["verdict"] == verdict and exit_code(document) == code
+    assert any(verdict in line for line in lines)
+    if verdict in ("better", "worse"):
+        higher, _ = verdict_of(
+            results(tmp_path, {"a": BASE, "b": [x - d for x, d in zip(BASE, changes)]}, direction="higher")
+        )
+        assert higher["arms"]["b"]["verdict"] == verdict
+
+
+def test_of_several_arms_the_exit_code_says_whether_one_is_better(tmp_path):
+    def code(**arms: list[float | None]) -> int:
+        return exit_code(verdict_of(results(tmp_path, {"a": BASE} | arms))[0])
+
+    better, worse, same = [0.0, 1.001, 2.002], [2.0, 3.001, 4.002], BASE
+    assert code(b=worse, c=better, d=same) == 0
+    assert code(b=worse, c=same) == 3
+    assert code(b=worse, c=worse) == 1
+    assert code(b=worse, c=[None, None, None]) == 4  # an arm without runs is not known
+
+
+def test_what_is_missing_is_said(tmp_path):
+    """Of the baseline's seeds those count for an arm that it has run from the first on."""
+    values = {"a": [1.0, 2.0, None, 3.0], "b": [0.0, 1.001, 9.0, None], "c": [None] * 4, "d": [0.0, 1.001, 9.0, 2.002]}
+    document, lines = verdict_of(results(tmp_path, values))
+    assert document["missing"] == ["c seed 42", "c seed 43", "a seed 44", "c seed 44", "b seed 45", "c seed 45"]
+    assert document["seeds"] == [42, 43, 45]
+    effects = {arm: one["effect"] for arm, one in document["arms"].items()}
+    assert effects["a"] is None and effects["c"] is None
+    assert (effects["b"]["seeds"], effects["b"]["n"], effects["b"]["verdict"]) == (2, 0, "unresolved")
+    assert (effects["d"]["n"], effects["d"]["verdict"]) == (3, "better")
+    assert effects["d"]["mean"] == pytest.approx(-0.999)
+    text = (tmp_path / "table.md").read_text()
+    assert all(name in text for name in document["missing"])
+
+
+def test_a_run_that_diverged_is_no_missing_one(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": BASE})
+    record, rows = read_results(folder)
+    del rows[3]["result"]
+    write_results(folder, record, [*rows[:3], rows[3] | {"failed": "loss is nan", "diverged": True}, *rows[4:]])
+    document, _ = verdict_of(folder)
+    assert (document["arms"]["b"]["verdict"], document["missing"], exit_code(document)) == ("diverged", [], 1)
+    assert document["arms"]["b"]["failed"] == {43: "loss is nan"}
+    assert "loss is nan" in (folder / "table.md").read_text()
+
+
+def test_runs_of_other_sources_are_refused_in_one_table(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": BASE})
+    for fact in ("sources", "machine", "validation"):
+        record, rows = read_results(folder)
+        was, rows[3][fact] = rows[3][fact], {"device_name": "GPU"} if fact == "machine" else "other"
+        write_results(folder, record, rows)
+        with pytest.raises(UserError) as error:
+            verdict_of(folder)
+        assert (error.value.code, error.value.values["fact"]) == ("runs-differ", fact)
+        assert error.value.values["groups"][1] == [f"{rows[3]['arm']} seed {rows[3]['seed']}"]
+        rows[3][fact] = was
+        write_results(folder, record, rows)
+    with pytest.raises(UserError) as error:
+        verdict_of(tmp_path / "nothing")
+    assert error.value.code == "no-results"
+
+
+def test_a_metric_that_no_run_has_is_refused():
+    with pytest.raises(UserError, match="did you mean val/bpb") as error:
+        runner.check_metric("val/bqb", [{"val/bpb": 1.0, "kind": "base"}])
+    assert error.value.code == "metric-unknown"
+    runner.check_metric("val/bpb", [{}, {"val/bpb": 1.0}])
