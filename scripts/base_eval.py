@@ -7,39 +7,14 @@ evaluation bundle (--eval-bundle); hellaswag, lambada: these two by themselves. 
 task. Results go to eval_base.json and eval_base.csv in the run directory. --all-checkpoints evaluates every checkpoint
 once and draws the curves. Exit code 1: something could not be had."""
 
-from nanolab.cli import UserError, check_bounds, main, nearest, parse
+from nanolab.cli import main, parse
 from nanolab.evals.config import BaseEvalConfig
-from nanolab.evals.modes import MODES
 
 
 def run(cfg: BaseEvalConfig) -> int:
-    modes = [mode.strip() for mode in cfg.modes.split(",") if mode.strip()]
-    for mode in modes:
-        if mode not in MODES:
-            raise UserError(
-                f"mode {mode!r} is unknown; expected one or more of"
-                f" {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}"
-            )
-    if cfg.hf and (cfg.model or cfg.all_checkpoints):
-        raise UserError(
-            f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one"
-            " of them; leave one out"
-        )
-    check_bounds(type(cfg), vars(cfg))
-    from nanolab import runtime
-    from nanolab.lab.evaluate_base import evaluate_checkpoints, evaluate_model
-    from nanolab.lab.suite import Suite
+    from nanolab.lab.evaluate_base import evaluate_base
 
-    rt = runtime.start(cfg.device_type, seed=cfg.seed)
-    try:
-        suite = Suite(cfg, modes, rt)
-        return (
-            evaluate_checkpoints(cfg, modes, suite, rt)
-            if cfg.all_checkpoints
-            else evaluate_model(cfg, modes, suite, rt)
-        )
-    finally:
-        rt.close()
+    return evaluate_base(cfg)
 
 
 if __name__ == "__main__":

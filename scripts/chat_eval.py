@@ -10,14 +10,9 @@ from nanolab.evals.config import ChatEvalConfig
 
 
 def run(cfg: ChatEvalConfig) -> int:
-    from nanolab import runtime
     from nanolab.lab.evaluate_chat import evaluate_chat
 
-    rt = runtime.start(cfg.device_type, seed=cfg.seed)
-    try:
-        return evaluate_chat(cfg, rt)
-    finally:
-        rt.close()
+    return evaluate_chat(cfg)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ two programs are compared by alternating whole runs of this on a quiet machine."
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from itertools import cycle
 from typing import Any
@@ -41,16 +42,9 @@ def bench(cfg: BenchConfig) -> dict[str, Any]:
             " train"
         )
     check_bounds(type(cfg), vars(cfg))
-    rt = machines.start(cfg.device_type, "", cfg.seed, cfg.threads, cfg.deterministic)
-    try:
-        document = {
-            "bench": cfg.what,
-            **measurements[cfg.what](cfg, rt),
-            "config": to_json(cfg),
-            "env": environment(rt),
-        }
-    finally:
-        rt.close()
+    with closing(machines.start(cfg.device_type, "", cfg.seed, cfg.threads, cfg.deterministic)) as rt:
+        found = measurements[cfg.what](cfg, rt)
+        document = {"bench": cfg.what, **found, "config": to_json(cfg), "env": environment(rt)}
     if "kernel" in document:
         print0(f"{cfg.what:9s} attention kernel         {document['kernel']}")
     for name, result in document["results"].items():

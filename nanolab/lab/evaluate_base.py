@@ -1,19 +1,50 @@
 """Evaluate a base model: the modes one after another, each result on disk as it comes; or the checkpoints of runs."""
 
+from contextlib import closing
 from pathlib import Path
 
-from nanolab.cli import UserError, as_json
+from nanolab import runtime
+from nanolab.cli import UserError, as_json, check_bounds, nearest
+from nanolab.evals.checkpoints import follow, picture
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.evals.core import csv_lines
+from nanolab.evals.curve import drawing
+from nanolab.evals.likelihood import check_finite
 from nanolab.evals.modes import MODES
+from nanolab.evals.record import merge_base
+from nanolab.evals.samples import PROMPTS, Continuation, continue_prompts, one_line, unconditioned
+from nanolab.files import write_text
 from nanolab.lab.evaluate_text import bpb_table, measure_text, open_text, split_tokens, text_bpb
 from nanolab.lab.subject import Subject, of_folder, of_run, pretraining
+from nanolab.lab.suite import Suite
+from nanolab.records.models import find_model, read_json
+from nanolab.runtime import Runtime, print0
 
 
-def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
-    from nanolab.evals.likelihood import check_finite
-    from nanolab.records.models import find_model
-    from nanolab.runtime import print0
+def evaluate_base(cfg: BaseEvalConfig) -> int:
+    """Evaluate what `cfg` says, print and record it; returns 1 where something could not be had, else 0.
 
+    Raises UserError for flags, models and files that do not fit.
+    """
+    modes = [mode.strip() for mode in cfg.modes.split(",") if mode.strip()]
+    for mode in modes:
+        if mode not in MODES:
+            raise UserError(
+                f"mode {mode!r} is unknown; expected one or more of"
+                f" {', '.join(MODES)}{nearest(mode, list(MODES), prefix='--modes ')}"
+            )
+    if cfg.hf and (cfg.model or cfg.all_checkpoints):
+        raise UserError(
+            f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one"
+            " of them; leave one out"
+        )
+    check_bounds(type(cfg), vars(cfg))
+    evaluate = evaluate_checkpoints if cfg.all_checkpoints else evaluate_model
+    with closing(runtime.start(cfg.device_type, seed=cfg.seed)) as rt:
+        return evaluate(cfg, modes, Suite(cfg, modes, rt), rt)
+
+
+def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runtime) -> int:
     subject = of_folder(cfg, rt) if cfg.hf else of_run(cfg, find_model(cfg.model), rt)
     check_finite(subject.model, subject.tokenizer, rt.device, subject.about["model"])
     result = dict(subject.about)
@@ -55,9 +86,6 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
 
 def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     """What the model writes, printed; of a model from elsewhere only greedy continuations."""
-    from nanolab.evals.samples import PROMPTS, Continuation, continue_prompts, one_line, unconditioned
-    from nanolab.runtime import print0
-
     model, tokenizer = subject.model, subject.tokenizer
     if cfg.hf:
         greedy = [
@@ -75,11 +103,6 @@ def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
 
 def save_base(folder: Path, result: dict) -> None:
     """eval_base.json, with what earlier evaluations found beside it; and CORE as CSV, which is of the same weights."""
-    from nanolab.evals.core import csv_lines
-    from nanolab.evals.record import merge_base
-    from nanolab.files import write_text
-    from nanolab.records.models import read_json
-
     path, table = folder / "eval_base.json", folder / "eval_base.csv"
     folder.mkdir(parents=True, exist_ok=True)
     whole = merge_base(read_json(path) if path.exists() else {}, result)
@@ -90,12 +113,8 @@ def save_base(folder: Path, result: dict) -> None:
         table.unlink(missing_ok=True)
 
 
-def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite, rt) -> int:
+def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runtime) -> int:
     """Every checkpoint of one or several runs, and a curve for each mode that has a score."""
-    from nanolab.evals.checkpoints import follow, picture
-    from nanolab.evals.curve import drawing
-    from nanolab.records.models import find_model
-    from nanolab.runtime import print0
 
     def settings(mode: str, found) -> dict:
         if MODES[mode].questions:

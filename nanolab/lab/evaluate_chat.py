@@ -4,25 +4,48 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
+from nanolab import runtime
 from nanolab.cli import UserError, as_json, check_given
+from nanolab.data.chat import parts_of
+from nanolab.data.conversations import packed_rows
+from nanolab.data.survey import Reader
+from nanolab.evals.bpb import bits_per_byte
+from nanolab.evals.card import differences
+from nanolab.evals.chat import MEMBERS, chatcore_score, evaluate_task
 from nanolab.evals.config import SAMPLING, ChatEvalConfig
+from nanolab.evals.likelihood import check_finite
+from nanolab.evals.record import merge_chat
+from nanolab.evals.score import centred, check_some, readable_turn, wilson
+from nanolab.files import write_text
+from nanolab.inference.engine import Engine
+from nanolab.inference.request import Request
+from nanolab.inference.sampling import check_settings
+from nanolab.inference.sandbox import walls
+from nanolab.inference.tools import find_tool
+from nanolab.records.checkpoint import load_meta, steps
+from nanolab.records.models import find_model, load_model, read_json, runs_dir
+from nanolab.runtime import Runtime, print0
+from nanolab.stages.base_run import task_versions
 from nanolab.tables import interval_text, text_table
+from tasks import TASKS, Mixture, build
 
 SETTINGS = ("data", "num_samples", "temperature", "top_k", "max_tokens", "tool", "max_problems", "seed")
 SHOWN = 4  # replies of each task that are kept for eyes
 
 
-def evaluate_chat(cfg: ChatEvalConfig, rt) -> int:
-    from nanolab.evals.likelihood import check_finite
-    from nanolab.inference.engine import Engine
-    from nanolab.inference.sampling import check_settings
-    from nanolab.inference.tools import find_tool
-    from nanolab.records.checkpoint import load_meta
-    from nanolab.records.models import find_model, load_model
-    from nanolab.runtime import print0
+def evaluate_chat(cfg: ChatEvalConfig) -> int:
+    """Grade the model of `cfg` on its tasks, print and record it; returns 0.
 
+    Raises UserError for flags, models and tasks that do not fit.
+    """
+    with closing(runtime.start(cfg.device_type, seed=cfg.seed)) as rt:
+        return grade_tasks(cfg, rt)
+
+
+def grade_tasks(cfg: ChatEvalConfig, rt: Runtime) -> int:
     check_settings(cfg.temperature, cfg.top_k, 1.0)
     tool = find_tool(cfg.tool)
     found = find_model(cfg.model)
@@ -67,10 +90,6 @@ def evaluate_chat(cfg: ChatEvalConfig, rt) -> int:
 
 def save_chat(path: Path, result: dict) -> dict:
     """The file with `result` beside what it held; the whole of it."""
-    from nanolab.evals.record import merge_chat
-    from nanolab.files import write_text
-    from nanolab.records.models import read_json
-
     whole = merge_chat(read_json(path) if path.exists() else {}, result)
     whole["chatcore"] = chatcore_of(
         {spec: row for spec, row in whole["tasks"].items() if row["settings"] == result["settings"]}
@@ -83,10 +102,6 @@ def split_versions(meta: dict) -> dict[str, int]:
     """The rule by which files of conversations were split for this model, or for the one that it started from: what was
     held out then is so now.
     """
-    from nanolab.records.checkpoint import load_meta, steps
-    from nanolab.records.models import runs_dir
-    from nanolab.stages.base_run import task_versions
-
     while meta.get("kind") == "rl":
         name, _, step = meta["origin"]["name"].partition("@")
         saved = dict(steps(runs_dir() / name / "checkpoints"))
@@ -99,8 +114,6 @@ def split_versions(meta: dict) -> dict[str, int]:
 
 def open_tasks(cfg: ChatEvalConfig, versions: Mapping[str, int] = {}) -> tuple[dict, dict[str, str]]:
     """The tasks asked for; or all that can be graded and opened, and why each of the others cannot."""
-    from tasks import TASKS, build
-
     named = [spec.strip() for spec in cfg.tasks.split(",") if spec.strip()]
     if named:
         return {spec: build(*name_and_split(spec), cfg.data, seed=cfg.seed, versions=versions) for spec in named}, {}
@@ -123,8 +136,6 @@ def with_walls(cfg: ChatEvalConfig, tasks: dict, missing: dict[str, str]) -> tup
     """The tasks, those missing, and what the sandbox is like where code of the model's runs. Without one, tasks that
     nobody named are missing.
     """
-    from nanolab.inference.sandbox import walls
-
     safe = {name: task for name, task in tasks.items() if not task.runs_code}
     called = cfg.tool == "python" and any(task.kind == "generate" for task in tasks.values())
     try:
@@ -139,8 +150,6 @@ def name_and_split(spec: str) -> tuple[str, str]:
     """NAME:SPLIT in two; the split test where there is none. A file's name may have colons of its own: there only a
     split follows one.
     """
-    from tasks import TASKS
-
     name, colon, split = spec.rpartition(":")
     task, equals, _ = name.partition("=")
     of_file = equals and split not in (TASKS[task].splits if task in TASKS else ())
@@ -149,9 +158,6 @@ def name_and_split(spec: str) -> tuple[str, str]:
 
 def grade(cfg: ChatEvalConfig, engine, task, tool) -> dict:
     """What one task gives, for the record."""
-    from nanolab.evals.chat import evaluate_task
-    from nanolab.inference.request import Request
-
     began = time.perf_counter()
     result = evaluate_task(
         engine,
@@ -187,8 +193,6 @@ def grade(cfg: ChatEvalConfig, engine, task, tool) -> dict:
 
 def strict_accuracy(task, result) -> dict:
     """The accuracy where only an answer in the asked-for form counts, for tasks that know one."""
-    from nanolab.evals.score import wilson
-
     if not hasattr(task, "strict"):
         return {}
     right = Counter(reply.index for reply in result.replies if task.strict(task.example(reply.index), reply.content))
@@ -202,12 +206,6 @@ def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
     packs those of its val/loss.
     """
     import numpy as np
-
-    from nanolab.data.conversations import packed_rows
-    from nanolab.data.survey import Reader
-    from nanolab.evals.bpb import bits_per_byte
-    from nanolab.evals.score import check_some
-    from tasks import Mixture
 
     n, began = len(task) if cfg.max_problems < 0 else min(cfg.max_problems, len(task)), time.perf_counter()
     check_some(task, n)
@@ -236,8 +234,6 @@ def losses(cfg: ChatEvalConfig, model, tokenizer, task, rt) -> dict:
 
 def share_calling(replies) -> float:
     """The share of replies that call a tool."""
-    from nanolab.data.chat import parts_of
-
     return sum(any(part["type"] == "python" for part in parts_of(reply.content)) for reply in replies) / max(
         1, len(replies)
     )
@@ -245,8 +241,6 @@ def share_calling(replies) -> float:
 
 def as_people_read(task, reply, tool: str) -> dict:
     """A reply beside its question and the task's own answer, as people read them."""
-    from nanolab.evals.score import readable_turn
-
     *_, question, reference = task.example(reply.index).messages
     texts = {
         "question": question["content"],
@@ -258,8 +252,6 @@ def as_people_read(task, reply, tool: str) -> dict:
 
 def chatcore_of(tasks: dict[str, dict]) -> dict | None:
     """ChatCORE over these records, with the members that it lacks; None where fewer than two are among them."""
-    from nanolab.evals.chat import MEMBERS, chatcore_score
-
     by_name = {row["task"]: row for row in tasks.values() if row["split"] == "test" and "accuracy" in row}
     total = chatcore_score([(name, row["baseline"], row["accuracy"], row["interval"]) for name, row in by_name.items()])
     return total and {
@@ -272,8 +264,6 @@ def chatcore_of(tasks: dict[str, dict]) -> dict | None:
 
 def chat_table(result: dict) -> list[str]:
     """One line for each task; then ChatCORE; then the losses."""
-    from nanolab.evals.score import centred
-
     s = result["settings"]
     replies = (
         f"{s['num_samples']} {'reply' if s['num_samples'] == 1 else 'replies'} of at most {s['max_tokens']} tokens"
@@ -318,8 +308,6 @@ def chat_table(result: dict) -> list[str]:
 
 def notes(row: dict, settings: dict) -> str:
     """What a reader of the number should know."""
-    from nanolab.evals.card import differences
-
     if "loss" in row:
         said = [f"{row['too_long']} left out, too long for the model"] * bool(row["too_long"]) + [
             f"{row['cut']} cropped after a whole turn"

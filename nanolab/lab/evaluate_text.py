@@ -4,8 +4,13 @@ import math
 
 from nanolab.cli import UserError
 from nanolab.data.config import DataConfig
+from nanolab.data.corpus import Documents, open_data
+from nanolab.data.validation import validation_rows
+from nanolab.evals.bpb import bits_per_byte
+from nanolab.evals.compressors import AT_MOST, compressor_bpb
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.lab.subject import Subject
+from nanolab.runtime import print0
 from nanolab.tables import interval_text, text_table
 
 SPLIT_TOKENS = {"cuda": 40 * 524288}  # tokens of each split, by device; elsewhere:
@@ -16,9 +21,6 @@ def measure_text(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
     """{"train": {...} (with --train-text), "val": {...}, "domains": {...}, "compressors": {...}}: bits per byte and
     what they were measured on.
     """
-    from nanolab.evals.compressors import AT_MOST, compressor_bpb
-    from nanolab.runtime import print0
-
     wanted, data = open_text(cfg, subject.pretraining)
     if (subject.pretraining or {}).get("val_fingerprint", data.val_fingerprint) != data.val_fingerprint:
         print0("note: this is not the validation text that the run was measured on while training")
@@ -45,8 +47,6 @@ def open_text(cfg: BaseEvalConfig, pretraining: dict | None):
     """(what --data or --data-dir asks for, else the run's own data, --val-data replacing the validation text of either;
     that data).
     """
-    from nanolab.data.corpus import open_data
-
     wanted = DataConfig(cfg.data or DataConfig.data, cfg.data_dir, cfg.val_data, cfg.num_shards)
     if pretraining and not (cfg.data or cfg.data_dir):
         shards = cfg.num_shards if cfg.num_shards > 0 else pretraining["num_shards"]
@@ -65,9 +65,6 @@ def text_bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: boo
     can be compared.
     """
     import numpy as np
-
-    from nanolab.data.validation import validation_rows
-    from nanolab.evals.bpb import bits_per_byte
 
     rows = [validation_rows(documents, subject.tokenizer, subject.seq_len, tokens) for documents, tokens in sources]
     halves = [np.concatenate(parts) for parts in list(zip(*rows))[:2]]
@@ -95,8 +92,6 @@ def text_bpb(cfg: BaseEvalConfig, subject: Subject, sources: list, rt, keep: boo
 
 def domains_of(wanted: DataConfig, data) -> dict:
     """The validation text of each source, or of each file of --val-data; nothing where there is but one."""
-    from nanolab.data.corpus import Documents
-
     names = [path.name for path in data.val.paths] if wanted.val_data else [source.name for source, _ in data.train]
     texts = {name: Documents(name, [path]) for name, path in zip(names, data.val.paths)}
     return texts if 1 < len(texts) == len(data.val.paths) else {}

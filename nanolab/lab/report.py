@@ -1,10 +1,19 @@
 """The report of a model, in markdown: what each stage of its training brought and cost, how good it is, where it is."""
 
 import re
+from pathlib import Path
 from typing import Any
 
+from nanolab.cli import as_json, check_bounds, from_json
+from nanolab.evals.card import card, chain
+from nanolab.evals.card_tables import calls, cost_table, effects_table, exchanges, sized, unmeasured
+from nanolab.evals.config import ReportConfig
+from nanolab.files import write_text
 from nanolab.lab.next_commands import command, next_commands
-from nanolab.model.config import chosen
+from nanolab.model.accounting import n_params
+from nanolab.model.config import GPTConfig, chosen
+from nanolab.records.models import find_model, read_metrics
+from nanolab.runtime import base_dir
 from nanolab.tables import markdown_table
 
 MEANS = {  # of metrics.jsonl
@@ -19,6 +28,22 @@ DID = {
     "sft": ("fine-tuned on", lambda c: c["stages"] or c["tasks"]),
     "rl": ("improved by its own replies to", lambda c: c["task"]),
 }
+
+
+def write_report(cfg: ReportConfig) -> str:
+    """Write card.json and report.md into the run's directory, the report to `cfg.output` too, and return it.
+
+    Raises UserError for a model that is not there, and for a place that cannot be written.
+    """
+    check_bounds(type(cfg), vars(cfg))
+    found = find_model(cfg.model)
+    stages = chain(found)
+    numbers = card(stages, cfg.price_per_hour)
+    text = "\n".join(report(found, stages, numbers))
+    write_text(found.run_dir / "card.json", as_json(numbers, "card.json", indent=1) + "\n")
+    for path in (found.run_dir / "report.md", Path(cfg.output)):
+        write_text(path, text)
+    return text
 
 
 def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
@@ -45,10 +70,6 @@ def report(found, stages: list, numbers: dict[str, Any]) -> list[str]:
 
 def story(stages: list) -> list[str]:
     """One sentence: what it is and how it came to be."""
-    from nanolab.cli import from_json
-    from nanolab.model.accounting import n_params
-    from nanolab.model.config import GPTConfig
-
     last, seconds = stages[-1].meta, sum(stage.seconds for stage in stages)
     did = [f"{verb} {names(of(stage.meta['config']))}" for stage in stages for verb, of in [DID[stage.kind]]]
     parameters = n_params(from_json(GPTConfig, last["model_config"]))["total"]
@@ -73,8 +94,6 @@ def hardware(env: dict[str, Any]) -> str:
 
 def brought(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Metrics x stages, how to read them, and what is not there."""
-    from nanolab.evals.card_tables import calls, effects_table, unmeasured
-
     lines = ["## What each stage brought", ""] + ([*effects_table(numbers), ""] if numbers["metrics"] else [])
     if any("effect" in at for row in numbers["metrics"] for at in row["stages"].values()):
         lines += [
@@ -130,8 +149,6 @@ def logged(stages: list) -> list[str]:
 
 def says(last) -> list[str]:
     """The first replies to each task."""
-    from nanolab.evals.card_tables import exchanges
-
     said = exchanges(last.chat["tasks"]) if last.chat else []
     return (
         ["## What it says", "", "The first questions of each task, as they come:", "", "```text", *said, "```", ""]
@@ -142,12 +159,6 @@ def says(last) -> list[str]:
 
 def trained(stages: list) -> list[str]:
     """The model, its text and the machine; what the later stages learnt from."""
-    from nanolab.cli import from_json
-    from nanolab.evals.card_tables import sized
-    from nanolab.model.accounting import n_params
-    from nanolab.model.config import GPTConfig
-    from nanolab.records.models import read_metrics
-
     base, later = stages[0], stages[1:]
     meta, metrics = base.meta, [read_metrics(stage.run_dir) for stage in stages]
     config, env, model = meta["config"], meta["env"], from_json(GPTConfig, meta["model_config"])
@@ -212,8 +223,6 @@ def trained(stages: list) -> list[str]:
 
 def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
     """What each stage took, and what these figures leave out."""
-    from nanolab.evals.card_tables import cost_table
-
     lines = [
         "## Time and cost",
         "",
@@ -237,9 +246,6 @@ def costs(stages: list, numbers: dict[str, Any]) -> list[str]:
 
 def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
     """Bits per byte of every stage beside compressors, and how pretraining came there."""
-    from nanolab.evals.card_tables import sized, unmeasured
-    from nanolab.records.models import read_metrics
-
     newest = next((stage.text for stage in reversed(stages) if stage.text), None)
     points = [
         [f"{step:,}", f"{bpb:.4f}"] for step, bpb in curve(read_metrics(stages[0].run_dir)) if step <= stages[0].step
@@ -276,8 +282,6 @@ def read_text(stages: list, numbers: dict[str, Any]) -> list[str]:
 
 
 def where(found, stages: list) -> list[str]:
-    from nanolab.runtime import base_dir
-
     last = stages[-1]
     files = ", ".join(
         name

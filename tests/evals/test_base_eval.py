@@ -98,7 +98,7 @@ def test_compressors_read_a_bounded_part_and_say_how_much(world, monkeypatch, ca
     """8 MB is seconds of xz -9e. The bound is checked by counting what they are given."""
     run_dir, _, text = world
     assert compressors.AT_MOST == 8_000_000
-    monkeypatch.setattr(compressors, "AT_MOST", 1000)
+    monkeypatch.setattr("nanolab.lab.evaluate_text.AT_MOST", 1000)
     given = []
     monkeypatch.setattr(compressors, "COMPRESSORS", {"none": lambda data: given.append(data) or data})
     run(config(modes="bpb"))
@@ -644,7 +644,9 @@ def test_results_hold_no_nan(world, monkeypatch, capsys):
     """
     run_dir, *_ = world
     real = bits_per_byte
-    monkeypatch.setattr("nanolab.evals.bpb.bits_per_byte", lambda *a, **k: real(*a, **k)._replace(error=float("inf")))
+    monkeypatch.setattr(
+        "nanolab.lab.evaluate_text.bits_per_byte", lambda *a, **k: real(*a, **k)._replace(error=float("inf"))
+    )
     assert run(config(modes="bpb", split_tokens=200, json=True)) == 0
     strict = functools.partial(json.loads, parse_constant=lambda name: pytest.fail(name))
     said = capsys.readouterr()
