@@ -41,8 +41,20 @@ def lab(cfg: LabConfig) -> int:
 
     document, lines = verdict_of(folder)
     print("\n".join(["", *lines, "", f"table: {folder / 'table.md'}"]))
+    if cfg.what == "run":
+        print(f"curves: {curves_of(folder)}")
     print(as_json(document, "the result"))
     return exit_code(document) if cfg.what == "verdict" else 1 if document["missing"] else 0
+
+
+def curves_of(folder: Path) -> str:
+    """Draw the curves; where they are, or why there are none."""
+    from nanolab.lab.curves import draw_curves
+
+    try:
+        return str(draw_curves(folder) or "none, with less than two measurements of a run; see --eval-every")
+    except UserError as error:
+        return f"none: {error}"
 
 
 def lab_try(cfg: TryConfig, both: list[str]) -> int:

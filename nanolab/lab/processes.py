@@ -81,41 +81,49 @@ def make_runs(todo: list[Planned], jobs: int, gpus: int, metric: str) -> Iterato
     gc.collect()
     gc.freeze()  # else the first collection of each fork would copy every page of what is imported
     with StopRequest() as stop:
-        while waiting or running:
-            while waiting and free and not stop.asked():
-                run, slot = waiting.pop(0), free.pop(0)
-                run.tries += 1
-                child = FORK.Process(target=train, args=(run.cfg, run.dir / "log.txt", slot, gpus))
-                child.start()
-                running[child.sentinel] = run, slot, child, time.monotonic()
-            ended = connection.wait(list(running), timeout=1)
-            if stop.asked():
-                stop_all(running, stop)
-            show_progress(running, len(todo) - len(waiting) - len(running), len(todo), sys.stderr)
-            for sentinel in ended:
-                run, slot, child, began = running.pop(sentinel)  # type: ignore
-                child.join()
-                free.append(slot)
-                row = row_of(run, time.monotonic() - began) if child.exitcode == 0 else failure_of(run, child.exitcode)
-                if "failed" in row and run.tries < 2 and child.exitcode not in (REFUSED, DIVERGED):
-                    print0(f"{run.arm} seed {run.seed} crashed ({row['failed']}); once more, from its last checkpoint")
-                    waiting.insert(0, run)
-                    continue
-                took += [row["seconds"]] if "result" in row else []
-                left = len(waiting) + len(running)
-                print0(finished_line(run, row, metric, took, left, len(todo), jobs))
-                yield run, row
+        try:
+            while waiting or running:
+                while waiting and free and not stop.asked():
+                    run, slot = waiting.pop(0), free.pop(0)
+                    run.tries += 1
+                    child = FORK.Process(target=train, args=(run.cfg, run.dir / "log.txt", slot, gpus))
+                    child.start()
+                    running[child.sentinel] = run, slot, child, time.monotonic()
+                ended = connection.wait(list(running), timeout=1)
+                if stop.asked():
+                    break
+                show_progress({} if ended else running, len(todo) - len(waiting) - len(running), len(todo))
+                for run, slot, child, began in map(running.pop, ended):
+                    child.join()
+                    free.append(slot)
+                    row = (
+                        row_of(run, time.monotonic() - began)
+                        if child.exitcode == 0
+                        else failure_of(run, child.exitcode)
+                    )
+                    if "failed" in row and run.tries < 2 and child.exitcode not in (REFUSED, DIVERGED):
+                        print0(
+                            f"{run.arm} seed {run.seed} crashed ({row['failed']}); once more, from its last checkpoint"
+                        )
+                        waiting.insert(0, run)
+                        continue
+                    took += [row["seconds"]] if "result" in row else []
+                    print0(finished_line(run, row, metric, took, len(waiting) + len(running), len(todo), jobs))
+                    yield run, row
+        finally:  # also where what asks for the runs gives up
+            stop_all([child for _, _, child, _ in running.values()])
+    if stop.asked():
+        name = signal.Signals(stop.number).name
+        print0(f"stopped by {name}; the runs that were on are saved. To go on, type the same command again")
+        raise SystemExit(128 + stop.number)
 
 
-def stop_all(running: dict[Any, Any], stop: StopRequest) -> None:
-    """Have the runs that are on save and end, and end this process."""
-    for _, _, child, _ in running.values():
+def stop_all(children: list[Any]) -> None:
+    """Have the runs that are on save and end."""
+    for child in children:
         child.terminate()
-    for _, _, child, _ in running.values():
+    for child in children:
         child.join()
-    name = signal.Signals(stop.number).name
-    print0(f"stopped by {name}; the runs that were on are saved. To go on, type the same command again")
-    raise SystemExit(128 + stop.number)
 
 
 def train(cfg: BaseTrainConfig, log: Path, slot: int, gpus: int) -> None:
@@ -184,11 +192,12 @@ def finished_line(run: Planned, row: Row, metric: str, took: list[float], left: 
     return f"{n - left:3d}/{n} {run.arm} seed {run.seed}: {shown} in {row['seconds']:.1f} s {eta}".rstrip()
 
 
-def show_progress(running: dict[Any, Any], done: int, n: int, stream: Any) -> None:
-    """The steps of the runs that are on, in one line that is written over, on a terminal."""
-    if stream.isatty() and running:
-        steps = [f"{run.arm} {run.seed}: step {last_step(run.dir)}" for run, *_ in running.values()]
-        print(f"\r{done}/{n} | {' | '.join(steps)}"[:118] + "\033[K", end="\r", file=stream, flush=True)
+def show_progress(running: dict[Any, Any], done: int, n: int) -> None:
+    """On a terminal, the steps of the runs that are on, in one line that the next one replaces."""
+    if sys.stderr.isatty():
+        steps = [f"{run.arm} seed {run.seed}: step {last_step(run.dir)}" for run, *_ in running.values()]
+        line = f"{done}/{n} | {' | '.join(steps)}"[:78] if running else ""
+        print(f"\033[K{line}", end="\r", file=sys.stderr, flush=True)
 
 
 def last_step(run_dir: Path) -> int:

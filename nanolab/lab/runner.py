@@ -75,7 +75,7 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0) -> Non
     for run, row in make_runs(list(todo.values()), preview.jobs, preview.gpus, study.metric):
         known[run.key] = row
         write()
-    check_metric(study.metric, [row["result"] for row in known.values() if "result" in row])
+        check_metric(study.metric, [row["result"] for row in known.values() if "result" in row])
 
 
 def without_place(row: Row) -> Row:

@@ -15,6 +15,7 @@ from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.lab import commands, processes, runner
 from nanolab.lab.config import LabConfig
+from nanolab.lab.curves import draw_curves, points_of
 from nanolab.lab.results import new_record, read_results, write_results
 from nanolab.lab.study import read_study, study_of, to_toml
 from nanolab.lab.verdict import exit_code, verdict_of
@@ -217,6 +218,26 @@ def test_a_crashed_run_is_tried_once_more_and_then_reported(monkeypatch, capsys,
     assert capsys.readouterr().out.count("FAILED") == 3
 
 
+def test_runs_end_where_what_asks_for_them_gives_up(monkeypatch, tmp_path):
+    def endless(cfg, log, slot, gpus):
+        if cfg.seed:
+            (tmp_path / str(os.getpid())).touch()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(600)
+        while not list(tmp_path.glob("[0-9]*")):
+            time.sleep(0.01)
+        fake_train(cfg, log, slot, gpus)
+
+    monkeypatch.setattr(processes, "train", endless)
+    asked = processes.make_runs([planned(0, "good"), planned(1, "good")], 2, 0, "val/bpb")
+    assert next(asked)[0].seed == 0
+    [pid] = [int(path.name) for path in tmp_path.glob("[0-9]*")]
+    os.kill(pid, 0)
+    asked.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 def test_an_error_in_a_fork_is_raised_here():
     def work(n: int) -> int:
         if n < 0:
@@ -345,6 +366,23 @@ def test_a_run_that_diverged_is_no_missing_one(tmp_path):
     assert (document["arms"]["b"]["verdict"], document["missing"], exit_code(document)) == ("diverged", [], 1)
     assert document["arms"]["b"]["failed"] == {43: "loss is nan"}
     assert "loss is nan" in (folder / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_curves_are_means_over_seeds_with_the_lowest_and_the_highest(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": BASE, "c": [None] * 3})
+    assert draw_curves(folder) is None
+    record, rows = read_results(folder)
+    for row in rows:
+        shift = {"a": 0.0, "b": 1.0}[row["arm"]] + (row["seed"] - 42) / 8
+        row["curve"] = [[0, 9.0], [2, 3.0 + shift], [4, 2.0 + shift]] + [[6, 1.0]] * (row["seed"] == 42)
+    write_results(folder, record, rows)
+    of_b = [row for row in rows if row["arm"] == "b"]
+    assert points_of(of_b) == [(2, 4.125, 4.0, 4.25), (4, 3.125, 3.0, 3.25)] and points_of([]) == []
+    path = draw_curves(folder)
+    first = path.read_bytes()
+    assert b"<svg" in first and b">a<" in first and b">b<" in first
+    assert draw_curves(folder).read_bytes() == first
 
 
 def test_runs_of_other_sources_are_refused_in_one_table(tmp_path):
