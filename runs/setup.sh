@@ -85,10 +85,12 @@ case "$venv $here" in
 *) versions="the newest" ;;
 esac
 
-# -qq: errors only. --no-compile: pip compiles on one core, compileall below on all.
+# -qq: errors only. --no-compile: of 26,000 files most are never imported; the first import compiles the others.
 pip_install() { $venv/bin/python -m pip -qq --disable-pip-version-check install --no-compile "$@"; }
+# pip first: the one of Python 3.11 needs twice the time for the rest.
 # setuptools stays in the environment and builds what has no wheel, nanolab too; a build in isolation would download its newest.
 echo "setup: installing $torch ($why)"
+pip_install --constraint $constraints pip
 pip_install --constraint $constraints torch "setuptools>=70.1"
 echo "setup: installing nanolab${extras:+ with what $extras needs}; versions: $versions"
 pip_install --constraint $constraints --no-build-isolation -e ".${extras:+[$extras]}"
@@ -99,12 +101,12 @@ case $versions in locked*) # what is left of an earlier set-up and nothing asks 
     if [ -n "$others" ]; then echo "setup: these are in .venv but not in $lock and stay:$others (rm -r .venv and set up again to be rid of them)"; fi
     ;;
 esac
-# Not left to the first import: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile again.
-$venv/bin/python -m compileall -q -j 0 $venv/lib >/dev/null 2>&1 || true # some packages hold templates that are no Python
 printf '%s\n' "$want $extras" "versions: $versions" >$stamp
 if [ -n "$gpu" ] && ! $venv/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     build=$($venv/bin/python -c 'import torch; print(torch.version.cuda and f"for CUDA {torch.version.cuda}" or "a CPU build")')
     echo "setup: $gpu is there, but torch does not see it: its build is $build, and the driver is $(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)." >&2
     echo "A newer driver helps, or a Python with a torch of your own: NANOLAB_PYTHON=/path/to/python" >&2
 fi
-echo "setup: done; python is $venv/bin/python, torch $($venv/bin/python -c 'import torch; print(torch.__version__)')"
+# PYTHONDONTWRITEBYTECODE, which many containers set: every start would compile again.
+version=$(env -u PYTHONDONTWRITEBYTECODE $venv/bin/python -c 'import torch, nanolab.stages.rl; print(torch.__version__)')
+echo "setup: done; python is $venv/bin/python, torch $version"

@@ -40,6 +40,7 @@ fi
 
 # One compute thread each, and threads that sleep while they wait: the tests are small and start many processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive
+unset PYTHONDONTWRITEBYTECODE # what pytest has rewritten and Python has compiled is not made again by each of the processes
 if [ -z "$newest" ]; then exec "$python" -m pytest ${arguments[@]+"${arguments[@]}"}; fi
 code=0
 "$python" -m pytest ${arguments[@]+"${arguments[@]}"} || code=$?

@@ -54,7 +54,7 @@ def test_setup_installs_the_pinned_torch_first(setup, in_checkout):
     code, output, calls = setup(PATH=no_gpu_path())
     assert code == 0, output
     given = "--constraint .venv/constraints.txt"
-    assert installs(calls) == [f"{given} torch setuptools>=70.1", f"{given} --no-build-isolation -e ."]
+    assert installs(calls) == [f"{given} pip", f"{given} torch setuptools>=70.1", f"{given} --no-build-isolation -e ."]
     assert constraints(in_checkout) == (in_checkout.path / "runs" / "lock.txt").read_text()
     assert "installing torch==2.13.0" in output and len(output.splitlines()) < 10
 
@@ -78,6 +78,7 @@ def test_setup_locks_the_cuda_build_where_there_is_a_gpu(setup, in_checkout, tmp
     path = f"{tmp_path}/bin:/usr/bin:/bin"
     code, output, calls = setup("test", PATH=path)
     assert code == 0 and [call.split()[2:] for call in installs(calls)] == [
+        ["pip"],
         ["torch", "setuptools>=70.1"],
         ["--no-build-isolation", "-e", ".[test,gpu]"],
     ]
@@ -114,7 +115,7 @@ def test_setup_says_where_nothing_is_locked(setup, here):
 
 def test_setup_brings_leftovers_to_the_lock_and_names_the_others(setup):
     code, output, calls = setup(PATH=no_gpu_path(), DIFFER="numpy 1.26.4 2.4.6\nipython 9.1 -\nrich 14.0 15.0.0")
-    assert code == 0 and installs(calls)[2:] == ["--no-build-isolation --no-deps numpy==2.4.6 rich==15.0.0"]
+    assert code == 0 and installs(calls)[3:] == ["--no-build-isolation --no-deps numpy==2.4.6 rich==15.0.0"]
     assert "in .venv but not in runs/lock.txt and stay: ipython (" in output
 
 
@@ -151,7 +152,7 @@ def test_setup_notices_another_lock(setup, in_checkout):
     assert setup(PATH=no_gpu_path())[0] == 0
     with open(in_checkout.path / "runs" / "lock.txt", "a") as file:
         file.write("# another version\n")
-    assert len(installs(setup(PATH=no_gpu_path())[2])) == 2
+    assert len(installs(setup(PATH=no_gpu_path())[2])) == 3
 
 
 def test_setup_makes_a_broken_environment_anew(setup, in_checkout):
