@@ -9,7 +9,7 @@ time, and not nine times in ten, because repeated letters are asked for more oft
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,12 +214,17 @@ def common_words(n: int) -> list[str]:
     """The n commonest words of 3 to 12 letters in the training part of the corpus pydocs, which is built if it is not
     there.
     """
-    import pyarrow.parquet as pq
-
     from nanolab.data.corpus import CORPORA
 
     train, _ = CORPORA["pydocs"](-1, 2)
+    return [word for word, _ in sorted(word_counts(train[0]).items(), key=lambda item: (-item[1], item[0]))[:n]]
+
+
+@cache  # several tasks of one command read the same file
+def word_counts(path: str) -> Counter[str]:
+    import pyarrow.parquet as pq
+
     seen: Counter[str] = Counter()
-    for text in pq.read_table(train[0], columns=["text"])["text"].to_pylist():
+    for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
         seen.update(re.findall(r"(?<![\w.])[a-z]{3,12}(?![\w.(=])", text))
-    return [word for word, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:n]]
+    return seen
