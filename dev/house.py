@@ -60,6 +60,7 @@ def write():
     with open(out, "w") as file:
         json.dump([sorted(seen), sorted(touched)], file)
 atexit.register(write)
+import torch  # its own functions are not ours, and a traced import takes seconds
 threading.setprofile(called)
 sys.setprofile(called)
 sys.argv = [module, *args]

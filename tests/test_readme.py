@@ -184,12 +184,11 @@ def run_blocks(name, in_checkout):
     for block in blocks(name, (ROOT / name).read_text()):
         if block.reason:
             continue
-        first = block.code.strip() == "bash runs/quickstart.sh"
-        done = in_checkout(block.small(), **({"NANOLAB_PYTHON": sys.executable} if first else {}))  # a real start
+        done = in_checkout(block.small())
         assert done.returncode == 0, (
             f"{block.where} failed\n{block.small()}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         )
-        if first:
+        if block.code.strip() == "bash runs/quickstart.sh":
             check_quickstart(done, in_checkout)
 
 

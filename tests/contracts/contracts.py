@@ -60,15 +60,16 @@ def kernels(config: GPTConfig, dtype: torch.dtype = torch.float32, device: str =
     """The kernels that train this model on the device. Another one says so when it is asked for, naming its flag and
     saying what to type.
     """
+    with torch.device("meta"):
+        model = GPT(config, dtype)
     able = []
-    for name in KERNELS:
+    for model.kernel_name in KERNELS:
         try:
-            with torch.device("meta"):
-                GPT(config, dtype, name).kernel_names(device)
+            model.kernel_names(device)
         except UserError as error:
-            assert "--attn-kernel" in str(error) and name in str(error), error
+            assert "--attn-kernel" in str(error) and model.kernel_name in str(error), error
         else:
-            able.append(name)
+            able.append(model.kernel_name)
     assert "eager" in able, "the reference must run everything"
     return able
 
@@ -189,17 +190,19 @@ def init_fills(config: GPTConfig) -> None:
     assert abs(loss - math.log(config.vocab_size)) < (0.3 if config.tied_head else 0.1)
 
 
+@torch.no_grad()
+def logits_of(config: GPTConfig, kernel: str, dtype: torch.dtype, T: int, device: str) -> tuple[Tensor, GPT, Tensor]:
+    """Logits, the model and the ids that they are of."""
+    model, idx = build(config, kernel, dtype, device), tokens(config, T=T, device=device)
+    return model(idx), model, idx
+
+
 def gradients(
     config: GPTConfig, kernel: str, dtype: torch.dtype = torch.float32, T: int = 24, device: str = "cpu"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of a mean loss."""
-    model, idx, y = (
-        build(config, kernel, dtype, device),
-        tokens(config, T=T, device=device),
-        tokens(config, T=T, seed=6, device=device),
-    )
-    with torch.no_grad():
-        logits = model(idx)
+    logits, model, idx = logits_of(config, kernel, dtype, T, device)
+    y = tokens(config, T=T, seed=6, device=device)
     model(idx, y).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not missing, f"no finite gradient, with {kernel}: {missing}"
@@ -269,13 +272,17 @@ def kernels_agree(config: GPTConfig, names: list[str], dtype: torch.dtype = torc
 
     Not in fp32: a learned scalar's gradient may nearly cancel, and rounding takes a relu's unit to the other side now
     and then. Kernels are held to their gradients in fp32 one by one, in tests/model/test_kernels.py."""
-    logits, grads = gradients(config, "eager", dtype, T)
     close, share = TIGHT[dtype]
+
+    def found(kernel: str) -> tuple[Tensor, dict[str, Tensor]]:
+        return gradients(config, kernel, dtype, T) if share else (logits_of(config, kernel, dtype, T, "cpu")[0], {})
+
+    logits, grads = found("eager")
     for kernel in names:
-        other, theirs = gradients(config, kernel, dtype, T)
+        other, theirs = found(kernel)
         torch.testing.assert_close(other, logits, atol=close, rtol=0, msg=lambda m: f"logits of {kernel}: {m}")
         for name, grad in grads.items():
-            if share and not is_idle(config, name):
+            if not is_idle(config, name):
                 assert (theirs[name] - grad).norm() < share * grad.norm(), f"gradient of {name} with {kernel}"
 
 
@@ -422,10 +429,9 @@ def drops_only_in_training(config: GPTConfig, kernel: str = "") -> None:
         torch.manual_seed(seed)
         return model.train(training)(idx).detach()
 
-    assert torch.equal(logits(1, False), logits(2, False))
-    assert torch.equal(logits(1, True), logits(1, True))
-    assert torch.equal(logits(1, True), logits(2, True)) != drops
-    assert drops or torch.equal(logits(1, True), logits(1, False))
+    still, first = logits(1, False), logits(1, True)
+    assert torch.equal(still, logits(2, False)) and torch.equal(first, logits(1, True))
+    assert torch.equal(first, logits(2, True)) != drops and torch.equal(first, still) != drops
     model.train()(idx, idx).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

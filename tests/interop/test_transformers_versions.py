@@ -1,5 +1,5 @@
-"""Exports under the versions of transformers that people have, each installed beside the locked one for one
-subprocess.
+"""Exports under the versions of transformers that people have, each installed beside the locked one for one process,
+which has imported torch before.
 """
 
 import importlib.metadata
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from packaging.requirements import Requirement
 
 from nanolab.data.chat import render, template_of
@@ -190,17 +191,10 @@ def test_generation_reads_each_token_once(version, beside, folder, model, tokeni
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        READ,
-        str(folder),
-        json.dumps(PROMPT),
-        json.dumps(CHATS),
-        template_of(tokenizer),
-    ]
+    python = warm.executable(
+        "torch.distributed", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "scipy.stats"
+    )
+    command = [python, "-c", READ, folder, json.dumps(PROMPT), json.dumps(CHATS), template_of(tokenizer)]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
