@@ -53,7 +53,7 @@ def read_entries(split: str) -> Iterator[Entry]:
 
     train, val = CORPORA["pydocs"](-1, 2)
     for path in train if split == "train" else val:
-        for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+        for text in pq.ParquetFile(path).read(["text"])["text"].to_pylist():
             yield from entries_of(text)
 
 

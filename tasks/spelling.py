@@ -225,6 +225,6 @@ def word_counts(path: str) -> Counter[str]:
     import pyarrow.parquet as pq
 
     seen: Counter[str] = Counter()
-    for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+    for text in pq.ParquetFile(path).read(["text"])["text"].to_pylist():
         seen.update(re.findall(r"(?<![\w.])[a-z]{3,12}(?![\w.(=])", text))
     return seen

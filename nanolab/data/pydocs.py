@@ -27,6 +27,7 @@ MIN_CHARS, MAX_CHARS = 200, 16_000  # shorter documents are dropped, longer ones
 SAME_LETTERS = 160  # texts that agree in this many letters count as one
 SAME_PARAGRAPH = 40  # a paragraph of fewer letters may come again
 SHARD_DOCUMENTS = 8192
+NOT_READ = {"scipy"}  # required later: without it the corpus is that of the published figures
 # test suites are not prose
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 NOT_PROSE = re.compile(
@@ -73,6 +74,7 @@ def source_files() -> tuple[list[tuple[str, str]], dict[str, str], list[str]]:
                 path = Path(folder, name)
                 files.append(("python." + path.relative_to(stdlib).parts[0].removesuffix(".py"), str(path)))
     found, left_out = required_distributions()
+    found = {name: distribution for name, distribution in found.items() if name not in NOT_READ}
     for name, distribution in found.items():
         if distribution.files is None:  # no RECORD: nothing says which files are its own
             left_out.append(name)
