@@ -74,11 +74,11 @@ def paired_values(record: dict[str, Any], rows: list[Row]) -> tuple[list[int], d
 
 
 def effects_of(study: dict[str, Any], values: dict[str, list[float]]) -> dict[str, Effect]:
-    """Arm -> its effect, of those that have run with the baseline."""
-    arms = {arm: found for arm, found in values.items() if found and arm != study["baseline"]}
+    """Arm -> its effect, of those that have run. All arms of the study count in the family, run or not."""
+    arms = {arm: found for arm, found in values.items() if arm != study["baseline"]}
     lower = study["direction"] == "lower"
-    found = verdicts(values[study["baseline"]], arms, matters=study["matters"], lower_is_better=lower) if arms else []
-    return {one.arm: one for one in found}
+    found = verdicts(values[study["baseline"]], arms, matters=study["matters"], lower_is_better=lower)
+    return {one.arm: one for one in found if one.seeds}
 
 
 def mean_of(values: list[float]) -> float | None:
@@ -137,6 +137,13 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
     ]
     prediction = study["predict"] if isinstance(study["predict"], str) else ""
     lines += [f"Predicted before the first run: {prediction}"] if prediction else []
+    same: dict[str, list[str]] = {}
+    for row in rows:
+        same.setdefault(row["key"], []).append(row["arm"])
+    lines += [
+        f"The same flags, and so the same runs: {arms}."
+        for arms in dict.fromkeys(", ".join(arms) for arms in same.values() if len(arms) > 1)
+    ]
     lines += [f"Missing: {', '.join(document['missing'])}."] if document["missing"] else []
     lines += [
         f"Failed: {arm} seed {seed}: {why}"

@@ -79,6 +79,7 @@ def test_runs_are_made_once_and_equal_flags_are_identical(home, monkeypatch):
     assert len({row["result"]["val/bpb"] for row in rows}) == 3  # the seeds differ
     assert platform.node() not in results and str(home / "base") not in results
     assert all([step for step, _ in row["curve"]] == [0, 2] for row in rows)
+    assert text.count("same runs: none, same.") == 1
 
     table.unlink()
     verdict = lab(home, "verdict", path)
@@ -297,7 +298,15 @@ def results(folder: Path, values: dict[str, list[float | None]], **changes) -> P
     record = new_record(study.fixed(""), threads=1) | {"seeds": seeds}
     machine = {"device_name": "CPU", "dtype": "float32", "threads": 1, "torch": "2"}
     rows = [
-        {"arm": arm, "seed": seed, "key": "k", "sources": "s", "machine": machine, "validation": "v", "seconds": 2.0}
+        {
+            "arm": arm,
+            "seed": seed,
+            "key": f"{arm} {seed}",
+            "sources": "s",
+            "machine": machine,
+            "validation": "v",
+            "seconds": 2.0,
+        }
         | {"result": {"val/bpb": value}}
         for arm, found in values.items()
         for seed, value in zip(seeds, found)
@@ -340,6 +349,16 @@ def test_of_several_arms_the_exit_code_says_whether_one_is_better(tmp_path):
     assert code(b=worse, c=same) == 3
     assert code(b=worse, c=worse) == 1
     assert code(b=worse, c=[None, None, None]) == 4  # an arm without runs is not known
+
+
+def test_an_arm_that_has_not_run_counts_in_the_family(tmp_path):
+    """Holm's first step is for as many arms as the study has: the p-value doubles."""
+    found = [1.05, 2.06, 3.07]
+    alone = verdict_of(results(tmp_path / "1", {"a": BASE, "b": found}))[0]["arms"]["b"]["effect"]["p"]
+    beside = verdict_of(results(tmp_path / "2", {"a": BASE, "b": found, "c": [None] * 3}))[0]["arms"]["b"]["effect"][
+        "p"
+    ]
+    assert 0 < alone < 0.5 and beside == pytest.approx(2 * alone)
 
 
 def test_what_is_missing_is_said(tmp_path):
