@@ -1,27 +1,33 @@
-"""The commands of the lab: run, check, verdict, try. Each prints, last one JSON document, and returns an exit code."""
+"""The commands of the lab: run, check, verdict, try, threshold. Each prints, last one JSON document, and returns an
+exit code.
+"""
 
 import shlex
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from nanolab.cli import UserError, as_json
 from nanolab.files import write_text
 from nanolab.lab.config import LabConfig, TryConfig
-from nanolab.lab.results import check_unedited, hash_of, read_results
+from nanolab.lab.results import check_unedited, hash_of, number_at, read_results
 from nanolab.lab.study import folder_of, read_seeds, read_study, study_of, to_toml
 
 
 def lab(cfg: LabConfig) -> int:
-    """The command `cfg.what` on a study's file.
+    """The command `cfg.what` on a study's file, or on runs.
 
     Exit code of verdict: see `exit_code`; of run: 1 where runs are missing; of check: 4 where the study's seeds do not
-    suffice; otherwise 0. Raises UserError."""
-    if cfg.what not in ("run", "check", "verdict") or not cfg.study:
+    suffice; of threshold: 4 where the mean is not shown to be past the bar; otherwise 0. Raises UserError."""
+    if cfg.what not in ("run", "check", "verdict", "threshold") or not cfg.study:
         raise UserError(
-            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check or verdict and a study's file, or"
-            " try and flags; try python -m scripts.lab run STUDY.toml",
+            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check or verdict and a study's file, try"
+            " and flags, or threshold and runs; try python -m scripts.lab run STUDY.toml",
             "lab-command",
             what=cfg.what,
         )
+    if cfg.what == "threshold":
+        return lab_threshold(cfg)
     path = Path(cfg.study)
     study = read_study(path)
     scale = study.scale(cfg.scale)
@@ -55,6 +61,46 @@ def curves_of(folder: Path) -> str:
         return str(draw_curves(folder) or "none, with less than two measurements of a run; see --eval-every")
     except UserError as error:
         return f"none: {error}"
+
+
+def lab_threshold(cfg: LabConfig) -> int:
+    """Whether the mean of runs, or of numbers as they are typed, is past a bar: a one-sided t-test at 5 %."""
+    from nanolab.lab.stats import threshold
+
+    words = [word.strip() for word in cfg.study.split(",")]
+    values = [value_of(word, cfg.metric) for word in words]
+    found = threshold(values, above=cfg.above, below=cfg.below)
+    side, bar = ("above", cfg.above) if cfg.below is None else ("below", cfg.below)
+    print(f"values          {', '.join(f'{value:g}' for value in values)}")
+    print(
+        f"mean            {found.mean:.6g} [{found.low:.6g}, {found.high:.6g}] (90 %), sd {found.sd:.3g}, n = {found.n}"
+    )
+    print(
+        f"{side} {bar:<10g}{'yes' if found.reached else 'not shown'}: t = {found.t:.2f}, p = {found.p:.2g} (one-sided)"
+    )
+    print(as_json({"runs": words, side: bar, **asdict(found)}, "the result"))
+    return 0 if found.reached else 4
+
+
+def value_of(word: str, metric: str) -> float:
+    """A number as it is typed, or the metric of a finished run. Raises UserError."""
+    from nanolab.records.models import read_json, runs_dir
+
+    with suppress(ValueError):
+        return float(word)
+    path = runs_dir() / word / "result.json"
+    result = read_json(path) if word and path.exists() else None
+    value = number_at(result, metric) if result is not None else None
+    if value is None:
+        seen = "has no finished run of that name" if result is None else f"has no {metric} in its result"
+        raise UserError(
+            f"{word!r}: {runs_dir() if result is None else path} {seen}; expected numbers or names of finished runs,"
+            " joined by commas; try lab threshold .2584,.2568,.2573 --above .2565",
+            "threshold-value",
+            word=word,
+            metric=metric,
+        )
+    return value
 
 
 def lab_try(cfg: TryConfig, both: list[str]) -> int:

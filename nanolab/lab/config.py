@@ -95,14 +95,22 @@ class BenchConfig(ModelFlags, DataConfig):
 
 @dataclass(frozen=True)
 class LabConfig:
-    """From a question to a verdict: run a study, check its design, say its verdict."""
+    """From a question to a verdict: run a study, check its design, say its verdict; a mean against a bar."""
 
-    what: str = "run"  # run | check | verdict | try; the first argument
-    study: str = ""  # the study's TOML file (nanolab/lab/study.py); the second argument
+    what: str = "run"  # run | check | verdict | try | threshold; the first argument
+    # the study's TOML file (nanolab/lab/study.py); of threshold: runs or numbers, joined by commas; the second argument
+    study: str = ""
     scale: str = ""  # one of the study's [scales]; default: the first
     jobs: NonNegativeInt = 0  # runs at a time; 0: one for each core or GPU
+    metric: str = "val/bpb"  # what of the runs' results threshold compares; A.B is B inside A
+    above: float | None = None  # the bar that the mean should be above
+    below: float | None = None  # the bar that it should be below
 
-    CONDITIONS = [Condition("jobs", "what", lambda c: c.what == "run", "lab run")]
+    CONDITIONS = [
+        Condition("jobs", "what", lambda c: c.what == "run", "lab run"),
+        Condition("scale", "what", lambda c: c.what != "threshold", "lab run, check or verdict"),
+        Condition("metric above below", "what", lambda c: c.what == "threshold", "lab threshold"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import warm
 
 from nanolab.cli import UserError
@@ -426,3 +427,25 @@ def test_a_metric_that_no_run_has_is_refused():
         runner.check_metric("val/bqb", [{"val/bpb": 1.0, "kind": "base"}])
     assert error.value.code == "metric-unknown"
     runner.check_metric("val/bpb", [{}, {"val/bpb": 1.0}])
+
+
+def test_a_mean_against_a_bar(base_dir, capsys):
+    """nanochat's rows against GPT-2's CORE: n = 3, t = 1.2; runs by name, and numbers beside them."""
+    rows = {"a": 0.2592, "b": 0.2557}
+    for name, core in rows.items():
+        (base_dir / "runs" / name).mkdir(parents=True)
+        (base_dir / "runs" / name / "result.json").write_text(json.dumps({"run": name, "core": {"metric": core}}))
+    ask = {"study": "a,b,.2584", "metric": "core.metric", "above": 0.256525}
+    assert commands.lab(LabConfig("threshold", **ask)) == 4
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    want = scipy.stats.ttest_1samp([*rows.values(), 0.2584], 0.256525, alternative="greater")
+    assert found["n"] == 3 and (found["t"], found["p"]) == pytest.approx((want.statistic, want.pvalue))
+    assert round(found["t"], 1) == 1.2 and found["reached"] is False
+    assert commands.lab(LabConfig("threshold", "a,b,.2584", metric="core.metric", below=0.2662)) == 0
+    for wrong in ({"study": "a,zzz"}, {"metric": "core.none"}):
+        with pytest.raises(UserError) as error:
+            commands.lab(LabConfig("threshold", **ask | wrong))
+        assert error.value.code == "threshold-value"
+    with pytest.raises(UserError) as error:
+        commands.lab(LabConfig("threshold", **ask | {"below": 0.3}))
+    assert error.value.code == "one-bar"
