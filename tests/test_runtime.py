@@ -118,7 +118,9 @@ def test_one_rule_chooses_the_device(monkeypatch, cuda, mps, asked, ranks, chose
     monkeypatch.setattr(fa3, "probed", lambda *_: (None, "not here"))
     monkeypatch.setattr(runtime, "meeting_place", lambda *_: None, raising=False)
     monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(pretrain_plan, "describe", lambda cfg, plan, kind, *_: seen.setdefault("dry run", kind) and [])
+    monkeypatch.setattr(
+        pretrain_plan, "describe", lambda cfg, plan, memory, kind, *_: seen.update({"dry run": kind}) or []
+    )
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     for what, start in (
         ("dry run", lambda: pretrain_plan.dry_run(BaseTrainConfig(depth=2, device_type=asked))),

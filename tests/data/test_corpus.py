@@ -380,8 +380,9 @@ def test_no_data(tmp_path):
     (tmp_path / "d" / "picture.png").write_bytes(b"x")
     with pytest.raises(UserError, match="saw picture.png; expected .parquet"):
         open_data(DataConfig(data_dir=str(tmp_path / "d")))
-    with pytest.raises(UserError, match="num-shards 0"):
+    with pytest.raises(UserError, match="--num-shards is 0") as error:
         open_data(DataConfig(num_shards=0))
+    assert error.value.code == "flag-out-of-bounds"
 
 
 def test_half_a_surrogate_pair_and_byte_order_marks_are_harmless(tmp_path):

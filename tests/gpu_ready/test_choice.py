@@ -105,11 +105,13 @@ def test_the_line_of_a_plan_says_why_a_faster_kernel_is_missing(monkeypatch):
 def test_every_plan_has_the_line(monkeypatch):
     """base_train's in full; chat_sft and chat_rl call the same function."""
     from nanolab.stages.config import BaseTrainConfig
-    from nanolab.stages.pretrain_plan import describe
+    from nanolab.stages.pretrain_plan import describe, planned_memory
     from nanolab.training.schedule import make_plan
 
     monkeypatch.setattr(choice, "capability_of", lambda device_type: A100)
     cfg = BaseTrainConfig(depth=4, dry_run=True, num_iterations=10)
     plan = make_plan(cfg, 512, 1, 0)
-    [line] = [line for line in describe(cfg, plan, "cuda", "A100", "bfloat16") if line.startswith("attention ")]
+    memory = planned_memory(cfg, plan, "cuda", "bfloat16")
+    lines = describe(cfg, plan, memory, "cuda", "A100", "bfloat16")
+    [line] = [line for line in lines if line.startswith("attention ")]
     assert line.split()[1:6] == ["sdpa", "x", "4", "(not", "fa3:"]
