@@ -7,6 +7,7 @@ for the same precision. A sample is, by --what:
     step     a training step: forward, backward, optimizer
     decode   one row's decoding steps after its prompt
     clients  a crowd of rows from the first prompt to the last token
+    eval     a pass over in-context examples of every type of task, scored
 
 A ratio is NOW over BASE, of wall time and of CPU time. The interval is a bootstrap of the median. The last line of
 output is one JSON document.
@@ -58,6 +59,16 @@ if what == "step":
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+elif what == "eval":
+    bench, likelihood = (importlib.import_module("nanolab." + name) for name in ("lab.bench_eval", "evals.likelihood"))
+    model, _ = bench.the_model(cfg, runtime)
+    prepared = find("prepare_for_inference", "inference.prepare", "inference.served:served")(model)
+    reader, kinds = likelihood.GPTReader(prepared, runtime), {}
+    for kind, group in bench.synthetic(cfg, model.config.vocab_size):
+        kinds.setdefault(kind, []).append(group)
+    def sample():
+        for groups in kinds.values():
+            likelihood.score(reader, groups)
 else:
     bench = importlib.import_module("nanolab.lab.bench_infer")
     model, tokenizer = bench.the_model(cfg, runtime)
@@ -89,12 +100,12 @@ for _ in sys.stdin:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("step", "decode", "clients"), default="step")
+    parser.add_argument("--what", choices=("step", "decode", "clients", "eval"), default="step")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("base", type=Path)
     parser.add_argument("now", type=Path)
     args, flags = parser.parse_known_args()
-    kind = "train" if args.what == "step" else "infer"
+    kind = {"step": "train", "eval": "eval"}.get(args.what, "infer")
     workers = {}
     for name in ("base", "now"):
         checkout = getattr(args, name).resolve()

@@ -7,7 +7,6 @@ Each arm is a fresh process in its checkout (default: this one), by --what:
     data     `scripts.bench data FLAGS`, microseconds of the whole loader for one token
     decode   `scripts.bench infer FLAGS`, microseconds for one token of one row
     clients  the same, microseconds for one token of several clients together
-    eval     `scripts.bench eval FLAGS`, milliseconds of an example of the in-context tasks
     start    `scripts.base_train FLAGS --run NEW`, milliseconds from the start of the process to the first step's line;
              it is ended then
 
@@ -36,7 +35,6 @@ UNITS = {
     "data": "us a token",
     "decode": "us a token",
     "clients": "us a token",
-    "eval": "ms an example",
     "start": "ms to the first step",
 }
 # of scripts.bench
@@ -45,7 +43,6 @@ RESULTS = {
     "data": ("data", "loader"),
     "decode": ("infer", "decode_b1"),
     "clients": ("infer", "clients_total"),
-    "eval": ("eval", "score"),
 }
 
 
@@ -61,8 +58,7 @@ def run(what: str, checkout: Path, flags: str) -> list[float]:
             command, cwd=checkout, env=env, stdout=subprocess.PIPE, text=True, check=True
         ).stdout.splitlines()[-1]
     )["results"]
-    samples, scale = results[name]["samples"], 1e3 if what == "eval" else 1e6
-    return samples if what == "train" else [scale / rate for rate in samples]
+    return results[name]["samples"] if what == "train" else [1e6 / rate for rate in results[name]["samples"]]
 
 
 def start(checkout: Path, flags: str, env: dict[str, str]) -> float:
