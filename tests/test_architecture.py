@@ -190,6 +190,7 @@ def test_an_import_of_torch_is_noticed():
     assert "nanolab.model.gpt: torch was imported" in import_without_torch(["nanolab.model.gpt"])
 
 
+@pytest.mark.slow
 def test_importing_writes_nothing(tmp_path):
     """No module makes a folder or a file when it is imported."""
     home = tmp_path / "home"

@@ -169,6 +169,7 @@ def test_an_unknown_preset_names_the_nearest():
 LEARNERS = ["nanolab", "gpt2", "odyssey16m", "baby", "labels39m", "tiny"]  # the larger gpt2 are gpt2 at this width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_fifty_steps_at_toy_width_learn(name):
     """Bytes of this package's source, each preset's own architecture, recipe, rates, dropout and clip."""

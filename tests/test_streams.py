@@ -53,6 +53,7 @@ def written(world, encoding: str, command, capsys, monkeypatch) -> str:
     return out.getvalue().decode(encoding)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F18")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_text_of_a_young_model_goes_to_any_stdout(world, encoding, capsys, monkeypatch):

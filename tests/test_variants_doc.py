@@ -231,6 +231,7 @@ def test_a_new_entry_is_picked_up(tool, monkeypatch):
     assert (contracts, refused) == ("all, in 1 setting", "")
 
 
+@pytest.mark.slow
 def test_a_stale_file_is_noticed(tool, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tool, "FILE", tmp_path / "VARIANTS.md")
     monkeypatch.setattr(tool.axes, "ROWS", tmp_path / "rows.txt")

@@ -104,6 +104,7 @@ def html(page, markdown: str, steps: list[int] | tuple = ()) -> str:
     return page.evaluate(EACH, [markdown, list(steps)])[0]
 
 
+@pytest.mark.slow
 def test_each_construct_becomes_its_nodes(page):
     assert {markdown: html(page, markdown) for markdown in CASES} == CASES
 

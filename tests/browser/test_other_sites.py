@@ -59,6 +59,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("outer D1")
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])  # another origin of the same site, and another site
 def test_nothing_that_a_page_elsewhere_sends_reaches_an_engine(browser, site, elsewhere, name):

@@ -16,6 +16,7 @@ def messages(visit) -> list[str]:
 # ---- One chat ----
 
 
+@pytest.mark.slow
 def test_a_tiny_model_answers_and_its_tool_call_is_a_step_that_unfolds(visit):
     v = visit()
     v.find("#model").select_option("parrot")
@@ -307,6 +308,7 @@ def test_an_import_that_does_not_fit_changes_nothing(visit, tmp_path):
     assert stored(v) == before and v.find("#list .open").all_inner_texts() == titles
 
 
+@pytest.mark.slow
 @pytest.mark.fault("outer D13")
 def test_where_the_storage_is_full_the_chat_on_the_screen_goes_on_and_can_be_exported(visit, tmp_path):
     v, asked = visit(), []
@@ -454,6 +456,7 @@ COMPOSING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S17")
 @pytest.mark.parametrize("place", ["send", "edit", "rename", "key"])
 def test_enter_that_accepts_what_an_input_method_proposes_does_nothing_else(visit, locked_site, place):
@@ -511,6 +514,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 def test_an_error_is_told_in_words_and_nothing_typed_is_lost(visit, name):
     status, error, words = REFUSALS[name]
@@ -686,6 +690,7 @@ BAD = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_nothing_that_a_model_writes_runs_loads_or_breaks_the_page(visit, site, script, monkeypatch):
     replies = {f"hostile {i}": text for i, text in enumerate(HOSTILE)}
     for asked, text in replies.items():
@@ -744,6 +749,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_contrast(visit, scheme):
     v = visit(color_scheme=scheme)
@@ -771,6 +777,7 @@ def test_the_theme_is_switched_and_kept(visit):
     assert colours[0] == colours[1] != colours[2]  # auto, light, dark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/", "/compare"])
 def test_a_phone_has_everything_and_no_sideways_scrolling(visit, path):
     v = visit(path, 360, 740, has_touch=True)

@@ -91,6 +91,7 @@ def before(tmp_path_factory):
         yield collected()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("V1")
 @pytest.mark.parametrize("name", ["zzz", "aaa"])
 @pytest.mark.parametrize("flag", tables.AXES)
@@ -109,6 +110,7 @@ def test_a_new_entry_only_adds_rows(flag, name, before, monkeypatch):
     assert not axes.uncovered()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("V1")
 def test_a_new_number_a_new_axis_and_a_refusal_only_add_rows(before, monkeypatch):
     monkeypatch.setitem(axes.NUMBERS, "qk_gain", [*axes.NUMBERS["qk_gain"], dict(qk_gain=0.3)])
@@ -166,6 +168,7 @@ def test_every_field_and_entry_is_on_an_axis():
     )
 
 
+@pytest.mark.slow
 def test_a_new_number_is_missed_and_a_new_entry_is_found(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Later(Architecture):
@@ -223,6 +226,7 @@ def test_an_entry_that_breaks_a_contract_fails(monkeypatch):
             check(axes.config({"mlp": "broken"}))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("V2")
 @pytest.mark.parametrize(
     "changes",
@@ -398,6 +402,7 @@ class Powered(tables.AXES["norm"]["rms"]):
 ADDED = {"gate": (GatedByShare, 4 * 4), "mlp": (Scaled, 4 * 128), "norm": (Powered, 2 * 4 + 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.fault("V4")
 @pytest.mark.parametrize("flag", ADDED)
 def test_every_table_is_asked_for_its_counts(flag, monkeypatch):

@@ -106,6 +106,7 @@ def decodes(config: GPTConfig, rows: int, prepared: bool) -> None:
     assert [x.shape for x in left] == [cache.carry[name].shape for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core D4")
 @pytest.mark.parametrize("name", axes.singles())
 def test_a_decode_step_copies_nothing_from_the_host(name):

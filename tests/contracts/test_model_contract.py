@@ -51,10 +51,12 @@ def test_init_fills_every_parameter(config):
     contracts.init_fills(config)
 
 
+@pytest.mark.slow
 def test_gradients_arrive(config):
     contracts.gradients_arrive(config)
 
 
+@pytest.mark.slow
 def test_recomputed_gradients_are_the_same(config):
     for kernel in contracts.kernels(config) if config.attn_dropout else [""]:
         contracts.recomputed_gradients(config, kernel)
@@ -65,10 +67,12 @@ def test_kernels_agree(config):
     contracts.kernels_agree(config, contracts.kernels(config), torch.float64)
 
 
+@pytest.mark.slow
 def test_bf16_is_within_rounding(config):
     contracts.bf16_is_within_rounding(config, contracts.kernels(config, torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_one_batch_is_overfitted(config):
     contracts.overfits(config)
 
@@ -77,6 +81,7 @@ def test_every_recipe_takes_a_step(config):
     contracts.every_recipe_steps(config)
 
 
+@pytest.mark.slow
 def test_parameters_flops_and_bytes_are_as_counted(config):
     contracts.counts(config)
     contracts.decode_counts(config)
@@ -86,10 +91,12 @@ def test_saved_and_loaded(config, tmp_path):
     contracts.saved_and_loaded(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_gradients_are_slopes(config):
     contracts.slopes_are_gradients(config)
 
 
+@pytest.mark.slow
 def test_dropout_only_in_training(config):
     for kernel in contracts.kernels(config) if config.attn_dropout else [""]:
         contracts.drops_only_in_training(config, kernel)
@@ -102,6 +109,7 @@ def test_documents_apart(positions):
         contracts.documents_apart(config, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, dict(positions="alibi", softmax="sink"), dict(attention="mla", document_mask=True)], ids=axes.label
 )

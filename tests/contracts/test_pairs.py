@@ -22,6 +22,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(banded, "BLOCK", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=map(axes.row_id, ROWS))
 def test_pairs(row):
     contracts.fast(axes.config(axes.settings(row)))

@@ -194,6 +194,7 @@ def few_sources(monkeypatch):
     monkeypatch.setattr(pydocs, "source_files", lambda: (files, versions, left_out))
 
 
+@pytest.mark.slow
 def test_corpus_is_built_once_and_is_the_same_for_any_number_of_processes(few_sources, base_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(pydocs, "SHARD_DOCUMENTS", 150)
     data = open_data(DataConfig(), workers=2)
@@ -216,6 +217,7 @@ def test_corpus_is_built_once_and_is_the_same_for_any_number_of_processes(few_so
     assert open_data(DataConfig()).fingerprint == data.fingerprint
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_nothing_and_damage_is_refused(few_sources, base_dir, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")

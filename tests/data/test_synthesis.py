@@ -376,6 +376,7 @@ def test_killed_and_started_again_it_makes_each_conversation_once(work, server):
     assert work.output.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_at_once_and_says_how_to_go_on(work, server):
     server.pause = 20.0
     flags = ["--spec", str(work.spec), "--output", str(work.output), "--model", "m", "--url", server.url]

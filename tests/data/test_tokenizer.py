@@ -171,6 +171,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tok):
     Tokenizer.train(["a\ud800b " * 50] + TEXTS[:1], 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["a", " ", "\n", " \t", "-", "中", "1"])
 def test_long_runs_are_encoded(tok, unit):
     text = "x" + unit * 1_100_000 + "y"
@@ -283,6 +284,7 @@ def test_files_that_could_differ_are_refused(tok, tmp_path, message):
     refused(tok, tmp_path, CHANGES[message], message)
 
 
+@pytest.mark.slow
 def test_other_patterns_are_accepted_when_they_read_the_same(tok, tmp_path):
     raw = json.loads(tok.save(tmp_path).read_text())
     three_digits = files.PATTERN.replace("{1,2}", "{1,3}")

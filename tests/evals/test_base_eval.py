@@ -411,6 +411,7 @@ def test_flags_that_do_not_fit_are_refused(world, flags, text):
         run(config(**flags))
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_evaluated_once_and_drawn(world, bundle, base_dir, capsys):
     run_dir, tokenizer, _ = world
     weights, meta = (

@@ -602,6 +602,7 @@ def seeds(*arguments) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 def test_cards_of_several_seeds_make_a_table(tmp_path):
     """Effects .2, .3, .4: .3 +- 4.303 x .1 / sqrt 3 = .3 +- .2484."""
     paths = []

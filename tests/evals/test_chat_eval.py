@@ -93,6 +93,7 @@ def world(learned, base_dir, monkeypatch):
     return evaluate
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_what_was_learned(world, capsys):
     result = world(tasks="gsm8k,arc-easy", json=True)
     out = capsys.readouterr().out

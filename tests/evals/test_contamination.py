@@ -76,6 +76,7 @@ TEXTS = st.lists(st.sampled_from(["a", "b", "B", "ab", "ba", "é", "e\u0301", "!
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weak", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(

@@ -102,6 +102,7 @@ def test_every_run_and_reference_is_named_and_unlike_the_others(tmp_path):
     assert len(looks) == 56
 
 
+@pytest.mark.slow
 def test_long_names_leave_the_axes_their_width_and_many_make_the_picture_higher(tmp_path):
     def size(name, curves):
         data = draw(curves, tmp_path / name, **LABELS).read_bytes()

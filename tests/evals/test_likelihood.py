@@ -112,6 +112,7 @@ def check(
     return [[got.nats for got in scores] for scores in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_that_each_text_gets_alone(kind):
     check(build(KINDS[kind]), GROUPS, tokens=300)

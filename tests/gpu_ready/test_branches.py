@@ -60,6 +60,7 @@ def problem(shape, case, dtype):
     return [q, k, v], AttnSpec(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core D3")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("capability,dtype", GPUS, ids=lambda x: str(x).removeprefix("torch."))
@@ -107,6 +108,7 @@ def models():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [pytest.param(value, id=name) for name, value in models()])
 def test_a_training_step_of_every_variant(gpu, changes):
     """On a T4 and an A100, the default on an H100 too: no call that they refuse, and none that is T x T."""

@@ -119,6 +119,7 @@ def naive_answer(world, messages: list[dict], n: int = 30) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_chat_model_answers_remembers_and_shows_its_calls(chat):
     done = subprocess.run(**command(chat), input=b"hi\n12*34?\n", capture_output=True, check=True)
     assert done.stdout.decode() == naive_answer(chat, HELLO[:1]) + naive_answer(chat, HELLO + PRODUCT[:1])
@@ -146,6 +147,7 @@ def test_a_call_is_shown_and_left_unanswered_when_no_tool_is_wanted(chat, inside
     assert out.startswith("[12*34]") and "=" not in out
 
 
+@pytest.mark.slow
 def test_flags_say_whether_the_text_goes_into_the_template(world, chat, inside):
     assert inside(chat, prompt="hi", max_tokens=9, chat=True)[0] == naive_answer(chat, HELLO[:1], 9)
     assert inside(chat, prompt="hi", max_tokens=9, raw=True)[0] == naive_reply(chat, "hi", 9) + "\n"
@@ -410,6 +412,7 @@ def test_a_text_of_several_lines(lines, text):
             typed(ask)
 
 
+@pytest.mark.slow
 def test_calls_are_dim_on_a_terminal_that_can(chat, monkeypatch):
     terminal, inside = pty.openpty()
     how = command(chat, "-p", "12*34?")
@@ -452,6 +455,7 @@ def command(world, *flags: str) -> dict:
     return {"args": [sys.executable, "-m", "scripts.chat_cli", *GREEDY, *flags], "cwd": ROOT, "env": env}
 
 
+@pytest.mark.slow
 def test_one_prompt_gives_the_reply_alone_on_stdout(world):
     done = subprocess.run(**command(world, "-p", "漢字", "--max-tokens", "45"), capture_output=True, check=True)
     assert done.stdout.decode() == naive_reply(world, "漢字", 45) + "\n"
@@ -472,6 +476,7 @@ def test_an_overlong_prompt_is_an_error(world, inside):
         inside(world, prompt="long " * 300)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_stops_a_reply_and_ctrl_d_leaves(world):
     terminal, inside = pty.openpty()
     chat = subprocess.Popen(

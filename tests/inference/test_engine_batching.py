@@ -97,6 +97,7 @@ def drain(engine: Engine, replies: dict[int, list[int]]) -> dict[int, str]:
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed, graphs",
     [(0, False), (1, True), *(pytest.param(n, n % 2 == 0, marks=pytest.mark.slow) for n in range(2, 10))],
@@ -274,6 +275,7 @@ def test_sampled_rows_depend_on_their_own_seed_alone(default):
     assert run(requests, 0) == run(requests, 3) == alone and alone[0] != alone[1]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S5")
 def test_scores_of_a_prompt_are_those_of_the_model_without_a_cache(model, monkeypatch):
     """Whatever is read beside it and in what chunks; equal prompts that are not scored, or with fewer alternatives,
@@ -487,6 +489,7 @@ def replayed(model: GPT, device: str) -> None:
         check_greedy(model, tuple(prompt), replies[1][i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_recorded_steps_give_the_same_text(name):
     replayed(build(VARIANTS[name]), "cpu")

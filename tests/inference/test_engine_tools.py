@@ -196,6 +196,7 @@ def test_rows_with_calls_are_what_each_would_be_alone(eager):
     assert any(len({row[n] for row in flags if n < len(row)}) == 2 for n in range(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", [False, True])
 def test_rows_whose_tool_takes_long_step_aside(eager, graphs):
     """Each row's text is what it is with an instant tool; while one waits the others go on, and a row that is given up

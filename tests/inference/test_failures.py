@@ -248,6 +248,7 @@ POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.fault("outer D11")
 @pytest.mark.parametrize("point", list(POINTS))
 @pytest.mark.parametrize(
@@ -345,6 +346,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_an_error_with_a_code(model,
     assert error.value.code == "out-of-memory"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("outer D11")
 @pytest.mark.parametrize("rows", [1, 5, 8])
 def test_the_memory_of_full_rows_is_what_is_said_before(model, rows):

@@ -61,6 +61,7 @@ def logits(model: GPT) -> torch.Tensor:
     return torch.cat([model(chunk, cache=cache) for chunk in ids.split([9, 3, 4, 1, 1, 1, 1], dim=1)], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_logits_are_as_near_to_exact_ones_as_those_of_casting_at_each_use(name, dtype):

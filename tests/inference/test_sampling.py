@@ -54,6 +54,7 @@ def test_ties_at_the_cut_go_to_the_lowest_ids(top_k, top_p, kept):
     assert torch.isfinite(truncate(probs.log(), top_k, top_p))[0].nonzero()[:, 0].tolist() == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.5, 0, 0.8), (1.0, 6, 0.9)])
 def test_frequencies_pass_a_chi_square_test(temperature, top_k, top_p):
     logits = np.random.default_rng(11).normal(size=12).astype(np.float32)

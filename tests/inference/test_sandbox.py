@@ -304,6 +304,7 @@ HIDERS = {
 }
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("layers", [LAYERS, ("namespaces",), ()], ids="+".join)
 @pytest.mark.parametrize("hider", HIDERS.values(), ids=HIDERS)
@@ -387,6 +388,7 @@ TIME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", TIME.values(), ids=TIME)
 def test_time_runs_out(program):
     """All of them would stay a minute and a half or for ever."""

@@ -70,6 +70,7 @@ expressions = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(expressions)
 def test_a_value_is_that_of_pythons_parse_in_fractions(expression):
@@ -191,6 +192,7 @@ def test_refusals(expression, reason):
     assert calculator(expression) == f"error: {reason}"
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.text(alphabet="0123456789.,+-*/%()e \"'\\count", max_size=1100)))
 def test_any_text_gives_a_short_answer(text):

@@ -81,6 +81,7 @@ turns = st.lists(st.tuples(question, reply), min_size=1, max_size=4).map(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(first=system, rest=turns)
 def test_the_mask_is_what_is_trained_on(ours, theirs, first, rest):
@@ -88,6 +89,7 @@ def test_the_mask_is_what_is_trained_on(ours, theirs, first, rest):
     assert trained(theirs, [*first, *rest]) == tuple(render(ours, [*first, *rest]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     code=st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -92,6 +92,7 @@ def ids(config, B=2):
     return torch.randint(config.vocab_size, (B, config.sequence_len), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [dict(), dict(tied_head=False)], ids=str)
 def test_gpt2_is_transformers_own(tokenizer, tmp_path, changes):
@@ -340,6 +341,7 @@ def test_licence_is_the_projects():
     assert export.LICENCE in export.modelling_file()
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder(tokenizer, tmp_path, capsys):
     """The whole command; its own check reads the folder in a process that cannot import nanolab."""
     make_run("books", tokenizer)

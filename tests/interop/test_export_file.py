@@ -103,6 +103,7 @@ def is_the_native_model(file, config):
         assert torch.equal(row[-prompt.size(1) - 4 :], greedy_by_hand(native, prompt, 4)[0])
 
 
+@pytest.mark.slow
 def test_every_variant_is_the_native_model(file, config):
     is_the_native_model(file, config)
 
@@ -381,6 +382,7 @@ def test_gradients_are_the_native_models(model, native, idx):
         p.grad = q.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S13")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_activations_change_no_gradient(file, config, reentrant):

@@ -207,6 +207,7 @@ def fake_train(cfg, log, slot, gpus):
     (log.parent / "result.json").write_text(json.dumps({"val/bpb": 1.0 + cfg.seed, "total_training_time": 1.0}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_crashed_run_is_tried_once_more_and_then_reported(monkeypatch, capsys, jobs):
     monkeypatch.setattr(processes, "train", fake_train)

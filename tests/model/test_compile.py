@@ -16,6 +16,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph(make_gpt, name):
     """Traced with the eager backend: the same loss and gradients to the last digits, and no graph break (fullgraph

@@ -231,6 +231,7 @@ def test_what_is_kept_for_the_backward_pass_is_8_bits_wide():
     assert sorted(t.dtype.itemsize * t.numel() for t in kept) == [4, 4, 64 * 128, 128 * 256]
 
 
+@pytest.mark.slow
 @needs_product
 def test_torch_compile_computes_the_same():
     linear, g = layer(bias=True), torch.Generator().manual_seed(5)

@@ -184,6 +184,7 @@ def test_rows_longer_than_a_block(case, T, window):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("case", RULES)
 def test_flex_equals_the_formula_without_gradients(case):
@@ -346,6 +347,7 @@ def test_cuda_primitives_take_the_arguments_that_sdpa_gives():
                 assert g.shape == x.shape and g.dtype == x.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_flex_and_the_cuda_primitives_are_traced_without_a_break():
     """As they are inside a compiled model: flex without gradients on this device, the primitives on tensors without

@@ -49,6 +49,7 @@ print(runtime.peak_memory_mib() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, again",
     [(8, False), pytest.param(24, False, marks=pytest.mark.slow), pytest.param(24, True, marks=pytest.mark.slow)],
@@ -145,6 +146,7 @@ def optimizer_bytes(runtime: Runtime) -> list[tuple[tuple[int, int], int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, dtype",
     [(1, "float32"), (1, "bfloat16"), (2, "float32"), pytest.param(3, "bfloat16", marks=pytest.mark.slow)],

@@ -312,6 +312,7 @@ def test_a_base_directory_that_cannot_be_written(tmp_path, monkeypatch):
         start()
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_and_a_killed_one_does_not_count(base_dir):
     holder = subprocess.Popen([sys.executable, __file__, "hold"], stdout=subprocess.PIPE, text=True)
     try:
@@ -334,6 +335,7 @@ def quiet_wandb(monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_its_run_id(quiet_wandb):
     run = start(wandb="offline")
     run.log(0, {"train/loss": 1.0})
@@ -354,6 +356,7 @@ def test_wandb_without_network_warns_once(quiet_wandb, capsys):
     assert capsys.readouterr().err.count("wandb failed") == 1
 
 
+@pytest.mark.slow
 def test_wandb_that_dies_on_the_way_warns_once(quiet_wandb):
     import warm  # here: the file is also run as a script
 

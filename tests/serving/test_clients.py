@@ -103,6 +103,7 @@ def alone(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S3", "S5")
 @pytest.mark.parametrize(("client", "fields"), [(client, fields) for client, sent in SENT.items() for fields in sent])
 def test_what_clients_send(live, client, fields):

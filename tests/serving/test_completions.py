@@ -55,6 +55,7 @@ def forward(runs):
     return lambda ids: model(torch.tensor([ids]))[0].log_softmax(-1).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S5")
 @pytest.mark.parametrize("stream", [False, True])
 def test_each_prompt_of_a_list_gets_what_it_gets_alone(complete, tok, stream):

@@ -29,6 +29,7 @@ def tok(runs) -> Tokenizer:
     return Tokenizer.load(runs / "runs" / "parrot" / "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S1")
 @pytest.mark.fault("S2")
 @pytest.mark.fault("S4")
@@ -82,6 +83,7 @@ def test_generation_is_that_of_the_strict_form(live, tok):
             assert found and found == pytest.approx(text["logprobs"]["token_logprobs"][: len(found)], abs=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.fault("S1")
 def test_the_server_takes_back_all_that_it_says(start_server):
     """200 random replies of a model that was never trained, each given back as it came and as role and content

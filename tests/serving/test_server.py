@@ -250,6 +250,7 @@ def process(runs):
         started.kill()
 
 
+@pytest.mark.slow
 def test_a_flood_of_clients_that_leave(process):
     """A small one; the one that counts is dev/bench/flood.py itself."""
     started, port = process
@@ -277,6 +278,7 @@ def test_the_flood(tmp_path):
     assert result["memory"]["outcomes"] == {"200": 1800, "left": 200}
 
 
+@pytest.mark.slow
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(process):
     started, port = process
     url = f"http://127.0.0.1:{port}"

@@ -103,6 +103,7 @@ def world(calling, base_dir, monkeypatch):
     shutil.copytree(calling, base_dir / "runs" / "toy-sft")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_records(capsys):
     run(CFG)
     folder, said = runs_dir() / "toy-sft-rl", capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_a_run_leaves_its_records(capsys):
     assert json.loads((folder / "result.json").read_text())["kind"] == "rl"
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_bit(monkeypatch):
     again = Mock(wraps=gpt.checkpoint)
     monkeypatch.setattr(gpt, "checkpoint", again)
@@ -153,6 +155,7 @@ def test_activation_checkpointing_changes_no_bit(monkeypatch):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_pretraining(capsys):
     """Its flags, its factor of the batch, and --init-lr-frac of that, falling to zero."""
     run(changed(eval_every=-1, init_lr_frac=0.5, matrix_lr=0.5))

@@ -121,6 +121,7 @@ def words_of(text: str, pattern: str) -> list[str]:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plan_comes_first_and_is_kept(capsys):
     result = tune("one", replay=0.2, eval_every=5, eval_tokens=500, log_every=1, max_seq_len=48, epochs=2)
     said = capsys.readouterr().out
@@ -168,6 +169,7 @@ def test_activation_checkpointing_changes_no_bit_and_no_count_of_flops(monkeypat
     tune("recomputed", num_iterations=2, resume=True)
 
 
+@pytest.mark.slow
 def test_the_model_is_the_one_it_started_from_but_for_its_weights(capsys):
     tune("kept", max_seq_len=48, num_iterations=3)
     before, after = find_model("b"), find_model("kept")
@@ -188,6 +190,7 @@ def test_the_model_is_the_one_it_started_from_but_for_its_weights(capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F1")
 def test_a_turn_that_the_file_marks_is_not_learned(capsys):
     """The first of two replies has weight 0: it is not what the model says then, and the plan counts it."""
@@ -315,6 +318,7 @@ def tune_on(runtime, folder: str, run: str) -> None:
     sft(cfg, runtime)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.fault("F7")])])
 def test_ranks_learn_what_one_learns(prepared, run_ranks, ranks):
     """From the optimizer's state that one rank left; three ranks have 3, 3 and 2 of the 8 rows."""
@@ -348,6 +352,7 @@ def write_stages(path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_every_stage_is_evaluated_at_its_end_and_forgetting_is_shown(tmp_path, capsys):
     result = tune(
         "staged",
@@ -421,6 +426,7 @@ def kill_and_resume(folder: str, *at: str) -> None:
     print(json.dumps({"seen": seen, "steps": whole, "same": story("killed") == story("whole")}))
 
 
+@pytest.mark.slow
 def test_resumed_in_the_second_stage_it_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
     """A crash in step 8; the stages change after step 5, the last checkpoint is of step 6. Dropout draws random
     numbers.

@@ -98,6 +98,7 @@ def test_rates_are_those_that_pretraining_ended_up_with(base):
     assert math.isclose(now["muon_64x64"]["lr"], 0.03 * 0.25) and math.isclose(now["x0_lambdas"]["lr"], 0.4 * 0.25)
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_size_scales_them_by_its_root(base):
     origin = BaseRun.found(base())
     assert plan_of(SFTConfig(total_batch_size=2048), origin).batch_scale == 0.1 * 2.0, (

@@ -72,6 +72,7 @@ def same_weights(a: dict, b: dict, atol: float = 0.0) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accum", [1, 4])
 def test_fit_is_the_training_written_out(accum):
     run, model, optimizer, batches = parts()
@@ -168,6 +169,7 @@ def on_two_ranks(run_ranks, tmp_path_factory):
     return base, run_ranks(train_on_rank, 2, str(base))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_trains(on_two_ranks):
     base, ((plain_0, *_), (plain_1, *_)) = on_two_ranks
     two = [json.loads(line)["train/loss"] for line in (base / "runs/plain/metrics.jsonl").read_text().splitlines()]
@@ -275,6 +277,7 @@ def test_evaluations_leave_no_trace():
     same_weights(watched.state_dict(), model.state_dict())
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_and_exact_through_a_resume():
     """The model's own dropouts, all four: evaluations see none of them, and a run in two parts is the run in one."""
     config = replace(toy.CONFIG, embed_dropout=0.1, attn_dropout=0.2, resid_dropout=0.1, mlp_dropout=0.2)
@@ -503,6 +506,7 @@ def test_resumed_is_uninterrupted_to_the_bit(where):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_carries_on():
     whole, model, optimizer, batches = parts("whole")
     fit(whole, model, optimizer, batches, ToyPlan(), noisy_nats, Every())
@@ -627,6 +631,7 @@ def test_other_errors_keep_their_own_words():
         fit(run, model, optimizer, batches, ToyPlan(), lambda m, b: torch.ones(2, 3) @ torch.ones(2, 3), Every())
 
 
+@pytest.mark.slow
 def test_garbage_collection_is_quiet_inside_and_restored_outside():
     run, model, optimizer, batches = parts()
     states = []
@@ -647,6 +652,7 @@ def test_garbage_collection_is_quiet_inside_and_restored_outside():
 # the clock
 
 
+@pytest.mark.slow
 def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
     clock_now = [0.0]
     monkeypatch.setattr("nanolab.training.fit.time.perf_counter", lambda: clock_now[0])
@@ -676,6 +682,7 @@ def test_the_clock_can_be_the_horizon_and_survives_a_resume(monkeypatch):
     assert [row["train/lrm"] for row in rows[:5]] == pytest.approx([1 - 0.7 * s / 5 for s in range(5)])
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core D8")
 def test_compiling_is_no_training_time(monkeypatch):
     """The first call takes 90 s, all others 1 s: a run of 5 s makes five steps, and again after a resume, which
@@ -706,6 +713,7 @@ def test_compiling_is_no_training_time(monkeypatch):
     assert checkpoint.load_meta(checkpoint.newest_valid(run.checkpoints))["loop"]["compile_seconds"] == 180.0
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core D8")
 def test_a_compiled_run_is_the_same_run(capsys):
     """Losses, weights, optimizer, batches and random numbers, to the bit; every shape of the first step is compiled
@@ -815,6 +823,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale():
     assert meta["scaler"] == {"scale": 32768.0, "good_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.fault("N5")
 def test_the_expected_time_is_corrected_after_ten_steps(capsys):
     """One line, from measured steps; none in a run that ends by then."""

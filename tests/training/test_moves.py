@@ -95,6 +95,7 @@ def moved(path: Path, name: str = "elsewhere/corpus") -> Path:
     return path.rename(path.parent / name)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize("old", [False, True])
 def test_the_data_folder_moves(begun, text, old):
@@ -107,6 +108,7 @@ def test_the_data_folder_moves(begun, text, old):
     assert begun()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 def test_the_run_alone_goes_to_another_base_directory(begun, text, tmp_path, monkeypatch):
     shutil.copytree(runs_dir() / "x", tmp_path / "other" / "runs" / "x")
@@ -123,6 +125,7 @@ def test_a_file_gets_a_name_that_keeps_the_order(begun, text):
     assert begun()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 def test_a_name_that_changes_the_order_is_refused_with_both_names(begun, text):
     first, second = sorted(path.name for path in text.glob("*.txt"))[:2]
@@ -135,6 +138,7 @@ def test_a_name_that_changes_the_order_is_refused_with_both_names(begun, text):
     assert begun()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize("kind", ["changed", "added", "missing"])
 def test_other_data_is_refused_with_the_names_of_the_files(begun, text, kind):
@@ -202,6 +206,7 @@ def tune(tasks: str, **flags) -> None:
     sft(cfg, ALONE)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 def test_pretraining_text_that_is_only_measured_may_be_gone(text, tmp_path, monkeypatch, capsys):
     """The validation text is kept with the run; without it the same is refused, with advice."""
@@ -213,6 +218,7 @@ def test_pretraining_text_that_is_only_measured_may_be_gone(text, tmp_path, monk
     assert same() and "kept with the run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F9")
 @pytest.mark.parametrize("stages", [False, True])
 def test_a_file_of_chats_moves(text, tmp_path, stages):

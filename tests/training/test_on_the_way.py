@@ -51,6 +51,7 @@ class Compiled(torch.nn.Module):
         return self.model(x, y, reduction=reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core likely: Evaluation while training is uncompiled")
 def test_evaluations_run_on_the_compiled_model_in_batches_of_one_shape(tmp_path, monkeypatch):
     """Stages share the seam `runtime.compiled`. Both give the figures of the plain model, to rounding."""

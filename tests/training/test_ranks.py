@@ -71,6 +71,7 @@ def planned(cfg: BaseTrainConfig, ranks: int) -> UserError | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F7", "core D2")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 6, 7, 8, 12, 32, 64])
 def test_a_dry_run_accepts_what_training_does_and_its_advice_is_accepted(ranks):

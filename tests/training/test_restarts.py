@@ -14,6 +14,7 @@ import warm
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("P3")
 def test_each_attempt_meets_in_its_own_part_of_the_store(tmp_path):
     """torchrun's store with the address that a killed rank 0 left there: a second attempt must not find it."""

@@ -168,6 +168,7 @@ def script(*args: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills,steps", [(4, 24), pytest.param(25, 100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, steps):
     report = script("kill_and_resume", kills, steps)
@@ -183,6 +184,7 @@ def stories(tmp_path_factory):
         yield script("signals")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,code",
     [

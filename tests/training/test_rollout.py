@@ -215,6 +215,7 @@ def story(name: str) -> tuple:
 # learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm,updates", [("reinforce", 1), ("grpo", 2), ("dr_grpo", 1)])
 def test_a_bandit_is_learnt(algorithm, updates, capsys):
     batch = dict(examples_per_step=8, num_samples=8, device_batch_size=32)
@@ -470,6 +471,7 @@ def of_token(context: int) -> int:
     return flops(lambda: eager()(ids[:, :1], cache=cache, last_only=True))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("core likely: RL's numbers")
 @pytest.mark.parametrize("updates,algorithm", [(1, "reinforce"), (2, "grpo")])
 def test_tokens_and_flops_are_those_of_the_texts(updates, algorithm, monkeypatch, capsys):
@@ -536,6 +538,7 @@ def test_rewards_that_are_always_the_same_are_warned_of_and_move_nothing(capsys)
 KL = replace(CFG, algorithm="grpo", kl=0.1, updates_per_batch=3, num_iterations=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_resumed_at_any_step_is_uninterrupted_to_the_bit(at, capsys):
     """Steps 1, 2 and 5 lie between two updates on one rollout."""
@@ -573,6 +576,7 @@ def some_ranks(runtime: Runtime, base: str, weights: dict[str, torch.Tensor]) ->
     return batches.state_dict() == state, [r.place // 4 for b in batches.micro for r in b.replies]
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_rollouts_and_the_weights_of_one(run_ranks, base_dir):
     train("alone", KL)
     (same_0, mine_0), (same_1, mine_1) = run_ranks(some_ranks, 2, str(base_dir), taught())
@@ -627,6 +631,7 @@ def kill_and_resume(kills: int, steps: int) -> None:
     print(json.dumps({"at": at, "same": story("killed") == story("whole")}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills,steps", [(2, 12), pytest.param(20, 80, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_is_uninterrupted_to_the_bit(kills, steps):
     done = warm.python(__file__, kills, steps, timeout=500)

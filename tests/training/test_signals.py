@@ -123,6 +123,7 @@ def interrupted(
     assert story(name) == story("whole")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F17")
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_bits_per_byte_are_left_within_a_batch(plain, monkeypatch, step):
@@ -140,6 +141,7 @@ def test_bits_per_byte_are_left_within_a_batch(plain, monkeypatch, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F17")
 def test_samples_are_left_within_a_token(plain, monkeypatch, capsys):
     interrupted(
@@ -153,6 +155,7 @@ def test_samples_are_left_within_a_token(plain, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F17")
 def test_held_out_loss_of_fine_tuning_is_left_within_a_batch(plain, monkeypatch, base_dir):
     def train(name, resume=False):
@@ -174,6 +177,7 @@ def test_held_out_loss_of_fine_tuning_is_left_within_a_batch(plain, monkeypatch,
     interrupted(train, "cut", monkeypatch, GPT, "forward", 2, 0, measuring)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F17")
 def test_questions_of_fine_tuning_are_left_within_a_token(plain, monkeypatch):
     def train(name, resume=False):
@@ -197,6 +201,7 @@ def test_questions_of_fine_tuning_are_left_within_a_token(plain, monkeypatch):
     interrupted(train, "cut", monkeypatch, Engine, "step", 3, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F17")
 def test_held_out_replies_of_reinforcement_are_left_within_a_token(plain, monkeypatch):
     chat_sft.run(
