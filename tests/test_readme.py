@@ -159,7 +159,8 @@ def test_the_guides_variant_keeps_every_contract(in_checkout):
     those of before, as test_covering.py says, here with the entry in its table and its rows written down."""
     run_blocks(VARIANT, in_checkout)
     done = in_checkout(
-        "python dev/variants.py && python dev/variants.py --check && python -m pytest -m 'not gpu' tests/contracts/test_covering.py"
+        "python dev/variants.py && python dev/variants.py --check"
+        " && python -m pytest -m 'not gpu' tests/contracts/test_covering.py"
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     path = Path("tests") / "contracts" / "rows.txt"
