@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests; makes .venv first if it is missing.
 #
-#   bash runs/test.sh                       the fast ones: about 5 minutes on 2 CPU cores
+#   bash runs/test.sh                       the fast ones: about 6 minutes on 2 CPU cores
 #   bash runs/test.sh --all                 the slow ones too (not those that need a GPU): 30 minutes
 #   bash runs/test.sh tests/data -k pack    further arguments go to pytest
 #   bash runs/test.sh --newest [...]        with the newest version of everything but torch, in .venv-newest, made anew: what a

@@ -75,7 +75,7 @@ PAIRS = str(Path(__file__).parent / "test_pairs.py")
 def collected():
     """id -> settings of the rows that test_pairs.py runs now."""
     module = runpy.run_path(PAIRS)
-    (mark,) = module["test_pairs"].pytestmark
+    (mark,) = [mark for mark in module["test_pairs"].pytestmark if mark.name == "parametrize"]
     return {str(i): axes.settings(row) for i, row in zip(mark.kwargs["ids"], module["ROWS"])}
 
 
