@@ -95,13 +95,16 @@ class OneOf(NamedTuple):
 
     values: tuple[str, ...]
     count: bool = False  # or a whole number from 1 on
+    many: bool = False  # any number of them, joined by commas
 
     def holds(self, value: str) -> bool:
+        if self.many:
+            return {part.strip() for part in value.split(",")} <= {"", *self.values}
         return value in self.values or self.count and value.isdecimal() and int(value) >= 1
 
     def __str__(self) -> str:
         return (
-            f"one of {', '.join(self.values)}"
+            f"{'any' if self.many else 'one'} of {', '.join(self.values)}"
             if not self.count
             else f"a whole number from 1 on, or {' or '.join(self.values)}"
         )
@@ -233,7 +236,7 @@ def check_bounds(cls: type, values: Mapping[str, Any], where: str = "") -> None:
         bounds, value = bounds_of(f), values.get(f.name)
         if bounds and value is not None and not bounds.holds(value):
             flag = f.name.replace("_", "-")
-            automatic = f.default in getattr(bounds, "also", ())
+            automatic = f.default in ("", *getattr(bounds, "also", ()))
             shown, advice = (f"{v:g}" if isinstance(v, float) else str(v) for v in (value, f.default))
             advice = f"leave --{flag} out" if automatic else f"try --{flag} {advice}"
             raise UserError(

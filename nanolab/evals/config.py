@@ -1,13 +1,14 @@
 """Flags of the evaluations and the report. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, Seed
+from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, OneOf, Seed
 from nanolab.data.config import DataConfig
-from nanolab.evals.modes import MODES
+from nanolab.evals.modes import MODES, PROBES
 
 LIKELIHOOD = {name for name, mode in MODES.items() if mode.questions}
+ProbeNames = Annotated[str, OneOf(PROBES, many=True)]
 # read once the tasks are open
 SAMPLING = [
     Condition("num_samples temperature top_k max_tokens tool", "tasks", lambda c: c.sampled, "a task that is sampled")
@@ -20,19 +21,21 @@ def modes(c: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class BaseEvalConfig(DataConfig):
-    """Evaluate a base model: bits per byte, samples, and with --modes core,hellaswag,lambada in-context tasks."""
+    """Evaluate a base model: bits per byte, samples, and with --modes in-context tasks and probes."""
 
     data: str = ""  # corpus name, or a weighted mixture; default: the run's own data
     # NAME[@STEP|best]; default: the newest finished run; with --all-checkpoints also several, NAME,NAME
     model: str = ""
     hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
     trust_code: bool = False  # run Python code that the folder of --hf brings
-    modes: str = "bpb,sample"  # any of bpb,sample,core,hellaswag,lambada
+    # any of bpb,sample,core,hellaswag,lambada, and of the probes lengths,attention,kurtosis,perplexity
+    modes: str = "bpb,sample"
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
     # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
     out: str = ""
     split_tokens: CountOrAuto = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
     device_batch_size: Count = 32  # rows of text in one forward pass on one device
     # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
@@ -46,18 +49,20 @@ class BaseEvalConfig(DataConfig):
 
     GROUPS = {
         "": "model modes all_checkpoints hf trust_code out json",
-        "data": "DataConfig split_tokens train_text",
+        "data": "DataConfig split_tokens train_text probe_tokens",
         "tasks": "eval_bundle max_per_task extra hellaswag hellaswag_bos",
         "run": "device_batch_size device_type seed",
     }
     CONDITIONS = [
         Condition("num_shards", "hf", lambda c: not c.hf or bool(c.data), "--data with a corpus of the hub"),
         Condition(
-            "data data_dir val_data num_shards split_tokens device_batch_size train_text",
+            "data data_dir val_data num_shards device_batch_size",
             "modes",
-            lambda c: "bpb" in modes(c),
-            "bpb among --modes",
+            lambda c: bool(modes(c) & {"bpb", *PROBES}),
+            "bpb or a probe among --modes",
         ),
+        Condition("split_tokens train_text", "modes", lambda c: "bpb" in modes(c), "bpb among --modes"),
+        Condition("probe_tokens", "modes", lambda c: bool(modes(c) & {*PROBES}), "a probe among --modes"),
         Condition(
             "train_text",
             "all_checkpoints",

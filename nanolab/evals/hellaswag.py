@@ -16,7 +16,7 @@ from typing import Any
 from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, read_items
 from nanolab.evals.likelihood import Scorer, judge_groups
-from nanolab.evals.score import Z95, Interval, wilson
+from nanolab.evals.score import Z95, Interval, perplexity, wilson
 from nanolab.runtime import Runtime
 from nanolab.tables import interval_text, text_table
 
@@ -80,18 +80,14 @@ def lambada(
     groups = icl.encode_groups(task.kind, items, mine, task.shots, task.delimiter, tokenizer)
     found = judge_groups(reader, groups, runtime, lambda scores, group: scores[0], task.label)
     n, nats = len(found), [s.nats for s in found]
-
-    def exp(x: float) -> float:
-        return math.exp(x) if x < 709 else math.inf  # which math.exp refuses
-
     accuracy, mean = sum(s.greedy for s in found) / n, statistics.fmean(nats)
     half = Z95 * statistics.stdev(nats) / math.sqrt(n) if n > 1 else None
-    ends = None if half is None else Interval(exp(mean - half), exp(mean + half))
+    ends = None if half is None else Interval(perplexity(mean - half), perplexity(mean + half))
     return {
         "n": n,
         "accuracy": accuracy,
         "interval": wilson(accuracy, n),
-        "perplexity": exp(mean),
+        "perplexity": perplexity(mean),
         "perplexity_interval": ends,
         "cut": sum(s.cut > 0 for s in found),
     }

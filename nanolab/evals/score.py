@@ -88,6 +88,11 @@ def wilson(p: float, n: int) -> Interval:
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
+def perplexity(nats: float) -> float:
+    """e^nats of a mean loss."""
+    return math.exp(nats) if nats < 709 else math.inf  # which math.exp refuses
+
+
 def centred(accuracy: float, baseline: float) -> float:
     """0 where guessing is always right, and nothing could be better."""
     return (accuracy - baseline) / (1 - baseline) if baseline < 1 else 0.0

@@ -11,6 +11,7 @@ from nanolab.evals.core import csv_lines
 from nanolab.evals.curve import drawing
 from nanolab.evals.likelihood import check_finite
 from nanolab.evals.modes import MODES
+from nanolab.evals.probes.common import Given, measure_probes, token_limit
 from nanolab.evals.record import merge_base
 from nanolab.evals.samples import PROMPTS, Continuation, continue_prompts, one_line, unconditioned
 from nanolab.files import write_text
@@ -38,6 +39,13 @@ def evaluate_base(cfg: BaseEvalConfig) -> int:
             f"--hf {cfg.hf} with {'--all-checkpoints' if cfg.all_checkpoints else f'--model {cfg.model}'}; expected one"
             " of them; leave one out"
         )
+    if cfg.hf and (probes := [mode for mode in modes if MODES[mode].probe]):
+        raise UserError(
+            f"--hf {cfg.hf} with the probe {probes[0]}; expected a run of nanolab, whose layers probes look into; name"
+            " one with --model (scripts.import_hf makes a run of a GPT-2)",
+            "probe-of-a-run",
+            probe=probes[0],
+        )
     check_bounds(type(cfg), vars(cfg))
     evaluate = evaluate_checkpoints if cfg.all_checkpoints else evaluate_model
     with closing(runtime.start(cfg.device_type, seed=cfg.seed)) as rt:
@@ -60,6 +68,9 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runt
         print0(*bpb_table(result), sep="\n")
     if "sample" in modes and rt.is_main:
         keep(draw_samples(cfg, subject, rt))
+    probes = [mode for mode in modes if MODES[mode].probe]
+    for name in probes:  # before `reader`, which prepares the model for inference
+        keep({name: probe(cfg, name, subject, rt)})
     reader = subject.reader() if suite.modes else None
     for mode in suite.modes:
         try:
@@ -81,7 +92,19 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runt
     if cfg.json:
         print0(as_json(result, "the result"))
     rt.barrier()
-    return 1 if any(result[mode].get("failed") for mode in suite.modes) else 0
+    return 1 if any(result[mode].get("failed") for mode in [*probes, *suite.modes]) else 0
+
+
+def probe(cfg: BaseEvalConfig, name: str, subject: Subject, rt: Runtime) -> dict:
+    """What a probe finds of the model on its validation text, and its settings."""
+    data = open_text(cfg, subject.pretraining)[1]
+    given = Given(subject.model, subject.tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size)
+    found = measure_probes([name], given)[name]
+    return found | {"settings": probe_settings(cfg, data.val_fingerprint, rt), "device": rt.device_name}
+
+
+def probe_settings(cfg: BaseEvalConfig, text: str, rt: Runtime) -> dict:
+    return {"text": text, "tokens": token_limit(cfg.probe_tokens, rt), "dtype": rt.dtype_name}
 
 
 def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
@@ -120,14 +143,19 @@ def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt
         if MODES[mode].questions:
             return suite.settings(mode, rt.dtype_name)
         text = open_text(cfg, pretraining(found))[1].val_fingerprint
+        if MODES[mode].probe:
+            return probe_settings(cfg, text, rt)
         return {"text": text, "tokens": split_tokens(cfg, rt), "dtype": rt.dtype_name}
 
     def measure(mode: str, subject: Subject) -> dict:
         if MODES[mode].questions:
             return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
+        if MODES[mode].probe:
+            return probe(cfg, mode, subject, rt)
         return text_bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
 
-    wanted = [mode for mode in modes if MODES[mode].ylabel]
+    # questions last: their reader prepares the model for inference
+    wanted = sorted((mode for mode in modes if MODES[mode].ylabel), key=lambda mode: MODES[mode].questions)
     if not wanted:
         raise UserError(
             f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of"

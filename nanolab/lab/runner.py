@@ -16,6 +16,8 @@ from nanolab.cli import UserError, nearest, to_json
 from nanolab.data.config import DataConfig
 from nanolab.data.corpus import open_data
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.modes import MODES
+from nanolab.evals.probes.common import names_in
 from nanolab.lab.processes import Planned, in_child, make_runs, row_of
 from nanolab.lab.results import Row, check_unedited, hash_of, new_record, number_at, read_results, write_results
 from nanolab.lab.stats import LOOKS, minimum_detectable, seeds_needed
@@ -158,7 +160,8 @@ def check_equal(study: Study, arms: dict[str, dict[str, Any]]) -> None:
 
 def plan_runs(study: Study, configs: dict[str, BaseTrainConfig], preview: Preview) -> list[Planned]:
     """The runs of a study, all arms of a seed before the next seed, each named by its key."""
-    sources = hash_of(sources_of("nanolab.stages.pretrain"))
+    probes = {MODES[name].probe for cfg in configs.values() for name in names_in(cfg.probes)}  # imported when asked for
+    sources = hash_of(sources_of("nanolab.stages.pretrain", *probes))
     planned = []
     for seed in study.seeds:
         for arm, cfg in configs.items():
@@ -171,10 +174,12 @@ def plan_runs(study: Study, configs: dict[str, BaseTrainConfig], preview: Previe
     return planned
 
 
-def sources_of(start: str) -> dict[str, str]:
-    """Module of nanolab -> sha256 of its file, of `start` and of every module that it imports, within functions too."""
+def sources_of(*start: str) -> dict[str, str]:
+    """Module of nanolab -> sha256 of its file, of `start` and of every module that they import, within functions
+    too.
+    """
     found: dict[str, str] = {}
-    todo = [start]
+    todo = list(start)
     while todo:
         name = todo.pop()
         path = (ROOT / name.replace(".", "/")).with_suffix(".py")

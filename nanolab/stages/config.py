@@ -20,6 +20,7 @@ from nanolab.cli import (
     at_least,
 )
 from nanolab.data.config import DataConfig
+from nanolab.evals.config import ProbeNames
 from nanolab.training.config import READ_BY_RECIPE, TrainingFlags
 
 Keep = Annotated[str, OneOf(("all",), count=True)]
@@ -97,6 +98,10 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     # folder of CORE's tasks; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
     sample_every: CountOrAuto = 2000  # steps between texts that the model writes; -1: off
+    # what is measured of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
+    # perplexity (nanolab/evals/probes)
+    probes: ProbeNames = ""
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
     # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats
@@ -108,7 +113,10 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         "data": "DataConfig",
         "model": "ModelFlags Architecture",
         "training": "TrainingFlags",
-        "evaluation": "eval_every eval_tokens core_metric_every core_metric_max_per_task eval_bundle sample_every",
+        "evaluation": (
+            "eval_every eval_tokens core_metric_every core_metric_max_per_task eval_bundle sample_every probes"
+            " probe_tokens"
+        ),
         "run": "RunFlags BaseTrainConfig",
     }
     CONDITIONS = [
@@ -116,6 +124,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         Condition("device_type", "plan_for", lambda c: not c.plan_for, "one of the two"),
         periodic("eval_tokens", "eval_every"),
         periodic("core_metric_max_per_task eval_bundle", "core_metric_every"),
+        Condition("probe_tokens", "probes", lambda c: bool(c.probes), "--probes"),
     ]
 
 

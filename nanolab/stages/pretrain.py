@@ -15,6 +15,7 @@ from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.bundle import CORE, open_bundle
 from nanolab.evals.core import Core, metrics
 from nanolab.evals.likelihood import GPTReader
+from nanolab.evals.probes.common import Given, measure_probes, names_in
 from nanolab.evals.published import ensure_bundle
 from nanolab.evals.samples import print_samples
 from nanolab.model.accounting import peak_bytes
@@ -99,10 +100,15 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     def sample(step: int) -> None:
         print_samples(model, tokenizer, rt, stop.asked)
 
+    def probe(step: int) -> dict[str, Any]:
+        given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked)
+        return {"probes": measure_probes(names_in(cfg.probes), given)}
+
     hooks = [
         Hook(at_steps(cfg.eval_every, first=True), validation),
         Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
         Hook(at_steps(cfg.sample_every), sample),
+        Hook(lambda step, last: last and bool(cfg.probes), probe),
     ]
     try:
         return fit(

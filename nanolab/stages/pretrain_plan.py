@@ -99,6 +99,7 @@ def describe(
         f"FLOPs           {flops}{plan.flops_per_token:.3e} per token",
         f"batch           {batch_text(plan.total_batch_size, m.sequence_len, plan.device_batch_size, plan.world_size)}",
         *rates_lines(cfg, plan),
+        *([f"probes          {cfg.probes}: measured once, of the finished model"] if cfg.probes else []),
         *memory_lines(memory, cfg.activation_checkpointing, plan.world_size),
         f"expected time   {expected_time(plan, kind, device_name, dtype, cfg.activation_checkpointing)[1]}",
     ]

@@ -25,6 +25,7 @@ from nanolab.evals import compressors, core
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import follow
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.evals.modes import PROBES
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint
@@ -239,8 +240,8 @@ def test_a_mode_that_does_not_exist_is_refused(world):
     with pytest.raises(
         UserError,
         match=(
-            "mode 'bbp' is unknown; expected one or more of bpb, sample, core, hellaswag, lambada; did you mean"
-            " --modes bpb"
+            "mode 'bbp' is unknown; expected one or more of bpb, sample, core, hellaswag, lambada, "
+            f"{', '.join(PROBES)}; did you mean --modes bpb"
         ),
     ):
         run(config(modes="bbp"))
