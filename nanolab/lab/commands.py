@@ -41,7 +41,7 @@ def lab(cfg: LabConfig) -> int:
             document = check_study(study, folder, scale)
             print(as_json(document, "the result"))
             return 0 if document["enough"] else 4
-        run_study(study, folder, scale, cfg.jobs)
+        run_study(study, folder, scale, cfg.jobs, cfg.slurm)
 
     from nanolab.lab.verdict import exit_code, verdict_of
 

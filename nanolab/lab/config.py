@@ -101,13 +101,15 @@ class LabConfig:
     # the study's TOML file (nanolab/lab/study.py); of threshold: runs or numbers, joined by commas; the second argument
     study: str = ""
     scale: str = ""  # one of the study's [scales]; default: the first
-    jobs: NonNegativeInt = 0  # runs at a time; 0: one for each core or GPU
+    jobs: NonNegativeInt = 0  # runs at a time; 0: one for each core or GPU, of --slurm all
+    # of run: jobs of a SLURM cluster, for example partition=gpu,timeout_min=60; default: processes of this machine
+    slurm: str = ""
     metric: str = "val/bpb"  # what of the runs' results threshold compares; A.B is B inside A
     above: float | None = None  # the bar that the mean should be above
     below: float | None = None  # the bar that it should be below
 
     CONDITIONS = [
-        Condition("jobs", "what", lambda c: c.what == "run", "lab run"),
+        Condition("jobs slurm", "what", lambda c: c.what == "run", "lab run"),
         Condition("scale", "what", lambda c: c.what != "threshold", "lab run, check or verdict"),
         Condition("metric above below", "what", lambda c: c.what == "threshold", "lab threshold"),
     ]

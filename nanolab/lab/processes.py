@@ -5,6 +5,7 @@ that its forks may."""
 
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,12 +19,12 @@ from typing import Any
 
 from nanolab.cli import UserError, to_json
 from nanolab.lab.results import Row, number_at
+from nanolab.lab.study import STAGES, stage_of
 from nanolab.records.console import clock
 from nanolab.records.environment import git_commit
 from nanolab.records.models import read_json, read_metrics, runs_dir
 from nanolab.runtime import print0
-from nanolab.stages.config import BaseTrainConfig
-from nanolab.stages.pretrain import pretrain
+from nanolab.stages.config import RunFlags
 from nanolab.training.gradients import NonFinite
 from nanolab.training.signals import NUMBERS, StopRequest
 
@@ -37,7 +38,7 @@ class Planned:
 
     arm: str
     seed: int
-    cfg: BaseTrainConfig  # whole: the run's name, seed and threads included
+    cfg: RunFlags  # whole: the run's name, seed and threads included
     identity: dict[str, Any]  # what its key is made of
     tries: int = 0
 
@@ -74,8 +75,41 @@ def answer(pipe: Any, work: Callable[..., Any], *args: Any) -> None:
     pipe.send(found)
 
 
-def make_runs(todo: list[Planned], jobs: int, gpus: int, metric: str) -> Iterator[tuple[Planned, Row]]:
-    """Make the runs and yield (run, its row) as they end. Raises SystemExit after a signal, when all are saved."""
+class Forks:
+    """Where runs are made: in forks of this process."""
+
+    def __init__(self, gpus: int = 0) -> None:
+        self.gpus = gpus  # of the machine
+
+    def start(self, run: Planned, slot: int) -> Any:
+        child = FORK.Process(target=train, args=(run.cfg, run.dir / "log.txt", slot, self.gpus))
+        child.start()
+        return child
+
+    def ended(self, children: list[Any]) -> list[Any]:
+        """Those that have ended; waits up to a second for one."""
+        sentinels = {child.sentinel: child for child in children}
+        return [sentinels[sentinel] for sentinel in connection.wait(list(sentinels), timeout=1)]
+
+    def code(self, child: Any) -> int | None:
+        child.join()
+        return child.exitcode
+
+    def stop(self, children: list[Any]) -> None:
+        """Have the runs that are on save and end."""
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
+
+
+def make_runs(
+    todo: list[Planned], jobs: int, gpus: int, metric: str, place: Any = None
+) -> Iterator[tuple[Planned, Row]]:
+    """Make the runs and yield (run, its row) as they end. Raises SystemExit after a signal, when all are saved.
+
+    place: slurm.Jobs; default: Forks."""
+    place = place or Forks(gpus)
     waiting, running, took = list(todo), {}, []
     free = list(range(jobs))
     gc.collect()
@@ -86,22 +120,17 @@ def make_runs(todo: list[Planned], jobs: int, gpus: int, metric: str) -> Iterato
                 while waiting and free and not stop.asked():
                     run, slot = waiting.pop(0), free.pop(0)
                     run.tries += 1
-                    child = FORK.Process(target=train, args=(run.cfg, run.dir / "log.txt", slot, gpus))
-                    child.start()
-                    running[child.sentinel] = run, slot, child, time.monotonic()
-                ended = connection.wait(list(running), timeout=1)
+                    running[place.start(run, slot)] = run, slot, time.monotonic()
+                ended = place.ended(list(running))
                 if stop.asked():
                     break
                 show_progress({} if ended else running, len(todo) - len(waiting) - len(running), len(todo))
-                for run, slot, child, began in map(running.pop, ended):
-                    child.join()
+                for child in ended:
+                    run, slot, began = running.pop(child)
+                    code = place.code(child)
                     free.append(slot)
-                    row = (
-                        row_of(run, time.monotonic() - began)
-                        if child.exitcode == 0
-                        else failure_of(run, child.exitcode)
-                    )
-                    if "failed" in row and run.tries < 2 and child.exitcode not in (REFUSED, DIVERGED):
+                    row = row_of(run, time.monotonic() - began) if code == 0 else failure_of(run, code)
+                    if "failed" in row and run.tries < 2 and code not in (REFUSED, DIVERGED):
                         print0(
                             f"{run.arm} seed {run.seed} crashed ({row['failed']}); once more, from its last checkpoint"
                         )
@@ -111,22 +140,14 @@ def make_runs(todo: list[Planned], jobs: int, gpus: int, metric: str) -> Iterato
                     print0(finished_line(run, row, metric, took, len(waiting) + len(running), len(todo), jobs))
                     yield run, row
         finally:  # also where what asks for the runs gives up
-            stop_all([child for _, _, child, _ in running.values()])
+            place.stop(list(running))
     if stop.asked():
         name = signal.Signals(stop.number).name
         print0(f"stopped by {name}; the runs that were on are saved. To go on, type the same command again")
         raise SystemExit(128 + stop.number)
 
 
-def stop_all(children: list[Any]) -> None:
-    """Have the runs that are on save and end."""
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join()
-
-
-def train(cfg: BaseTrainConfig, log: Path, slot: int, gpus: int) -> None:
+def train(cfg: RunFlags, log: Path, slot: int, gpus: int) -> None:
     """One run, in a process of its own. Its output goes to `log`."""
     for number in NUMBERS:  # those of the lab's process are not for this one
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -139,19 +160,24 @@ def train(cfg: BaseTrainConfig, log: Path, slot: int, gpus: int) -> None:
     with open(log, "a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.orig_argv = [sys.executable, "-m", "scripts.base_train", *flags_of_run(cfg)]
+    sys.orig_argv = [sys.executable, "-m", f"scripts.{STAGES[stage_of(cfg)].script}", *flags_of_run(cfg)]
     try:
-        pretrain(cfg)
+        function_of(stage_of(cfg))(cfg)
     except UserError as error:
         print(f"error [{error.code}]: {error}", flush=True)
         raise SystemExit(DIVERGED if isinstance(error, NonFinite) else REFUSED) from None
 
 
-def flags_of_run(cfg: BaseTrainConfig) -> list[str]:
+def function_of(stage: str) -> Callable[[RunFlags], Any]:
+    """The function that makes a run of a stage."""
+    return getattr(importlib.import_module(f"nanolab.stages.{stage}"), stage)
+
+
+def flags_of_run(cfg: RunFlags) -> list[str]:
     """The flags that are not at their defaults, as they are typed."""
     words = []
     for name, value in to_json(cfg).items():
-        if value != BaseTrainConfig.__dataclass_fields__[name].default:
+        if value != cfg.__dataclass_fields__[name].default:
             dashed = name.replace("_", "-")
             words += [f"--{'' if value else 'no-'}{dashed}"] if isinstance(value, bool) else [f"--{dashed}", str(value)]
     return words
@@ -161,7 +187,8 @@ def row_of(run: Planned, seconds: float = 0.0) -> Row:
     """The line of a finished run. seconds: of the whole process; where it was made before, training alone counts."""
     result = read_json(run.dir / "result.json")
     result.pop("run", None)
-    curve = [[row["step"], row["val/bpb"]] for row in read_metrics(run.dir) if row.get("val/bpb") is not None]
+    metric = STAGES[stage_of(run.cfg)].metric
+    curve = [[row["step"], row[metric]] for row in read_metrics(run.dir) if row.get(metric) is not None]
     return {
         "key": run.key,
         **run.identity,

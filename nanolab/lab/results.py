@@ -9,10 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nanolab.cli import UserError
+from nanolab.cli import UserError, nearest
 from nanolab.files import write_text
 
 KEPT = ("sources", "machine", "validation")  # facts that all runs of one table share
+OF_AN_ARM = (
+    "data",
+    "tokenizer",
+    "model",
+)  # facts that the runs of an arm share; arms may differ, and the table says so
 Row = dict[str, Any]
 
 
@@ -64,7 +69,8 @@ def check_unedited(
     """Raise UserError, with the names of the keys, where a study is not what was recorded before its first run. Seeds
     may be added, none may be left out.
     """
-    edited = [key for key in fixed if record and record["study"].get(key) != fixed[key]]
+    then = record["study"] if record else fixed
+    edited = [key for key in {**fixed, **then} if then.get(key) != fixed.get(key)]
     edited += ["seeds"] if {row["seed"] for row in rows} - set(seeds) else []
     if edited:
         raise UserError(
@@ -77,6 +83,12 @@ def check_unedited(
         )
 
 
+def prior_of(study: dict[str, Any]) -> tuple[float, float] | None:
+    """(sd, degrees of freedom) of the noise study that a record names."""
+    noise = study.get("noise")
+    return (noise["sd"], noise["df"]) if noise else None
+
+
 def number_at(result: dict[str, Any], metric: str) -> float | None:
     """The metric of a result by its name, or by names inside one another joined by dots; None where there is none."""
     found: Any = result.get(metric)
@@ -85,3 +97,15 @@ def number_at(result: dict[str, Any], metric: str) -> float | None:
         for part in metric.split("."):
             found = found.get(part) if isinstance(found, dict) else None
     return float(found) if isinstance(found, (int, float)) else None
+
+
+def check_metric(metric: str, results: list[dict[str, Any]]) -> None:
+    """Raise UserError where no run has the metric."""
+    if results and all(number_at(result, metric) is None for result in results):
+        names = [name for name in results[0] if number_at(results[0], name) is not None]
+        raise UserError(
+            f"no run has the metric {metric!r}{nearest(metric, names)}; expected one of {', '.join(names)}; correct"
+            " `metric` of the study, or measure it by its `flags`",
+            "metric-unknown",
+            metric=metric,
+        )

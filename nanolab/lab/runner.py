@@ -12,31 +12,36 @@ from typing import Any, NamedTuple
 import torch
 
 from nanolab import runtime
-from nanolab.cli import UserError, nearest, to_json
+from nanolab.cli import UserError, to_json
 from nanolab.data.config import DataConfig
-from nanolab.data.corpus import open_data
-from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.modes import MODES
 from nanolab.evals.probes.common import names_in
-from nanolab.lab.processes import Planned, in_child, make_runs, row_of
-from nanolab.lab.results import Row, check_unedited, hash_of, new_record, number_at, read_results, write_results
+from nanolab.lab.arms import FACTS, FINGERPRINTS
+from nanolab.lab.processes import Planned, function_of, in_child, make_runs, row_of
+from nanolab.lab.results import (
+    Row,
+    check_metric,
+    check_unedited,
+    hash_of,
+    new_record,
+    prior_of,
+    read_results,
+    write_results,
+)
 from nanolab.lab.stats import LOOKS, minimum_detectable, seeds_needed
-from nanolab.lab.study import OF_THE_LAB, ROOT, Study, identical_arms
+from nanolab.lab.study import OF_THE_LAB, ROOT, Noise, Study, identical_arms, stage_of
 from nanolab.lab.verdict import effects_of, paired_values
-from nanolab.model.accounting import n_params, peak_bytes
 from nanolab.records.console import clock
 from nanolab.records.environment import environment
 from nanolab.records.models import OF_STUDIES
-from nanolab.runtime import base_dir, print0
-from nanolab.stages.config import BaseTrainConfig
-from nanolab.stages.pretrain import kernels
-from nanolab.stages.pretrain_plan import expected_time, planned_memory
-from nanolab.training.schedule import make_plan
+from nanolab.runtime import print0
+from nanolab.stages.config import RunFlags
 
 OF_A_PROCESS = 700 << 20  # bytes that a run takes beside what its plan counts
 MACHINE = ("device", "device_name", "dtype", "threads", "world_size", "torch")  # of env.json: they decide the last bits
-# flags that say where things are, or what is said of a run: its data and tokenizer count by their fingerprints
-NOT_IN_KEY = {*OF_THE_LAB, "tokenizer", "wandb", "threads", "eval_bundle", *DataConfig.__dataclass_fields__}
+# flags that say where things are, or what is said of a run: data, tokenizer and model count by their fingerprints
+NOT_IN_KEY = {*OF_THE_LAB, "tokenizer", "model", "wandb", "threads", "eval_bundle", *DataConfig.__dataclass_fields__}
+OURS = ("nanolab", "tasks")  # packages whose sources decide a run's result
 
 
 class Preview(NamedTuple):
@@ -48,16 +53,24 @@ class Preview(NamedTuple):
     arms: dict[str, dict[str, Any]]  # arm -> tokens, steps, parameters, seconds, fingerprints
 
 
-def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0) -> None:
+def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm: str = "") -> None:
     """Make the runs of `study` that are not there, and write <folder>/runs.jsonl after each. jobs: at once; 0: as many
-    as the machine has cores or GPUs, and memory for.
+    as the machine has cores or GPUs, and memory for. slurm: parameters of a cluster's jobs, all of which are handed in
+    where jobs is 0.
 
     Raises UserError for a study that cannot be run or was edited, and SystemExit after a signal, when the runs that are
     on are saved."""
     record, before = read_results(folder)
     fixed, configs = study.fixed(scale), study.configs(scale)
     check_unedited(record, before, fixed, study.seeds, folder)
-    preview = in_child(preview_of, configs, jobs, record.get("threads", 0))
+    place = None
+    if slurm:
+        from nanolab.lab.slurm import Jobs
+
+        place = Jobs(slurm)
+    look = place.call if place else in_child
+    # a job is one run, which has the whole of what it asks for
+    preview = look(preview_of, configs, 1 if place else jobs, record.get("threads", 0), study.metric)
     check_equal(study, preview.arms)
     planned = plan_runs(study, configs, preview)
     known = {row["key"]: without_place(row) for row in before if "result" in row or row["diverged"]}
@@ -65,6 +78,8 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0) -> Non
     todo: dict[str, Planned] = {}
     for run in (run for run in planned if run.key not in known):
         todo.setdefault(run.key, run)
+    if place:
+        preview = preview._replace(jobs=jobs or max(1, len(todo)))
     announce(study, preview, configs, known, list(todo.values()), planned)
     note_stale(before, planned)
     record = (record or new_record(fixed, preview.machine["threads"])) | {"seeds": study.seeds}
@@ -74,7 +89,8 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0) -> Non
         write_results(folder, record, rows)
 
     write()
-    for run, row in make_runs(list(todo.values()), preview.jobs, preview.gpus, study.metric):
+    function_of(study.stage)  # what it imports is imported once, before the forks
+    for run, row in make_runs(list(todo.values()), preview.jobs, preview.gpus, study.metric, place):
         known[run.key] = row
         write()
         check_metric(study.metric, [row["result"] for row in known.values() if "result" in row])
@@ -83,18 +99,6 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0) -> Non
 def without_place(row: Row) -> Row:
     """A row without arm and seed: what arms of the same flags share."""
     return {name: value for name, value in row.items() if name not in ("arm", "seed")}
-
-
-def check_metric(metric: str, results: list[dict[str, Any]]) -> None:
-    """Raise UserError where no run has the metric."""
-    if results and all(number_at(result, metric) is None for result in results):
-        names = [name for name in results[0] if number_at(results[0], name) is not None]
-        raise UserError(
-            f"no run has the metric {metric!r}{nearest(metric, names)}; expected one of {', '.join(names)}; correct"
-            " `metric` of the study, or measure it by its `flags`",
-            "metric-unknown",
-            metric=metric,
-        )
 
 
 def note_stale(before: list[Row], planned: list[Planned]) -> None:
@@ -107,7 +111,7 @@ def note_stale(before: list[Row], planned: list[Planned]) -> None:
             print0(f"note            {run.arm} seed {run.seed} was made with other {', '.join(differ)}: made again")
 
 
-def preview_of(configs: dict[str, BaseTrainConfig], jobs: int, threads: int) -> Preview:
+def preview_of(configs: dict[str, RunFlags], jobs: int, threads: int, metric: str = "") -> Preview:
     """Open what the runs will open, and resolve their plans. threads: of each run, 0: not decided yet."""
     first = next(iter(configs.values()))
     kind = runtime.device_kind(first.device_type)
@@ -116,27 +120,10 @@ def preview_of(configs: dict[str, BaseTrainConfig], jobs: int, threads: int) -> 
     threads = first.threads or threads
     most = gpus or max(1, cores // (threads or 1))
     rt = runtime.start(first.device_type, "", first.seed, threads or max(1, cores // (jobs or most)))
-    arms: dict[str, dict[str, Any]] = {}
     opened: dict[Any, Any] = {}
-    for arm, cfg in configs.items():
-        kernels(cfg, rt)
-        texts = tuple(getattr(cfg, name) for name in ("tokenizer", *DataConfig.__dataclass_fields__))
-        if texts not in opened:
-            opened[texts] = Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"), open_data(cfg)
-        tokenizer, data = opened[texts]
-        plan = make_plan(cfg, tokenizer.vocab_size, 1, tokenizer.bos)
-        arms[arm] = {
-            "tokens": plan.tokens,
-            "steps": plan.num_iterations,
-            "parameters": n_params(plan.model)["total"],
-            "seconds": expected_time(plan, kind, rt.device_name, rt.dtype_name, cfg.activation_checkpointing)[0],
-            "bytes": peak_bytes(planned_memory(cfg, plan, kind, rt.dtype_name)) + OF_A_PROCESS,
-            "tokenizer": tokenizer.hash,
-            "data": data.fingerprint,
-            "validation": data.val_fingerprint,
-        }
+    arms = {arm: FACTS[stage_of(cfg)](cfg, rt, opened, metric) for arm, cfg in configs.items()}
     if not gpus:
-        largest = max(row["bytes"] for row in arms.values())
+        largest = max(row["bytes"] for row in arms.values()) + OF_A_PROCESS
         most = max(1, min(most, runtime.free_bytes(rt.device) // largest))
     machine = {key: value for key, value in environment(rt).items() if key in MACHINE}
     return Preview(jobs or most, gpus, machine, arms)
@@ -151,54 +138,54 @@ def check_equal(study: Study, arms: dict[str, dict[str, Any]]) -> None:
             raise UserError(
                 f"the arms differ in {fact}: {shown}; expected the same for all"
                 + (f' (match = "{study.match}"); give all arms one --num-iterations' if fact == study.match else "")
-                + ("; name one text with --val-data" if fact == "validation" else ""),
+                + ("; measure all on the same text or questions" if fact == "validation" else ""),
                 "arms-unequal",
                 fact=fact,
                 arms=values,
             )
 
 
-def plan_runs(study: Study, configs: dict[str, BaseTrainConfig], preview: Preview) -> list[Planned]:
+def plan_runs(study: Study, configs: dict[str, RunFlags], preview: Preview) -> list[Planned]:
     """The runs of a study, all arms of a seed before the next seed, each named by its key."""
-    probes = {MODES[name].probe for cfg in configs.values() for name in names_in(cfg.probes)}  # imported when asked for
-    sources = hash_of(sources_of("nanolab.stages.pretrain", *probes))
+    # probes are imported when they are asked for
+    probes = {MODES[name].probe for cfg in configs.values() for name in names_in(getattr(cfg, "probes", ""))}
+    sources = hash_of(sources_of(f"nanolab.stages.{study.stage}", *probes))
     planned = []
     for seed in study.seeds:
         for arm, cfg in configs.items():
             cfg = replace(cfg, seed=seed, threads=preview.machine["threads"], resume=True)
             flags = {name: value for name, value in to_json(cfg).items() if name not in NOT_IN_KEY}
-            texts = {name: preview.arms[arm][name] for name in ("tokenizer", "data", "validation")}
-            identity = {"sources": sources, "machine": preview.machine, **texts}
+            facts = preview.arms[arm]
+            fingerprints = {name: facts[name] for name in FINGERPRINTS if name in facts}
+            identity = {"sources": sources, "machine": preview.machine, **fingerprints}
             name = f"{OF_STUDIES}{hash_of([flags, seed, identity])[:16]}"
             planned.append(Planned(arm, seed, replace(cfg, run=name), identity))
     return planned
 
 
 def sources_of(*start: str) -> dict[str, str]:
-    """Module of nanolab -> sha256 of its file, of `start` and of every module that they import, within functions
-    too.
-    """
+    """Module of ours -> sha256 of its file, of `start` and of every module that they import, within functions too."""
     found: dict[str, str] = {}
     todo = list(start)
     while todo:
         name = todo.pop()
-        path = (ROOT / name.replace(".", "/")).with_suffix(".py")
+        path = ROOT / ("tasks/__init__.py" if name == "tasks" else name.replace(".", "/") + ".py")
         if name in found or not path.exists():  # a package, or a name in a module
             continue
         text = path.read_bytes()
         found[name] = hashlib.sha256(text).hexdigest()
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "nanolab":
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names if alias.name.startswith("nanolab.")]
+                todo += [alias.name for alias in node.names if alias.name.split(".")[0] in OURS]
     return found
 
 
 def announce(
     study: Study,
     preview: Preview,
-    configs: dict[str, BaseTrainConfig],
+    configs: dict[str, RunFlags],
     known: dict[str, Row],
     todo: list[Planned],
     planned: list[Planned],
@@ -234,11 +221,12 @@ def check_study(study: Study, folder: Path, scale: str = "") -> dict[str, Any]:
     record, rows = read_results(folder)
     configs = study.configs(scale)
     check_unedited(record, rows, study.fixed(scale), study.seeds, folder)
-    preview = in_child(preview_of, configs, 0, record.get("threads", 0))
+    preview = in_child(preview_of, configs, 0, record.get("threads", 0), study.metric)
     check_equal(study, preview.arms)
     effects = effects_of(record["study"], paired_values(record, rows)[1]) if rows else {}
     noises = [effect.sd for effect in effects.values() if effect.sd]
-    sd, source = (max(noises), "of the runs made") if noises else (study.noise, "that the study names")
+    named = study.noise.sd if isinstance(study.noise, Noise) else study.noise
+    sd, source = (max(noises), "of the runs made") if noises else (named, "that the study names")
     if sd is None:
         raise UserError(
             f"the noise of a paired difference is not known; expected {LOOKS[0]} seeds of this study, or the standard"
@@ -247,7 +235,9 @@ def check_study(study: Study, folder: Path, scale: str = "") -> dict[str, Any]:
         )
     arms, n = len(study.others), len(study.seeds)
     look = n if n > LOOKS[-1] else max(look for look in LOOKS if look <= n)
-    visible, needed = minimum_detectable(look, sd, arms=arms), seeds_needed(study.matters, sd, arms=arms)
+    prior = prior_of(study.fixed(scale))
+    visible = minimum_detectable(look, sd, arms=arms, prior=prior)
+    needed = seeds_needed(study.matters, sd, arms=arms, prior=prior)
     took = [row["seconds"] for row in rows if "result" in row]
     each = sum(took) / len(took) if took else max((row["seconds"] or 0) for row in preview.arms.values())
     seconds = each * needed * len(study.arms) / preview.jobs

@@ -10,28 +10,56 @@
     [predict]
     head = "better"
 
-Each (arm, seed) is a pretraining run with the flags of the study, of the scale and of the arm, in this order: a later
-one wins. Imports no torch."""
+Each (arm, seed) is a run of the study's stage (pretraining, unless `stage` says sft or rl) with the flags of the study,
+of the scale and of the arm, in this order: a later one wins. Imports no torch."""
 
 import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nanolab
 from nanolab.cli import UserError, current_name, nearest, parse, read_toml, unknown_flag
-from nanolab.stages.config import BaseTrainConfig
+from nanolab.stages.config import BaseTrainConfig, RLConfig, RunFlags, SFTConfig
 
 ROOT = Path(nanolab.__file__).resolve().parents[1]
 OF_THE_LAB = ("run", "resume", "dry_run", "plan_for", "seed")  # flags that the lab itself gives its runs
-FIRST = ("--sample-every", "-1")  # of every run; a study's own flags come later
 MAY_GROW = ("seeds", "noise", "results")  # what a study may change after its first run
 LEAST_SEEDS = 3  # the first look of stats.py
 MATCHES = ("tokens", "steps")
 Verdict = Literal["better", "worse", "equivalent"]
+
+
+class StudyStage(NamedTuple):
+    """What the runs of a study may be."""
+
+    config: type[RunFlags]
+    script: str
+    metric: str  # of a study that names none; also that of its curves
+    direction: str  # in which it is better
+    first: tuple[str, ...] = ()  # flags of every run; a study's own come later
+
+
+STAGES = {  # the function of nanolab.stages that makes a run has the name of the stage
+    "pretrain": StudyStage(BaseTrainConfig, "base_train", "val/bpb", "lower", ("--sample-every", "-1")),
+    "sft": StudyStage(SFTConfig, "chat_sft", "val/loss", "lower"),
+    "rl": StudyStage(RLConfig, "chat_rl", "eval/pass@1", "higher"),
+}
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Noise(BaseModel):
+    """What a noise study found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sd: Positive  # of a paired difference
+    df: Positive  # degrees of freedom of that: of n pairs n - 1
 
 
 class Study(BaseModel):
@@ -42,15 +70,18 @@ class Study(BaseModel):
     question: str
     arms: dict[str, str]  # name -> flags
     baseline: str  # the arm that the others are compared with
-    matters: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # in units of the metric
-    metric: str = "val/bpb"  # a name in a run's result.json; A.B is B inside A
-    direction: Literal["lower", "higher"] = "lower"  # which is better
+    matters: Positive  # in units of the metric
+    stage: Literal["pretrain", "sft", "rl"] = "pretrain"  # what its runs are
+    metric: str = ""  # a name in a run's result.json; A.B is B inside A; default: the stage's
+    direction: Literal["lower", "higher", ""] = ""  # which is better; default: as of the stage's metric
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = [42, 43, 44]
     flags: str = ""  # of all arms
     predict: dict[str, Verdict] | str = ""  # arm -> verdict, or a sentence; recorded before the first run
     scales: dict[Literal["cpu", "gpu", "full"], str] = {}  # name -> more flags of all arms
     match: str = "tokens"  # what all arms have the same number of
-    noise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # sd of a paired difference, for check
+    # sd of a paired difference, for check; as a table with sd and df it is known before the first run, and verdicts
+    # moderate their variance by it
+    noise: Noise | Positive | None = None
     results: str = ""  # folder of the results, relative to the file; default: dev/results/NAME
 
     @property
@@ -69,33 +100,49 @@ class Study(BaseModel):
             )
         return name or next(iter(self.scales), "")
 
-    def config(self, arm: str, scale: str = "") -> BaseTrainConfig:
+    def config(self, arm: str, scale: str = "") -> RunFlags:
         """The flags of an arm at a scale, parsed. Raises UserError, with the name of what is wrong."""
+        stage = STAGES[self.stage]
         parts = {"the study's flags": self.flags, f"scale {scale}": self.scales.get(scale, "")}  # type: ignore
-        words = list(FIRST)
+        words = list(stage.first)
         for where, text in (parts | {f"arm {arm}": self.arms[arm]}).items():
-            words += flag_words(text, where)
+            words += flag_words(text, where, stage)
         try:
-            return parse(BaseTrainConfig, words)
+            cfg = parse(stage.config, words)
         except UserError as error:
             raise UserError(f"arm {arm}: {error}", error.code, arm=arm, **error.values) from None
         except SystemExit:
             raise UserError(
-                f"arm {arm}: its flags cannot be read (see above); expected those of scripts.base_train; correct them",
+                f"arm {arm}: its flags cannot be read (see above); expected those of scripts.{stage.script}; correct"
+                " them",
                 "arm-flags",
                 arm=arm,
             ) from None
+        if not getattr(cfg, "model", "named"):
+            raise UserError(
+                f"arm {arm} names no model to start from; expected one, since the newest may be another tomorrow; add"
+                " --model NAME to the study's flags",
+                "model-unnamed",
+                arm=arm,
+            )
+        return cfg
 
-    def configs(self, scale: str) -> dict[str, BaseTrainConfig]:
+    def configs(self, scale: str) -> dict[str, RunFlags]:
         return {arm: self.config(arm, scale) for arm in self.arms}
 
     def fixed(self, scale: str) -> dict[str, Any]:
         """What the study's record holds before its first run, and what may not change after it."""
-        return self.model_dump(exclude=set(MAY_GROW)) | {"scale": scale}
+        fixed = self.model_dump(exclude=set(MAY_GROW)) | {"scale": scale}
+        return fixed | ({"noise": self.noise.model_dump()} if isinstance(self.noise, Noise) else {})
 
 
-def flag_words(text: str, where: str) -> list[str]:
-    """The words of `text`. Raises UserError for flags that base_train does not have, or that the lab gives itself."""
+def stage_of(cfg: RunFlags) -> str:
+    """The name of the stage that these are the flags of."""
+    return next(name for name, stage in STAGES.items() if type(cfg) is stage.config)
+
+
+def flag_words(text: str, where: str, stage: StudyStage) -> list[str]:
+    """The words of `text`. Raises UserError for flags that the stage does not have, or that the lab gives itself."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -105,10 +152,10 @@ def flag_words(text: str, where: str) -> list[str]:
             where=where,
         ) from None
     for word in (word for word in words if word.startswith("--")):
-        name = current_name(BaseTrainConfig, word[2:].partition("=")[0].replace("-", "_"))
-        if (hint := unknown_flag(BaseTrainConfig, name)) is not None:
+        name = current_name(stage.config, word[2:].partition("=")[0].replace("-", "_"))
+        if (hint := unknown_flag(stage.config, name)) is not None:
             raise UserError(
-                f"{where}: {word} is not a flag of scripts.base_train{hint}; --help lists them",
+                f"{where}: {word} is not a flag of scripts.{stage.script}{hint}; --help lists them",
                 "unknown-flag",
                 where=where,
                 flag=name,
@@ -150,6 +197,8 @@ def study_of(values: Mapping[str, Any], where: str) -> Study:
             "study-value",
             key=key,
         ) from None
+    default = {"metric": STAGES[study.stage].metric, "direction": STAGES[study.stage].direction}
+    study = study.model_copy(update={name: value for name, value in default.items() if not getattr(study, name)})
     names = list(study.arms)
     for arm in [study.baseline, *(study.predict if isinstance(study.predict, dict) else ())]:
         if arm not in names:
@@ -182,7 +231,7 @@ def folder_of(study: Study, path: Path, scale: str) -> Path:
     return folder / scale
 
 
-def identical_arms(configs: Mapping[str, BaseTrainConfig]) -> list[list[str]]:
+def identical_arms(configs: Mapping[str, RunFlags]) -> list[list[str]]:
     """The groups of arms whose flags come to the same."""
     groups: dict[str, list[str]] = {}
     for arm, cfg in configs.items():

@@ -12,13 +12,16 @@ from typing import Any
 
 from nanolab.cli import UserError
 from nanolab.files import write_text
-from nanolab.lab.results import KEPT, Row, number_at, read_results
+from nanolab.lab.curves import training_saved
+from nanolab.lab.results import KEPT, OF_AN_ARM, Row, check_metric, number_at, prior_of, read_results
 from nanolab.lab.stats import LOOKS, Effect, verdicts
+from nanolab.lab.study import STAGES
 from nanolab.records.console import clock
 from nanolab.tables import interval_text, markdown_table, text_table
 
 EXIT = {"better": 0, "unresolved": 4, "missing": 4, "equivalent": 3, "identical": 3, "worse": 1, "diverged": 1}
-COLUMNS = ["arm", "flags", "seeds", "mean", "difference", "interval", "verdict", "predicted", "to know", "time a run"]
+COLUMNS = ["arm", "flags", "seeds", "mean", "difference", "interval", "training saved", "verdict", "predicted"]
+COLUMNS += ["to know", "time a run"]
 
 
 def verdict_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -34,6 +37,7 @@ def verdict_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
         )
     check_same_facts(rows)
     study = record["study"]
+    check_metric(study["metric"], [row["result"] for row in rows if "result" in row])
     seeds, values = paired_values(record, rows)
     effects = effects_of(study, values)
     arms = {
@@ -44,6 +48,7 @@ def verdict_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
             "verdict": effects[arm].verdict if arm in effects else None,
             "predicted": study["predict"].get(arm) if isinstance(study["predict"], dict) else None,
             "effect": asdict(effects[arm]) if arm in effects else None,
+            "saved": saved_by(effects[arm], seeds, study, rows) if arm in effects else None,
             "failed": {row["seed"]: row["failed"] for row in rows if row["arm"] == arm and "failed" in row},
         }
         for arm, flags in study["arms"].items()
@@ -77,8 +82,23 @@ def effects_of(study: dict[str, Any], values: dict[str, list[float]]) -> dict[st
     """Arm -> its effect, of those that have run. All arms of the study count in the family, run or not."""
     arms = {arm: found for arm, found in values.items() if arm != study["baseline"]}
     lower = study["direction"] == "lower"
-    found = verdicts(values[study["baseline"]], arms, matters=study["matters"], lower_is_better=lower)
+    plan = {"matters": study["matters"], "lower_is_better": lower, "prior": prior_of(study)}
+    found = verdicts(values[study["baseline"]], arms, **plan)
     return {one.arm: one for one in found if one.seeds}
+
+
+def saved_by(effect: Effect, seeds: list[int], study: dict[str, Any], rows: list[Row]) -> float | None:
+    """The share of training that an arm saves on the seeds that both have run; None where the curves are of another
+    metric, or a run diverged.
+    """
+    judged = set(seeds[: effect.seeds])
+    arm, baseline = (
+        [row for row in rows if row["arm"] == name and row["seed"] in judged]
+        for name in (effect.arm, study["baseline"])
+    )
+    if study["metric"] != STAGES[study["stage"]].metric or not all("curve" in row for row in arm + baseline):
+        return None
+    return training_saved(arm, baseline, study["direction"] == "lower")
 
 
 def mean_of(values: list[float]) -> float | None:
@@ -98,21 +118,44 @@ def exit_code(document: dict[str, Any]) -> int:
     return next(code for name, code in EXIT.items() if name in found)
 
 
+def by_value(fact: str, runs: list[tuple[str, Row]]) -> dict[str, list[str]]:
+    """The values of a fact -> the names of the runs that have it."""
+    groups: dict[str, list[str]] = {}
+    for name, row in runs:
+        groups.setdefault(str(row.get(fact)), []).append(name)
+    return groups
+
+
 def check_same_facts(rows: list[Row]) -> None:
-    """Raise UserError where runs differ in the sources, machine or validation text."""
-    for fact in KEPT:
-        groups: dict[str, list[str]] = {}
-        for row in rows:
-            groups.setdefault(str(row[fact]), []).append(f"{row['arm']} seed {row['seed']}")
+    """Raise UserError where runs differ in the sources, machine or validation text, or those of one arm in what they
+    are trained on.
+    """
+    named = [(f"{row['arm']} seed {row['seed']}", row) for row in rows]
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    asked = [(fact, named) for fact in KEPT]
+    asked += [(fact, [one for one in named if one[1]["arm"] == arm]) for fact in OF_AN_ARM for arm in arms]
+    for fact, runs in asked:
+        groups = by_value(fact, runs)
         if len(groups) > 1:
-            shown = "; ".join(f"{value[:120]}: {', '.join(runs)}" for value, runs in groups.items())
+            shown = "; ".join(f"{value[:120]}: {', '.join(names)}" for value, names in groups.items())
             raise UserError(
-                f"the runs differ in {fact} ({shown}); expected the same for all runs of a table; run the study again,"
-                " which makes those that differ",
+                f"the runs differ in {fact} ({shown}); expected the same for all runs of"
+                f" {'a table' if runs is named else 'an arm'}; run the study again, which makes those that differ",
                 "runs-differ",
                 fact=fact,
                 groups=list(groups.values()),
             )
+
+
+def what_differs(rows: list[Row]) -> list[str]:
+    """A line for each fact in which arms differ."""
+    lines = []
+    for fact in OF_AN_ARM:
+        groups = by_value(fact, [(row["arm"], row) for row in rows])
+        if len(groups) > 1:
+            names = " / ".join(", ".join(dict.fromkeys(arms)) for arms in groups.values())
+            lines.append(f"The arms differ in {fact}: {names}.")
+    return lines
 
 
 def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], table: list[str]) -> list[str]:
@@ -120,12 +163,15 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
     machine, study = rows[0]["machine"], record["study"]
     effects = [one["effect"] for one in document["arms"].values() if one["effect"]]
     variance = ", ".join(dict.fromkeys(effect["variance"] for effect in effects if effect["n"]))
+    if prior := prior_of(study):
+        variance += f"; the noise study's sd of a paired difference is {prior[0]:g}, {prior[1]:g} degrees of freedom"
     lines = [
         f"# {document['question']}",
         "",
         (
             f"{document['metric']}, {document['direction']} is better, after training with equal {study['match']}: each"
-            f" arm minus {document['baseline']}, paired by seed. A difference of {document['matters']:g} matters."
+            f" arm minus {document['baseline']}, paired by seed, on one validation set. A difference of"
+            f" {document['matters']:g} matters."
         ),
         "",
         *table,
@@ -135,6 +181,13 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
             f" verdicts allow for the number of arms too (Holm). Variance: {variance or 'not known yet'}."
         ),
     ]
+    if any(one["saved"] is not None for one in document["arms"].values()):
+        lines.append(
+            "Training saved: the share of its training that the arm does not need to be where the baseline ends; where"
+            " it is negative, that the baseline does not need to be where the arm ends. Read from the mean curves,"
+            " straight between measurements. Rates fall towards the end of a run, so that one planned to end at the"
+            " crossing would save more: the share is a bound, and has no interval."
+        )
     prediction = study["predict"] if isinstance(study["predict"], str) else ""
     lines += [f"Predicted before the first run: {prediction}"] if prediction else []
     same: dict[str, list[str]] = {}
@@ -144,6 +197,7 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
         f"The same flags, and so the same runs: {arms}."
         for arms in dict.fromkeys(", ".join(arms) for arms in same.values() if len(arms) > 1)
     ]
+    lines += what_differs(rows)
     lines += [f"Missing: {', '.join(document['missing'])}."] if document["missing"] else []
     lines += [
         f"Failed: {arm} seed {seed}: {why}"
@@ -165,13 +219,14 @@ def cells(arm: str, one: dict[str, Any], document: dict[str, Any]) -> list[str]:
     """A row of the table."""
     effect, flags = one["effect"], f"`{one['flags']}`" if one["flags"] else "-"
     mean, took = ("-" if x is None else f"{x:{form}}" for x, form in ((one["mean"], ".5f"), (one["seconds"], ".1f")))
-    found = ["-", "-", "baseline" if arm == document["baseline"] else "missing"]
+    found = ["-", "-", "-", "baseline" if arm == document["baseline"] else "missing"]
     needed, seeds = "-", str(len(document["seeds"])) if arm == document["baseline"] else "0"
     if effect:
         seeds = str(effect["n"]) + (f" of {effect['seeds']}" if effect["seeds"] != effect["n"] else "")
         difference = "-" if effect["mean"] is None else f"{effect['mean']:+.5f}"
         interval = None if effect["low"] is None else (effect["low"], effect["high"])
-        found = [difference, interval_text(interval, "+.5f"), one["verdict"]]
+        saved = "-" if one["saved"] is None else f"{100 * one['saved']:+.0f} %"
+        found = [difference, interval_text(interval, "+.5f"), saved, one["verdict"]]
         if effect["seeds_needed"]:
             pair = sum(document["arms"][name]["seconds"] or 0 for name in (arm, document["baseline"]))
             more = effect["seeds_needed"] - effect["seeds"]

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from nanolab.cli import UserError
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.lab import commands, processes, runner
 from nanolab.lab.config import LabConfig
-from nanolab.lab.curves import draw_curves, points_of
+from nanolab.lab.curves import draw_curves, points_of, training_saved
 from nanolab.lab.results import new_record, read_results, write_results
 from nanolab.lab.study import read_study, study_of, to_toml
 from nanolab.lab.verdict import exit_code, verdict_of
@@ -406,6 +407,61 @@ def test_curves_are_means_over_seeds_with_the_lowest_and_the_highest(tmp_path):
     assert draw_curves(folder).read_bytes() == first
 
 
+def with_curve(seed: int, curve) -> dict:
+    return {"seed": seed, "curve": [[0, 99.0], *([step, float(value)] for step, value in curve)]}
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_training_saved_is_where_the_better_curve_reaches_the_other_s_end(lower):
+    """On 1 + 4 / x and 1 + 2 / x the second is at the first one's end after half of the way. By hand between two
+    measurements, and with the sign that says which of the two is ahead."""
+    sign = 1 if lower else -1
+    steps = range(1, 101)
+    slow, fast = ([with_curve(1, [(x, sign * (1 + k / x)) for x in steps])] for k in (4, 2))
+    assert training_saved(fast, slow, lower) == pytest.approx(0.5)
+    assert training_saved(slow, fast, lower) == pytest.approx(-0.5)
+    assert training_saved(fast, fast, lower) == 0
+    coarse = [with_curve(1, [(10, sign * 3), (20, sign * 1)]), with_curve(2, [(10, sign * 5), (20, sign * 3)])]
+    end = [with_curve(1, [(10, sign * 9), (20, sign * 2.5)]), with_curve(2, [(10, sign * 9), (20, sign * 2.5)])]
+    assert training_saved(coarse, end, lower) == pytest.approx(1 - 17.5 / 20)  # 4 at 10, 2 at 20: 2.5 at 17.5
+    assert training_saved(coarse, [with_curve(1, [(20, sign * 9)])], lower) is None
+    early = [with_curve(1, [(10, sign * 1), (20, sign * 0.5)])]
+    assert training_saved(early, end, lower) == 0.5  # the first measurement is past it: no more is known
+
+
+def test_the_table_says_what_training_an_effect_saves(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": [x - 0.5 for x in BASE], "c": BASE})
+    record, rows = read_results(folder)
+    for row in rows:
+        last = row["result"]["val/bpb"]
+        row["curve"] = [[0, 9.0], [5, last + 0.5 + (row["arm"] == "c")], [10, last]]
+    write_results(folder, record, rows)
+    document, lines = verdict_of(folder)
+    assert [one["saved"] for one in document["arms"].values()] == [None, 0.5, 0.0]
+    [row] = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| b |")]
+    assert "| +50 % |" in row
+    for row in rows:
+        row["result"]["train/loss"] = row["result"]["val/bpb"]
+    record = new_record(record["study"] | {"metric": "train/loss"}, 1) | {"seeds": record["seeds"]}
+    write_results(folder, record, rows)
+    assert verdict_of(folder)[0]["arms"]["b"]["saved"] is None  # the curves are of another metric
+
+
+def test_a_noise_study_moderates_the_variance_and_the_table_says_so(tmp_path):
+    """As stats.verdicts does with the same prior; the difference is shown that three seeds alone do not show."""
+    found = {"a": BASE, "b": [0.72, 1.76, 2.77]}
+    alone, lines = verdict_of(results(tmp_path / "alone", found))
+    noise = {"sd": 0.03, "df": 9}
+    beside, more = verdict_of(results(tmp_path / "beside", found, noise=noise))
+    effects = [one["arms"]["b"]["effect"] for one in (alone, beside)]
+    assert [effect["variance"] for effect in effects] == ["own", "own, moderated"]
+    assert effects[1]["df"] == 2 + 9
+    square = (2 * statistics.variance(d - x for d, x in zip(found["b"], BASE)) + 9 * 0.03**2) / 11
+    assert effects[1]["sd"] == pytest.approx(square**0.5)
+    assert effects[1]["high"] - effects[1]["low"] < effects[0]["high"] - effects[0]["low"]
+    assert any("0.03" in line and "9 degrees" in line for line in more) and not any("degrees" in line for line in lines)
+
+
 def test_runs_of_other_sources_are_refused_in_one_table(tmp_path):
     folder = results(tmp_path, {"a": BASE, "b": BASE})
     for fact in ("sources", "machine", "validation"):
@@ -423,11 +479,46 @@ def test_runs_of_other_sources_are_refused_in_one_table(tmp_path):
     assert error.value.code == "no-results"
 
 
+@pytest.mark.parametrize("fact", ["data", "tokenizer", "model"])
+def test_what_an_arm_is_trained_on_is_one_thing_and_where_arms_differ_the_table_says_so(tmp_path, fact):
+    folder = results(tmp_path, {"a": BASE, "b": BASE, "c": BASE})
+    record, rows = read_results(folder)
+    for row in rows:
+        row[fact] = "other" if row["arm"] == "b" else "one"
+    write_results(folder, record, rows)
+    _, lines = verdict_of(folder)
+    assert f"The arms differ in {fact}: a, c / b." in lines and f"differ in {fact}" in (folder / "table.md").read_text()
+    rows[1][fact] = "third"
+    write_results(folder, record, rows)
+    with pytest.raises(UserError) as error:
+        verdict_of(folder)
+    assert (error.value.code, error.value.values["fact"]) == ("runs-differ", fact)
+    assert error.value.values["groups"] == [["b seed 42"], ["b seed 43", "b seed 44"]]
+
+
+def test_arms_of_the_same_flags_are_named_in_the_table(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": BASE, "c": [1.1, 2.2, 3.0]})
+    record, rows = read_results(folder)
+    for row in rows:
+        row["key"] = f"{row['arm'].replace('b', 'a')} {row['seed']}"
+    write_results(folder, record, rows)
+    document, lines = verdict_of(folder)
+    assert document["arms"]["b"]["verdict"] == "identical"
+    assert [line for line in lines if "same runs" in line] == ["The same flags, and so the same runs: a, b."]
+
+
 def test_a_metric_that_no_run_has_is_refused():
     with pytest.raises(UserError, match="did you mean val/bpb") as error:
         runner.check_metric("val/bqb", [{"val/bpb": 1.0, "kind": "base"}])
     assert error.value.code == "metric-unknown"
     runner.check_metric("val/bpb", [{}, {"val/bpb": 1.0}])
+
+
+def test_a_verdict_on_a_metric_that_no_run_has_is_refused(tmp_path):
+    folder = results(tmp_path, {"a": BASE, "b": BASE}, metric="val/bqb")
+    with pytest.raises(UserError, match="did you mean val/bpb") as error:
+        verdict_of(folder)
+    assert error.value.code == "metric-unknown"
 
 
 def test_a_mean_against_a_bar(base_dir, capsys):

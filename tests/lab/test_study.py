@@ -10,6 +10,7 @@ import pytest
 from nanolab.cli import UserError, read_toml
 from nanolab.lab.results import check_unedited, hash_of, new_record, number_at, read_results, write_results
 from nanolab.lab.study import ROOT, Study, folder_of, identical_arms, read_study, study_of, to_toml
+from nanolab.stages.config import BaseTrainConfig, RLConfig, SFTConfig
 
 FLAGS = "--depth 1 --aspect-ratio 32 --head-dim 32 --max-seq-len 32 --num-iterations 6"
 GATE = {
@@ -36,6 +37,8 @@ def code_of(values: dict, scale: str = "") -> tuple[str, dict]:
         ({"matters": float("nan")}, "study-value", {"key": "matters"}),
         ({"seeds": [42, -1]}, "study-value", {"key": "seeds"}),
         ({"direction": "up"}, "study-value", {"key": "direction"}),
+        ({"noise": {"sd": 0.1}}, "study-value", {"key": "noise"}),
+        ({"noise": {"sd": 0.1, "df": 0}}, "study-value", {"key": "noise"}),
         ({"predict": {"head": "best"}}, "study-value", {"key": "predict"}),
         ({"predict": {"heed": "better"}}, "arm-unknown", {"arm": "heed"}),
         ({"baseline": "nine"}, "arm-unknown", {"arm": "nine"}),
@@ -52,6 +55,10 @@ def code_of(values: dict, scale: str = "") -> tuple[str, dict]:
         ({"arms": {"none": "", "head": "--depth 0"}}, "flag-out-of-bounds", {"arm": "head", "flag": "depth"}),
         ({"arms": {"none": "", "head": "--depth two"}}, "arm-flags", {"arm": "head"}),
         ({"arms": {"none": "", "head": "--preset gpt9"}}, "arm-flags", {"arm": "head"}),
+        ({"stage": "finetune"}, "study-value", {"key": "stage"}),
+        ({"stage": "sft"}, "unknown-flag", {"where": "the study's flags", "flag": "depth"}),
+        ({"stage": "sft", "flags": "--model b"}, "unknown-flag", {"where": "arm head", "flag": "gate"}),
+        ({"stage": "rl", "flags": "--kl 0", "arms": {"none": "", "head": "--kl 1"}}, "model-unnamed", {"arm": "none"}),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_by_name(changes, code, values):
@@ -88,6 +95,25 @@ def test_flags_of_the_study_the_scale_and_the_arm_in_this_order():
     assert error.value.code == "scale-unknown"
 
 
+def test_a_stage_has_its_flags_its_metric_and_its_direction(tmp_path):
+    """The flags are checked against the stage's own config, and a study without a metric gets the stage's."""
+    arms = {"none": "", "head": "--init-lr-frac 0.1"}
+    values = GATE | {"flags": "--model b", "arms": arms}
+    found = {stage: study_of(values | {"stage": stage}, "x") for stage in ("sft", "rl")}
+    found["pretrain"] = study_of(GATE, "x")
+    assert {stage: (type(study.config("head")), study.metric, study.direction) for stage, study in found.items()} == {
+        "sft": (SFTConfig, "val/loss", "lower"),
+        "rl": (RLConfig, "eval/pass@1", "higher"),
+        "pretrain": (BaseTrainConfig, "val/bpb", "lower"),
+    }
+    assert found["rl"].config("head").init_lr_frac == 0.1
+    assert (found["sft"].config("none").model, found["pretrain"].config("none").sample_every) == ("b", -1)
+    for study in (*found.values(), study_of(values | {"stage": "rl", "metric": "val/bpb", "direction": "lower"}, "x")):
+        (tmp_path / "x.toml").write_text(to_toml(study))
+        assert read_study(tmp_path / "x.toml") == study
+        assert study.fixed("")["metric"] == study.metric and study.fixed("")["stage"] == study.stage
+
+
 def test_a_study_written_is_the_study_read(tmp_path):
     study = study_of(GATE | {"seeds": [1, 2, 3], "scales": {"cpu": "--keep 3"}, "noise": 0.5}, "x")
     path = tmp_path / "gate.toml"
@@ -121,9 +147,14 @@ def test_predictions_are_hashed_with_the_study_and_an_edit_is_named(tmp_path):
         return []
 
     assert edited() == edited(seeds=[42, 43, 44, 45, 46]) == edited(noise=0.1) == []
+    assert edited(noise={"sd": 0.1, "df": 9}) == ["noise"]  # it would change the verdict
     assert edited(predict={"head": "worse"}) == ["predict"]
     assert edited(matters=0.02, predict="") == ["matters", "predict"]
     assert edited(seeds=[42, 43, 45]) == ["seeds"]  # a seed that was run cannot be dropped
+    record = new_record(study_of(GATE | {"noise": {"sd": 0.1, "df": 9}}, "x").fixed(""), 1) | {"seeds": [42, 43, 44]}
+    assert edited(noise={"sd": 0.1, "df": 9}) == []
+    assert edited() == edited(noise=0.1) == edited(noise={"sd": 0.2, "df": 9}) == ["noise"]
+    record = new_record(study.fixed(""), threads=1) | {"seeds": [42, 43, 44]}
 
     write_results(tmp_path, record, rows)
     assert read_results(tmp_path) == (record, rows)
