@@ -99,14 +99,15 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     eval_bundle: str = ""
     sample_every: CountOrAuto = 2000  # steps between texts that the model writes; -1: off
     # what is measured of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
-    # perplexity | passkey | gold (nanolab/evals/probes)
+    # perplexity (nanolab/evals/probes)
     probes: ProbeNames = ""
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
     # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats
     # on a GPU: only algorithms that give the same numbers each time, which are slower; a CPU has no others
     deterministic: bool = False
+    profile: bool = False  # write a trace of five steps, for a browser, into the run's folder
 
     GROUPS = {
         "": "run depth data_dir tokenizer max_seq_len device_batch_size num_iterations max_seconds resume dry_run",
@@ -121,14 +122,10 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     }
     CONDITIONS = [
         Condition("plan_for", "dry_run", lambda c: c.dry_run, "--dry-run"),
+        Condition("profile", "dry_run", lambda c: not c.dry_run, "one of the two: a dry run makes no step"),
         Condition("device_type", "plan_for", lambda c: not c.plan_for, "one of the two"),
         periodic("eval_tokens", "eval_every"),
-        Condition(
-            "core_metric_max_per_task eval_bundle",
-            "core_metric_every",
-            lambda c: c.core_metric_every > 0 or "gold" in c.probes,
-            "--core-metric-every with a number of steps, or --probes gold",
-        ),
+        periodic("core_metric_max_per_task eval_bundle", "core_metric_every"),
         Condition("probe_tokens", "probes", lambda c: bool(c.probes), "--probes"),
     ]
 

@@ -32,6 +32,7 @@ from nanolab.training.optim import MuonAdamW
 from nanolab.training.recipes import param_groups
 from nanolab.training.schedule import gpt_config, make_plan
 from nanolab.training.signals import StopRequest
+from nanolab.training.trace import traced
 
 
 def pretrain(cfg: BaseTrainConfig, runtime: Runtime | None = None) -> Result:
@@ -85,10 +86,8 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         return validation_rows(data.val, tokenizer, cfg.max_seq_len, limit, rt)[:2]
 
     def validation(step: int) -> dict[str, float]:
-        full, token_bytes = step_model is not model, tokenizer.token_bytes()
-        found = bits_per_byte(
-            step_model, rows(), token_bytes, rt, cfg.device_batch_size, stop.asked, shared=True, full=full
-        )
+        full, sizes = step_model is not model, tokenizer.token_bytes()
+        found = bits_per_byte(step_model, rows(), sizes, rt, cfg.device_batch_size, stop.asked, shared=True, full=full)
         return {"val/bpb": found.bpb}
 
     def benchmark(step: int) -> dict[str, Any]:
@@ -97,20 +96,17 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
             raise Stopped
         return metrics(found)
 
-    def sample(step: int) -> None:
-        print_samples(model, tokenizer, rt, stop.asked)
-
     def probe(step: int) -> dict[str, Any]:
-        of_tasks = cfg.eval_bundle, cfg.core_metric_max_per_task
-        given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked, *of_tasks)
+        given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked)
         return {"probes": measure_probes(names_in(cfg.probes), given)}
 
     hooks = [
         Hook(at_steps(cfg.eval_every, first=True), validation),
         Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
-        Hook(at_steps(cfg.sample_every), sample),
+        Hook(at_steps(cfg.sample_every), lambda step: print_samples(model, tokenizer, rt, stop.asked)),
         Hook(lambda step, last: last and bool(cfg.probes), probe),
     ]
+    hooks = traced(hooks, run.dir, rt, plan.num_iterations) if cfg.profile else hooks
     try:
         return fit(
             run,
