@@ -1,7 +1,8 @@
-"""From a question to a verdict: python -m scripts.lab run|check|verdict STUDY.toml, try FLAGS --against FLAGS, or
+"""From a question to a verdict: python -m scripts.lab run|check|verdict|page STUDY.toml, try FLAGS --against FLAGS, or
 threshold RUNS --above X.
 
-run makes the runs that are not there and says the verdict; it may be interrupted and typed again. check says whether
+run makes the runs that are not there and says the verdict; it may be interrupted and typed again. page writes
+index.html beside the study's results, which run and verdict do too. check says whether
 the study's seeds can see what matters, and what that would take. threshold compares the mean of finished runs, or of
 numbers, with a bar. The last line of stdout is one JSON document. Exit code of verdict: 0 an arm is better; else 4 one
 is unresolved; else 3 one is equivalent or identical; 1 all are worse. Of run and try: 0, or 1 where runs are missing.

@@ -1,5 +1,5 @@
 """Write the card of a model: python -m scripts.report [--model NAME] [--price-per-hour P]. Every number comes from the
-records of its runs.
+records of its runs. With --site DIR: a static site of all studies, models and runs; --watch makes it again and again.
 
 A base model's page says how good it is beside compressors; a chat model's what each stage brought, what it says and
 what it cost. The numbers of the page are kept in card.json in the run directory."""
@@ -12,6 +12,11 @@ from nanolab.terminal import harmless
 
 
 def run(cfg: ReportConfig) -> int:
+    if cfg.site:
+        from nanolab.lab.site import write_site
+
+        write_site(cfg)
+        return 0
     from nanolab.lab.report import write_report
 
     print(harmless(write_report(cfg)))  # it has samples of the model's

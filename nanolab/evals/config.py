@@ -28,15 +28,14 @@ class BaseEvalConfig(DataConfig):
     model: str = ""
     hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
     trust_code: bool = False  # run Python code that the folder of --hf brings
-    # any of bpb,sample,core,hellaswag,lambada, and of the probes lengths,attention,kurtosis,
-    # perplexity,passkey,gold
+    # any of bpb,sample,core,hellaswag,lambada, and of the probes lengths,attention,kurtosis,perplexity
     modes: str = "bpb,sample"
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
     # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
     out: str = ""
     split_tokens: CountOrAuto = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
     device_batch_size: Count = 32  # rows of text in one forward pass on one device
     # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
@@ -84,13 +83,13 @@ class BaseEvalConfig(DataConfig):
         Condition(
             "max_per_task eval_bundle",
             "modes",
-            lambda c: bool(modes(c) & {*LIKELIHOOD, "gold"}),
-            "core, hellaswag, lambada or gold among --modes",
+            lambda c: bool(modes(c) & LIKELIHOOD),
+            "core, hellaswag or lambada among --modes",
         ),
         Condition(
             "eval_bundle",
             "hellaswag",
-            lambda c: not c.hellaswag or bool(modes(c) & {"core", "lambada", "gold"}),
+            lambda c: not c.hellaswag or bool(modes(c) & {"core", "lambada"}),
             "one of the two",
         ),
     ]
@@ -146,3 +145,11 @@ class ReportConfig:
     model: str = ""  # NAME[@STEP|best]; default: the newest finished run
     output: str = "report.md"  # a copy is kept in the run directory
     price_per_hour: NonNegativeFloat = 0.0  # price of one device in dollars; 0: no costs
+    site: str = ""  # folder of a static site of all studies, reports and runs, made instead of one report
+    studies: str = ""  # folder of the studies' results for the site; default: dev/results
+    watch: bool = False  # make the site's pages again while runs go on, until Ctrl-C
+
+    CONDITIONS = [
+        Condition("model output", "site", lambda c: not c.site, "one of the two"),
+        Condition("studies watch", "site", lambda c: bool(c.site), "--site"),
+    ]

@@ -1,5 +1,5 @@
-"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib (and none of its
-global state) and scipy.
+"""Score over training, drawn: one line per run with its intervals, as PNG or SVG. Needs matplotlib, and none
+of its global state.
 
 Colours are Okabe and Ito's (Color Universal Design, 2008), which people with any colour vision tell apart; each line
 also has a marker and a dash of its own, and its name stands beside its end, so that a grey copy can be read too."""
@@ -41,11 +41,13 @@ def draw(
     title: str,
     xlabel: str = "training tokens",
     references: Sequence[tuple[str, float]] = (),
+    size: tuple[float, float] = (WIDTH, HEIGHT),
 ) -> Path:
     """Draw run name -> points into `path` (.png or .svg, replaced as a whole) and return it.
 
     Points may come in any order; one without an interval has None for its ends. references: (name, score) of horizontal
-    lines. Raises UserError where matplotlib is missing, for another suffix, and where there is no point to draw."""
+    lines. size: in inches, without the names. Raises UserError where matplotlib is missing, for another suffix, and
+    where there is no point to draw."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(
@@ -58,12 +60,7 @@ def draw(
             f"no point to draw into {path}; expected at least one checkpoint with a score; evaluate one first"
         )
     style, Figure = drawing()
-    with (
-        replacing(path) as fresh,
-        style.context(
-            ["default", {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}]
-        ),  # not this machine's style
-    ):
+    with style:
         figure = Figure()
         axes = figure.add_subplot()
         names = [_run(axes, name, points, i, len(curves)) for i, (name, points) in enumerate(curves.items())]
@@ -71,22 +68,30 @@ def draw(
         for _, score in references:
             axes.axhline(score, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         _axes(axes, [x for points in curves.values() for x, *_ in points], title, xlabel, ylabel)
-        _names(figure, axes, [name._replace(text=textwrap.fill(name.text, NAME_CHARS)) for name in names])
+        _names(figure, axes, [name._replace(text=textwrap.fill(name.text, NAME_CHARS)) for name in names], *size)
+        return saved(figure, path)
+
+
+def saved(figure: Any, path: Path) -> Path:
+    """Write a figure of `drawing` into `path`, which is replaced as a whole: the same figure gives the same bytes."""
+    with replacing(path) as fresh:
         figure.savefig(fresh, dpi=DPI, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
 
 def drawing() -> tuple[Any, Any]:
-    """What is needed of matplotlib. Raises UserError where that or scipy is missing."""
+    """(a context with our style, whatever this machine's is; matplotlib's Figure). Raises UserError without
+    matplotlib.
+    """
     try:
-        import scipy.optimize  # noqa: F401  for the places of names
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
             f"{error.name}, which curves need, is missing; expected the extra plots; type: bash runs/setup.sh plots"
         ) from error
-    return style, Figure
+    ours = {"svg.fonttype": "none", "svg.hashsalt": "nanolab", "text.parse_math": False}
+    return style.context(["default", ours]), Figure
 
 
 def _run(axes: Any, name: str, points: list[Point], i: int, n: int) -> Name:
@@ -135,11 +140,11 @@ def counted(n: float) -> str:
     return f"{n:.4g}"
 
 
-def _names(figure: Any, axes: Any, names: list[Name]) -> None:
+def _names(figure: Any, axes: Any, names: list[Name], width: float, height: float) -> None:
     """Write names at the right of the axes, each at the height of what it names or as near as others leave room."""
     lines = [1 + name.text.count("\n") for name in names]
     line = NAME_SIZE * NAME_LINE / 72  # inches
-    figure.set_size_inches(WIDTH, max(HEIGHT, line * sum(lines) + 1.0))
+    figure.set_size_inches(width, max(height, line * sum(lines) + 1.0))
     figure.tight_layout()
     to_axes = axes.transData + axes.transAxes.inverted()
     right = axes.get_xlim()[1]

@@ -1,5 +1,5 @@
-"""The commands of the lab: run, check, verdict, try, threshold. Each prints, last one JSON document, and returns an
-exit code.
+"""The commands of the lab: run, check, verdict, page, try, threshold. Each prints, last one JSON document, and returns
+an exit code.
 """
 
 import shlex
@@ -10,7 +10,7 @@ from pathlib import Path
 from nanolab.cli import UserError, as_json
 from nanolab.files import write_text
 from nanolab.lab.config import LabConfig, TryConfig
-from nanolab.lab.results import check_unedited, hash_of, number_at, read_results
+from nanolab.lab.results import check_unedited, hash_of, number_at, read_results, write_results
 from nanolab.lab.study import folder_of, read_seeds, read_study, study_of, to_toml
 
 
@@ -19,10 +19,10 @@ def lab(cfg: LabConfig) -> int:
 
     Exit code of verdict: see `exit_code`; of run: 1 where runs are missing; of check: 4 where the study's seeds do not
     suffice; of threshold: 4 where the mean is not shown to be past the bar; otherwise 0. Raises UserError."""
-    if cfg.what not in ("run", "check", "verdict", "threshold") or not cfg.study:
+    if cfg.what not in ("run", "check", "verdict", "page", "threshold") or not cfg.study:
         raise UserError(
-            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check or verdict and a study's file, try"
-            " and flags, or threshold and runs; try python -m scripts.lab run STUDY.toml",
+            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check, verdict or page and a study's file,"
+            " try and flags, or threshold and runs; try python -m scripts.lab run STUDY.toml",
             "lab-command",
             what=cfg.what,
         )
@@ -32,8 +32,11 @@ def lab(cfg: LabConfig) -> int:
     study = read_study(path)
     scale = study.scale(cfg.scale)
     folder = folder_of(study, path, scale)
-    if cfg.what == "verdict":
-        check_unedited(*read_results(folder), study.fixed(scale), study.seeds, folder)
+    if cfg.what in ("verdict", "page"):
+        record, rows = read_results(folder)
+        check_unedited(record, rows, study.fixed(scale), study.seeds, folder)
+        if rows and record != (now := study.outside(record)):
+            write_results(folder, now, rows)
     else:
         from nanolab.lab.runner import check_study, run_study
 
@@ -43,24 +46,13 @@ def lab(cfg: LabConfig) -> int:
             return 0 if document["enough"] else 4
         run_study(study, folder, scale, cfg.jobs, cfg.slurm)
 
-    from nanolab.lab.verdict import exit_code, verdict_of
+    from nanolab.lab.page import write_page
+    from nanolab.lab.verdict import exit_code
 
-    document, lines = verdict_of(folder)
-    print("\n".join(["", *lines, "", f"table: {folder / 'table.md'}"]))
-    if cfg.what == "run":
-        print(f"curves: {curves_of(folder)}")
+    document, lines = write_page(folder)
+    print("\n".join(["", *lines, "", f"table: {folder / 'table.md'}", f"page: {folder / 'index.html'}"]))
     print(as_json(document, "the result"))
-    return exit_code(document) if cfg.what == "verdict" else 1 if document["missing"] else 0
-
-
-def curves_of(folder: Path) -> str:
-    """Draw the curves; where they are, or why there are none."""
-    from nanolab.lab.curves import draw_curves
-
-    try:
-        return str(draw_curves(folder) or "none, with less than two measurements of a run; see --eval-every")
-    except UserError as error:
-        return f"none: {error}"
+    return exit_code(document) if cfg.what == "verdict" else int(cfg.what == "run" and bool(document["missing"]))
 
 
 def lab_threshold(cfg: LabConfig) -> int:

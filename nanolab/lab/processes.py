@@ -12,13 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from nanolab.cli import UserError, to_json
-from nanolab.lab.results import Row, number_at
+from nanolab.lab.results import Row, number_at, training_curve
 from nanolab.lab.study import STAGES, stage_of
 from nanolab.records.console import clock
 from nanolab.records.environment import git_commit
@@ -41,6 +41,7 @@ class Planned:
     cfg: RunFlags  # whole: the run's name, seed and threads included
     identity: dict[str, Any]  # what its key is made of
     tries: int = 0
+    wandb: dict[str, str] = field(default_factory=dict)  # variables that wandb reads: the run's group and tags
 
     @property
     def key(self) -> str:
@@ -120,6 +121,7 @@ def make_runs(
                 while waiting and free and not stop.asked():
                     run, slot = waiting.pop(0), free.pop(0)
                     run.tries += 1
+                    os.environ.update(run.wandb)  # which the run inherits
                     running[place.start(run, slot)] = run, slot, time.monotonic()
                 ended = place.ended(list(running))
                 if stop.asked():
@@ -187,8 +189,8 @@ def row_of(run: Planned, seconds: float = 0.0) -> Row:
     """The line of a finished run. seconds: of the whole process; where it was made before, training alone counts."""
     result = read_json(run.dir / "result.json")
     result.pop("run", None)
-    metric = STAGES[stage_of(run.cfg)].metric
-    curve = [[row["step"], row[metric]] for row in read_metrics(run.dir) if row.get(metric) is not None]
+    metric, metrics = STAGES[stage_of(run.cfg)].metric, read_metrics(run.dir)
+    curve = [[row["step"], row[metric]] for row in metrics if row.get(metric) is not None]
     return {
         "key": run.key,
         **run.identity,
@@ -196,6 +198,7 @@ def row_of(run: Planned, seconds: float = 0.0) -> Row:
         "seconds": round(seconds or result["total_training_time"], 3),
         "result": result,
         "curve": curve,
+        "training": training_curve(metrics),
     }
 
 

@@ -1,24 +1,28 @@
 """What a study leaves: <folder>/runs.jsonl, from which every table and figure is made. Imports no torch.
 
 Its first line is the study as it was before the first run, predictions included; each further line is one run: arm,
-seed, what identifies it (KEPT), result, validation curve. It names no host and no path, so that it can be committed."""
+seed, what identifies it (KEPT), result, curves of validation and training. It names no host and no path, so that it can
+be committed."""
 
 import hashlib
 import json
+import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from nanolab.cli import UserError, nearest
 from nanolab.files import write_text
+from nanolab.terminal import harmless
 
 KEPT = ("sources", "machine", "validation")  # facts that all runs of one table share
-OF_AN_ARM = (
-    "data",
-    "tokenizer",
-    "model",
-)  # facts that the runs of an arm share; arms may differ, and the table says so
+# facts that the runs of an arm share; arms may differ, and the table says so
+OF_AN_ARM = ("data", "tokenizer", "model")
+MOST_POINTS = 50  # of a training curve
 Row = dict[str, Any]
+# a path that begins at the root, at home or on a drive, up to its last part
+FOLDERS = re.compile(r"(?<![\w.~/\\<-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,=:'\"]+[/\\])*(?=[^\s/\\,=:'\"])")
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -89,6 +93,14 @@ def prior_of(study: dict[str, Any]) -> tuple[float, float] | None:
     return (noise["sd"], noise["df"]) if noise else None
 
 
+def training_curve(metrics: list[Row]) -> list[list[float]]:
+    """[steps done, mean training loss since the point before] of a run's metrics, at most MOST_POINTS of them."""
+    losses = [(row["step"], row["train/loss"]) for row in metrics if row.get("train/loss") is not None]
+    size = -(-len(losses) // MOST_POINTS) or 1
+    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
+    return [[part[-1][0] + 1, round(statistics.mean(loss for _, loss in part), 5)] for part in parts]
+
+
 def number_at(result: dict[str, Any], metric: str) -> float | None:
     """The metric of a result by its name, or by names inside one another joined by dots; None where there is none."""
     found: Any = result.get(metric)
@@ -109,3 +121,8 @@ def check_metric(metric: str, results: list[dict[str, Any]]) -> None:
             "metric-unknown",
             metric=metric,
         )
+
+
+def public(text: str) -> str:
+    """`text` without what belongs to a machine: paths are cut to their last part, control characters shown."""
+    return FOLDERS.sub("", harmless(text))

@@ -5,6 +5,7 @@ sources that it imports, the kind of machine and its threads."""
 
 import ast
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,8 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
     preview = look(preview_of, configs, 1 if place else jobs, record.get("threads", 0), study.metric)
     check_equal(study, preview.arms)
     planned = plan_runs(study, configs, preview)
+    for run in planned:
+        run.wandb = wandb_names(run, planned, (folder.parent if scale else folder).name, scale)
     known = {row["key"]: without_place(row) for row in before if "result" in row or row["diverged"]}
     known |= {run.key: row_of(run) for run in planned if run.key not in known and (run.dir / "result.json").exists()}
     todo: dict[str, Planned] = {}
@@ -82,7 +85,7 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
         preview = preview._replace(jobs=jobs or max(1, len(todo)))
     announce(study, preview, configs, known, list(todo.values()), planned)
     note_stale(before, planned)
-    record = (record or new_record(fixed, preview.machine["threads"])) | {"seeds": study.seeds}
+    record = study.outside((record or new_record(fixed, preview.machine["threads"])) | {"seeds": study.seeds})
 
     def write() -> None:
         rows = [{"arm": run.arm, "seed": run.seed, **known[run.key]} for run in planned if run.key in known]
@@ -94,6 +97,16 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
         known[run.key] = row
         write()
         check_metric(study.metric, [row["result"] for row in known.values() if "result" in row])
+
+
+def wandb_names(run: Planned, planned: list[Planned], study: str, scale: str) -> dict[str, str]:
+    """The variables by which wandb groups a run under its study and tags it with its arms and scale; those that the
+    user has set stay.
+    """
+    arms = dict.fromkeys(other.arm for other in planned if other.key == run.key)  # those of the same flags share it
+    tags = [tag.replace(",", " ")[:64] for tag in (*arms, scale) if tag]  # wandb's limit; commas part its tags
+    found = {"WANDB_RUN_GROUP": study, "WANDB_TAGS": ",".join(tags)}
+    return {name: value for name, value in found.items() if name not in os.environ}
 
 
 def without_place(row: Row) -> Row:

@@ -26,8 +26,9 @@ from nanolab.cli import UserError, current_name, nearest, parse, read_toml, unkn
 from nanolab.stages.config import BaseTrainConfig, RLConfig, RunFlags, SFTConfig
 
 ROOT = Path(nanolab.__file__).resolve().parents[1]
-OF_THE_LAB = ("run", "resume", "dry_run", "plan_for", "seed")  # flags that the lab itself gives its runs
-MAY_GROW = ("seeds", "noise", "results")  # what a study may change after its first run
+OF_THE_LAB = ("run", "resume", "dry_run", "plan_for", "seed", "profile")  # flags that the lab itself gives its runs
+OUTSIDE = ("published", "published_source")  # what others found: kept in the record beside the study
+MAY_GROW = ("seeds", "noise", "results", *OUTSIDE)  # what a study may change after its first run
 LEAST_SEEDS = 3  # the first look of stats.py
 MATCHES = ("tokens", "steps")
 Verdict = Literal["better", "worse", "equivalent"]
@@ -83,6 +84,8 @@ class Study(BaseModel):
     # moderate their variance by it
     noise: Noise | Positive | None = None
     results: str = ""  # folder of the results, relative to the file; default: dev/results/NAME
+    published: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}  # arm -> what others found
+    published_source: str = ""  # where, of what model, in which unit
 
     @property
     def others(self) -> list[str]:
@@ -129,6 +132,11 @@ class Study(BaseModel):
 
     def configs(self, scale: str) -> dict[str, RunFlags]:
         return {arm: self.config(arm, scale) for arm in self.arms}
+
+    def outside(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The study's record with what others found as the file has it now."""
+        found = {name: value for name in OUTSIDE if (value := getattr(self, name))}
+        return {name: value for name, value in record.items() if name not in OUTSIDE} | found
 
     def fixed(self, scale: str) -> dict[str, Any]:
         """What the study's record holds before its first run, and what may not change after it."""
@@ -200,13 +208,19 @@ def study_of(values: Mapping[str, Any], where: str) -> Study:
     default = {"metric": STAGES[study.stage].metric, "direction": STAGES[study.stage].direction}
     study = study.model_copy(update={name: value for name, value in default.items() if not getattr(study, name)})
     names = list(study.arms)
-    for arm in [study.baseline, *(study.predict if isinstance(study.predict, dict) else ())]:
+    for arm in [study.baseline, *(study.predict if isinstance(study.predict, dict) else ()), *study.published]:
         if arm not in names:
             raise UserError(
                 f"{where}: {arm!r} is no arm; expected one of {', '.join(names)}{nearest(arm, names)}; name an arm",
                 "arm-unknown",
                 arm=arm,
             )
+    if study.published and not study.published_source:
+        raise UserError(
+            f"{where} has published figures without published_source; expected where they are from, of what model, in"
+            ' which unit; try published_source = "arXiv:2603.11611, table 2: 124M, perplexity"',
+            "published-unsourced",
+        )
     if len(names) < 2 or len(set(study.seeds)) < max(LEAST_SEEDS, len(study.seeds)):
         raise UserError(
             f"{where} has {len(names)} arms and the seeds {study.seeds}; expected at least two arms and"

@@ -4,6 +4,7 @@ Differences are paired by seed: both runs of a pair have the same initial weight
 same documents in the same order. nanolab/lab/stats.py has the statistics."""
 
 import math
+import re
 import statistics
 from dataclasses import asdict
 from itertools import takewhile
@@ -13,7 +14,7 @@ from typing import Any
 from nanolab.cli import UserError
 from nanolab.files import write_text
 from nanolab.lab.curves import training_saved
-from nanolab.lab.results import KEPT, OF_AN_ARM, Row, check_metric, number_at, prior_of, read_results
+from nanolab.lab.results import KEPT, OF_AN_ARM, Row, check_metric, number_at, prior_of, public, read_results
 from nanolab.lab.stats import LOOKS, Effect, verdicts
 from nanolab.lab.study import STAGES
 from nanolab.records.console import clock
@@ -24,9 +25,9 @@ COLUMNS = ["arm", "flags", "seeds", "mean", "difference", "interval", "training 
 COLUMNS += ["to know", "time a run"]
 
 
-def verdict_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """(the document, its lines for a terminal); writes table.md. Raises UserError where there is no result, and where
-    runs of one table differ in what they share.
+def verdict_of(folder: Path, to: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+    """(the document, its lines for a terminal); writes table.md, into `to` if that is given. Raises UserError
+    where there is no result, and where runs of one table differ in what they share.
     """
     record, rows = read_results(folder)
     if not rows:
@@ -59,7 +60,7 @@ def verdict_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     document["missing"] = [f"{arm} seed {seed}" for seed in record["seeds"] for arm in arms if (arm, seed) not in there]
     body = [cells(arm, one, document) for arm, one in arms.items()]
     page = page_of(document, record, rows, markdown_table(COLUMNS, *body))
-    write_text(folder / "table.md", "\n".join(page) + "\n")
+    write_text((to or folder) / "table.md", public("\n".join(page)) + "\n")
     plain = text_table(dict.fromkeys(COLUMNS, "left"), [[cell.strip("`") for cell in row] for row in body])
     return document, page_of(document, record, rows, plain)
 
@@ -161,6 +162,9 @@ def what_differs(rows: list[Row]) -> list[str]:
 def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], table: list[str]) -> list[str]:
     """The lines of table.md around its table."""
     machine, study = rows[0]["machine"], record["study"]
+    commits = ", ".join(
+        dict.fromkeys(re.sub(r"(?<=^.{12})\w+", "", row["commit"]) for row in rows if row.get("commit"))
+    )
     effects = [one["effect"] for one in document["arms"].values() if one["effect"]]
     variance = ", ".join(dict.fromkeys(effect["variance"] for effect in effects if effect["n"]))
     if prior := prior_of(study):
@@ -208,8 +212,8 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
         f"Flags of all arms: `{' '.join(filter(None, [study['flags'], study['scales'].get(study['scale'], '')]))}`.",
         (
             f"{machine['device_name']}, {machine['dtype']}, {machine['threads']} threads a run, torch"
-            f" {machine['torch']}; sources {rows[0]['sources'][:12]}; study {record['sha256'][:12]}, recorded"
-            f" {record['recorded']}."
+            f" {machine['torch']}; commit {commits or 'not known'}; sources {rows[0]['sources'][:12]}; study"
+            f" {record['sha256'][:12]}, recorded {record['recorded']}."
         ),
     ]
     return lines

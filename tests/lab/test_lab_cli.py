@@ -393,18 +393,20 @@ def test_a_run_that_diverged_is_no_missing_one(tmp_path):
 @pytest.mark.slow
 def test_curves_are_means_over_seeds_with_the_lowest_and_the_highest(tmp_path):
     folder = results(tmp_path, {"a": BASE, "b": BASE, "c": [None] * 3})
-    assert draw_curves(folder) is None
     record, rows = read_results(folder)
+    assert draw_curves(folder, record, rows) == {}
     for row in rows:
         shift = {"a": 0.0, "b": 1.0}[row["arm"]] + (row["seed"] - 42) / 8
         row["curve"] = [[0, 9.0], [2, 3.0 + shift], [4, 2.0 + shift]] + [[6, 1.0]] * (row["seed"] == 42)
     write_results(folder, record, rows)
     of_b = [row for row in rows if row["arm"] == "b"]
     assert points_of(of_b) == [(2, 4.125, 4.0, 4.25), (4, 3.125, 3.0, 3.25)] and points_of([]) == []
-    path = draw_curves(folder)
+    drawn = draw_curves(folder, record, rows)
+    assert drawn == {"curves": folder / "curves.svg"}
+    path = drawn["curves"]
     first = path.read_bytes()
     assert b"<svg" in first and b">a<" in first and b">b<" in first
-    assert draw_curves(folder).read_bytes() == first
+    assert draw_curves(folder, record, rows) == drawn and path.read_bytes() == first
 
 
 def with_curve(seed: int, curve) -> dict:
