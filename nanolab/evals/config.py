@@ -28,14 +28,15 @@ class BaseEvalConfig(DataConfig):
     model: str = ""
     hf: str = ""  # folder of a causal language model of Hugging Face, to evaluate instead of a run
     trust_code: bool = False  # run Python code that the folder of --hf brings
-    # any of bpb,sample,core,hellaswag,lambada, and of the probes lengths,attention,kurtosis,perplexity
+    # any of bpb,sample,core,hellaswag,lambada, and of the probes lengths,attention,kurtosis,
+    # perplexity,passkey,gold
     modes: str = "bpb,sample"
     all_checkpoints: bool = False  # every checkpoint of the run, and the curve of each mode's score over training
     # folder of the results; default: the run's directory, or eval/NAME-WEIGHTS in the base directory with --hf
     out: str = ""
     split_tokens: CountOrAuto = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
     device_batch_size: Count = 32  # rows of text in one forward pass on one device
     # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
@@ -83,13 +84,13 @@ class BaseEvalConfig(DataConfig):
         Condition(
             "max_per_task eval_bundle",
             "modes",
-            lambda c: bool(modes(c) & LIKELIHOOD),
-            "core, hellaswag or lambada among --modes",
+            lambda c: bool(modes(c) & {*LIKELIHOOD, "gold"}),
+            "core, hellaswag, lambada or gold among --modes",
         ),
         Condition(
             "eval_bundle",
             "hellaswag",
-            lambda c: not c.hellaswag or bool(modes(c) & {"core", "lambada"}),
+            lambda c: not c.hellaswag or bool(modes(c) & {"core", "lambada", "gold"}),
             "one of the two",
         ),
     ]

@@ -44,5 +44,7 @@ MODES = {
     "attention": _probe("attention", "sink1", "share of heads with a sink on the first token"),
     "kurtosis": _probe("kurtosis", "stream.max", "largest excess kurtosis of a layer's residual stream"),
     "perplexity": _probe("perplexity", "ppl", "perplexity of validation text"),
+    "passkey": _probe("passkey", "x1.exact", "pass keys retrieved at the training length"),
+    "gold": _probe("gold", "bpb", "bits per byte of gold answers"),
 }
 PROBES = tuple(name for name, mode in MODES.items() if mode.probe)

@@ -98,13 +98,16 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runt
 def probe(cfg: BaseEvalConfig, name: str, subject: Subject, rt: Runtime) -> dict:
     """What a probe finds of the model on its validation text, and its settings."""
     data = open_text(cfg, subject.pretraining)[1]
-    given = Given(subject.model, subject.tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size)
+    of_tasks = None, cfg.eval_bundle, cfg.max_per_task
+    given = Given(subject.model, subject.tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, *of_tasks)
     found = measure_probes([name], given)[name]
-    return found | {"settings": probe_settings(cfg, data.val_fingerprint, rt), "device": rt.device_name}
+    return found | {"settings": probe_settings(cfg, name, data.val_fingerprint, rt), "device": rt.device_name}
 
 
-def probe_settings(cfg: BaseEvalConfig, text: str, rt: Runtime) -> dict:
-    return {"text": text, "tokens": token_limit(cfg.probe_tokens, rt), "dtype": rt.dtype_name}
+def probe_settings(cfg: BaseEvalConfig, name: str, text: str, rt: Runtime) -> dict:
+    """All that shapes what a probe finds, beside the weights."""
+    asked = {"eval_bundle": cfg.eval_bundle, "max_per_task": cfg.max_per_task} if name == "gold" else {}
+    return {"text": text, "tokens": token_limit(cfg.probe_tokens, rt), "dtype": rt.dtype_name} | asked
 
 
 def draw_samples(cfg: BaseEvalConfig, subject: Subject, rt) -> dict:
@@ -144,7 +147,7 @@ def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt
             return suite.settings(mode, rt.dtype_name)
         text = open_text(cfg, pretraining(found))[1].val_fingerprint
         if MODES[mode].probe:
-            return probe_settings(cfg, text, rt)
+            return probe_settings(cfg, mode, text, rt)
         return {"text": text, "tokens": split_tokens(cfg, rt), "dtype": rt.dtype_name}
 
     def measure(mode: str, subject: Subject) -> dict:

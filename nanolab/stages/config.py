@@ -99,9 +99,9 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     eval_bundle: str = ""
     sample_every: CountOrAuto = 2000  # steps between texts that the model writes; -1: off
     # what is measured of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
-    # perplexity (nanolab/evals/probes)
+    # perplexity | passkey | gold (nanolab/evals/probes)
     probes: ProbeNames = ""
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 32768 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
     # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats
@@ -125,7 +125,12 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         Condition("profile", "dry_run", lambda c: not c.dry_run, "one of the two: a dry run makes no step"),
         Condition("device_type", "plan_for", lambda c: not c.plan_for, "one of the two"),
         periodic("eval_tokens", "eval_every"),
-        periodic("core_metric_max_per_task eval_bundle", "core_metric_every"),
+        Condition(
+            "core_metric_max_per_task eval_bundle",
+            "core_metric_every",
+            lambda c: c.core_metric_every > 0 or "gold" in c.probes,
+            "--core-metric-every with a number of steps, or --probes gold",
+        ),
         Condition("probe_tokens", "probes", lambda c: bool(c.probes), "--probes"),
     ]
 

@@ -97,7 +97,8 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         return metrics(found)
 
     def probe(step: int) -> dict[str, Any]:
-        given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked)
+        of_tasks = cfg.eval_bundle, cfg.core_metric_max_per_task
+        given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked, *of_tasks)
         return {"probes": measure_probes(names_in(cfg.probes), given)}
 
     hooks = [

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ import torch
 
 from nanolab.cli import UserError, parse
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.evals.bundle import open_bundle, read_items
 from nanolab.evals.config import BaseEvalConfig
+from nanolab.evals.icl import Score, encode_groups
 from nanolab.evals.modes import MODES, PROBES
+from nanolab.evals.probes import gold, passkey
 from nanolab.evals.probes.common import Given, cut, measure_probes, stream
 from nanolab.help import texts_of
 from nanolab.lab.evaluate_base import evaluate_base
@@ -29,6 +33,16 @@ from nanolab.runtime import Runtime
 from nanolab.stages.config import BaseTrainConfig
 from nanolab.stages.pretrain import pretrain
 
+
+def load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(f"nanolab_tests_{name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pretrained = load("pretrained", Path(__file__).parents[1] / "training" / "pretrained.py")
+tiny = load("tiny_bundle", Path(__file__).with_name("tiny_bundle.py"))
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TINY = dict(sequence_len=8, vocab_size=40, n_layer=2, n_head=2, n_embd=32, bos=0, window_pattern="SL", window_size=5)
 
@@ -40,6 +54,9 @@ class Letters:
 
     def encode_arrays(self, texts, threads: int = 1) -> list[np.ndarray]:
         return [np.array([1 + ord(letter) % 39 for letter in text], dtype=np.int32) for text in texts]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_arrays([text])[0].tolist()
 
     def token_bytes(self) -> np.ndarray:
         return np.array([0, *(1 + i % 3 for i in range(39))], dtype=np.int32)
@@ -327,9 +344,85 @@ def test_activations_are_rounded_by_one_scale_for_each_map_and_the_whole_text(ma
     assert abs(found["int8_activations"]["loss"] - found["int8"]["loss"]) > 1e-3
 
 
+# Passkeys and gold answers.
+
+
+def nats_of(model, ids: list[int], start: int) -> float:
+    """Of the tokens from `start` on, by one pass over the whole text."""
+    with torch.no_grad():
+        logp = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+    return -sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids)))
+
+
+def test_a_passkey_lies_at_its_depth_and_its_likelihood_is_that_of_one_pass(make_gpt):
+    model, letters = make_gpt(GPTConfig(**TINY | {"sequence_len": 128}), scale=0.2), Letters()
+    found = probed("passkey", given_of(model, words(200), tokens=1))
+    assert (found["length"], found["n"], found["unread"]) == (128, passkey.LEAST, {})
+    draws = random.Random(passkey.SEED)
+    pairs = [draws.sample(range(10_000, 100_000), 2) for _ in range(4)]
+    needle, question = letters.encode(passkey.NEEDLE.format(12345)), letters.encode(passkey.QUESTION)
+    for k in (1, 2, 4):
+        cells = {}
+        for depth in passkey.DEPTHS:
+            room = 128 * k - 1 - len(needle) - len(question) - 6
+            hay, at = (letters.encode(passkey.FILLER) * 99)[:room], round(depth * room)
+            for right, other in pairs:
+                needle = letters.encode(passkey.NEEDLE.format(right))
+                head = [0, *hay[:at], *needle, *hay[at:], *question]
+                texts = [[*head, *letters.encode(f" {number}")] for number in (right, other)]
+                assert {len(ids) for ids in texts} == {128 * k}
+                cells.setdefault(str(depth), []).append([nats_of(model, ids, len(head)) for ids in texts])
+        each = [pair for of_depth in cells.values() for pair in of_depth]
+        cell = found[f"x{k}"]
+        assert cell["nats"] == pytest.approx(np.mean(each, 0)[0], rel=1e-5)
+        assert cell["gain"] == pytest.approx(np.mean([other - right for right, other in each]), abs=1e-4)
+        for depth, of_depth in cells.items():
+            assert cell["by_depth"][depth]["nats"] == pytest.approx(np.mean(of_depth, 0)[0], rel=1e-5)
+    learned = make_gpt(GPTConfig(**TINY | {"sequence_len": 128, "positions": "learned"}))
+    found = probed("passkey", given_of(learned, words(200), tokens=1))
+    assert found["x1"]["nats"] > 0 and found["x2"] is found["x4"] is None and list(found["unread"]) == ["x2", "x4"]
+    assert list(probed("passkey", given_of(make_gpt(GPTConfig(**TINY)), words(99)))["failed"]) == ["passkey"]
+
+
+def test_a_number_is_exact_where_every_token_of_it_is_the_likeliest():
+    pairs = [(Score(1.0, 2, True, 0), Score(4.0, 2, False, 0)), (Score(2.0, 2, False, 0), Score(1.0, 2, True, 0))]
+    assert passkey.summary(pairs) == {"exact": 0.5, "nats": 1.5, "gain": 1.0}
+
+
+def test_gold_answers_by_one_pass_per_text_and_coins_by_scipy(make_gpt, tmp_path):
+    tokenizer, folder = tiny.tokenizer(), tiny.write(tmp_path / "bundle")
+    model = make_gpt(GPTConfig(**TINY | {"sequence_len": 256, "vocab_size": tokenizer.vocab_size}), scale=0.2)
+    given = given_of(model)._replace(tokenizer=tokenizer, bundle=str(folder))
+    found = probed("gold", given)
+    tasks = open_bundle(folder).tasks
+    assert list(found["tasks"]) == list(tasks) and "failed" not in found
+    for label, task in tasks.items():
+        items, nats, n_bytes = read_items(task, -1), 0.0, 0
+        for group in encode_groups(task.kind, items, range(len(items)), task.shots, task.delimiter, tokenizer):
+            ids, start = group.texts()[items[group.index].gold]
+            nats += nats_of(model, list(ids), start)
+            n_bytes += len(tokenizer.decode_bytes(ids[start:]))
+        of_task = found["tasks"][label]
+        assert (of_task["bpb"], of_task["bytes"]) == (pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5), n_bytes)
+        right = round(of_task["accuracy"] * len(items))
+        low, high = scipy.stats.binomtest(right, len(items)).proportion_ci(method="wilson")
+        assert of_task["interval"] == pytest.approx([low, high], abs=1e-9)
+        assert of_task["coin"] == (low - 1e-9 <= task.baseline <= high) == (label in found["coins"])
+    assert found["bpb"] == pytest.approx(np.mean([of_task["bpb"] for of_task in found["tasks"].values()]))
+
+
+def test_without_a_bundle_gold_is_a_failure_by_name(make_gpt, tmp_path):
+    given = given_of(make_gpt(GPTConfig(**TINY)))
+    for bundle in ("", str(tmp_path / "nothing")):
+        with pytest.raises(UserError) as error:
+            gold.measure(given._replace(bundle=bundle))
+        assert error.value.code == "bundle-missing"
+    assert list(probed("gold", given)["failed"]) == ["gold"]
+
+
 # On two ranks.
 
-SUMMED = ("lengths", "attention", "kurtosis", "perplexity")
+SUMMED = ("lengths", "attention", "kurtosis", "perplexity", "passkey")
 
 
 def found_by_rank(runtime: Runtime) -> dict:
@@ -361,16 +454,6 @@ def test_two_ranks_find_what_one_does(run_ranks):
 # In a run and in base_eval.
 
 
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(f"nanolab_tests_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrained = load("pretrained", Path(__file__).parents[1] / "training" / "pretrained.py")
-
-
 @pytest.fixture
 def flags(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("NANOLAB_DTYPE", "float32")
@@ -393,7 +476,7 @@ def test_probes_land_in_the_result_and_leave_training_as_it_is(flags, capsys):
     assert "lengths took" in capsys.readouterr().out
     code = evaluate_base(BaseEvalConfig(model="with", modes="lengths", device_type="cpu"))
     again = read_json(runs_dir() / "with" / "eval_base.json")["lengths"]
-    assert code == 0 and again["settings"]["tokens"] == 1 << 15
+    assert code == 0 and again["settings"]["tokens"] == 1 << 14
     assert {k: again[k] for k in saved["probes"]["lengths"] if k != "seconds"} == {
         k: v for k, v in saved["probes"]["lengths"].items() if k != "seconds"
     }

@@ -19,7 +19,7 @@ from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, print0
 
 TOKENS = {"cuda": 1 << 20}  # of validation text that a probe reads at most, by device; elsewhere:
-TOKENS_ELSEWHERE = 1 << 15
+TOKENS_ELSEWHERE = 1 << 14
 
 
 class Given(NamedTuple):
@@ -32,6 +32,8 @@ class Given(NamedTuple):
     tokens: int  # of text at most; -1: by device
     batch_size: int  # rows of the training length in one forward pass
     stop: Stop | None = None  # asked before each pass; Stopped is raised, on every rank, where one says so
+    bundle: str = ""  # folder of the evaluation bundle; default: eval_bundle in the base directory
+    max_per_task: int = -1  # items of each of its tasks at most; -1: all
 
     @property
     def seq_len(self) -> int:

@@ -8,7 +8,7 @@ training length. The metric is that of Bondarenko et al., Quantizable Transforme
 comparisons of softmax1; large single activations: Sun et al., arXiv 2402.17762.
 
     {"weights": {"mean", "max": over matrices, "worst": the matrix with the largest, "by_matrix": {name: kurtosis},
-                 "by_kind": {last part of the name: mean over layers}},
+                 "by_kind": {name without the layer: mean over layers}},
      "stream", "attention": {"mean", "max": over layers, "by_layer": [...], "largest": largest absolute value, of all
                  layers, "largest_by_layer": [...]}, "tokens"}"""
 
@@ -82,7 +82,8 @@ def of_weights(model: Any, device: torch.device) -> Result:
             moments = Moments(device)
             moments.add(p)
             by_matrix[name] = moments.kurtosis()
-            by_kind[name.removesuffix(".weight").split(".", 2)[-1]].append(by_matrix[name])
+            kind = ".".join(part for part in name.split(".")[:-1] if part != "h" and not part.isdigit())
+            by_kind[kind].append(by_matrix[name])
     worst = max(by_matrix, key=by_matrix.__getitem__)
     return {
         "mean": fmean(by_matrix.values()),
