@@ -52,9 +52,8 @@ def validation_rows(
             if row % world == rank:
                 rows[row // world, at] = tokenizer.bos
                 rows[row // world, at + 1 : at + 1 + len(ids)] = ids
-    n_bytes = sum(
-        _gathered(runtime, sum(int(tokenizer.token_bytes()[ids].sum(dtype=np.int64)) for ids in mine.values()))
-    )
+    token_bytes = tokenizer.token_bytes()
+    n_bytes = sum(_gathered(runtime, sum(int(token_bytes[ids].sum(dtype=np.int64)) for ids in mine.values())))
     return np.where(rows[:, :-1] < 0, tokenizer.bos, rows[:, :-1]), rows[:, 1:], n_bytes
 
 

@@ -16,13 +16,14 @@ of the scale and of the arm, in this order: a later one wins. Imports no torch."
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nanolab
-from nanolab.cli import UserError, current_name, nearest, parse, read_toml, unknown_flag
+from nanolab.cli import UserError, current_name, given, nearest, parse, read_toml, unknown_flag
 from nanolab.stages.config import BaseTrainConfig, RLConfig, RunFlags, SFTConfig
 
 ROOT = Path(nanolab.__file__).resolve().parents[1]
@@ -121,6 +122,8 @@ class Study(BaseModel):
                 "arm-flags",
                 arm=arm,
             ) from None
+        if isinstance(cfg, BaseTrainConfig) and cfg.eval_every > 0 and "eval_first" not in given(cfg):
+            cfg = replace(cfg, eval_first=False)  # of untrained weights: no verdict and no curve has it
         if not getattr(cfg, "model", "named"):
             raise UserError(
                 f"arm {arm} names no model to start from; expected one, since the newest may be another tomorrow; add"

@@ -92,6 +92,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     tokenizer: str = ""
     eval_every: CountOrAuto = 250  # steps between measurements of validation bits per byte; -1: off
     eval_tokens: CountOrAuto = -1  # validation tokens at most; -1: 80 x 524288 on a GPU, 524288 on a CPU
+    eval_first: bool = True  # measure validation bits per byte before the first step too
     # steps between measurements of CORE, which is also measured at the end; -1: off
     core_metric_every: CountOrAuto = -1
     core_metric_max_per_task: CountOrAuto = 500  # items of each task of CORE at most, drawn by a fixed seed; -1: all
@@ -115,8 +116,8 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         "model": "ModelFlags Architecture",
         "training": "TrainingFlags",
         "evaluation": (
-            "eval_every eval_tokens core_metric_every core_metric_max_per_task eval_bundle sample_every probes"
-            " probe_tokens"
+            "eval_every eval_tokens eval_first core_metric_every core_metric_max_per_task eval_bundle sample_every"
+            " probes probe_tokens"
         ),
         "run": "RunFlags BaseTrainConfig",
     }
@@ -124,7 +125,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         Condition("plan_for", "dry_run", lambda c: c.dry_run, "--dry-run"),
         Condition("profile", "dry_run", lambda c: not c.dry_run, "one of the two: a dry run makes no step"),
         Condition("device_type", "plan_for", lambda c: not c.plan_for, "one of the two"),
-        periodic("eval_tokens", "eval_every"),
+        periodic("eval_tokens eval_first", "eval_every"),
         Condition(
             "core_metric_max_per_task eval_bundle",
             "core_metric_every",

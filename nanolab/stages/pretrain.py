@@ -102,7 +102,7 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         return {"probes": measure_probes(names_in(cfg.probes), given)}
 
     hooks = [
-        Hook(at_steps(cfg.eval_every, first=True), validation),
+        Hook(at_steps(cfg.eval_every, first=cfg.eval_first), validation),
         Hook(at_steps(cfg.core_metric_every), benchmark, saved=True),
         Hook(at_steps(cfg.sample_every), lambda step: print_samples(model, tokenizer, rt, stop.asked)),
         Hook(lambda step, last: last and bool(cfg.probes), probe),

@@ -89,6 +89,9 @@ def test_flags_of_the_study_the_scale_and_the_arm_in_this_order():
     assert (head.warmup_steps, head.lr_scale, head.smear, head.softcap, head.gate) == (6, 2, False, 7, "head")
     assert (none.sample_every, head.sample_every) == (-1, 3)
     assert study.config("none", "gpu").warmup_steps == 7
+    assert (none.eval_first, none.eval_every) == (False, 250)  # nothing reads what untrained weights score
+    for flags, first in (("--eval-first", True), ("--eval-every -1", True)):
+        assert study.model_copy(update={"flags": f"{FLAGS} {flags}"}).config("none").eval_first is first
     assert (study.scale(""), study.scale("gpu")) == ("cpu", "gpu")
     with pytest.raises(UserError) as error:
         study.scale("full")
