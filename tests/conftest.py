@@ -1,6 +1,7 @@
 """Shared fixtures: an empty base directory for every test, one thread."""
 
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import ranks
 import warm
+from _pytest.assertion import rewrite
+
+gc.disable()  # until the tests are collected: all of it stays
 
 # The files that take longest, begun first: a process that gets one of them last would finish long after the others.
 LONGEST = (
@@ -48,8 +52,25 @@ def pytest_collection_modifyitems(config, items):
     )
 
 
+def pytest_xdist_setupnodes(config, specs):
+    """The workers are forks of a server, share another for their processes, and find the asserts of all files rewritten
+    (by functions of pytest that are not public): each would import and write the same.
+    """
+    workers, os.environ[warm.SHARED] = warm.executable(*warm.WORKERS), str(warm.executable())
+    for spec in specs:
+        spec.python = str(workers)
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        kept = rewrite.get_cache_dir(path) / (path.stem + rewrite.PYC_TAIL)
+        if not sys.dont_write_bytecode and rewrite._read_pyc(path, kept) is None:
+            kept.parent.mkdir(exist_ok=True)
+            source, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, source, kept)
+
+
 def pytest_collection_finish():
     """The speed of this machine, which a base directory holds, is measured once for all of them."""
+    gc.enable()
+    gc.freeze()
     if runtime := sys.modules.get("nanolab.runtime"):
         runtime._measure_gflops = functools.cache(runtime._measure_gflops)
 
@@ -129,17 +150,18 @@ def in_checkout(tmp_path_factory):
     """
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("checkout")
     ignore = shutil.ignore_patterns(
-        ".git", ".venv", ".venv-newest", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis", "report.md"
+        ".git", ".venv", ".venv-newest", "*.egg-info", "*.pyc.*", ".pytest_cache", ".hypothesis", "report.md"
     )
     path, base = shutil.copytree(root, folder / "nanolab", ignore=ignore), folder / "base"
+    python = warm.executable(root=path)
 
     def run(text: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
         env = (
             os.environ
             | {
-                "PATH": f"{warm.executable().parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
                 "PYTHONPATH": str(path),
-                "NANOLAB_PYTHON": str(warm.executable()),
+                "NANOLAB_PYTHON": str(python),
                 "NANOLAB_BASE_DIR": str(base),
                 "NANOLAB_SCALE": "toy",
                 "PYTEST_ADDOPTS": "",  # those of this run are not for a run inside

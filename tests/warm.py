@@ -12,6 +12,7 @@ library.
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +42,22 @@ PRELOADED = (
     "pandas",
     "tyro",
 )
+# and what pytest's workers import beside it: for their tests, or on their way
+WORKERS = (
+    *PRELOADED,
+    "torch._dynamo",
+    "torch._meta_registrations",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "fastapi.testclient",
+    "openai",
+    "matplotlib.pyplot",
+    "scipy.stats",
+)
 WHERE = "NANOLAB_TESTS_WARM"  # the server's socket
+BEGUN = time.time()
+SHARED = "NANOLAB_TESTS_PYTHON"  # the program of a server that the workers of one pytest share
 
 
 def python(
@@ -52,18 +69,26 @@ def python(
 
 
 @functools.cache
-def executable(*modules: str) -> Path:
+def executable(*modules: str, root: Path = ROOT) -> Path:
     """A program `python` whose processes are forks of a server, which lives as long as this process.
 
-    The server has imported `modules`, PRELOADED where none are given, and nothing of ours otherwise."""
+    The server has imported `modules`, PRELOADED where none are given, and nothing of ours otherwise. It may still be at
+    it: a process that is asked for meanwhile begins afterwards. root: a copy of this tree, whose modules are meant."""
+    if not modules and root == ROOT and SHARED in os.environ:
+        return Path(os.environ[SHARED])
     folder = Path(tempfile.mkdtemp(prefix="nanolab-warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = subprocess.Popen(
-        [sys.executable, __file__, str(folder / "socket"), *(modules or PRELOADED)],
+        [
+            sys.executable if root == ROOT else executable(),  # which has torch
+            str(root / Path(__file__).relative_to(ROOT)),
+            str(folder / "socket"),
+            *(modules or PRELOADED),
+        ],
         stdin=subprocess.PIPE,  # its end is this process's end
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        cwd=root,
     )
     assert server.stdout.readline() == b"ready\n"
     script = folder / "python"
@@ -75,6 +100,7 @@ def executable(*modules: str) -> Path:
 
 
 def client(where: str, argv: list[str]) -> None:
+    argv = argv[argv[:1] == ["-u"] :]
     if not argv or not (argv[0] in ("-m", "-c") or argv[0].endswith(".py")):
         os.execv(sys.executable, [sys.executable, *argv])
     env = {name: value for name, value in os.environ.items() if name != WHERE}
@@ -92,17 +118,20 @@ def client(where: str, argv: list[str]) -> None:
 
 
 def serve(where: str, modules: list[str]) -> None:
-    for name in modules:
-        with suppress(ImportError):  # what is not installed everywhere
-            __import__(name)
-    if runtime := sys.modules.get("nanolab.runtime"):  # as in conftest.py
-        runtime._measure_gflops = functools.cache(runtime._measure_gflops)
-        runtime._measure_gflops()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(where)
         listening.listen(64)
         print("ready", flush=True)
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+        gc.disable()
+        for name in modules:
+            with suppress(ImportError):  # what is not installed everywhere
+                __import__(name)
+        if runtime := sys.modules.get("nanolab.runtime"):  # as in conftest.py
+            runtime._measure_gflops = functools.cache(runtime._measure_gflops)
+            runtime._measure_gflops()
+        gc.enable()
+        gc.freeze()  # else each fork looks through what is imported, and copies its pages
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the guards
         while True:
             connection, _ = listening.accept()
@@ -140,6 +169,12 @@ def guard(connection: socket.socket) -> None:
     os._exit(0)
 
 
+def changed() -> bool:
+    """Whether a file of ours that is imported was written since the server began."""
+    files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] in OURS and module.__file__]
+    return any(not os.path.exists(file) or os.stat(file).st_mtime > BEGUN for file in files)
+
+
 def run(argv: list[str], env: dict[str, str], cwd: str) -> int:
     """As `python *argv` would: the exit code."""
     os.chdir(cwd)
@@ -148,7 +183,7 @@ def run(argv: list[str], env: dict[str, str], cwd: str) -> int:
     os.environ.update(env)
     sys.stdin, sys.stdout, sys.stderr = (open(n, mode, closefd=False) for n, mode in ((0, "r"), (1, "w"), (2, "w")))
     path = [Path(entry).resolve() for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    if path and path[0] != ROOT:  # another tree's modules
+    if path and path[0] != ROOT or changed():  # another tree's modules, or others by now
         for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
             del sys.modules[name]
     sys.path[:0] = [cwd if argv[0] in ("-m", "-c") else str(Path(argv[0]).resolve().parent), *map(str, path)]

@@ -18,9 +18,10 @@ def quiet_gc() -> Iterator[Callable[[int], None]]:
     """Yields a function to call after every step with the number of steps done in this process.
 
     Scanning a big heap can hold up a step by half a second. After the first step everything that lives is frozen and
-    automatic collection is off; every 5000 steps garbage is collected by hand. On leaving, all is as it was.
+    automatic collection is off; every 5000 steps garbage is collected by hand. On leaving, all is as it was; where
+    something was frozen before, what lives then stays frozen too.
     """
-    was_on = gc.isenabled()
+    was_on, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
 
     def after_step(n: int) -> None:
         if n == 1:
@@ -33,7 +34,8 @@ def quiet_gc() -> Iterator[Callable[[int], None]]:
     try:
         yield after_step
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
         if was_on:
             gc.enable()
 

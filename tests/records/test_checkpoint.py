@@ -209,15 +209,18 @@ def test_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path, kills):
     process = child("kill_loop", tmp_path, kills)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
-    assert report["kills"] == kills and report["invalid"] == [] and report["saved"] >= 1
+    assert report["kills"] >= kills and report["invalid"] == [] and report["saved"] >= 1
     assert report["torn"] >= 1, "no kill hit a save: the test shows nothing"
 
 
 def kill_loop(root: Path, kills: int) -> None:
-    """Fork a process that saves without end, kill it after a random time, look at what can be seen; again and again."""
-    rng, invalid, torn = random.Random(1), [], 0
+    """Fork a process that saves without end, kill it after a random time, look at what can be seen; again and again,
+    and on a busy machine until a kill has hit a save.
+    """
+    rng, invalid, torn, done = random.Random(1), [], 0, 0
     save(root, 1, numel=200_000)
-    for _ in range(kills):
+    while done < kills or (not torn and done < 20 * kills):
+        done += 1
         pid = os.fork()
         if pid == 0:
             step, writer = checkpoint.steps(root)[-1][0], checkpoint.Writer(ALONE)
@@ -237,7 +240,7 @@ def kill_loop(root: Path, kills: int) -> None:
                 checkpoint.verify(path)
             except CheckpointError as error:
                 invalid.append(str(error))
-    print(json.dumps({"kills": kills, "invalid": invalid, "torn": torn, "saved": checkpoint.steps(root)[-1][0]}))
+    print(json.dumps({"kills": done, "invalid": invalid, "torn": torn, "saved": checkpoint.steps(root)[-1][0]}))
 
 
 def test_two_ranks_write_one_checkpoint_or_none(tmp_path, run_ranks):
