@@ -173,7 +173,7 @@ exec {sys.executable} -c "import sys; sys.version_info = (3, 8, 1); $2"
     code, output, _ = setup(PYTHON=str(bare))
     assert code == 1 and "apt-get install python3-venv" in output
     code, output, _ = setup("tests")
-    assert code == 2 and "expected nothing or some of: test int8 hf lm_eval plots tasks gen gpu" in output
+    assert code == 2 and "expected nothing or some of: test int8 hf lm_eval plots tasks slurm gen gpu" in output
     assert not (in_checkout.path / ".venv" / "nanolab-setup").exists()
 
 
