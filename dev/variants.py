@@ -30,7 +30,7 @@ from nanolab.help import texts_of  # noqa: E402
 from nanolab.model import accounting, config, context, fp8, gpt  # noqa: E402
 from nanolab.model.config import Architecture, InspectConfig  # noqa: E402
 from nanolab.model.kernels import choice, fa3, reference, spec  # noqa: E402
-from nanolab.model.variants import latent, parts, positions, softmax, tables  # noqa: E402
+from nanolab.model.variants import embedding, latent, parts, positions, softmax, tables  # noqa: E402
 from nanolab.stages.config import BaseTrainConfig  # noqa: E402
 from nanolab.training import recipes  # noqa: E402
 from nanolab.training.schedule import gpt_config  # noqa: E402
@@ -40,6 +40,7 @@ CONTRACTS = ROOT / "tests" / "contracts"
 
 # A flag without a table -> what carries it out.
 CARRIED_OUT_BY: dict[str, Any] = {
+    "bigram_rows": embedding.BigramEmbedding,
     "rope_base": positions.Rope,
     "rope_fraction": positions.rope_dim,
     "rope_scaling": positions.rope_rates,

@@ -70,15 +70,12 @@ class KVCache:
         self.carry: dict[str, Tensor] = {}  # name -> (B, 1, ...): what parts of the model carry to the next pass
         self.memory = object()  # another one when keys and values lie elsewhere, of any layer
         self._parts: dict[tuple[int, int], list[Tensor]] = {}
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # by ring: rows and slots of the pass's new tokens
-        shapes = zip(cached_shapes(config), self.rings)
-        self.k, self.v = zip(
-            *(
-                [torch.zeros(rows, min(self.capacity, ring), *shape, dtype=dtype, device=device) for shape in pair]
-                for pair, ring in shapes
-            )
+        self._places: dict[int, Tensor] = {}  # by ring: the slots of the pass's new tokens, counted through all rows
+        shapes = list(zip(cached_shapes(config), self.rings))
+        self.k, self.v = (
+            [torch.zeros(rows, min(self.capacity, ring), *pair[i], dtype=dtype, device=device) for pair, ring in shapes]
+            for i in range(2)
         )
-        self.k, self.v = list(self.k), list(self.v)
 
     @property
     def nbytes(self) -> int:
@@ -146,9 +143,10 @@ class KVCache:
             return
         if ring not in self._places:
             rows, steps = (torch.arange(n, m, device=self.pos.device) for n, m in ((0, len(self.lengths)), (skip, T)))
-            self._places[ring] = rows[:, None], (self.pos[:, None] + steps) % ring
+            self._places[ring] = (rows[:, None] * to[0].size(1) + (self.pos[:, None] + steps) % ring).flatten()
         for old, new in zip(to, new_BTGD):
-            old[self._places[ring]] = new[:, skip:].to(old.dtype)
+            slots = old.view(old.size(0) * old.size(1), *old.shape[2:])
+            slots.index_copy_(0, self._places[ring], new[:, skip:].flatten(0, 1).to(old.dtype))
 
     def parts(self, rows: int, slots: int) -> list[Tensor]:
         """The first slots of the first rows: of the keys of all layers, then of the values. Made once, and let go of
@@ -205,7 +203,8 @@ class KVCache:
         """Replace `rows` by `source_rows` of another cache; one source row may fill several rows."""
         S = max(source.lengths[r] for r in source_rows)
         self.reserve(S)
-        to, of = torch.tensor(rows, device=self.pos.device), torch.tensor(source_rows, device=self.pos.device)
+        one = len(rows) == 1  # a plain copy: by a tensor of one index it took a CPU four times as long
+        to, of = (some[0] if one else torch.tensor(some, device=self.pos.device) for some in (rows, source_rows))
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             for layer, ring in enumerate(self.rings):
                 mine[layer][to, : min(S, ring)] = theirs[layer][of, :S]

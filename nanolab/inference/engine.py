@@ -218,12 +218,10 @@ class Engine:
         self._call_tools()
         if self.rows:
             ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.runtime.device)
-            plain = self.recorder is None
-            logits.append(
-                self.model(ids, cache=self.cache, last_only=True)[:, -1]
-                if plain
-                else self.recorder.step(self.cache, ids)
-            )
+            if self.recorder:
+                logits.append(self.recorder.step(self.cache, ids))
+            else:
+                logits.append(self.model(ids, cache=self.cache, last_only=True)[:, -1])
         room = self.max_rows - self.running - len(self.prefill)
         self.prefill.take([self.queue.popleft() for _ in range(min(room, len(self.queue)))], self.prefill_tokens)
         for row, cache, place, last in self.prefill.step(self.prefill_tokens):

@@ -86,14 +86,8 @@ class Prefill:
         if not self.parts:
             return
         oldest, *others = self.parts
-        shares = (
-            [
-                (oldest, tokens // 2),
-                *((part, tokens) for part in sorted(others, key=lambda part: part.length - part.read)),
-            ]
-            if others
-            else []
-        )
+        others.sort(key=lambda part: part.length - part.read)
+        shares = [(oldest, tokens // 2), *((part, tokens) for part in others)] if others else []
         for part, most in (*shares, (oldest, tokens)):
             T = min(part.length - part.read, min(most, tokens) // len(part.prompts))
             if T:

@@ -11,6 +11,7 @@ from nanolab.tables import print_rich, ruled_table
 # last
 PARTS = {
     "wte": "token embedding",
+    "embedding": "beside the token embedding",
     "positions": "positions",
     "value_embeds": "value embeddings",
     "attn": "attention",

@@ -14,8 +14,8 @@ from nanolab.model.variants.tables import AXES
 
 
 def n_params(c: GPTConfig) -> dict[str, int]:
-    """Parameters by part: tables, head, `matrices` of the blocks, `vectors` (gains, biases, sinks), `scalars` (mixing
-    weights).
+    """Parameters by part: wte, wpe, other `tables`, head, `matrices` of the blocks, `vectors` (gains, biases, sinks),
+    `scalars` (mixing weights).
 
     Also `total`, and `scaling`: matrices + the head's, tied or not, the N of the scaling laws. Raises UserError for
     flags that cannot work."""
@@ -39,16 +39,16 @@ def _counted(c: GPTConfig, entries: tuple, parts: tuple) -> dict[str, int]:
     def size(*modules: torch.nn.Module, matrices: bool = False) -> int:
         return sum(p.numel() for m in modules for p in m.parameters() if not matrices or p.dim() == 2)
 
-    mixing = [getattr(model, part.name) for part in parts]
+    mixing = [model.embedding, *(getattr(model, part.name) for part in parts)]
     tables = [m for part in mixing for m in part.modules() if isinstance(m, Embedding)]
     p = {
         "wte": size(model.wte),
         "wpe": size(model.positions),
-        "value_embeds": size(*tables),
+        "tables": size(*tables),
         "lm_head": 0 if c.tied_head else model.lm_head.weight.numel(),
         "matrices": size(model.h, matrices=True),
     }
-    p["scalars"] = size(*mixing) - p["value_embeds"]
+    p["scalars"] = size(*mixing) - p["tables"]
     p["vectors"] = size(model) - sum(p.values())
     p["total"], p["scaling"] = size(model), p["matrices"] + model.wte.weight.numel()
     linears = [m for part in mixing for m in part.modules() if isinstance(m, Linear)]

@@ -25,6 +25,9 @@ class Architecture:
     place of each.
     """
 
+    # embedding
+    embedding: str = "token"  # token | bigram: what the embedding knows of a token
+    bigram_rows: NonNegativeInt = 0  # rows of --embedding bigram's table; 0: as many as the vocabulary
     # positions
     positions: str = "rope"  # rope | nope | rnope | learned | sinusoidal | alibi: how the model knows positions
     rope_base: PositiveFloat = 100_000.0  # base of RoPE: the slowest pair of channels turns by almost 1 / base a token
@@ -152,7 +155,7 @@ def entry(c: GPTConfig, flag: str) -> Any:
 
 
 def parts_of(c: GPTConfig, seam: str = "") -> list[Any]:
-    """The parts of the embedding and the residual stream that are switched on (at a seam), in the order of PARTS."""
+    """The parts of the residual stream that are switched on (at a seam), in the order of PARTS."""
     from nanolab.model.variants.parts import PARTS
 
     return [part for flag, part in PARTS.items() if getattr(c, flag) and seam in ("", part.seam)]
@@ -227,6 +230,7 @@ class ModelFlags(Architecture):
         Condition(
             "rope_fraction", "attention", lambda c: c.attention != "mla", "--attention mha; mla has --mla-rope-dim"
         ),
+        Condition("bigram_rows", "embedding", lambda c: c.embedding == "bigram", "--embedding bigram"),
         Condition("position_pattern", "positions", lambda c: c.positions == "rnope", "--positions rnope"),
         Condition(
             "mla_kv_rank mla_q_rank mla_rope_dim", "attention", lambda c: c.attention == "mla", "--attention mla"

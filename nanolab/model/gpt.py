@@ -284,6 +284,7 @@ class GPT(nn.Module):
         self.config, self.compute_dtype, self.kernel_name = config, compute_dtype, kernel
         V, C, n = padded_vocab(config), config.n_embd, config.n_layer
         self.wte = Embedding(V, C)
+        self.embedding = entry(config, "embedding")(config)
         self.positions = entry(config, "positions")(config)
         self.documents = Documents(config.bos) if config.document_mask else Identity()
         self.norm_e = make_norm(config) if config.embed_norm else Identity()
@@ -365,7 +366,7 @@ class GPT(nn.Module):
         ctx = AttnContext(pos, self.positions.angles(pos, dtype), self.positions.slopes_H, cache=cache)
         ctx = self.documents(ctx, idx)
         x = self.norm_e(self.positions.add(self.wte.look_up(idx, dtype), pos))
-        x = x0 = self.drop(self.through("embedding", x, idx, ctx))
+        x = x0 = self.drop(self.through("embedding", self.embedding(x, idx, ctx), idx, ctx))
         middle, last = x, len(self.h) - 1
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.h):

@@ -92,7 +92,7 @@ def describe(
             else attention_line(m, DTYPES[dtype], kind, cfg.attn_kernel)
         ),
         (
-            f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['value_embeds']:,}, matrices"
+            f"parameters      {p['total']:,} (tables {p['wte'] + p['wpe'] + p['tables']:,}, matrices"
             f" {p['matrices']:,}, head {p['lm_head']:,}); scaling parameters {p['scaling']:,}"
         ),
         f"horizon         {length}",

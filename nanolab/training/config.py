@@ -39,7 +39,7 @@ def has_vectors(c: Any) -> bool:
 
 def has_tables(c: Any) -> bool:
     """Whether the model has tables at --embedding-lr: a tied one is trained as the head."""
-    return not c.tied_head or c.value_embeds or c.positions == "learned"
+    return not c.tied_head or c.value_embeds or c.embedding != "token" or c.positions == "learned"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ BASE = GPTConfig(
 
 # table -> entry -> settings, each a value of the axis beside the entry itself
 MORE: dict[str, dict[str, list[Settings]]] = {
+    "embedding": {"bigram": [dict(bigram_rows=23)]},
     "positions": {
         "rope": [
             dict(rope_layout="interleaved"),

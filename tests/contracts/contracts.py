@@ -312,7 +312,7 @@ def counts(config: GPTConfig) -> None:
     model = GPT(config, kernel="eager").eval()
     model.init_weights(0)
     p = accounting.n_params(config)
-    parts = ("wte", "wpe", "value_embeds", "lm_head", "matrices", "vectors", "scalars")
+    parts = ("wte", "wpe", "tables", "lm_head", "matrices", "vectors", "scalars")
     assert p["total"] == sum(q.numel() for q in model.parameters()) == sum(p[part] for part in parts)
     in_blocks = sum(q.numel() for name, q in model.named_parameters() if name.startswith("h.") and q.dim() == 2)
     assert p["matrices"] == in_blocks and p["scaling"] == in_blocks + model.wte.weight.numel()

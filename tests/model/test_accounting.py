@@ -23,9 +23,7 @@ def test_parameters_by_group(make_gpt):
     measured = {}
     for name, p in model.named_parameters():
         head = name.split(".")[0]
-        group = {"wte": "wte", "value_embeds": "value_embeds", "lm_head": "lm_head", "h": "matrices"}.get(
-            head, "scalars"
-        )
+        group = {"wte": "wte", "value_embeds": "tables", "lm_head": "lm_head", "h": "matrices"}.get(head, "scalars")
         measured[group] = measured.get(group, 0) + p.numel()
     measured["total"] = sum(measured.values())
     measured["scaling"] = measured["matrices"] + measured["lm_head"]

@@ -1,9 +1,9 @@
 """Initial weights: one function per way. Gains, biases and the learned scalars start at constants that their modules
 know.
 
-What a matrix is for, its module says as `kind`: "tokens", "positions" and "values" are tables; "head"; "residual"
-writes into the residual stream (every `c_proj`); "hidden" is the MLP's first; "gate"; all others are "matrix". C is the
-width, L the layers.
+What a matrix is for, its module says as `kind`: "tokens", "positions" and "values" are tables, "constant" one that its
+module fills; "head"; "residual" writes into the residual stream (every `c_proj`); "hidden" is the MLP's first; "gate";
+all others are "matrix". C is the width, L the layers.
 """
 
 import math
@@ -52,4 +52,4 @@ INITS = {"dial": dial, "gpt2": gpt2, "normal02": normal02}
 
 def matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(kind, weight) of every matrix and table, in the order of the model's modules."""
-    return ((m.kind, m.weight) for m in model.modules() if isinstance(m, (Linear, Embedding)))
+    return ((m.kind, m.weight) for m in model.modules() if isinstance(m, (Linear, Embedding)) and m.kind != "constant")

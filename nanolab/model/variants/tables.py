@@ -5,6 +5,7 @@ from typing import Any
 
 from nanolab.cli import UserError, nearest
 from nanolab.model.config import GPTConfig
+from nanolab.model.variants.embedding import EMBEDDINGS
 from nanolab.model.variants.gates import GATES
 from nanolab.model.variants.init import INITS
 from nanolab.model.variants.latent import ATTENTIONS
@@ -16,6 +17,7 @@ from nanolab.model.variants.softmax import SOFTMAXES
 
 # flag (a field of config.Architecture) -> its table
 AXES: dict[str, dict[str, Any]] = {
+    "embedding": EMBEDDINGS,
     "positions": POSITIONS,
     "rope_layout": ROTATIONS,
     "attention": ATTENTIONS,
