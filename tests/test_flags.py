@@ -18,7 +18,7 @@ from nanolab.cli import UserError, from_json, parse, to_json
 from nanolab.data.config import DataBuildConfig, GenChatConfig
 from nanolab.evals.config import BaseEvalConfig, ChatEvalConfig
 from nanolab.inference.config import ChatConfig
-from nanolab.lab.config import BenchConfig, LabConfig, TryConfig
+from nanolab.lab.config import BenchConfig, CompareConfig, LabConfig, TryConfig
 from nanolab.model.config import GPTConfig, InspectConfig
 from nanolab.model.variants.tables import AXES
 from nanolab.presets import PRESETS
@@ -455,7 +455,9 @@ def written() -> list:
             for words in readme.commands(code.replace("; ", " ; ")):
                 for at in [i for i, w in enumerate(words) if re.fullmatch(r"scripts\.(?!lm_eval)\w+", w)]:
                     end = next((i for i, w in enumerate(words) if i > at and re.match(r"[|&;>)]|2>", w)), len(words))
-                    rest = [w for w in words[at + 1 : end] if w != "--" and "@]" not in w]
+                    rest = [
+                        w for w in words[at + 1 : end] if (w != "--" or words[at] == "scripts.lab") and "@]" not in w
+                    ]
                     found.append((name, words[at], ["1" if "$" in w else w for w in rest]))
     return found
 
@@ -474,8 +476,10 @@ def test_written_commands_give_no_flag_that_is_not_read():
         )
         cls = configs()[call.args[0].id]
         if path.stem == "lab":
-            words = lab.spelled_out(words)
-            cls, words = (TryConfig, words[1:]) if words[0] == "--what=try" else (LabConfig, words)
+            words, flags = lab.spelled_out(words)
+            cls = {"--what=try": TryConfig, "--what=compare": CompareConfig}.get(words[0], LabConfig)
+            words = words if cls is LabConfig else words[1:]
+            parse(BaseTrainConfig, flags)
         elif len(call.args) > 1 and words and not words[0].startswith("-"):
             words = [{"bench": "--what", "import_hf": "--folder"}[path.stem], *words]
         try:

@@ -1,15 +1,16 @@
-"""The commands of the lab: run, check, verdict, page, try, threshold. Each prints, last one JSON document, and returns
-an exit code.
+"""The commands of the lab: run, check, verdict, page, try, compare, threshold. Each prints, last one JSON document, and
+returns an exit code.
 """
 
 import shlex
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nanolab.cli import UserError, as_json
 from nanolab.files import write_text
-from nanolab.lab.config import LabConfig, TryConfig
+from nanolab.lab.config import CompareConfig, LabConfig, TryConfig
 from nanolab.lab.results import check_unedited, hash_of, number_at, read_results, write_results
 from nanolab.lab.study import folder_of, read_seeds, read_study, study_of, to_toml
 
@@ -22,7 +23,8 @@ def lab(cfg: LabConfig) -> int:
     if cfg.what not in ("run", "check", "verdict", "page", "threshold") or not cfg.study:
         raise UserError(
             f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check, verdict or page and a study's file,"
-            " try and flags, or threshold and runs; try python -m scripts.lab run STUDY.toml",
+            " try and flags, compare and two revisions, or threshold and runs; try python -m scripts.lab run"
+            " STUDY.toml",
             "lab-command",
             what=cfg.what,
         )
@@ -46,13 +48,19 @@ def lab(cfg: LabConfig) -> int:
             return 0 if document["enough"] else 4
         run_study(study, folder, scale, cfg.jobs, cfg.slurm)
 
+    document, code = say_verdict(folder)
+    return code if cfg.what == "verdict" else int(cfg.what == "run" and bool(document["missing"]))
+
+
+def say_verdict(folder: Path) -> tuple[dict[str, Any], int]:
+    """Write the page of a folder of results and print its verdict: (the document, the verdict's exit code)."""
     from nanolab.lab.page import write_page
     from nanolab.lab.verdict import exit_code
 
     document, lines = write_page(folder)
     print("\n".join(["", *lines, "", f"table: {folder / 'table.md'}", f"page: {folder / 'index.html'}"]))
     print(as_json(document, "the result"))
-    return exit_code(document) if cfg.what == "verdict" else int(cfg.what == "run" and bool(document["missing"]))
+    return document, exit_code(document)
 
 
 def lab_threshold(cfg: LabConfig) -> int:
@@ -108,3 +116,11 @@ def lab_try(cfg: TryConfig, both: list[str]) -> int:
     write_text(path, to_toml(study_of(values | {"seeds": read_seeds(cfg.seeds)}, "lab try")))
     print(f"study           {path}")
     return lab(LabConfig("run", str(path), jobs=cfg.jobs))
+
+
+def lab_compare(cfg: CompareConfig, flags: list[str]) -> int:
+    """Two revisions of the code, each with these flags of scripts.base_train. Exit code of the verdict on the second.
+    Raises UserError."""
+    from nanolab.lab.compare import compare
+
+    return say_verdict(compare(cfg, flags))[1]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanolab.cli import Condition, Count, NonNegativeInt, PositiveFloat, PositiveOrAuto, Seed, at_least
+from nanolab.cli import Condition, Count, NonNegativeInt, OneOf, PositiveFloat, PositiveOrAuto, Seed, at_least
 from nanolab.data.config import DataConfig
 from nanolab.model.config import ModelFlags
 from nanolab.stages.config import BaseTrainConfig
@@ -97,7 +97,7 @@ class BenchConfig(ModelFlags, DataConfig):
 class LabConfig:
     """From a question to a verdict: run a study, check its design, say its verdict; a mean against a bar."""
 
-    what: str = "run"  # run | check | verdict | page | try | threshold; the first argument
+    what: str = "run"  # run | check | verdict | page | try | compare | threshold; the first argument
     # the study's TOML file (nanolab/lab/study.py); of threshold: runs or numbers, joined by commas; the second argument
     study: str = ""
     scale: str = ""  # one of the study's [scales]; default: the first
@@ -129,3 +129,36 @@ class TryConfig(BaseTrainConfig):
         "": "idea against seeds matters jobs",
         **{title or "both": words for title, words in BaseTrainConfig.GROUPS.items()},
     }
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two revisions of the code: lab compare A B [-- flags of scripts.base_train, for the runs of both]."""
+
+    a: str = ""  # the baseline: a git revision, or the folder of a working tree; the first argument after compare
+    b: str = ""  # what is compared with it, likewise; the second argument
+    seeds: str = "42,43,44"  # seeds, joined by commas
+    matters: PositiveFloat = 0.01  # the smallest difference of the metric that matters
+    metric: str = "val/bpb"  # what of the runs' results is compared; A.B is B inside A
+    direction: Annotated[str, OneOf(("lower", "higher"))] = "lower"  # which is better
+    budget: str = ""  # time in which pairs of runs may begin, for example 20m or 1h30m; default: no limit
+
+
+PLACES = {"try": ("--idea",), "compare": ("--a", "--b")}  # the arguments after the first one; of the others: --study
+OF_TRY = tuple(f"--{name}" for name in TryConfig.__annotations__)
+
+
+def spelled_out(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(words, those after --). The first words say what to do and with what. A flag of try and its value become one
+    word.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv, after = argv[:end], argv[end + 1 :]
+    words = []
+    for name in ("--what", *PLACES.get(" ".join(argv[:1]), ("--study",))):
+        if argv and (not argv[0].startswith("-") or " " in argv[0]):
+            words.append(f"{name}={argv.pop(0)}")
+    left = iter(argv)
+    for word in left:
+        words.append(f"{word}={next(left, '')}" if words[:1] == ["--what=try"] and word in OF_TRY else word)
+    return words, after

@@ -33,12 +33,22 @@ REFUSED, DIVERGED = 3, 4  # exit codes of runs for which another try would end i
 
 
 @dataclass
+class CommandLine:
+    """A run that another checkout makes, by its own command line."""
+
+    run: str
+    argv: list[str]  # after `python`
+    cwd: Path
+    env: dict[str, str]
+
+
+@dataclass
 class Planned:
     """A run that a study asks for."""
 
     arm: str
     seed: int
-    cfg: RunFlags  # whole: the run's name, seed and threads included
+    cfg: Any  # RunFlags, or a CommandLine; whole: the run's name, seed and threads included
     identity: dict[str, Any]  # what its key is made of
     tries: int = 0
     wandb: dict[str, str] = field(default_factory=dict)  # variables that wandb reads: the run's group and tags
@@ -50,6 +60,10 @@ class Planned:
     @property
     def dir(self) -> Path:
         return runs_dir() / self.cfg.run
+
+    def row(self, seconds: float) -> Row:
+        """Its line, finished."""
+        return row_of(self, seconds)
 
 
 def in_child(work: Callable[..., Any], *args: Any) -> Any:
@@ -105,11 +119,16 @@ class Forks:
 
 
 def make_runs(
-    todo: list[Planned], jobs: int, gpus: int, metric: str, place: Any = None
+    todo: list[Planned],
+    jobs: int,
+    gpus: int,
+    metric: str,
+    place: Any = None,
+    go_on: Callable[[Planned], bool] = lambda run: True,
 ) -> Iterator[tuple[Planned, Row]]:
     """Make the runs and yield (run, its row) as they end. Raises SystemExit after a signal, when all are saved.
 
-    place: slurm.Jobs; default: Forks."""
+    place: slurm.Jobs; default: Forks. go_on: asked before each run; a no leaves it and all that follow."""
     place = place or Forks(gpus)
     waiting, running, took = list(todo), {}, []
     free = list(range(jobs))
@@ -119,6 +138,9 @@ def make_runs(
         try:
             while waiting or running:
                 while waiting and free and not stop.asked():
+                    if not go_on(waiting[0]):
+                        waiting.clear()
+                        break
                     run, slot = waiting.pop(0), free.pop(0)
                     run.tries += 1
                     os.environ.update(run.wandb)  # which the run inherits
@@ -131,7 +153,7 @@ def make_runs(
                     run, slot, began = running.pop(child)
                     code = place.code(child)
                     free.append(slot)
-                    row = row_of(run, time.monotonic() - began) if code == 0 else failure_of(run, code)
+                    row = run.row(time.monotonic() - began) if code == 0 else failure_of(run, code)
                     if "failed" in row and run.tries < 2 and code not in (REFUSED, DIVERGED):
                         print0(
                             f"{run.arm} seed {run.seed} crashed ({row['failed']}); once more, from its last checkpoint"
@@ -149,7 +171,7 @@ def make_runs(
         raise SystemExit(128 + stop.number)
 
 
-def train(cfg: RunFlags, log: Path, slot: int, gpus: int) -> None:
+def train(cfg: RunFlags | CommandLine, log: Path, slot: int, gpus: int) -> None:
     """One run, in a process of its own. Its output goes to `log`."""
     for number in NUMBERS:  # those of the lab's process are not for this one
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -162,6 +184,9 @@ def train(cfg: RunFlags, log: Path, slot: int, gpus: int) -> None:
     with open(log, "a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if isinstance(cfg, CommandLine):
+        os.chdir(cfg.cwd)
+        os.execve(sys.executable, [sys.executable, *cfg.argv], cfg.env)
     sys.orig_argv = [sys.executable, "-m", f"scripts.{STAGES[stage_of(cfg)].script}", *flags_of_run(cfg)]
     try:
         function_of(stage_of(cfg))(cfg)
