@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def run_facts(folder: Path, price: float) -> dict[str, Any]:
         "begun": str(env.get("started", ""))[:10],
         "env": env,
         "metrics": metrics,
+        "probes": result.get("probes", {}),
     }
 
 
@@ -72,7 +74,7 @@ def run_cells(facts: dict[str, Any]) -> list[str]:
 
 
 def money(dollars: float | None) -> str:
-    return "-" if dollars is None else f"${dollars:,.2f}"
+    return "-" if dollars is None else "under $0.01" if 0 < dollars < 0.01 else f"${dollars:,.2f}"
 
 
 def spikes_of(losses: list[tuple[int, float]]) -> list[tuple[int, float, float]]:
@@ -187,11 +189,22 @@ def write_run_page(folder: Path, facts: dict[str, Any], price: float, path: Path
         "spikes": [(f"{step:,}", f"{loss:.4f}", f"{sds:.1f}") for step, loss, sds in facts["spikes"][:MOST]],
         "spikes_mean": f"{len(facts['spikes'])}, of which the first {MOST} are shown: losses at least {SPIKE:g}"
         f" standard deviations above the mean of up to {WINDOW:,} steps before.",
+        "probes": list(probe_rows(facts["probes"])),
         "report": card and report_tables(card, price),
         "samples": [(public(about), sample_text(text)) for about, text in samples_of(folder)],
         "flags": [(name, public(str(value))) for name, value in config.items()],
     }
     write_text(path, filled("run.html", **values))
+
+
+def probe_rows(found: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of everything that probes have measured; a list, as of layers, in one row."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from probe_rows(value, f"{name}, {key}" if name else key)
+    else:
+        values = found if isinstance(found, list) else [found]
+        yield name, ", ".join(f"{x:.4g}" if isinstance(x, (int, float)) else public(str(x)) for x in values)
 
 
 def report_tables(card: dict[str, Any], price: float) -> dict[str, Any]:

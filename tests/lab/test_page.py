@@ -258,21 +258,32 @@ def test_the_site_joins_studies_models_and_runs(base_dir, tmp_path, capsys):
     card = {"stages": [stage], "metrics": [metric | {"stages": {"base": {"value": 0.625, "interval": None}}}]}
     run_folder(base_dir, "one", eval_chat=chat, card=card)
     run_folder(base_dir, "two", result=None)
+    probes = {"kurtosis": {"c_q": [1.23456, 2.0]}, "lengths": {MARKUP: 0.5}}
+    result = {"step": 80, "train/loss": 2.5, "total_training_time": 1.0, "probes": probes}
+    run_folder(base_dir, "three", result=result)
     run_folder(base_dir, "damaged", env=None)
     run_folder(base_dir, "lab-0123")
     folder = tmp_path / "out"
     cfg = ReportConfig(site=str(folder), studies=str(tmp_path / "studies"), price_per_hour=3.0)
     site.write_site(cfg)
     pages = {str(path.relative_to(folder)): check_inert(path) for path in folder.rglob("*.html")}
-    assert set(pages) == {"index.html", "studies/gate-cpu/index.html", "runs/one.html", "runs/two.html"}
+    assert set(pages) == {
+        "index.html",
+        "studies/gate-cpu/index.html",
+        "runs/one.html",
+        "runs/two.html",
+        "runs/three.html",
+    }
     everything = "".join(path.read_text() for path in folder.rglob("*.*") if path.suffix in (".html", ".svg"))
     assert not re.search("somebody|secret-host|<script|\x1b", everything)
     index, one, two = (" ".join(pages[name].texts) for name in ("index.html", "runs/one.html", "runs/two.html"))
     order = [text for text in pages["index.html"].texts if text in ("Studies", "Models", "Runs") or "Which?" in text]
     assert order == ["Studies", f"Which? {MARKUP}", "Models", "Runs"]
     assert "62.5 %" in index and "1.000" in index and "$3.00" in index and "results-damaged" not in index
-    assert "broken" in index and "damaged.html" in index and "1 more belong" in index
+    assert "broken" in index and "damaged.html" in index and "1 more that belong" in index
     assert f"r {MARKUP}\ufffd[2J" in one and f"> q {MARKUP}" in one and "Not finished at step 79" in two
+    three = " ".join(" ".join(pages["runs/three.html"].texts).split())
+    assert "kurtosis, c_q 1.235, 2" in three and f"lengths, {MARKUP} 0.5" in three
     svg = (folder / "runs" / "one.svg").read_text()
     assert all(name in svg for name in ("loss, nats per token", "norms of layers", "learning rates"))
     assert "60" in one[one.index("Loss spikes") :] and capsys.readouterr().out.count("left out") == 2

@@ -13,6 +13,9 @@ import wandb
 import warm
 
 from nanolab.data.tokenizer import Tokenizer
+from nanolab.lab.processes import Planned
+from nanolab.lab.runner import wandb_names
+from nanolab.stages.config import BaseTrainConfig
 
 ROOT = Path(__file__).parents[2]
 SAVE, STEPS = 60, 600
@@ -140,6 +143,26 @@ def test_on_a_busy_machine_wandb_may_begin_late(tmp_path):
     assert (
         done.returncode == 0 and "wandb failed" not in done.stderr and [row["step"] for row in rows_in(folder)] == [0]
     ), done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_of_a_study_has_its_group_and_tags_in_wandb(tmp_path, monkeypatch):
+    """As the variables that the lab sets before it starts a run say, unless the user has set them."""
+    monkeypatch.delenv("WANDB_TAGS", raising=False)
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    runs = [Planned(arm, 42, BaseTrainConfig(run=name), {}) for arm, name in (("a,b", "x"), ("same", "x"), ("c", "y"))]
+    names = wandb_names(runs[0], runs, "gate", "cpu")
+    assert names == {"WANDB_TAGS": "a b,same,cpu"}
+    monkeypatch.delenv("WANDB_RUN_GROUP")
+    for name, value in wandb_names(runs[2], runs, "gate", "cpu").items():
+        monkeypatch.setenv(name, value)
+    done = with_core(tmp_path, "sleep 0")
+    [log] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    read = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    [run] = [found["run"] for found in map(json.loads, read.stdout.splitlines()) if "run" in found][:1]
+    assert "gate" in run.values() and ["c", "cpu"] in run.values()
 
 
 @pytest.mark.slow
