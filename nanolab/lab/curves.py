@@ -11,7 +11,7 @@ from typing import Any
 
 from nanolab.evals.curve import COLOURS, GREY, INK, PALE, Point, draw, drawing, saved
 from nanolab.lab.results import Row
-from nanolab.lab.study import STAGES
+from nanolab.lab.study import stage_in
 
 BAND = "line: mean over the seeds\nband: lowest to highest seed"
 EARLY = 0.3  # share of a run that curves leave out
@@ -37,7 +37,7 @@ def draw_curves(folder: Path, record: dict[str, Any], rows: list[Row]) -> dict[s
     Raises UserError where matplotlib is missing."""
     drawn = {}
     for name, key, ylabel in (
-        ("curves", "curve", STAGES[record["study"]["stage"]].metric),
+        ("curves", "curve", stage_in(record["study"]).metric),
         ("training", "training", "training loss"),
     ):
         curves = {arm: points_of([row for row in rows if row["arm"] == arm], key) for arm in record["study"]["arms"]}

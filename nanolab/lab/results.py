@@ -14,6 +14,7 @@ from typing import Any
 
 from nanolab.cli import UserError, nearest
 from nanolab.files import write_text
+from nanolab.lab.study import Study
 from nanolab.terminal import harmless
 
 KEPT = ("sources", "machine", "validation")  # facts that all runs of one table share
@@ -74,7 +75,8 @@ def check_unedited(
     may be added, none may be left out.
     """
     then = record["study"] if record else fixed
-    edited = [key for key in {**fixed, **then} if then.get(key) != fixed.get(key)]
+    then = {name: field.default for name, field in Study.model_fields.items() if name in fixed} | then  # keys that came
+    edited = [key for key in {**fixed, **then} if then.get(key) != fixed.get(key)]  # later are at their defaults
     edited += ["seeds"] if {row["seed"] for row in rows} - set(seeds) else []
     if edited:
         raise UserError(

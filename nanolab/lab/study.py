@@ -152,6 +152,11 @@ def stage_of(cfg: RunFlags) -> str:
     return next(name for name, stage in STAGES.items() if type(cfg) is stage.config)
 
 
+def stage_in(study: Mapping[str, Any]) -> StudyStage:
+    """The stage of a study's record, which may be older than the key."""
+    return STAGES[study.get("stage", "pretrain")]
+
+
 def flag_words(text: str, where: str, stage: StudyStage) -> list[str]:
     """The words of `text`. Raises UserError for flags that the stage does not have, or that the lab gives itself."""
     try:

@@ -16,7 +16,7 @@ from nanolab.files import write_text
 from nanolab.lab.curves import training_saved
 from nanolab.lab.results import KEPT, OF_AN_ARM, Row, check_metric, number_at, prior_of, public, read_results
 from nanolab.lab.stats import LOOKS, Effect, verdicts
-from nanolab.lab.study import STAGES
+from nanolab.lab.study import stage_in
 from nanolab.records.console import clock
 from nanolab.tables import interval_text, markdown_table, text_table
 
@@ -97,7 +97,7 @@ def saved_by(effect: Effect, seeds: list[int], study: dict[str, Any], rows: list
         [row for row in rows if row["arm"] == name and row["seed"] in judged]
         for name in (effect.arm, study["baseline"])
     )
-    if study["metric"] != STAGES[study["stage"]].metric or not all("curve" in row for row in arm + baseline):
+    if study["metric"] != stage_in(study).metric or not all("curve" in row for row in arm + baseline):
         return None
     return training_saved(arm, baseline, study["direction"] == "lower")
 

@@ -42,7 +42,7 @@ MAY_CHANGE = set(
     "save_every keep log_every log_grad_norm wandb device_batch_size threads core_metric_every "
     "core_metric_max_per_task eval_bundle allow_unsandboxed activation_checkpointing attn_kernel eval_text "
     "chatcore_every chatcore_tasks chatcore_max_cat chatcore_max_sample eval_split eval_examples eval_samples "
-    "rollout_batch_size probes probe_tokens profile".split()
+    "rollout_batch_size eval_first probes probe_tokens profile".split()
 )
 HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.

@@ -101,6 +101,9 @@ def test_a_study_of_a_stage_makes_the_runs_that_the_stage_makes(home, stage):
     assert {name: row["result"][name] for name in (metric, "train/loss", "tokens")} == {
         name: alone[name] for name in (metric, "train/loss", "tokens")
     }
+    if stage == "pretrain":  # a run may go on with the flag or without
+        again = config(run="pretrain-alone", seed=43, threads=1, resume=True, eval_first=False, **flags)
+        assert make(again)[metric] == alone[metric]
     steps = [row["step"] for row in read_metrics(runs_dir() / f"{stage}-alone") if metric in row]
     assert steps == [0, flags["num_iterations"]]
     assert [step for step, _ in row["curve"]] == steps[stage == "pretrain" :]

@@ -154,6 +154,8 @@ def test_predictions_are_hashed_with_the_study_and_an_edit_is_named(tmp_path):
     assert edited(predict={"head": "worse"}) == ["predict"]
     assert edited(matters=0.02, predict="") == ["matters", "predict"]
     assert edited(seeds=[42, 43, 45]) == ["seeds"]  # a seed that was run cannot be dropped
+    del record["study"]["stage"]  # a record from before there was the key
+    assert edited() == [] and "stage" in edited(stage="sft", flags="", arms={"none": "", "head": ""})
     record = new_record(study_of(GATE | {"noise": {"sd": 0.1, "df": 9}}, "x").fixed(""), 1) | {"seeds": [42, 43, 44]}
     assert edited(noise={"sd": 0.1, "df": 9}) == []
     assert edited() == edited(noise=0.1) == edited(noise={"sd": 0.2, "df": 9}) == ["noise"]
