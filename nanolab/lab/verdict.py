@@ -203,6 +203,8 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
     ]
     lines += what_differs(rows)
     lines += [f"Missing: {', '.join(document['missing'])}."] if document["missing"] else []
+    without = [row["arm"] for row in rows if "result" in row and number_at(row["result"], document["metric"]) is None]
+    lines += [f"No {document['metric']} in runs of {', '.join(dict.fromkeys(without))}."] if without else []
     lines += [
         f"Failed: {arm} seed {seed}: {why}"
         for arm, one in document["arms"].items()

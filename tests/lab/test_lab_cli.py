@@ -379,6 +379,18 @@ def test_what_is_missing_is_said(tmp_path):
     assert all(name in text for name in document["missing"])
 
 
+def test_an_arm_whose_runs_have_no_such_number_is_named(tmp_path):
+    """As of learned positions, which read no longer rows."""
+    folder = results(tmp_path, {"a": BASE, "b": BASE, "c": BASE})
+    record, rows = read_results(folder)
+    metric = record["study"]["metric"]
+    rows = [row | {"result": {metric: None}} if row["arm"] == "b" else row for row in rows]
+    write_results(folder, record, rows)
+    document, lines = verdict_of(folder)
+    assert document["arms"]["b"]["verdict"] is None and document["missing"] == []
+    assert f"No {metric} in runs of b." in lines
+
+
 def test_a_run_that_diverged_is_no_missing_one(tmp_path):
     folder = results(tmp_path, {"a": BASE, "b": BASE})
     record, rows = read_results(folder)

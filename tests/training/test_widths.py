@@ -59,6 +59,8 @@ def test_steps_are_those_of_the_recipe(widths):
         adam.step()
         adam.zero_grad()
     assert found["logits"][2] > 10 * found["logits"][0]
+    slow, fast = (parse(BaseTrainConfig, f"{FLAGS} --warmup-steps {n}".split()) for n in (50, 1))
+    assert widths.sizes(slow, 64, 1, 128, CPU) == widths.sizes(fast, 64, 1, 128, CPU), "there is no warm-up"
 
 
 def test_exponents_are_slopes_of_logs(widths):
