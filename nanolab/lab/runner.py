@@ -41,7 +41,16 @@ from nanolab.stages.config import RunFlags
 OF_A_PROCESS = 700 << 20  # bytes that a run takes beside what its plan counts
 MACHINE = ("device", "device_name", "dtype", "threads", "world_size", "torch")  # of env.json: they decide the last bits
 # flags that say where things are, or what is said of a run: data, tokenizer and model count by their fingerprints
-NOT_IN_KEY = {*OF_THE_LAB, "tokenizer", "model", "wandb", "threads", "eval_bundle", *DataConfig.__dataclass_fields__}
+NOT_IN_KEY = {
+    *OF_THE_LAB,
+    "tokenizer",
+    "model",
+    "wandb",
+    "trackio",
+    "threads",
+    "eval_bundle",
+    *DataConfig.__dataclass_fields__,
+}
 OURS = ("nanolab", "tasks")  # packages whose sources decide a run's result
 
 

@@ -31,7 +31,7 @@ from nanolab.files import write_text
 from nanolab.records import checkpoint
 from nanolab.records.environment import environment
 from nanolab.records.models import best_step, read_json, read_metrics, recorded, runs_dir
-from nanolab.records.sink import WandbSink
+from nanolab.records.sink import MetricSink, open_sinks
 from nanolab.runtime import Runtime, print0
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ MAY_CHANGE = set(
     "save_every keep log_every log_grad_norm wandb device_batch_size threads core_metric_every "
     "core_metric_max_per_task eval_bundle allow_unsandboxed activation_checkpointing attn_kernel eval_text "
     "chatcore_every chatcore_tasks chatcore_max_cat chatcore_max_sample eval_split eval_examples eval_samples "
-    "rollout_batch_size eval_first probes probe_tokens profile".split()
+    "rollout_batch_size eval_first probes probe_tokens profile trackio".split()
 )
 HOLD_PATHS = {"data", "tasks", "task"}  # flags whose paths may change, and nothing else
 # Facts of the machine that a resumed run keeps, and the way to type them.
@@ -67,7 +67,7 @@ class Run:
         self.env: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}  # tokenizer_hash, data_fingerprint, ...: kept in every checkpoint
         self.resume_from: Path | None = None  # the checkpoint that `fit` continues from
-        self._sink: WandbSink | None = None
+        self._sinks: list[MetricSink] = []
         self._metrics: FileIO | None = None
         self._lock: IO[str] | None = None
 
@@ -166,8 +166,8 @@ class Run:
                 f"{self.dir / 'metrics.jsonl'} could not be written: {error.strerror}; make room there, then type the"
                 " same command with --resume"
             ) from error
-        if self._sink:
-            self._sink.log(step, finite)
+        for sink in self._sinks:
+            sink.log(step, finite)
 
     def sync(self) -> None:
         """Flush metrics.jsonl to the disk, so that a checkpoint never outlives the lines before it."""
@@ -191,12 +191,12 @@ class Run:
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Close the files, wandb and the lock."""
-        if self._sink:
-            self._sink.finish(summary or {})
+        for sink in self._sinks:
+            sink.finish(summary or {})
         for file in (self._metrics, self._lock):
             if file:
                 file.close()
-        self._sink = self._metrics = self._lock = None
+        self._sinks, self._metrics, self._lock = [], None, None
 
     def _on_main(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0; its result, or its error, on every rank."""
@@ -234,9 +234,8 @@ class Run:
             self.drop_from(-1)
         write_text(self.dir / "env.json", json.dumps(env, indent=1) + "\n")
         write_text(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
-        # the reference's name for a run without wandb
-        mode = "off" if self.name == "dummy" else self.config.get("wandb", "off")
-        self._sink = WandbSink(mode, self.name, env["wandb_id"], self.dir, self.config, read_metrics(self.dir))
+        made = read_metrics(self.dir)
+        self._sinks = open_sinks(self.name, env["wandb_id"], self.dir, self.config, made, source is not None)
         self._metrics = open(self.dir / "metrics.jsonl", "ab", buffering=0)
         return env, source
 

@@ -50,6 +50,7 @@ class RunFlags:
     log_every: CountOrAuto = 1  # steps between lines of metrics; -1: off
     log_grad_norm: bool = False  # log the L2 norm of all gradients together
     wandb: Wandb = "off"  # online | offline | off
+    trackio: bool = False  # metrics to trackio too, a dashboard on this machine; type pip install trackio first
 
     CONDITIONS = [
         periodic("log_grad_norm", "log_every"),

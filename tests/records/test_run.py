@@ -376,7 +376,7 @@ def lose_wandb() -> None:
     for pid in children:
         os.kill(int(pid), signal.SIGKILL)
     step, deadline = 0, time.monotonic() + 30
-    while run._sink.alive and time.monotonic() < deadline:
+    while run._sinks[0].alive and time.monotonic() < deadline:
         run.log(step, {"train/loss": 1.0})
         step += 1
         time.sleep(0.05)

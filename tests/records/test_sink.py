@@ -1,5 +1,6 @@
 """wandb beside a real training that is killed and resumed, read back by wandb's own reader."""
 
+import ast
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import warm
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.lab.processes import Planned
 from nanolab.lab.runner import wandb_names
+from nanolab.records.sink import open_sinks
 from nanolab.stages.config import BaseTrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +174,41 @@ def test_whatever_wandb_raises_is_one_line(tmp_path):
     assert (
         done.returncode == 0 and done.stderr.count("wandb failed and is off for the rest of this run (IndexError") == 1
     ), done.stderr
+
+
+TRACKIO = """
+import os, sys, time
+from nanolab.records.sink import TrackioSink
+rows = [{"step": step, "train/loss": step / 4, "none": None} for step in range(14)]
+first = TrackioSink("toy", {"depth": 4}, [], False)
+for row in rows[:10]:
+    first.log(row["step"], row)
+first.finish({})
+second = TrackioSink("toy", {"depth": 4}, rows[:12], True)
+for row in [rows[9], *rows[12:]]:  # a step that it has is not sent again
+    second.log(row["step"], row)
+second.finish({})
+from trackio.sqlite_storage import SQLiteStorage
+print([(row["step"], row["train/loss"], sorted(row)) for row in SQLiteStorage.get_logs("nanolab", "toy")])
+"""
+
+
+@pytest.mark.slow
+def test_every_step_is_in_trackio_once_after_a_resume(tmp_path):
+    """In the real package, where that is installed; it is in no extra of ours."""
+    pytest.importorskip("trackio", reason="needs trackio (pip install trackio)")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TRACKIO_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TRACKIO], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "trackio has 10 steps already" in done.stdout and "; 2 that" in done.stdout
+    [found] = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("[(")]
+    assert [row[:2] for row in found] == [(step, step / 4) for step in range(14)]
+    assert not any("none" in names for *_, names in found)
+
+
+def test_without_trackio_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    [_, sink] = open_sinks("toy", "abcd", tmp_path, {"trackio": True}, [], False)
+    sink.log(0, {"train/loss": 1.0})
+    sink.finish({})
+    assert not sink.alive and capsys.readouterr().err.count("trackio failed and is off") == 1
