@@ -83,10 +83,12 @@ def test_runs_are_made_once_and_equal_flags_are_identical(home, monkeypatch):
     assert all([step for step, _ in row["curve"]] == [2] for row in rows)
     assert text.count("same runs: none, same.") == 1
 
+    page = (home / "same" / "index.html").read_bytes()
+    assert str(home).encode() not in page
     table.unlink()
     verdict = lab(home, "verdict", path)
     assert verdict.returncode == 3, verdict.stdout + verdict.stderr
-    assert table.read_text() == text
+    assert table.read_text() == text and (home / "same" / "index.html").read_bytes() == page
     assert json.loads(verdict.stdout.splitlines()[-1]) == document
 
     monkeypatch.setenv("NANOLAB_BASE_DIR", str(home / "base"))
