@@ -40,6 +40,7 @@ def pretrain_facts(cfg: BaseTrainConfig, rt: Runtime, opened: Opened, metric: st
     plan, kind = make_plan(cfg, tokenizer.vocab_size, 1, tokenizer.bos), rt.device.type
     return {
         **planned(plan),
+        "step_flops": plan.flops_per_token * plan.total_batch_size,
         "seconds": expected_time(plan, kind, rt.device_name, rt.dtype_name, cfg.activation_checkpointing)[0],
         "bytes": peak_bytes(planned_memory(cfg, plan, kind, rt.dtype_name)),
         "tokenizer": tokenizer.hash,

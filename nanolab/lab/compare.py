@@ -166,7 +166,7 @@ def plan_of(arms: dict[str, Revision], seeds: list[int], words: list[str], facts
     for i, seed in enumerate(seeds):
         for arm, revision in list(arms.items())[:: -1 if i % 2 else 1]:
             key = f"{OF_STUDIES}{hash_of([revision.tree, flags, seed, facts])[:16]}"
-            identity = {**facts, "sources": trees, "tree": revision.tree, "commit": revision.about}
+            identity = {**facts, "sources": trees, "tree": revision.tree, "commit": revision.came_from}
             base = base_dir() / "lab" / "revisions" / hash_of([revision.tree, facts])[:16]
             planned.append(RevisionRun(arm, seed, CommandLine(key, [], base, {}), identity, base=base))
     return planned

@@ -28,6 +28,7 @@ class Revision(NamedTuple):
     commit: str
     tree: str  # hash of all its files
     about: str  # what a table says of it
+    came_from: str  # the commit as records name it: of a working tree with changes, the one that was changed
 
 
 def find_revision(text: str) -> Revision:
@@ -56,7 +57,8 @@ def _revision(name: str, repository: Path, commit: str, changed_from: str) -> Re
             revision=name,
         )
     shown = f"{changed_from[:12]} with changes" if changed_from else commit[:12]
-    return Revision(name, repository, commit, tree, f"commit {shown}, tree {tree[:12]}")
+    came_from = f"{changed_from}+changes" if changed_from else commit
+    return Revision(name, repository, commit, tree, f"commit {shown}, tree {tree[:12]}", came_from)
 
 
 def _as_it_is(top: Path) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from nanolab.data.config import DataConfig
 from nanolab.evals.modes import MODES
 from nanolab.evals.probes.common import names_in
 from nanolab.lab.arms import FACTS, FINGERPRINTS
+from nanolab.lab.match import calibrate, lengths_of, with_lengths
 from nanolab.lab.processes import Planned, function_of, in_child, make_runs, row_of
 from nanolab.lab.results import (
     Row,
@@ -30,7 +31,7 @@ from nanolab.lab.results import (
     write_results,
 )
 from nanolab.lab.stats import LOOKS, minimum_detectable, seeds_needed
-from nanolab.lab.study import OF_THE_LAB, ROOT, Noise, Study, identical_arms, stage_of
+from nanolab.lab.study import COSTS, OF_THE_LAB, ROOT, Noise, Study, identical_arms, stage_of
 from nanolab.lab.verdict import effects_of, paired_values
 from nanolab.records.console import clock
 from nanolab.records.environment import environment
@@ -81,6 +82,12 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
     look = place.call if place else in_child
     # a job is one run, which has the whole of what it asks for
     preview = look(preview_of, configs, 1 if place else jobs, record.get("threads", 0), study.metric)
+    record = record or new_record(fixed, preview.machine["threads"])
+    if study.match == "time" and "step_seconds" not in record:
+        record["step_seconds"] = calibrate(configs, preview.machine["threads"], look)
+    if study.match in COSTS:
+        configs = with_lengths(study, configs, preview.arms, record.get("step_seconds", {}))
+        record["lengths"] = lengths_of(study, preview.arms, record.get("step_seconds", {}))
     check_equal(study, preview.arms)
     planned = plan_runs(study, configs, preview)
     for run in planned:
@@ -94,7 +101,7 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
         preview = preview._replace(jobs=jobs or max(1, len(todo)))
     announce(study, preview, configs, known, list(todo.values()), planned)
     note_stale(before, planned)
-    record = study.outside((record or new_record(fixed, preview.machine["threads"])) | {"seeds": study.seeds})
+    record = study.outside(record | {"seeds": study.seeds})
 
     def write() -> None:
         rows = [{"arm": run.arm, "seed": run.seed, **known[run.key]} for run in planned if run.key in known]
@@ -153,7 +160,7 @@ def preview_of(configs: dict[str, RunFlags], jobs: int, threads: int, metric: st
 
 def check_equal(study: Study, arms: dict[str, dict[str, Any]]) -> None:
     """Raise UserError where the arms differ in what is held equal, or in the text that they are measured on."""
-    for fact in (study.match, "validation"):
+    for fact in (study.match, "validation") if study.match not in COSTS else ("validation",):
         values = {arm: row[fact] for arm, row in arms.items()}
         if None in values.values() or len(set(values.values())) > 1:
             shown = ", ".join(f"{arm} {'by the clock' if value is None else value}" for arm, value in values.items())

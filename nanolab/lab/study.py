@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import nanolab
-from nanolab.cli import UserError, current_name, given, nearest, parse, read_toml, unknown_flag
+from nanolab.cli import HORIZONS, UserError, current_name, given, nearest, parse, read_toml, unknown_flag
 from nanolab.stages.config import BaseTrainConfig, RLConfig, RunFlags, SFTConfig
 
 ROOT = Path(nanolab.__file__).resolve().parents[1]
@@ -31,7 +31,8 @@ OF_THE_LAB = ("run", "resume", "dry_run", "plan_for", "seed", "profile")  # flag
 OUTSIDE = ("published", "published_source")  # what others found: kept in the record beside the study
 MAY_GROW = ("seeds", "noise", "results", *OUTSIDE)  # what a study may change after its first run
 LEAST_SEEDS = 3  # the first look of stats.py
-MATCHES = ("tokens", "steps")
+COSTS = {"flops": "step_flops", "time": "step_seconds"}  # what is matched by the steps of each arm -> cost of a step
+MATCHES = ("tokens", "steps", *COSTS)
 Verdict = Literal["better", "worse", "equivalent"]
 
 
@@ -239,12 +240,34 @@ def study_of(values: Mapping[str, Any], where: str) -> Study:
         )
     if study.match not in MATCHES:
         raise UserError(
-            f"{where}: match = {study.match!r}; expected {' or '.join(MATCHES)} ('flops' and 'time' are not there yet);"
-            ' try match = "tokens"',
+            f'{where}: match = {study.match!r}; expected {" or ".join(MATCHES)}; try match = "tokens"',
             "match-unknown",
             match=study.match,
         )
+    if study.match in COSTS:
+        check_derived(study, where)
     return study
+
+
+def check_derived(study: Study, where: str) -> None:
+    """Raise UserError where arms say how long they are trained, or are no pretraining."""
+    if study.stage != "pretrain":
+        raise UserError(
+            f'{where}: match = "{study.match}" of {study.stage} runs; expected pretraining, whose steps all cost the'
+            ' same; try match = "steps"',
+            "match-stage",
+            stage=study.stage,
+        )
+    for arm in study.others:
+        for word in flag_words(study.arms[arm], f"arm {arm}", STAGES[study.stage]):
+            if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in HORIZONS:
+                raise UserError(
+                    f'arm {arm} has {word}, but match = "{study.match}" says how long it is trained; expected a length'
+                    " for all arms; put it into the study's flags",
+                    "length-derived",
+                    arm=arm,
+                    flag=word,
+                )
 
 
 def folder_of(study: Study, path: Path, scale: str) -> Path:

@@ -16,7 +16,7 @@ from nanolab.files import write_text
 from nanolab.lab.curves import training_saved
 from nanolab.lab.results import KEPT, OF_AN_ARM, Row, check_metric, number_at, prior_of, public, read_results
 from nanolab.lab.stats import LOOKS, Effect, verdicts
-from nanolab.lab.study import stage_in
+from nanolab.lab.study import COSTS, stage_in
 from nanolab.records.console import clock
 from nanolab.tables import interval_text, markdown_table, text_table
 
@@ -159,6 +159,16 @@ def what_differs(rows: list[Row]) -> list[str]:
     return lines
 
 
+def lengths_text(record: dict[str, Any]) -> list[str]:
+    """How long the arms of a study of equal FLOPs or time are trained."""
+    if not (lengths := record.get("lengths")):
+        return []
+    match = record["study"]["match"]
+    unit, by = ("FLOPs", "") if match == "flops" else ("s", ", by step times that short runs of all arms in turn took")
+    each = [f"{arm} {one['steps']:,} = {one['steps'] * one[COSTS[match]]:.4g} {unit}" for arm, one in lengths.items()]
+    return [f"Steps of each arm, as long as the baseline to half a step: {', '.join(each)}{by}."]
+
+
 def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], table: list[str]) -> list[str]:
     """The lines of table.md around its table."""
     machine, study = rows[0]["machine"], record["study"]
@@ -201,6 +211,7 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
         f"The same flags, and so the same runs: {arms}."
         for arms in dict.fromkeys(", ".join(arms) for arms in same.values() if len(arms) > 1)
     ]
+    lines += lengths_text(record)
     lines += what_differs(rows)
     lines += [f"Missing: {', '.join(document['missing'])}."] if document["missing"] else []
     without = [row["arm"] for row in rows if "result" in row and number_at(row["result"], document["metric"]) is None]

@@ -122,8 +122,8 @@ def test_each_revision_runs_its_own_code_in_turn_and_once(home, judge):
     assert arm["effect"]["mean"] == pytest.approx(-0.5 * 1.043) and arm["mean"] == pytest.approx(43 - 0.5 * 1.043)
     assert {row["package"] for row in rows} == {"nanolab/__init__.py"}
     for row in rows:
-        commit = git(home / "repo", "rev-parse", row["arm"])
-        assert row["commit"].startswith(f"commit {commit[:12]}, tree {row['tree'][:12]}")
+        assert row["commit"] == git(home / "repo", "rev-parse", row["arm"])
+        assert document["arms"][row["arm"]]["flags"] == f"commit {row['commit'][:12]}, tree {row['tree'][:12]}"
         assert row["tree"] == git(home / "repo", "rev-parse", f"{row['arm']}^{{tree}}")
         assert [step for step, _ in row["curve"]] == [0, 1, 2, 3, 4]
     assert str(home) not in json.dumps(document["arms"])
@@ -169,7 +169,7 @@ def test_a_working_tree_is_taken_as_it_is(home, judge):
     before = git(tree, "status", "--porcelain")
     code, document, rows, _, _ = judge("first", str(tree))
     assert (code, document["arms"][str(tree)]["effect"]["mean"]) == (0, pytest.approx(-0.25 * 1.043))
-    assert "with changes" in document["arms"][str(tree)]["flags"]
+    assert "with changes" in document["arms"][str(tree)]["flags"] and rows[-1]["commit"].endswith("+changes")
     assert git(tree, "status", "--porcelain") == before
     files = git(tree, "ls-tree", "-r", "--name-only", rows[-1]["tree"]).split()
     assert "nanolab/fresh.py" in files and "large.bin" not in files

@@ -45,7 +45,7 @@ def code_of(values: dict, scale: str = "") -> tuple[str, dict]:
         ({"seeds": [42]}, "too-few", {"seeds": [42]}),
         ({"seeds": [42, 43, 44, 42]}, "too-few", {"seeds": [42, 43, 44, 42]}),
         ({"arms": {"none": ""}, "predict": ""}, "too-few", {"arms": 1}),
-        ({"match": "time"}, "match-unknown", {"match": "time"}),
+        ({"match": "hours"}, "match-unknown", {"match": "hours"}),
         ({"flags": "--dept 1"}, "unknown-flag", {"where": "the study's flags", "flag": "dept"}),
         ({"arms": {"none": "", "head": "--gat head"}}, "unknown-flag", {"where": "arm head", "flag": "gat"}),
         ({"arms": {"none": "", "head": "--seed 3"}}, "flag-of-the-lab", {"where": "arm head", "flag": "seed"}),
