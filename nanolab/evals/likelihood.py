@@ -62,7 +62,8 @@ class GPTReader:
         cache = None
         if reads.prefixes is not None:
             (N, L), T = reads.prefixes.shape, reads.ids.shape[1]
-            cache = KVCache(self.model.config, N, capacity=L + T, dtype=self.model.compute_dtype, device=self.device)
+            sizes = {"capacity": L + T, "limit": self.limit}
+            cache = KVCache(self.model.config, N, **sizes, dtype=self.model.compute_dtype, device=self.device)
             nowhere = torch.zeros(0, dtype=torch.int64, device=self.device)
             self.model.hidden(torch.from_numpy(reads.prefixes).to(self.device), cache, at=(nowhere, nowhere))
             cache.select(reads.of)

@@ -43,7 +43,6 @@ def measure(given: Given) -> Result:
     n = max(LEAST, token_limit(given.tokens, given.runtime) // of_all)
     numbers = [draws.sample(range(10_000, 100_000), 2) for _ in range(n)]
     reader = GPTReader(given.model, given.runtime)
-    reader.shares = False  # a KV cache ends at the training length
     found: Result = {"length": T, "n": n}
     unread: dict[str, str] = {}
     for k in TIMES:
