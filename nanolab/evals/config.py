@@ -36,7 +36,7 @@ class BaseEvalConfig(DataConfig):
     out: str = ""
     split_tokens: CountOrAuto = -1  # tokens of each split at most; -1: 40 x 524288 on a GPU, 524288 on a CPU
     train_text: bool = True  # score training text too, beside the validation text
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 8192 on a CPU
     device_batch_size: Count = 32  # rows of text in one forward pass on one device
     # folder of the evaluation bundle; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""

@@ -103,7 +103,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     # what is measured of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
     # perplexity | passkey | gold (nanolab/evals/probes)
     probes: ProbeNames = ""
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 16384 on a CPU
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 8192 on a CPU
     # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats

@@ -476,7 +476,7 @@ def test_probes_land_in_the_result_and_leave_training_as_it_is(flags, capsys):
     assert "lengths took" in capsys.readouterr().out
     code = evaluate_base(BaseEvalConfig(model="with", modes="lengths", device_type="cpu"))
     again = read_json(runs_dir() / "with" / "eval_base.json")["lengths"]
-    assert code == 0 and again["settings"]["tokens"] == 1 << 14
+    assert code == 0 and again["settings"]["tokens"] == 1 << 13
     assert {k: again[k] for k in saved["probes"]["lengths"] if k != "seconds"} == {
         k: v for k, v in saved["probes"]["lengths"].items() if k != "seconds"
     }

@@ -19,7 +19,7 @@ from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, print0
 
 TOKENS = {"cuda": 1 << 20}  # of validation text that a probe reads at most, by device; elsewhere:
-TOKENS_ELSEWHERE = 1 << 14
+TOKENS_ELSEWHERE = 1 << 13
 
 
 class Given(NamedTuple):
