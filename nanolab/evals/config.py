@@ -1,14 +1,14 @@
 """Flags of the evaluations and the report. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, OneOf, Seed
+from nanolab.cli import Condition, Count, CountOrAuto, NonNegativeFloat, NonNegativeInt, Seed
 from nanolab.data.config import DataConfig
-from nanolab.evals.modes import MODES, PROBES
+from nanolab.evals.modes import MODES
+from nanolab.evals.probes import PROBES
 
 LIKELIHOOD = {name for name, mode in MODES.items() if mode.questions}
-ProbeNames = Annotated[str, OneOf(PROBES, many=True)]
 # read once the tasks are open
 SAMPLING = [
     Condition("num_samples temperature top_k max_tokens tool", "tasks", lambda c: c.sampled, "a task that is sampled")

@@ -3,9 +3,9 @@
 A result is a dict, JSON-ready. bpb's own is {"bpb", "interval", ...}; what base_eval keeps of it is in `fields`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Result = dict[str, Any]
+from nanolab.evals.probes import PROBES, Result
 
 
 class Mode(NamedTuple):
@@ -14,14 +14,12 @@ class Mode(NamedTuple):
     score: Callable[[Result], float | None] = lambda r: r["value"]
     interval: Callable[[Result], tuple[float, float] | None] = lambda r: r["interval"]
     questions: bool = False  # asks questions of kind likelihood: the evaluation bundle's, or of --hellaswag
-    probe: str = ""  # the module whose `measure` finds it, of what base_train --probes may name as well
+    probe: bool = False  # an entry of evals/probes
 
 
 def _probe(name: str, score: str, ylabel: str) -> Mode:
-    """A probe (evals/probes/). score: what of its result a curve over training shows; A.B is B inside A."""
     outer, _, inner = score.rpartition(".")
-    module = f"nanolab.evals.probes.{name}"
-    return Mode((name,), lambda r: ylabel, lambda r: r.get(outer, r).get(inner), lambda r: None, probe=module)
+    return Mode((name,), lambda r: ylabel, lambda r: r.get(outer, r).get(inner), lambda r: None, probe=True)
 
 
 MODES = {
@@ -40,11 +38,5 @@ MODES = {
         questions=True,
     ),
     "lambada": Mode(("lambada",), lambda r: "LAMBADA accuracy", lambda r: r["accuracy"], questions=True),
-    "lengths": _probe("lengths", "x2", "bits per byte on rows twice as long as in training"),
-    "attention": _probe("attention", "sink1", "share of heads with a sink on the first token"),
-    "kurtosis": _probe("kurtosis", "stream.max", "largest excess kurtosis of a layer's residual stream"),
-    "perplexity": _probe("perplexity", "ppl", "perplexity of validation text"),
-    "passkey": _probe("passkey", "x1.exact", "pass keys retrieved at the training length"),
-    "gold": _probe("gold", "bpb", "bits per byte of gold answers"),
+    **{name: _probe(name, *row) for name, row in PROBES.items()},
 }
-PROBES = tuple(name for name, mode in MODES.items() if mode.probe)

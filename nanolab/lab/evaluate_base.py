@@ -70,7 +70,7 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runt
         keep(draw_samples(cfg, subject, rt))
     probes = [mode for mode in modes if MODES[mode].probe]
     for name in probes:  # before `reader`, which prepares the model for inference
-        keep({name: probe(cfg, name, subject, rt)})
+        keep({name: measure_probe(cfg, name, subject, rt)})
     reader = subject.reader() if suite.modes else None
     for mode in suite.modes:
         try:
@@ -95,7 +95,7 @@ def evaluate_model(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt: Runt
     return 1 if any(result[mode].get("failed") for mode in [*probes, *suite.modes]) else 0
 
 
-def probe(cfg: BaseEvalConfig, name: str, subject: Subject, rt: Runtime) -> dict:
+def measure_probe(cfg: BaseEvalConfig, name: str, subject: Subject, rt: Runtime) -> dict:
     """What a probe finds of the model on its validation text, and its settings."""
     data = open_text(cfg, subject.pretraining)[1]
     of_tasks = None, cfg.eval_bundle, cfg.max_per_task
@@ -154,7 +154,7 @@ def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt
         if MODES[mode].questions:
             return suite(mode, subject.reader(), subject.tokenizer, rt.dtype_name)
         if MODES[mode].probe:
-            return probe(cfg, mode, subject, rt)
+            return measure_probe(cfg, mode, subject, rt)
         return text_bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
 
     # questions last: their reader prepares the model for inference

@@ -15,8 +15,7 @@ import torch
 from nanolab import runtime
 from nanolab.cli import UserError, to_json
 from nanolab.data.config import DataConfig
-from nanolab.evals.modes import MODES
-from nanolab.evals.probes.common import names_in
+from nanolab.evals.probes.common import probe_names
 from nanolab.lab.arms import FACTS, FINGERPRINTS
 from nanolab.lab.match import calibrate, lengths_of, with_lengths
 from nanolab.lab.processes import Planned, function_of, in_child, make_runs, row_of
@@ -177,7 +176,9 @@ def check_equal(study: Study, arms: dict[str, dict[str, Any]]) -> None:
 def plan_runs(study: Study, configs: dict[str, RunFlags], preview: Preview) -> list[Planned]:
     """The runs of a study, all arms of a seed before the next seed, each named by its key."""
     # probes are imported when they are asked for
-    probes = {MODES[name].probe for cfg in configs.values() for name in names_in(getattr(cfg, "probes", ""))}
+    probes = {
+        f"nanolab.evals.probes.{name}" for cfg in configs.values() for name in probe_names(getattr(cfg, "probes", ""))
+    }
     sources = hash_of(sources_of(f"nanolab.stages.{study.stage}", *probes))
     planned = []
     for seed in study.seeds:

@@ -20,7 +20,7 @@ from nanolab.cli import (
     at_least,
 )
 from nanolab.data.config import DataConfig
-from nanolab.evals.config import ProbeNames
+from nanolab.evals.probes import ProbeNames
 from nanolab.training.config import READ_BY_RECIPE, TrainingFlags
 
 Keep = Annotated[str, OneOf(("all",), count=True)]

@@ -15,7 +15,7 @@ from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.bundle import CORE, open_bundle
 from nanolab.evals.core import Core, metrics
 from nanolab.evals.likelihood import GPTReader
-from nanolab.evals.probes.common import Given, measure_probes, names_in
+from nanolab.evals.probes.common import Given, measure_probes, probe_names
 from nanolab.evals.published import ensure_bundle
 from nanolab.evals.samples import print_samples
 from nanolab.model.accounting import peak_bytes
@@ -99,7 +99,7 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     def probe(step: int) -> dict[str, Any]:
         of_tasks = cfg.eval_bundle, cfg.core_metric_max_per_task
         given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked, *of_tasks)
-        return {"probes": measure_probes(names_in(cfg.probes), given)}
+        return {"probes": measure_probes(probe_names(cfg.probes), given)}
 
     hooks = [
         Hook(at_steps(cfg.eval_every, first=cfg.eval_first), validation),

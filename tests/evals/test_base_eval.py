@@ -25,7 +25,7 @@ from nanolab.evals import compressors, core
 from nanolab.evals.bpb import bits_per_byte
 from nanolab.evals.checkpoints import follow
 from nanolab.evals.config import BaseEvalConfig
-from nanolab.evals.modes import PROBES
+from nanolab.evals.probes import PROBES
 from nanolab.model.config import GPTConfig
 from nanolab.model.gpt import GPT
 from nanolab.records import checkpoint

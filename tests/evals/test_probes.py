@@ -17,9 +17,9 @@ from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import open_bundle, read_items
 from nanolab.evals.config import BaseEvalConfig
 from nanolab.evals.icl import Score, encode_groups
-from nanolab.evals.modes import MODES, PROBES
-from nanolab.evals.probes import gold, passkey
-from nanolab.evals.probes.common import Given, cut, measure_probes, stream
+from nanolab.evals.modes import MODES
+from nanolab.evals.probes import PROBES, gold, passkey
+from nanolab.evals.probes.common import Given, cut_rows, measure_probes, text_stream
 from nanolab.help import texts_of
 from nanolab.lab.evaluate_base import evaluate_base
 from nanolab.lab.results import number_at
@@ -84,7 +84,7 @@ def probed(name: str, given: Given) -> dict:
 
 def test_every_probe_is_a_mode_of_base_eval_and_has_its_module():
     for name in PROBES:
-        assert importlib.util.find_spec(MODES[name].probe) is not None and MODES[name].fields == (name,)
+        assert importlib.util.find_spec(f"nanolab.evals.probes.{name}") is not None and MODES[name].fields == (name,)
     for cls, flag in ((BaseTrainConfig, "probes"), (BaseEvalConfig, "modes")):
         assert [name for name in PROBES if name not in texts_of(cls)[flag]] == []
 
@@ -108,7 +108,7 @@ def by_brute_force(model, ids: np.ndarray, length: int) -> list[tuple[int, float
 def test_the_loss_by_length_and_position_is_that_of_one_forward_pass_per_token(make_gpt):
     model = make_gpt(GPTConfig(**TINY), scale=0.3)
     given = given_of(model, words(50), words(31), words(60))
-    ids = stream(given)
+    ids = text_stream(given)
     assert len(ids) == 143 and (ids == 0).sum() == 2  # documents are joined by bos, which rows bring at their beginning
     ids = ids[:128]  # whole rows of 8 T
     found, sizes = probed("lengths", given), Letters().token_bytes()
@@ -128,7 +128,7 @@ def test_the_loss_by_length_and_position_is_that_of_one_forward_pass_per_token(m
 def test_every_token_is_a_target_once_at_every_length():
     ids = np.arange(100, 148, dtype=np.int32)
     for length in (6, 12, 24, 48):
-        inputs, targets = cut(ids, length, bos=7)
+        inputs, targets = cut_rows(ids, length, bos=7)
         assert targets.ravel().tolist() == ids.tolist() and (inputs[:, 0] == 7).all()
         assert (inputs[:, 1:] == targets[:, :-1]).all()
 
@@ -154,7 +154,7 @@ def test_text_shorter_than_a_row_is_a_failure_by_name(make_gpt):
     found = measure_probes(["lengths"], given_of(make_gpt(GPTConfig(**TINY)), words(7)))
     assert list(found["lengths"]["failed"]) == ["lengths"]
     with pytest.raises(UserError) as error:
-        stream(given_of(make_gpt(GPTConfig(**TINY)), words(7)))
+        text_stream(given_of(make_gpt(GPTConfig(**TINY)), words(7)))
     assert (error.value.code, error.value.values) == ("text-too-short", {"tokens": 7, "needed": 8})
 
 
@@ -200,7 +200,7 @@ def test_attention_is_that_of_a_dense_one_in_float64(make_gpt, changes):
     config = GPTConfig(**TINY | {"sequence_len": 12, "n_layer": 3, "n_head": 4} | changes)
     model = make_gpt(config, scale=0.4, compute_dtype=torch.float64).double()
     given, caught = given_of(model, words(30), words(30)), []
-    inputs = cut(stream(given)[:60], 12, 0)[0]
+    inputs = cut_rows(text_stream(given)[:60], 12, 0)[0]
     kernels = [block.attn.core.kernel for block in model.h]
     for block in model.h:  # queries and keys as the layer gives them to whatever computes attention
 
@@ -246,7 +246,7 @@ def test_kurtosis_of_weights_and_activations_is_scipys(make_gpt):
         model.h[1].mlp.c_proj.weight[3, 5] = 20.0  # an outlier
     given = given_of(model, words(100), batch_size=4)
     found = probed("kurtosis", given)
-    inputs = cut(stream(given)[:96], 8, 0)[0]
+    inputs = cut_rows(text_stream(given)[:96], 8, 0)[0]
     stream_of, attended = [[], []], [[], []]
     with torch.no_grad():
         for row in inputs:  # one row at a time, by the layers' own formula
@@ -386,7 +386,7 @@ def test_a_passkey_lies_at_its_depth_and_its_likelihood_is_that_of_one_pass(make
 
 def test_a_number_is_exact_where_every_token_of_it_is_the_likeliest():
     pairs = [(Score(1.0, 2, True, 0), Score(4.0, 2, False, 0)), (Score(2.0, 2, False, 0), Score(1.0, 2, True, 0))]
-    assert passkey.summary(pairs) == {"exact": 0.5, "nats": 1.5, "gain": 1.0}
+    assert passkey.of_cell(pairs) == {"exact": 0.5, "nats": 1.5, "gain": 1.0}
 
 
 def test_gold_answers_by_one_pass_per_text_and_coins_by_scipy(make_gpt, tmp_path):
@@ -415,7 +415,7 @@ def test_without_a_bundle_gold_is_a_failure_by_name(make_gpt, tmp_path):
     given = given_of(make_gpt(GPTConfig(**TINY)))
     for bundle in ("", str(tmp_path / "nothing")):
         with pytest.raises(UserError) as error:
-            gold.measure(given._replace(bundle=bundle))
+            gold.measure_gold(given._replace(bundle=bundle))
         assert error.value.code == "bundle-missing"
     assert list(probed("gold", given)["failed"]) == ["gold"]
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolab.evals.modes import Result
-from nanolab.evals.probes.common import Given, batches, cut, stream
+from nanolab.evals.probes import Result
+from nanolab.evals.probes.common import Given, cut_rows, row_batches, text_stream
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels.reference import weights_of
+from nanolab.model.kernels.reference import attention_weights
 from nanolab.model.kernels.spec import AttnSpec, seen
 
 EPS = 0.3
@@ -47,7 +47,7 @@ class Tally:
         B, T = q_BTHD.shape[:2]
         pos, wide = torch.arange(T, device=q_BTHD.device), torch.promote_types(q_BTHD.dtype, torch.float32)
         mask = seen(rules, pos[None], pos)
-        p_BHTT = weights_of(q_BTHD.to(wide), k_BTGD.to(wide), rules, pos[None], pos, mask)
+        p_BHTT = attention_weights(q_BTHD.to(wide), k_BTGD.to(wide), rules, pos[None], pos, mask)
         first_BHTK, seen_BTK = (x[..., : self.shape[1]] for x in (p_BHTT, mask.expand(B, -1, -1)))
         parts = [
             first_BHTK.sum((0, 2)),
@@ -90,16 +90,16 @@ def watched(model: GPT, tallies: list[Tally]) -> Iterator[None]:
             core.kernel = kernel
 
 
-def measure(given: Given) -> Result:
+def measure_attention(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where the text is shorter than one row."""
     model, runtime, T, H = given.model, given.runtime, given.seq_len, given.model.config.n_head
     device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")  # float64, which mps has not
-    ids = stream(given)
+    ids = text_stream(given)
     ids = ids[: len(ids) // T * T]
     tallies = [Tally(H, min(KEYS, T), device) for _ in model.h]
     nowhere = torch.zeros(0, dtype=torch.int64, device=runtime.device)
     with watched(model, tallies):
-        for (x,) in batches(given, max(1, CELLS // (H * T * T)), cut(ids, T, given.tokenizer.bos)[0]):
+        for (x,) in row_batches(given, max(1, CELLS // (H * T * T)), cut_rows(ids, T, given.tokenizer.bos)[0]):
             if len(x):
                 model.hidden(x, at=(nowhere, nowhere))
     mass, late, row_sum = (

@@ -1,7 +1,6 @@
 """What probes are given, how they are run, and the rows of text that they share.
 
-A probe is a module with `measure(given) -> dict`, JSON-ready, the same on every rank. It is imported when it is asked
-for. Dims: N rows, L tokens of a row."""
+The result of a probe is the same on every rank. Dims: N rows, L tokens of a row."""
 
 import importlib
 import json
@@ -14,7 +13,7 @@ import torch
 
 from nanolab.cli import UserError, as_json
 from nanolab.data.tokenizer import Tokenizer
-from nanolab.evals.modes import MODES, Result
+from nanolab.evals.probes import Result
 from nanolab.model.gpt import GPT
 from nanolab.runtime import Runtime, Stop, print0
 
@@ -57,7 +56,8 @@ def measure_probes(names: Iterable[str], given: Given) -> dict[str, Result]:
     Called on every rank. A probe that cannot be measured has its reason in `failed`, by name."""
     found: dict[str, Result] = {}
     for name in dict.fromkeys(names):
-        began, measure = time.perf_counter(), importlib.import_module(MODES[name].probe).measure
+        began = time.perf_counter()
+        measure = getattr(importlib.import_module(f"{__package__}.{name}"), f"measure_{name}")
         try:
             found[name] = json.loads(as_json(measure(given), name))  # without "not a number", which no record holds
         except UserError as error:
@@ -68,12 +68,12 @@ def measure_probes(names: Iterable[str], given: Given) -> dict[str, Result]:
     return found
 
 
-def names_in(text: str) -> list[str]:
+def probe_names(text: str) -> list[str]:
     """The names in "lengths, attention"."""
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def stream(given: Given) -> np.ndarray:
+def text_stream(given: Given) -> np.ndarray:
     """The first `given.tokens` tokens of the validation text (fewer where it is shorter), int32, documents joined by
     bos. Raises UserError where they are fewer than a row of the training length.
     """
@@ -95,7 +95,7 @@ def stream(given: Given) -> np.ndarray:
     return np.concatenate(parts, dtype=np.int32)[1 : n + 1]
 
 
-def batches(given: Given, rows: int, *arrays: np.ndarray) -> Iterator[tuple[torch.Tensor, ...]]:
+def row_batches(given: Given, rows: int, *arrays: np.ndarray) -> Iterator[tuple[torch.Tensor, ...]]:
     """So many rows of each of `arrays` (N, L) at a time, int64 on the device: this rank's. Every rank gets as many
     batches, the last one may be empty on some; before each it is asked whether to stop.
     """
@@ -106,7 +106,7 @@ def batches(given: Given, rows: int, *arrays: np.ndarray) -> Iterator[tuple[torc
         yield tuple(part.to(given.runtime.device) for part in parts)
 
 
-def cut(ids: np.ndarray, length: int, bos: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_rows(ids: np.ndarray, length: int, bos: int) -> tuple[np.ndarray, np.ndarray]:
     """inputs (N, L) and targets (N, L): every token of `ids`, whose number is a multiple of L, is a target once. A row
     reads bos and those of its tokens that come before the target.
     """

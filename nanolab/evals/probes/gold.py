@@ -28,14 +28,14 @@ from nanolab.evals import icl
 from nanolab.evals.bundle import TaskSpec, open_bundle
 from nanolab.evals.core import Core
 from nanolab.evals.likelihood import GPTReader, judge_groups
-from nanolab.evals.modes import Result
+from nanolab.evals.probes import Result
 from nanolab.evals.probes.common import Given
 from nanolab.evals.published import ensure_bundle
 from nanolab.evals.score import wilson
 from nanolab.runtime import base_dir, print0
 
 
-def measure(given: Given) -> Result:
+def measure_gold(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where there is no bundle, or nothing of it can be asked."""
     folder = Path(given.bundle).expanduser() if given.bundle else base_dir() / "eval_bundle"
     if not folder.is_dir():

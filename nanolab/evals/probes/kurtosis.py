@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolab.evals.modes import Result
-from nanolab.evals.probes.common import Given, batches, cut, stream
+from nanolab.evals.probes import Result
+from nanolab.evals.probes.common import Given, cut_rows, row_batches, text_stream
 from nanolab.runtime import Runtime
 
 
@@ -45,7 +45,7 @@ class Moments:
         return (m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4) / variance**2 - 3 if variance > 0 else 0.0
 
 
-def measure(given: Given) -> Result:
+def measure_kurtosis(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where the text is shorter than one row."""
     model, runtime, T = given.model, given.runtime, given.seq_len
     device = runtime.device if runtime.device.type == "cuda" else torch.device("cpu")  # float64, which mps has not
@@ -56,10 +56,10 @@ def measure(given: Given) -> Result:
         for name, modules in seams.items()
         for module, of in zip(modules, moments[name])
     ]
-    ids = stream(given)
+    ids = text_stream(given)
     ids = ids[: len(ids) // T * T]
     try:
-        for (x,) in batches(given, given.batch_size, cut(ids, T, given.tokenizer.bos)[0]):
+        for (x,) in row_batches(given, given.batch_size, cut_rows(ids, T, given.tokenizer.bos)[0]):
             if len(x):
                 model.hidden(x)
     finally:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from nanolab.cli import UserError
-from nanolab.evals.modes import Result
-from nanolab.evals.probes.common import Given, batches, cut, stream
+from nanolab.evals.probes import Result
+from nanolab.evals.probes.common import Given, cut_rows, row_batches, text_stream
 from nanolab.runtime import print0
 
 TIMES = (1, 2, 4, 8)
@@ -43,9 +43,9 @@ class Sums(NamedTuple):
         return float(self.nats[first:end].sum() / n) if n else None
 
 
-def measure(given: Given) -> Result:
+def measure_lengths(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where the text is shorter than a row of T."""
-    T, ids = given.seq_len, stream(given)
+    T, ids = given.seq_len, text_stream(given)
     longest = max(k for k in TIMES if k * T <= len(ids))
     ids = ids[: len(ids) // (longest * T) * longest * T]
     sums: dict[int, Sums] = {}
@@ -54,7 +54,7 @@ def measure(given: Given) -> Result:
         try:
             if k > longest:
                 raise UserError(f"the {len(ids)} tokens of text at hand are fewer; raise --probe-tokens, or add text")
-            sums[k] = by_position(given, *cut(ids, k * T, given.tokenizer.bos))
+            sums[k] = by_position(given, *cut_rows(ids, k * T, given.tokenizer.bos))
             says = f"{sums[k].bpb:.4f} bits per byte"
         except UserError as error:
             if k == 1:
@@ -88,7 +88,7 @@ def by_position(given: Given, inputs: np.ndarray, targets: np.ndarray) -> Sums:
     wanted = np.where(token_bytes[targets] > 0, targets, -1)
     nats = torch.zeros(inputs.shape[1], dtype=torch.float64, device=device)
     rows = max(1, given.batch_size * given.seq_len // inputs.shape[1])
-    for x, y in batches(given, rows, inputs, wanted):
+    for x, y in row_batches(given, rows, inputs, wanted):
         if not len(x):  # no row is left for this rank: it reads one that does not count, lest the others be alone
             x = torch.full((1, inputs.shape[1]), given.tokenizer.bos, device=runtime.device)
             y = torch.full_like(x, -1)

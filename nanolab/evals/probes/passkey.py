@@ -22,7 +22,7 @@ import numpy as np
 from nanolab.cli import UserError
 from nanolab.evals.icl import ItemGroup, Score, group
 from nanolab.evals.likelihood import GPTReader, judge_groups
-from nanolab.evals.modes import Result
+from nanolab.evals.probes import Result
 from nanolab.evals.probes.common import Given, token_limit
 from nanolab.runtime import print0
 
@@ -36,7 +36,7 @@ NEEDLE, QUESTION = (
 )
 
 
-def measure(given: Given) -> Result:
+def measure_passkey(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where a row of T does not hold sentence and question."""
     T, draws = given.seq_len, random.Random(SEED)
     of_all = 2 * len(DEPTHS) * sum(TIMES) * T  # tokens read for one number
@@ -65,8 +65,8 @@ def of_length(given: Given, reader: GPTReader, length: int, numbers: list[list[i
     stop = given.stop or (lambda: False)
     pairs = judge_groups(reader, groups, runtime, lambda scores, group: scores, f"passkey {length}", stop)
     n = len(numbers)
-    by_depth = {str(depth): summary(pairs[i * n : (i + 1) * n]) for i, depth in enumerate(DEPTHS)}
-    return summary(pairs) | {"by_depth": by_depth}
+    by_depth = {str(depth): of_cell(pairs[i * n : (i + 1) * n]) for i, depth in enumerate(DEPTHS)}
+    return of_cell(pairs) | {"by_depth": by_depth}
 
 
 def text_group(tokenizer: Any, index: int, length: int, depth: float, number: int, other: int) -> ItemGroup:
@@ -88,7 +88,7 @@ def text_group(tokenizer: Any, index: int, length: int, depth: float, number: in
     return group(index, 0, [[*head, *answer] for answer in answers], [len(head)] * 2)
 
 
-def summary(pairs: list[Sequence[Score]]) -> dict[str, float]:
+def of_cell(pairs: list[Sequence[Score]]) -> dict[str, float]:
     """Of (score of the number that was read, score of the other one)."""
     right = [score for score, _ in pairs]
     return {

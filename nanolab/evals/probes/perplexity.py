@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
-from nanolab.evals.modes import Result
+from nanolab.evals.probes import Result
 from nanolab.evals.probes.common import Given, token_limit
 from nanolab.evals.score import perplexity
 from nanolab.model.gpt import Linear
@@ -66,7 +66,7 @@ def inputs_through(modules: list[nn.Module], before: Before) -> Iterator[None]:
             hook.remove()
 
 
-def measure(given: Given) -> Result:
+def measure_perplexity(given: Given) -> Result:
     """What the file's docstring says. Raises UserError where the text is empty."""
     limit = token_limit(given.tokens, given.runtime)
     rows: Any = validation_rows(given.documents, given.tokenizer, given.seq_len, limit)[:2]

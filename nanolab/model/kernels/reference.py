@@ -27,13 +27,13 @@ def definition(
     of the scores and ln n, so that neither very negative scores nor a row that sees no key is a problem where there is
     a sink; the latter gives 0. Without a sink every query must see a key."""
     (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
-    p = weights_of(q_BTHD, k_BSGD, rules, q_pos_BT, k_pos_BS, mask_BTS)
+    p = attention_weights(q_BTHD, k_BSGD, rules, q_pos_BT, k_pos_BS, mask_BTS)
     if rules.dropout:
         p = F.dropout(p, rules.dropout)
     return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
 
 
-def weights_of(
+def attention_weights(
     q_BTHD: torch.Tensor,
     k_BSGD: torch.Tensor,
     rules: AttnSpec,
