@@ -17,11 +17,12 @@ from typing import Any
 
 from nanolab.cli import UserError
 from nanolab.evals import icl
-from nanolab.evals.bundle import CORE, Bundle, TaskSpec, read_items
+from nanolab.evals.bundle import CORE, Bundle, TaskSpec, open_bundle, read_items
 from nanolab.evals.likelihood import Scorer, judge_groups
+from nanolab.evals.published import ensure_bundle
 from nanolab.evals.score import Interval, centred, mean_above_chance, wilson
 from nanolab.records.console import clock
-from nanolab.runtime import Runtime, Stop, Stopped
+from nanolab.runtime import Runtime, Stop, Stopped, print0
 
 Say = Callable[[str], None]
 UNFINISHED = "the evaluation ended before it"
@@ -150,6 +151,24 @@ class Core:
             time.perf_counter() - began,
             "".join(str(int(ok)) for ok, _ in found),
         )
+
+
+def open_core(where: str, tokenizer: icl.Encoder, runtime: Runtime, max_per_task: int) -> Core:
+    """The tasks of CORE in the bundle `where` (see `ensure_bundle`). What is wrong with them is said here. Raises UserError
+    where not one can be asked.
+    """
+    core = Core(open_bundle(ensure_bundle(where)), tokenizer, runtime, max_per_task)
+    k = sum(label in CORE for label in core.items)
+    missing = f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""
+    print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}{missing}")
+    for label, why in core.failed.items():
+        print0(f"                without {label}: {why}")
+    if not k:
+        raise UserError(
+            f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another"
+            " --eval-bundle, or leave out --core-metric-every"
+        )
+    return core
 
 
 def characters(task: TaskSpec, items: Sequence[icl.Question]) -> float:

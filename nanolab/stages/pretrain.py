@@ -5,18 +5,16 @@ from typing import Any
 
 import torch
 
-from nanolab.cli import UserError, check_bounds
+from nanolab.cli import check_bounds
 from nanolab.data.corpus import open_data
 from nanolab.data.packing import PackedBatches
 from nanolab.data.prefetch import AHEAD, Prefetch
 from nanolab.data.tokenizer import Tokenizer
 from nanolab.data.validation import validation_rows
 from nanolab.evals.bpb import bits_per_byte
-from nanolab.evals.bundle import CORE, open_bundle
-from nanolab.evals.core import Core, metrics
+from nanolab.evals.core import metrics, open_core
 from nanolab.evals.likelihood import GPTReader
 from nanolab.evals.probes.common import Given, measure_probes, probe_names
-from nanolab.evals.published import ensure_bundle
 from nanolab.evals.samples import print_samples
 from nanolab.model.accounting import peak_bytes
 from nanolab.model.fp8 import convert
@@ -54,7 +52,9 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     tokenizer = run.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
     plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
     data = open_data(cfg, cfg.seed, pinned=run.pinned())
-    core = open_core(cfg, tokenizer, rt) if cfg.core_metric_every > 0 else None
+    core = (
+        open_core(cfg.eval_bundle, tokenizer, rt, cfg.core_metric_max_per_task) if cfg.core_metric_every > 0 else None
+    )
     run.keep_data(data)
     memory = planned_memory(cfg, plan, rt.device.type, rt.dtype_name)
     print_plan(describe(cfg, plan, memory, rt.device.type, rt.device_name, rt.dtype_name))
@@ -123,22 +123,6 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         )
     finally:
         batches.close()
-
-
-def open_core(cfg: BaseTrainConfig, tokenizer: Tokenizer, rt: Runtime) -> Core:
-    """The tasks of CORE. What is wrong with them is said here, before the first step."""
-    core = Core(open_bundle(ensure_bundle(cfg.eval_bundle)), tokenizer, rt, cfg.core_metric_max_per_task)
-    k = sum(label in CORE for label in core.items)
-    missing = f"; missing: {', '.join(core.bundle.missing)}" if core.bundle.missing else ""
-    print0(f"CORE            {k} of {len(CORE)} tasks of {core.bundle.folder}{missing}")
-    for label, why in core.failed.items():
-        print0(f"                without {label}: {why}")
-    if not k:
-        raise UserError(
-            f"no task of CORE in {core.bundle.folder} can be evaluated; expected at least one; name another"
-            " --eval-bundle, or leave out --core-metric-every"
-        )
-    return core
 
 
 def kernels(cfg: BaseTrainConfig, rt: Runtime) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from nanolab.evals.probes import Result
 from nanolab.evals.probes.common import Given, cut_rows, row_batches, text_stream
 from nanolab.model.gpt import GPT
-from nanolab.model.kernels.reference import attention_weights
+from nanolab.model.kernels.reference import eager
 from nanolab.model.kernels.spec import AttnSpec, seen
 
 EPS = 0.3
@@ -45,14 +45,18 @@ class Tally:
 
     def add(self, q_BTHD: Tensor, k_BTGD: Tensor, rules: AttnSpec) -> None:
         B, T = q_BTHD.shape[:2]
-        pos, wide = torch.arange(T, device=q_BTHD.device), torch.promote_types(q_BTHD.dtype, torch.float32)
-        mask = seen(rules, pos[None], pos)
-        p_BHTT = attention_weights(q_BTHD.to(wide), k_BTGD.to(wide), rules, pos[None], pos, mask)
-        first_BHTK, seen_BTK = (x[..., : self.shape[1]] for x in (p_BHTT, mask.expand(B, -1, -1)))
+        H, K = self.shape
+        # attention to values that say where they are: on each of the first K keys its own channel is 1, the last
+        # channel is 1 on every key, so that what comes out is the mass on the first K keys and the row sum
+        marks_T = torch.eye(T, K + 1, device=q_BTHD.device).index_fill_(1, torch.tensor(K, device=q_BTHD.device), 1)
+        wide_BTHD = q_BTHD.to(torch.promote_types(q_BTHD.dtype, torch.float32))
+        y_BTHK = eager(wide_BTHD, k_BTGD, marks_T[None, :, None].expand(B, -1, k_BTGD.size(2), -1), rules)
+        pos = torch.arange(T, device=q_BTHD.device)
+        seen_BTK = seen(rules, pos[None], pos[:K]).expand(B, -1, -1)
         parts = [
-            first_BHTK.sum((0, 2)),
-            first_BHTK[:, :, T // 2 :, 0].sum((0, 2)),
-            p_BHTT.sum((0, 2, 3)),
+            y_BTHK[..., :K].sum((0, 1)),
+            y_BTHK[:, T // 2 :, :, 0].sum((0, 1)),
+            y_BTHK[..., K].sum((0, 1)),
             seen_BTK.sum((0, 1)),
             seen_BTK[:, T // 2 :, 0].sum(),
             torch.tensor(B * T),

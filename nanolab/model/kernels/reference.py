@@ -26,22 +26,6 @@ def definition(
     Products are in the dtype of q, the softmax in fp32 (of fp64, in fp64). Its exponentials are taken from the largest
     of the scores and ln n, so that neither very negative scores nor a row that sees no key is a problem where there is
     a sink; the latter gives 0. Without a sink every query must see a key."""
-    (B, T, H, _), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
-    p = attention_weights(q_BTHD, k_BSGD, rules, q_pos_BT, k_pos_BS, mask_BTS)
-    if rules.dropout:
-        p = F.dropout(p, rules.dropout)
-    return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
-
-
-def attention_weights(
-    q_BTHD: torch.Tensor,
-    k_BSGD: torch.Tensor,
-    rules: AttnSpec,
-    q_pos_BT: torch.Tensor,
-    k_pos_BS: torch.Tensor,
-    mask_BTS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(B, H, T, S), at least fp32: the weights p of `definition`, before dropout."""
     (B, T, H, D), (S, G) = q_BTHD.shape, k_BSGD.shape[1:3]
     # N: query heads of a group, times T
     q_BGND = q_BTHD.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
@@ -52,7 +36,10 @@ def attention_weights(
     if rules.slopes is not None:
         s = s - rules.slopes[:, None, None] * (q_pos_BT[:, :, None] - torch.atleast_2d(k_pos_BS)[:, None])[:, None]
     mask = seen(rules, q_pos_BT, k_pos_BS) if mask_BTS is None else mask_BTS
-    return _weights(s.masked_fill(~mask[:, None], -math.inf), rules)
+    p = _weights(s.masked_fill(~mask[:, None], -math.inf), rules)
+    if rules.dropout:
+        p = F.dropout(p, rules.dropout)
+    return (p.to(q_BTHD.dtype).view(B, G, -1, S) @ v_BSGE.transpose(1, 2)).view(B, H, T, -1).transpose(1, 2)
 
 
 def _weights(s_BHTS: torch.Tensor, rules: AttnSpec) -> torch.Tensor:
