@@ -153,9 +153,10 @@ class Core:
         )
 
 
-def open_core(where: str, tokenizer: icl.Encoder, runtime: Runtime, max_per_task: int) -> Core:
-    """The tasks of CORE in the bundle `where` (see `ensure_bundle`). What is wrong with them is said here. Raises UserError
-    where not one can be asked.
+def open_core(tokenizer: icl.Encoder, runtime: Runtime, where: str, max_per_task: int) -> Core:
+    """The tasks of CORE in the bundle `where` (see `ensure_bundle`). What is wrong with them is said here.
+
+    Raises UserError where not one can be asked.
     """
     core = Core(open_bundle(ensure_bundle(where)), tokenizer, runtime, max_per_task)
     k = sum(label in CORE for label in core.items)

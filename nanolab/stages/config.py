@@ -20,16 +20,17 @@ from nanolab.cli import (
     at_least,
 )
 from nanolab.data.config import DataConfig
-from nanolab.evals.probes import ProbeNames
+from nanolab.evals.probes import ProbeFlags
 from nanolab.training.config import READ_BY_RECIPE, TrainingFlags
 
 Keep = Annotated[str, OneOf(("all",), count=True)]
 Wandb = Annotated[str, OneOf(("off", "offline", "online"))]
 
 
-def periodic(flags: str, by: str) -> Condition:
-    """Flags that are read where a cadence is a number of steps."""
-    return Condition(flags, by, lambda c: getattr(c, by) > 0, f"--{by.replace('_', '-')} with a number of steps")
+def periodic(flags: str, by: str, probe: str = "") -> Condition:
+    """Flags that are read where a cadence is a number of steps, or by a probe."""
+    needs = f"--{by.replace('_', '-')} with a number of steps" + f", or --probes {probe}" * bool(probe)
+    return Condition(flags, by, lambda c: getattr(c, by) > 0 or bool(probe) and probe in c.probes, needs)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class FineTuneFlags(RunFlags):
 
 
 @dataclass(frozen=True)
-class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
+class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig, ProbeFlags):
     """Pretrain a model: set --depth, and the rest follows."""
 
     plan_for: str = ""  # with --dry-run: pretend this hardware, for example 8xH100
@@ -100,10 +101,6 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
     # folder of CORE's tasks; default: eval_bundle in the base directory, downloaded if it is not there
     eval_bundle: str = ""
     sample_every: CountOrAuto = 2000  # steps between texts that the model writes; -1: off
-    # what is measured of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
-    # perplexity | passkey | gold (nanolab/evals/probes)
-    probes: ProbeNames = ""
-    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 8192 on a CPU
     # eager | sdpa | banded | flex | fa3; default: the fastest that each layer can use on the device
     attn_kernel: str = ""
     fp8: bool = False  # matrix multiplications in 8-bit floats
@@ -118,7 +115,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         "training": "TrainingFlags",
         "evaluation": (
             "eval_every eval_tokens eval_first core_metric_every core_metric_max_per_task eval_bundle sample_every"
-            " probes probe_tokens"
+            " ProbeFlags"
         ),
         "run": "RunFlags BaseTrainConfig",
     }
@@ -127,12 +124,7 @@ class BaseTrainConfig(RunFlags, TrainingFlags, DataConfig):
         Condition("profile", "dry_run", lambda c: not c.dry_run, "one of the two: a dry run makes no step"),
         Condition("device_type", "plan_for", lambda c: not c.plan_for, "one of the two"),
         periodic("eval_tokens eval_first", "eval_every"),
-        Condition(
-            "core_metric_max_per_task eval_bundle",
-            "core_metric_every",
-            lambda c: c.core_metric_every > 0 or "gold" in c.probes,
-            "--core-metric-every with a number of steps, or --probes gold",
-        ),
+        periodic("core_metric_max_per_task eval_bundle", "core_metric_every", probe="gold"),
         Condition("probe_tokens", "probes", lambda c: bool(c.probes), "--probes"),
     ]
 

@@ -52,9 +52,8 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
     tokenizer = run.pin_tokenizer(lambda: Tokenizer.load(cfg.tokenizer or base_dir() / "tokenizer"))
     plan = make_plan(cfg, tokenizer.vocab_size, rt.world_size, tokenizer.bos)
     data = open_data(cfg, cfg.seed, pinned=run.pinned())
-    core = (
-        open_core(cfg.eval_bundle, tokenizer, rt, cfg.core_metric_max_per_task) if cfg.core_metric_every > 0 else None
-    )
+    of_tasks = cfg.eval_bundle, cfg.core_metric_max_per_task
+    core = open_core(tokenizer, rt, *of_tasks) if cfg.core_metric_every > 0 else None
     run.keep_data(data)
     memory = planned_memory(cfg, plan, rt.device.type, rt.dtype_name)
     print_plan(describe(cfg, plan, memory, rt.device.type, rt.device_name, rt.dtype_name))
@@ -97,7 +96,6 @@ def _train(cfg: BaseTrainConfig, rt: Runtime, run: Run) -> Result:
         return metrics(found)
 
     def probe(step: int) -> dict[str, Any]:
-        of_tasks = cfg.eval_bundle, cfg.core_metric_max_per_task
         given = Given(model, tokenizer, rt, data.val, cfg.probe_tokens, cfg.device_batch_size, stop.asked, *of_tasks)
         return {"probes": measure_probes(probe_names(cfg.probes), given)}
 

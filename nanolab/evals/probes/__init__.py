@@ -3,9 +3,10 @@
 The probe NAME is `measure_NAME(given)` of nanolab/evals/probes/NAME.py, which is imported when it is asked for. Each is
 a value of base_train --probes and of base_eval --modes."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from nanolab.cli import OneOf
+from nanolab.cli import CountOrAuto, OneOf
 
 Result = dict[str, Any]  # of a probe or another evaluation, JSON-ready
 
@@ -18,4 +19,13 @@ PROBES = {
     "passkey": ("x1.exact", "pass keys retrieved at the training length"),
     "gold": ("bpb", "bits per byte of gold answers"),
 }
-ProbeNames = Annotated[str, OneOf(tuple(PROBES), many=True)]
+
+
+@dataclass(frozen=True)
+class ProbeFlags:
+    """What is measured of a finished model beside its loss."""
+
+    # what to measure of the finished model beside its loss, joined by commas: lengths | attention | kurtosis |
+    # perplexity | passkey | gold (nanolab/evals/probes)
+    probes: Annotated[str, OneOf(tuple(PROBES), many=True)] = ""
+    probe_tokens: CountOrAuto = -1  # validation tokens of each probe at most; -1: 1048576 on a GPU, 8192 on a CPU
