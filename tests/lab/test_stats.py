@@ -311,3 +311,14 @@ def test_rates_where_settled_arms_stop_or_one_is_noisier(lab_rates):
         found = lab_rates.rates(4_000, 4, **made)
         assert at_most(found["wrong"], 0.05, 4_000) and at_most(found["equivalent"], 0.05, 4_000)
     assert lab_rates.power_at(4_000, 4, "pooled", 5) == pytest.approx(0.8, abs=0.03)
+
+
+def test_ideas_without_effect_are_kept_as_often_as_records_fall(monkeypatch):
+    """Of n numbers in random order the 2nd, 3rd, ... is the lowest so far with chance 1/2, 1/3, ...: 1/2 + ... + 1/n in
+    all (Renyi 1962).
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "dev"))
+    greedy = importlib.import_module("null_ideas").greedy
+    gain, kept = greedy(np.random.default_rng(1).standard_normal((20_000, 31)))
+    assert kept.mean() == pytest.approx(sum(1 / i for i in range(2, 32)), abs=0.05)
+    assert (gain[:, -1] >= 0).all() and gain.shape == (20_000, 31)
