@@ -1,5 +1,5 @@
-"""The commands of the lab: run, check, verdict, page, try, compare, threshold. Each prints, last one JSON document, and
-returns an exit code.
+"""The commands of the lab: run, check, sweep, verdict, page, try, compare, threshold. Each prints, last one JSON
+document, and returns an exit code.
 """
 
 import shlex
@@ -18,13 +18,14 @@ from nanolab.lab.study import folder_of, read_seeds, read_study, study_of, to_to
 def lab(cfg: LabConfig) -> int:
     """The command `cfg.what` on a study's file, or on runs.
 
-    Exit code of verdict: see `exit_code`; of run: 1 where runs are missing; of check: 4 where the study's seeds do not
-    suffice; of threshold: 4 where the mean is not shown to be past the bar; otherwise 0. Raises UserError."""
-    if cfg.what not in ("run", "check", "verdict", "page", "threshold") or not cfg.study:
+    Exit code of verdict: see `exit_code`; of run: 1 where runs are missing; of check: 4 where the study's seeds do
+    not suffice; of sweep: 1 where runs are missing; of threshold: 4 where the mean is not shown to be past the bar;
+    otherwise 0. Raises UserError."""
+    if cfg.what not in ("run", "check", "verdict", "page", "sweep", "threshold") or not cfg.study:
         raise UserError(
-            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check, verdict or page and a study's file,"
-            " try and flags, compare and two revisions, or threshold and runs; try python -m scripts.lab run"
-            " STUDY.toml",
+            f"lab {cfg.what} {cfg.study or 'without a study'}: expected run, check, sweep, verdict or page and a"
+            " study's file, try and flags, compare and two revisions, or threshold and runs; try"
+            " python -m scripts.lab run STUDY.toml",
             "lab-command",
             what=cfg.what,
         )
@@ -39,6 +40,13 @@ def lab(cfg: LabConfig) -> int:
         check_unedited(record, rows, study.fixed(scale), study.seeds, folder)
         if rows and record != (now := study.outside(record)):
             write_results(folder, now, rows)
+    elif cfg.what == "sweep":
+        from nanolab.lab.sweep import sweep_study
+
+        check_unedited(*read_results(folder), study.fixed(scale), study.seeds, folder)
+        found = sweep_study(study, folder, scale, cfg.jobs, cfg.slurm)
+        print(as_json(found, "the result"))
+        return 1 if found["missing"] else 0
     else:
         from nanolab.lab.runner import check_study, run_study
 

@@ -97,7 +97,7 @@ class BenchConfig(ModelFlags, DataConfig):
 class LabConfig:
     """From a question to a verdict: run a study, check its design, say its verdict; a mean against a bar."""
 
-    what: str = "run"  # run | check | verdict | page | try | compare | threshold; the first argument
+    what: str = "run"  # run | check | sweep | verdict | page | try | compare | threshold; the first argument
     # the study's TOML file (nanolab/lab/study.py); of threshold: runs or numbers, joined by commas; the second argument
     study: str = ""
     scale: str = ""  # one of the study's [scales]; default: the first
@@ -109,8 +109,8 @@ class LabConfig:
     below: float | None = None  # the bar that it should be below
 
     CONDITIONS = [
-        Condition("jobs slurm", "what", lambda c: c.what == "run", "lab run"),
-        Condition("scale", "what", lambda c: c.what != "threshold", "lab run, check, verdict or page"),
+        Condition("jobs slurm", "what", lambda c: c.what in ("run", "sweep"), "lab run or sweep"),
+        Condition("scale", "what", lambda c: c.what != "threshold", "lab run, check, sweep, verdict or page"),
         Condition("metric above below", "what", lambda c: c.what == "threshold", "lab threshold"),
     ]
 

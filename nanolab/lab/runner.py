@@ -71,8 +71,15 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
     Raises UserError for a study that cannot be run or was edited, and SystemExit after a signal, when the runs that are
     on are saved."""
     record, before = read_results(folder)
-    fixed, configs = study.fixed(scale), study.configs(scale)
+    fixed = study.fixed(scale)
     check_unedited(record, before, fixed, study.seeds, folder)
+    rates = {}
+    if study.sweep:
+        from nanolab.lab.sweep import rates_for
+
+        rates = record.get("rates") or rates_for(study, folder)
+    arms = {arm: f"{flags} {rates.get(arm, '')}" for arm, flags in study.arms.items()}
+    configs = study.model_copy(update={"arms": arms}).configs(scale)
     place = None
     if slurm:
         from nanolab.lab.slurm import Jobs
@@ -81,7 +88,7 @@ def run_study(study: Study, folder: Path, scale: str = "", jobs: int = 0, slurm:
     look = place.call if place else in_child
     # a job is one run, which has the whole of what it asks for
     preview = look(preview_of, configs, 1 if place else jobs, record.get("threads", 0), study.metric)
-    record = record or new_record(fixed, preview.machine["threads"])
+    record = record or new_record(fixed, preview.machine["threads"]) | ({"rates": rates} if rates else {})
     if study.match == "time" and "step_seconds" not in record:
         record["step_seconds"] = calibrate(configs, preview.machine["threads"], look)
     if study.match in COSTS:

@@ -32,6 +32,7 @@ OUTSIDE = ("published", "published_source")  # what others found: kept in the re
 MAY_GROW = ("seeds", "noise", "results", *OUTSIDE)  # what a study may change after its first run
 LEAST_SEEDS = 3  # the first look of stats.py
 COSTS = {"flops": "step_flops", "time": "step_seconds"}  # what is matched by the steps of each arm -> cost of a step
+RATES = ("lr_scale", "matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "learning_rate", "init_lr_frac")
 MATCHES = ("tokens", "steps", *COSTS)
 Verdict = Literal["better", "worse", "equivalent"]
 
@@ -82,12 +83,20 @@ class Study(BaseModel):
     predict: dict[str, Verdict] | str = ""  # arm -> verdict, or a sentence; recorded before the first run
     scales: dict[Literal["cpu", "gpu", "full"], str] = {}  # name -> more flags of all arms
     match: str = "tokens"  # what all arms have the same number of
+    sweep: str = ""  # a rate and its values, of which lab sweep chooses one for each arm: "--lr-scale 0.25,0.5,1,2"
+    sweep_seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = [7]  # of the sweep; no seeds of the study
     # sd of a paired difference, for check; as a table with sd and df it is known before the first run, and verdicts
     # moderate their variance by it
     noise: Noise | Positive | None = None
     results: str = ""  # folder of the results, relative to the file; default: dev/results/NAME
     published: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}  # arm -> what others found
     published_source: str = ""  # where, of what model, in which unit
+
+    @property
+    def swept(self) -> tuple[str, list[str]]:
+        """(the flag of the sweep, its values)."""
+        flag, _, values = self.sweep.strip().partition(" ")
+        return flag, [value.strip() for value in values.split(",")]
 
     @property
     def others(self) -> list[str]:
@@ -246,7 +255,30 @@ def study_of(values: Mapping[str, Any], where: str) -> Study:
         )
     if study.match in COSTS:
         check_derived(study, where)
+    if study.sweep:
+        check_sweep(study, where)
     return study
+
+
+def check_sweep(study: Study, where: str) -> None:
+    """Raise UserError where a sweep is no rate with different values, or shares seeds with the study."""
+    flag, values = study.swept
+    if flag.removeprefix("--").replace("-", "_") not in RATES or len(set(values)) < max(2, len(values)):
+        raise UserError(
+            f"{where}: sweep = {study.sweep!r}; expected one of"
+            f" {', '.join('--' + name.replace('_', '-') for name in RATES)} and two or more different values; try"
+            ' sweep = "--lr-scale 0.25,0.5,1,2"',
+            "sweep-values",
+            flag=flag,
+            values=values,
+        )
+    if not study.sweep_seeds or set(study.sweep_seeds) & set(study.seeds):
+        raise UserError(
+            f"{where}: sweep_seeds = {study.sweep_seeds}, seeds = {study.seeds}; expected different ones: a rate chosen"
+            " on the study's own seeds would flatter its arm; try sweep_seeds = [7]",
+            "sweep-seeds",
+            seeds=study.sweep_seeds,
+        )
 
 
 def check_derived(study: Study, where: str) -> None:

@@ -212,6 +212,12 @@ def page_of(document: dict[str, Any], record: dict[str, Any], rows: list[Row], t
         for arms in dict.fromkeys(", ".join(arms) for arms in same.values() if len(arms) > 1)
     ]
     lines += lengths_text(record)
+    if rates := record.get("rates"):
+        lines.append(
+            f"Rates of each arm: {', '.join(f'{arm} {rate}' for arm, rate in rates.items())}; chosen of"
+            f" {study['sweep']} on other seeds ({', '.join(map(str, study['sweep_seeds']))}), with as many"
+            " runs for each arm."
+        )
     lines += what_differs(rows)
     lines += [f"Missing: {', '.join(document['missing'])}."] if document["missing"] else []
     without = [row["arm"] for row in rows if "result" in row and number_at(row["result"], document["metric"]) is None]
