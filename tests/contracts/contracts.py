@@ -3,7 +3,9 @@
 `fast` is the combination that hundreds of configs can afford; the tests of single variants call the functions one by
 one. Dims: B batch, T tokens, V vocabulary."""
 
+import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -36,15 +38,26 @@ def build(
 ) -> GPT:
     """A model in eval mode with every parameter moved off its initial value, at which many parts have no effect.
 
-    The same weights for every kernel, dtype and device; with float64 they are stored in float64.
-    """
-    model = GPT(config, dtype, kernel)
+    The same weights for every kernel, dtype and device; with float64 they are stored in float64. It is shared: whoever
+    changes its weights copies it first."""
+    entries = (table.get(str(getattr(config, flag)).partition(":")[0]) for flag, table in tables.AXES.items())
+    model = built(config, dtype, device, seed, tuple(entries)).eval()
+    model.zero_grad()
+    model.kernel_name, model.activation_checkpointing = kernel, False
+    model.place(device)
+    return model
+
+
+@functools.lru_cache(160)
+def built(config: GPTConfig, dtype: torch.dtype, device: str, seed: int, entries: tuple) -> GPT:
+    """entries: of the tables, which a test may change."""
+    model = GPT(config, dtype)
     model.init_weights(seed)
     g = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_((0.1 if p.dim() > 1 else 0.3) * torch.randn(p.shape, generator=g))
-    return (model.double() if dtype == torch.float64 else model).to(device).eval()
+    return (model.double() if dtype == torch.float64 else model).to(device)
 
 
 def tokens(config: GPTConfig, B: int = 2, T: int = 24, seed: int = 5, device: str = "cpu") -> Tensor:
@@ -375,17 +388,19 @@ def overfits(config: GPTConfig, steps: int = 80) -> None:
 
 def every_recipe_steps(config: GPTConfig) -> None:
     """One step of every recipe moves every parameter that matters, to finite values."""
+    start = build(config)
+    start(tokens(config), tokens(config, seed=6)).backward()
     for recipe in RECIPES:
-        model, idx = build(config), tokens(config)
+        model = copy.deepcopy(start)
+        for p, own in zip(start.parameters(), model.parameters()):
+            own.grad = p.grad.clone()
         plan = SimpleNamespace(recipe=recipe, batch_scale=1.0, weight_decay=0.1, model=config)
         optimizer = MuonAdamW(param_groups(model, BaseTrainConfig(), plan), CPU)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        model(idx, tokens(config, seed=6)).backward()
         optimizer.step()
         stuck = [
             name
-            for name, p in model.named_parameters()
-            if not p.isfinite().all() or (torch.equal(p, before[name]) and not is_idle(config, name))
+            for (name, p), before in zip(model.named_parameters(), start.parameters())
+            if not p.isfinite().all() or (torch.equal(p, before) and not is_idle(config, name))
         ]
         assert not stuck, f"{recipe} does not train {stuck}"
 
@@ -393,7 +408,8 @@ def every_recipe_steps(config: GPTConfig) -> None:
 def slopes_are_gradients(config: GPTConfig) -> None:
     """Float64 finite differences through the whole model on eager: for every kind of parameter, along a random
     direction of all layers' parameters of that kind."""
-    model, idx, y = build(config, "eager", torch.float64), tokens(config, B=1, T=10), tokens(config, B=1, T=10, seed=6)
+    model = copy.deepcopy(build(config, "eager", torch.float64))
+    idx, y = tokens(config, B=1, T=10), tokens(config, B=1, T=10, seed=6)
     loss = model(idx, y)
     assert loss.dtype == torch.float64
     loss.backward()
