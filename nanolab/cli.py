@@ -344,7 +344,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         RecursionError,
     ) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
         raise UserError(
-            f'{path} cannot be read as TOML ({error}); expected lines like name = "nanolab"; mend it or name another'
+            f'{path} cannot be read as TOML ({error}); expected lines like name = "nanolab"; fix it or name another'
         ) from None
 
 

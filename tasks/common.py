@@ -202,7 +202,7 @@ class RowReader:
     def __init__(self, row: Any, where: str) -> None:
         if not isinstance(row, dict):
             raise UserError(
-                f"{where}: a {type(row).__name__}; expected an object with named fields; mend or delete the line"
+                f"{where}: a {type(row).__name__}; expected an object with named fields; fix or delete the line"
             )
         self.row, self.where = row, where
 
@@ -214,7 +214,7 @@ class RowReader:
                 if field in self.row
                 else f"no field {field} (there are: {', '.join(self.row) or 'none'})"
             )
-            raise UserError(f"{self.where}: {seen}; expected a {kind.__name__}; mend or delete the line")
+            raise UserError(f"{self.where}: {seen}; expected a {kind.__name__}; fix or delete the line")
         return value
 
     def has(self, field: str) -> bool:
@@ -225,10 +225,10 @@ class RowReader:
         try:
             return KINDS["multiple_choice"].item(self.row)
         except UserError as error:
-            raise UserError(f"{self.where}: {error}; mend or delete the line") from None
+            raise UserError(f"{self.where}: {error}; fix or delete the line") from None
 
     def refuse(self, seen: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: {seen}; expected {expected}; mend or delete the line")
+        return UserError(f"{self.where}: {seen}; expected {expected}; fix or delete the line")
 
 
 def local_path(task: Task, source: Dataset) -> Path:

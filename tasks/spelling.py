@@ -203,7 +203,7 @@ def read_words(path: str) -> list[str]:
         word = line.strip().lower()
         if word and not word.isalpha():
             raise UserError(
-                f"{file}:{n}: {line[:40]!r} is not a word; expected letters only, one word per line; mend or delete the"
+                f"{file}:{n}: {line[:40]!r} is not a word; expected letters only, one word per line; fix or delete the"
                 " line"
             )
         words += [word] if len(word) > 1 else []

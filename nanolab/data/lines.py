@@ -47,7 +47,7 @@ def _json_text(line: bytes, path: Path, offset: int) -> str | None:
         seen = f"{path}:{line}: the line at byte {offset} is not JSON that can be read ({getattr(error, 'msg', error)})"
         expected = "expected one object with a text field per line"
         raise UserError(
-            f"{seen}; {expected}; mend or delete the line", "not-json", file=str(path), line=line, byte=offset
+            f"{seen}; {expected}; fix or delete the line", "not-json", file=str(path), line=line, byte=offset
         ) from error
     if isinstance(record, dict) and "text" in record and record["text"] is None:
         return None  # a blank document, as in a parquet file

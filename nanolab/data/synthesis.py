@@ -78,7 +78,7 @@ def read_spec(path: Path | str) -> Spec:
         if isinstance(entries, dict):
             entries = [entry for group in entries.values() for entry in (group if isinstance(group, list) else [None])]
         if not isinstance(entries, list) or not entries or not all(isinstance(e, str) and e.strip() for e in entries):
-            raise UserError(f"{path}: {name} is {fields.get(name)!r}; expected a list of texts, at least one; mend it")
+            raise UserError(f"{path}: {name} is {fields.get(name)!r}; expected a list of texts, at least one; fix it")
         axes[placeholder] = entries
     instructions = fields.get("instructions", "")
     lacking = [f"{{{p}}}" for p in AXES.values() if not isinstance(instructions, str) or f"{{{p}}}" not in instructions]

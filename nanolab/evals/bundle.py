@@ -91,7 +91,7 @@ def open_bundle(folder: str | Path, lists: Sequence[str] = ("core.yaml",)) -> Bu
         for i, entry in enumerate(_entries(path)):
             label = entry.get("label") if isinstance(entry, dict) else None
             if not isinstance(label, str) or label in tasks or label in broken:
-                raise UserError(f"{path}: entry {i + 1} has the label {label!r}; expected a label of its own; mend it")
+                raise UserError(f"{path}: entry {i + 1} has the label {label!r}; expected a label of its own; fix it")
             try:
                 tasks[label] = _task(entry, folder, baselines)
             except UserError as error:
@@ -106,14 +106,14 @@ def _entries(path: Path) -> list[Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is not YAML ({' '.join(str(error).split())}); expected a list icl_tasks; mend it or copy the"
+            f"{path} is not YAML ({' '.join(str(error).split())}); expected a list icl_tasks; fix it or copy the"
             " bundle again"
         ) from None
     entries = found.get("icl_tasks") if isinstance(found, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(
             f"{path} has no list icl_tasks; expected one, of tasks with label, icl_task_type, dataset_uri and"
-            " num_fewshot; mend it"
+            " num_fewshot; fix it"
         )
     return entries
 
@@ -137,7 +137,7 @@ def _baselines(path: Path) -> dict[str, str]:
 def _task(entry: dict[str, Any], folder: Path, baselines: dict[str, str]) -> TaskSpec:
     for name, kind in FIELDS.items():
         if not isinstance(entry.get(name), kind):
-            raise UserError(f"{name} is {entry.get(name)!r}; expected a {kind.__name__}; mend its list")
+            raise UserError(f"{name} is {entry.get(name)!r}; expected a {kind.__name__}; fix its list")
     label, kind, (shots, *_) = entry["label"], entry["icl_task_type"], entry["num_fewshot"] or [None]
     if kind not in KINDS:
         raise UserError(
@@ -157,12 +157,12 @@ def _task(entry: dict[str, Any], folder: Path, baselines: dict[str, str]) -> Tas
         ) from None
     if not 0 <= baseline < 1:
         raise UserError(
-            f"its random baseline is {baselines[label]} %; expected at least 0 and below 100; mend"
+            f"its random baseline is {baselines[label]} %; expected at least 0 and below 100; fix"
             f" {folder / 'eval_meta_data.csv'}"
         )
     if not isinstance(delimiter := entry.get("continuation_delimiter", " "), str):
         raise UserError(
-            f"continuation_delimiter is {delimiter!r}; expected text; mend its list, or leave it out for a blank"
+            f"continuation_delimiter is {delimiter!r}; expected text; fix its list, or leave it out for a blank"
         )
     path = folder / "eval_data" / entry["dataset_uri"]
     if not path.is_file():
@@ -185,12 +185,12 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
                 ValueError,
                 RecursionError,
             ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors; brackets nested too deep
-                expected = "expected one object per line; mend the line or copy the file again"
+                expected = "expected one object per line; fix the line or copy the file again"
                 raise UserError(
                     f"{path}:{n} is not JSON ({error}); {expected}", "not-json", file=str(path), line=n
                 ) from None
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{n} holds a {type(row).__name__}; expected an object; mend the line")
+                raise UserError(f"{path}:{n} holds a {type(row).__name__}; expected an object; fix the line")
             rows.append((n, row))
     if not rows:
         raise UserError(f"{path} is empty; expected one item per line; copy the file again")
@@ -204,7 +204,7 @@ def read_items(task: TaskSpec, max_items: int = -1) -> list[Question]:
         try:
             items.append(KINDS[task.kind].item(row))
         except UserError as error:
-            raise UserError(f"{task.path}:{n}: {error}; mend the line") from None
+            raise UserError(f"{task.path}:{n}: {error}; fix the line") from None
     return sample(items, max_items, task.shots, str(task.path))
 
 

@@ -89,7 +89,7 @@ def read_set(path: Path, name: str) -> EvalSet:
                     " continuation, or other strings"
                 )
         except UserError as error:
-            raise UserError(f"{path}:{n}: {error}; mend the line") from None
+            raise UserError(f"{path}:{n}: {error}; fix the line") from None
         lines.append(n)
         items.append(texts)
     return EvalSet(name, path, lines, items)

@@ -69,7 +69,7 @@ def _stages_of_file(path: Path, common: dict[str, Any], typed: Collection[str]) 
     tables = content.pop("stage", [])
     if content or not isinstance(tables, list) or not tables:
         raise UserError(
-            f"--stages {path} has {'the field ' + next(iter(content)) if content else 'no [[stage]]'}; {expected}; mend"
+            f"--stages {path} has {'the field ' + next(iter(content)) if content else 'no [[stage]]'}; {expected}; fix"
             " the file"
         )
     stages: list[StageFlags] = []
@@ -83,7 +83,7 @@ def _stages_of_file(path: Path, common: dict[str, Any], typed: Collection[str]) 
                 )
             if not isinstance(value, (int, float) if types[key] is float else types[key]) or isinstance(value, bool):
                 raise UserError(
-                    f"--stages {path}, stage {i}: {key} is {value!r}; expected {types[key].__name__}; mend the file"
+                    f"--stages {path}, stage {i}: {key} is {value!r}; expected {types[key].__name__}; fix the file"
                 )
         check_bounds(SFTConfig, table, f"--stages {path}, stage {i}: ")
         if "tasks" not in table:
@@ -92,7 +92,7 @@ def _stages_of_file(path: Path, common: dict[str, Any], typed: Collection[str]) 
         if not stage.name or set(stage.name) & set("/ ") or stage.name in [s.name for s in stages]:
             raise UserError(
                 f"--stages {path}, stage {i}: the name {stage.name!r} is taken, or has a blank or slash; expected one"
-                " of its own; mend the file"
+                " of its own; fix the file"
             )
         if stage.num_iterations > 0:
             check_read(

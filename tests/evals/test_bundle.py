@@ -130,7 +130,7 @@ def test_a_baseline_that_is_missing_or_impossible_is_named(folder, lines, text):
         (b"[1, 2]", "choices.jsonl:3 holds a list; expected an object"),
         (
             b'{"query": "a", "choices": ["b"], "gold": 0}',
-            r"choices.jsonl:3: choices is \['b'\]; expected a list of at least 2 texts; mend the line",
+            r"choices.jsonl:3: choices is \['b'\]; expected a list of at least 2 texts; fix the line",
         ),
         (b'{"query": "a", "choices": ["b", "c"], "gold": 2}', "choices.jsonl:3: gold is 2; expected the number"),
     ],
