@@ -289,7 +289,7 @@ def where(found, stages: list) -> list[str]:
         if name == "card.json" or (last.run_dir / name).exists()
     )
     return [
-        "## Where everything lies",
+        "## Where everything is",
         "",
         *markdown_table(
             ["", ""],
