@@ -72,9 +72,15 @@ def default() -> GPT:
 
 
 @pytest.fixture(scope="module")
-def recordings(model):
+def kept(model) -> dict:
+    """(bucket, limit, dtype) -> the recorded step of this model."""
+    return {}
+
+
+@pytest.fixture
+def recordings(kept, monkeypatch):
     """Engines of one model share what they record: it depends on its weights and on shapes."""
-    kept, record = {}, Recorder._record
+    record = Recorder._record
 
     def once(recorder: Recorder, bucket: tuple[int, int], cache: KVCache) -> None:
         key = bucket, cache.limit, cache.dtype
@@ -83,9 +89,7 @@ def recordings(model):
             kept[key] = recorder.steps[bucket]
         recorder.steps[bucket] = kept[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "_record", once)
-        yield
+    monkeypatch.setattr(Recorder, "_record", once)
 
 
 @torch.no_grad()
