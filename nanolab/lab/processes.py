@@ -29,6 +29,7 @@ from nanolab.training.gradients import NonFinite
 from nanolab.training.signals import NUMBERS, StopRequest
 
 FORK = multiprocessing.get_context("fork")
+STOPPED = {code for n in NUMBERS for code in (-n, 128 + n)}  # exit codes after a signal
 REFUSED, DIVERGED = 3, 4  # exit codes of runs for which another try would end in the same way
 
 
@@ -146,6 +147,8 @@ def make_runs(
                     os.environ.update(run.wandb)  # which the run inherits
                     running[place.start(run, slot)] = run, slot, time.monotonic()
                 ended = place.ended(list(running))
+                if any(place.code(child) in STOPPED for child in ended):
+                    time.sleep(0.2)  # Ctrl-C is for the runs and for this process, in either order
                 if stop.asked():
                     break
                 show_progress({} if ended else running, len(todo) - len(waiting) - len(running), len(todo))
