@@ -157,8 +157,8 @@ def evaluate_checkpoints(cfg: BaseEvalConfig, modes: list[str], suite: Suite, rt
             return measure_probe(cfg, mode, subject, rt)
         return text_bpb(cfg, subject, [(open_text(cfg, subject.pretraining)[1].val, split_tokens(cfg, rt))], rt)
 
-    # questions last: their reader prepares the model for inference
-    wanted = sorted((mode for mode in modes if MODES[mode].ylabel), key=lambda mode: MODES[mode].questions)
+    # probes first: the reader of questions prepares the model for inference
+    wanted = sorted((mode for mode in modes if MODES[mode].ylabel), key=lambda mode: not MODES[mode].probe)
     if not wanted:
         raise UserError(
             f"--modes {cfg.modes} with --all-checkpoints, but no score among them; expected one or more of"

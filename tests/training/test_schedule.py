@@ -49,7 +49,7 @@ def test_published_table(row):
         int(H),
         int(depth),
     )
-    for key, want in dict(wte=wte, value_embeds=ve, lm_head=head, matrices=matrices, total=total, scaling=N).items():
+    for key, want in dict(wte=wte, tables=ve, lm_head=head, matrices=matrices, total=total, scaling=N).items():
         assert rounds_to(p[key] / 1e6, want), (key, p[key], want)
     assert (plan.total_batch_size, plan.num_iterations) == (2 ** int(batch), int(steps))
     assert plan.tokens == plan.total_batch_size * plan.num_iterations
