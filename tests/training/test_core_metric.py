@@ -2,16 +2,12 @@
 the first step.
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from nanolab.cli import UserError
-from nanolab.data.tokenizer import Tokenizer
 from nanolab.evals.bundle import open_bundle
 from nanolab.evals.core import Core
 from nanolab.evals.likelihood import GPTReader
@@ -20,45 +16,7 @@ from nanolab.runtime import Runtime
 from nanolab.stages.config import BaseTrainConfig
 from scripts.base_train import run
 
-
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(f"nanolab_tests_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrained = load("pretrained", Path(__file__).with_name("pretrained.py"))
-tiny = load("tiny_bundle", Path(__file__).parents[1] / "evals" / "tiny_bundle.py")
 CPU = Runtime(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture
-def flags(tmp_path, monkeypatch) -> dict:
-    monkeypatch.setenv("NANOLAB_DTYPE", "float32")
-    text = pretrained.write_text(tmp_path / "text")
-    Tokenizer.train((p.read_text() for p in sorted(text.glob("*.txt"))), 300).save(tmp_path / "tok")
-    return {
-        "run": "toy",
-        "data_dir": str(text),
-        "tokenizer": str(tmp_path / "tok"),
-        "depth": 1,
-        "aspect_ratio": 32,
-        "head_dim": 32,
-        "max_seq_len": 64,
-        "device_batch_size": 4,
-        "total_batch_size": 256,
-        "num_iterations": 3,
-        "warmup_steps": 1,
-        "lr_scale": 0.1,
-        "eval_every": -1,
-        "sample_every": -1,
-        "save_every": -1,
-        "device_type": "cpu",
-        "eval_bundle": str(tiny.write(tmp_path / "bundle")),
-        "core_metric_every": 2,
-        "core_metric_max_per_task": 4,
-    }
 
 
 def test_core_is_logged_at_its_steps_and_at_the_end(flags, capsys):

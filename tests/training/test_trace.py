@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from training.test_core_metric import flags  # noqa: F401
 
 from nanolab.cli import UserError
 from nanolab.records.models import read_metrics, runs_dir
@@ -12,12 +11,12 @@ from nanolab.stages.pretrain import pretrain
 from nanolab.training.trace import STEPS, WARMUP
 
 
-def trained(flags: dict, **changes):  # noqa: F811
+def trained(flags: dict, **changes):
     flags = {name: value for name, value in flags.items() if not name.startswith(("core", "eval_bundle"))}
     return pretrain(BaseTrainConfig(**flags | {"num_iterations": WARMUP + STEPS} | changes))
 
 
-def test_the_trace_has_five_steps_with_their_operators_and_changes_nothing(base_dir, flags, capsys):  # noqa: F811
+def test_the_trace_has_five_steps_with_their_operators_and_changes_nothing(base_dir, flags, capsys):
     plain = trained(flags, run="plain")
     found = trained(flags, run="toy", profile=True)
     assert (
@@ -41,13 +40,13 @@ def test_the_trace_has_five_steps_with_their_operators_and_changes_nothing(base_
 
 
 @pytest.mark.parametrize("changes", [{"num_iterations": WARMUP + STEPS - 1}])
-def test_a_run_that_is_too_short_for_a_trace_is_refused_before_its_first_step(base_dir, flags, changes):  # noqa: F811
+def test_a_run_that_is_too_short_for_a_trace_is_refused_before_its_first_step(base_dir, flags, changes):
     with pytest.raises(UserError) as error:
         trained(flags, profile=True, **changes)
     assert (error.value.code, error.value.values) == ("profile-too-short", {"left": 14, "needed": 15})
     assert not read_metrics(runs_dir() / "toy")
 
 
-def test_a_run_by_the_clock_that_ends_too_early_says_so(base_dir, flags, capsys):  # noqa: F811
+def test_a_run_by_the_clock_that_ends_too_early_says_so(base_dir, flags, capsys):
     trained(flags, profile=True, num_iterations=-1, max_seconds=0.01)
     assert "no trace" in capsys.readouterr().out and not list((runs_dir() / "toy").glob("trace*"))
